@@ -27,7 +27,7 @@ def config(
     rows: RowKnobs = RowKnobs(DECISIONS, batch=2),
     name: str = "decision",
     lr: float = 1e-3,  # auto: by the model's width, and the default with another model
-    loss: DecisionLossFunction = cross_entropy,  # of the probabilities of the choices
+    loss: DecisionLossFunction = cross_entropy,  # the loss of the probabilities of the choices
     labels: tuple[str, ...] = (),
 ) -> Run:
     """Decisions between given choices, with calibrated probabilities."""

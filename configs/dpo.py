@@ -41,7 +41,7 @@ def config(
     rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION_PAIRS),
     name: str = "dpo",
     lr: float = 5e-5,  # auto: by the model's width, and the default with another model
-    loss: PairLossFunction = dpo,  # of a pair
+    loss: PairLossFunction = dpo,  # the loss of a pair
     beta: float = 0.1,  # a smaller one lets the policy move further from the reference
     reference: ReferenceSetting | None = None,  # start, or precomputed (default with full=true)
     moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; 0.6,512 in the paper

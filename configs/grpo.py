@@ -6,9 +6,9 @@ group are made likelier.
 
 SmolLM2-135M-Instruct learns to say whether an opinion is positive, on the opinions in configs/data; LoRA on
 every linear layer. A rollout of 8 x 8 short completions and its step take about 9 seconds on two CPU cores
-without AVX512; the run is 24 of them. A reward is a function of (prompt, completion, row), see
-jaxft.rl.rewards; several are added. With environment= or tools= an episode has several turns, see
-configs/grpo_tools.py.
+without AVX512; the run has 24 of them. A reward is a function of (prompt, completion, row), see
+jaxft.rl.rewards; the scores of several are added. With environment= or tools= an episode has several turns,
+see configs/grpo_tools.py.
 
 Hardware: 2 CPU cores, 2 GB; 4 minutes.
 
@@ -70,7 +70,7 @@ def config(
     lr: float = 5e-4,  # auto: by the model's width, and the default with another model
     rewards: tuple[RewardFunction, ...] = (),  # exact by default; in addition to an environment's score
     reward_weights: tuple[float, ...] = (),  # of rewards, then of reward_model; 1 each by default
-    combine: CombineFunction = weighted_sum,  # of several rewards; sum_of_known adds rewards with a score
+    combine: CombineFunction = weighted_sum,  # adds several rewards; sum_of_known only those with a score
     reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
     missing_eos: float = 0.0,  # subtracted from the score of a completion without an end token
     overlong: int | None = None,  # DAPO's penalty: from 0 to -1 over the last so many tokens of an episode
@@ -79,13 +79,13 @@ def config(
     token_weights: TokenWeightsFunction = token_mean,
     filter: FilterFunction | None = None,
     train_on_truncated: bool = True,
-    loss: PolicyLossFunction = clipped,  # of a sampled token
+    loss: PolicyLossFunction = clipped,  # the loss of a sampled token
     eps_low: float | None = None,  # the lower clipping bound; the loss's default if unset
-    eps_high: float | None = None,  # the upper one, such as DAPO's 0.28
-    beta: float = 0.0,  # of a KL penalty; 0 runs no reference
-    kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is
+    eps_high: float | None = None,  # the upper clipping bound, such as DAPO's 0.28
+    beta: float = 0.0,  # factor of a KL penalty; 0 runs no reference
+    kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is added
     correction: CorrectionFunction | None = None,
-    correction_bounds: tuple[float, float] | None = None,  # of its weights; the function's if unset
+    correction_bounds: tuple[float, float] | None = None,  # least and most weight; the function's if unset
     ratio_to_sampler: bool = False,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:

@@ -66,8 +66,8 @@ def config(
     estimate: EstimatorFunction | None = None,  # by_turn for rewards of single turns; by_group by default
     token_weights: TokenWeightsFunction = token_mean,
     train_on_truncated: bool = True,  # whether to train on episodes that a limit has ended
-    loss: PolicyLossFunction = clipped,  # of a sampled token
-    beta: float = 0.0,  # of a KL penalty in the loss; 0 runs no reference
+    loss: PolicyLossFunction = clipped,  # the loss of a sampled token
+    beta: float = 0.0,  # factor of a KL penalty in the loss; 0 runs no reference
     echo: float | None = None,  # ECHO: weight of the cross-entropy of given tokens, such as 0.1
 ) -> Run:
     """Group-relative policy optimisation of episodes with tools."""

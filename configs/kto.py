@@ -27,7 +27,7 @@ def config(
     lr: float = 1e-4,  # auto: by the model's width, and the default with another model
     beta: float = 0.1,  # a smaller one lets the policy move further from the reference
     desirable_weight: float = 1.0,  # of good completions
-    undesirable_weight: float = 1.0,  # of bad ones
+    undesirable_weight: float = 1.0,  # of bad completions
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Kahneman-Tversky optimisation."""

@@ -1,5 +1,5 @@
-"""Online DPO with LoRA: the best and the worst of the policy's own completions, by a reward, and any
-preference loss.
+"""Online DPO with LoRA: any preference loss on pairs of the policy's own best and worst completions, ranked
+by a reward.
 
     python scripts/train.py --config configs/online_dpo.py
     python scripts/train.py --config configs/online_dpo.py reward=runs/reward data=prompts.jsonl
@@ -37,7 +37,7 @@ def config(
     name: str = "online_dpo",
     lr: float = 1e-4,  # auto: by the model's width, and the default with another model
     reward: str | RewardFunction = exact,  # a run, a classifier or a function
-    loss: PairLossFunction = dpo,  # of a pair
+    loss: PairLossFunction = dpo,  # the loss of a pair
     beta: float = 0.1,  # a smaller one lets the policy move further from the reference
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:

@@ -10,8 +10,7 @@ SmolLM2-135M-Instruct on the prompts of the pairs in configs/data: 21 rollouts o
 passes over each. On a CPU without AVX512-BF16 dtype=float32 is faster, and takes about three times as long.
 From an adapter that answers such questions (configs/sft.py data=configs/data/finetuning.jsonl lr=2e-3
 name=chat, then start=runs/chat) expect the held-out reward to rise by 1.6 to 1.9 of its standard deviations,
-at 6 to 10 nats per completion. The reference is the policy at step 0, or
-reference_model=.
+at a KL of 6 to 10 nats per completion. The reference is the policy at step 0, or reference_model=.
 
 `reward` is a run's folder (configs/reward.py) or a PEFT folder with a head, which share the base; a
 classifier with one label in a folder or as org/name@revision, which is a separate model, stored in bfloat16
@@ -79,11 +78,16 @@ def actor_and_critic(
 
 
 def critic_head(kind: str, reward_head: HeadSettings | None, base: LoraKnobs) -> HeadSettings:
-    """Return the critic's head, with an adapter or a separate base model as its kind requires."""
+    """Return the critic's head, with an adapter or a separate base model as its kind requires.
+
+    reward_head: of the reward model, None if it does not share the base. Raises ValueError if `kind` needs
+    it.
+    """
     if kind == "reward":
         if reward_head is None:
             raise ValueError(
-                "critic=reward needs a reward model that shares the base; use critic=shared, fresh or full"
+                "critic=reward starts from a reward model that shares the base, and reward= is none; use "
+                "critic=shared, fresh or full"
             )
         return replace(reward_head, trained=True)
     if kind == "fresh":
@@ -99,9 +103,9 @@ def config(
     reward: str | RewardFunction = "runs/reward",  # a run, a folder or org/name of a classifier, a function
     critic: Literal["fresh", "reward", "shared", "full"]
     | None = None,  # reward (default on its base): starts from it; shared (default otherwise): a head
-    loss: PolicyLossFunction = clipped,  # of a sampled token
+    loss: PolicyLossFunction = clipped,  # the loss of a sampled token
     kl: KLFunction = k1,  # estimator of the KL in the rewards
-    kl_coef: float = 0.05,  # of the KL in the rewards
+    kl_coef: float = 0.05,  # factor of the KL in the rewards
     kl_target: float | None = None,  # nats per completion, which an adaptive coefficient aims for
     target_kl: float
     | None = None,  # ends the passes over a rollout once the policy is this far from the sampler's
@@ -112,9 +116,9 @@ def config(
     gamma: float = 1.0,  # discount of GAE
     lam: float = 0.95,  # lambda of GAE
     eps: float | None = None,  # clipping bound of the ratio, the loss's own by default
-    value_coef: float = 0.1,  # of the critic's loss
+    value_coef: float = 0.1,  # weight of the critic's loss
     value_clip: float | None = 0.2,  # largest change of a value since sampling
-    entropy: float = 0.0,  # of a bonus for the policy's entropy
+    entropy: float = 0.0,  # weight of a bonus for the policy's entropy
     warm_up: int = 0,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:

@@ -1,4 +1,4 @@
-"""A process reward model: a scalar head says of each step of a solution whether it is right.
+"""A process reward model: a scalar head predicts for each step of a solution whether it is right.
 
     python scripts/train.py --config configs/process_reward.py
     python scripts/train.py --config configs/process_reward.py data=trl-lib/math_shepherd:train full=true
@@ -6,8 +6,8 @@
 
 SmolLM2-135M-Instruct, LoRA on every linear layer and a head that is read at the last token of each step, on
 configs/data/calculator_steps.jsonl: expressions in two steps, of which some take the wrong operation. Rows of
-your own are {"prompt", "completions": [steps], "labels": [true or false]}, with the tokens of TRL's
-PRMTrainer. The loss is the cross-entropy of the labels (Lightman et al. 2023, arXiv:2305.20050). Solutions
+your own are {"prompt", "completions": [steps], "labels": [true or false]}, tokenised as TRL's PRMTrainer
+does. The loss is the cross-entropy of the labels (Lightman et al. 2023, arXiv:2305.20050). Solutions
 are not packed, since packing puts solutions of one length, and here often of one label, into a row.
 
 60 steps: expect the accuracy over 128 held-out steps, of which 51 % are right, to rise from 0.51 to 0.8 after

@@ -28,8 +28,7 @@ def config(
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "reward",
     lr: float = 2e-4,  # auto: by the model's width, and the default with another model
-    margin: str
-    | None = None,  # the least difference of the rewards: a column, or score for the difference of ratings
+    margin: str | None = None,  # margin of the loss: a column, or score for score_chosen - score_rejected
     center: float = 0.01,  # weight of the term that keeps rewards around 0
 ) -> Run:
     """Reward modelling."""

@@ -152,7 +152,7 @@ def without_fields(batch: T, names: tuple[str, ...]) -> T:
 
 
 def widened(batch: Any, like: Any) -> Any:
-    """Pad a batch of NumPy arrays with empty tokens, read positions and slots to the shapes of `like`."""
+    """Return a batch of NumPy arrays padded with empty tokens and slots to the shapes of `like`."""
     wide = jax.tree.map(
         lambda x, s: np.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), batch, like
     )
@@ -167,7 +167,7 @@ def widened(batch: Any, like: Any) -> Any:
 
 
 def _relabel(batch: Any, wide: Any, old: int, new: int) -> Any:
-    """Response ids in the shape of `wide`, with the padding id `old` replaced by `new`."""
+    """Return response ids in the shape of `wide`, with the padding id `old` replaced by `new`."""
     responses, rows, reads = (
         np.full_like(wide.responses, new),
         batch.responses.shape[-2],

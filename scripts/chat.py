@@ -131,7 +131,9 @@ def print_responses(scheduler: Any, chat: Any) -> None:
 
 
 def print_columns(pieces: Any, names: tuple[str, ...]) -> None:
-    """Print two responses side by side on a terminal: their last lines while they arrive, then all lines."""
+    """Print two responses side by side: the last lines while they arrive, then all lines. pieces: yields
+    (name of a model, its next piece of text).
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -149,8 +151,8 @@ def print_columns(pieces: Any, names: tuple[str, ...]) -> None:
 
 
 def side_by_side(texts: dict[str, str], console: Any, height: int | None) -> Any:
-    """Return texts by name in columns or, on a narrow terminal, one below the other. height: show only that
-    many last lines; None shows all.
+    """Return a rich table of texts, model -> text, in columns or, on a narrow terminal, one below the other.
+    height: how many of the last lines are shown; None: all.
     """
     from rich.table import Table
     from rich.text import Text

@@ -4,11 +4,11 @@
     python scripts/combine.py A B C --weights 1,1,-0.5 --method cat --out all
     python scripts/combine.py A B --weights 1,1 --method ties --density 0.3 --out merged
 
-A, B are runs or adapter folders in PEFT's layout, on one base; if they name it differently, give it by
---model. The methods are named as in PEFT's add_weighted_adapter: cat is the exact sum, with the sum of the
-ranks; svd (the default) is the sum reduced to --rank, by default the largest of the adapters, and its error
-is printed; linear, ties, dare_linear and dare_ties combine the matrices A and B separately and need equal
-ranks. Weights may be negative.
+A, B are runs or adapter folders in PEFT's layout, on one base model; if their files name the base
+differently, give it by --model. Methods are named as in PEFT's add_weighted_adapter: cat is the exact sum,
+whose rank is the sum of the ranks; svd (the default) reduces the sum to --rank, by default the largest rank
+of the adapters, and prints the error; linear, ties, dare_linear and dare_ties combine LoRA's matrices A and B
+separately and need equal ranks. Weights may be negative.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """Parse numbers that are separated by commas. Raises ValueError."""
+    """Parse the value of --weights, such as "0.7,0.3". Raises ValueError for anything but numbers."""
     try:
         return tuple(float(one) for one in text.split(","))
     except ValueError:
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def _joined(argv: list[str]) -> list[str]:
-    """Join --weights and its value, which argparse takes for an option if it begins with a minus sign."""
+    """Return argv with `--weights -1,2` as `--weights=-1,2`; argparse would read -1,2 as an option."""
     out = list(argv)
     for at, one in enumerate(out[:-1]):
         if one == "--weights":

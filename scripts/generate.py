@@ -28,8 +28,9 @@ SYSTEM = ("turn", "merge")
 
 
 class Source(NamedTuple):
-    """Weights to load. ref: the base. residual: dtype of the residual stream, None for the model's default.
-    quant: of the base. record: settings of the run, None without a run.
+    """Weights to load. ref: the base model. adapter, tokenizer: their folders. dtype: of the computation.
+    residual: dtype of the residual stream, None for the model's default. quant: quantisation of the base.
+    record: the run's config.json, None without a run.
     """
 
     ref: str
@@ -106,7 +107,7 @@ def arguments() -> argparse.Namespace:
 
 
 def sources_of(args: argparse.Namespace) -> dict[str, Source]:
-    """Resolve the command line to sources by the name of the adapter; for a run, from its config.json."""
+    """Return adapter -> Source for the models that the command line names."""
     from jaxft.cli.cli import DEFAULT_MODEL
     from jaxft.runs import loaded_weights
 
@@ -125,7 +126,7 @@ def sources_of(args: argparse.Namespace) -> dict[str, Source]:
 
 
 def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
-    """Return every prompt as training reads it: strings are the user's turn, or plain text with --raw."""
+    """Return the prompts of --prompt and --file as training reads them: a conversation, or plain text."""
     from jaxft.data.packing.row_tasks import rename_columns
     from jaxft.data.rows.conversation import PLAIN
     from jaxft.data.rows.dataset_rows import Row, find_data, read_rows
@@ -161,14 +162,14 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
 
 
 def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]:
-    """Return a setting that is a list: the option's items or, without the option, the run's data.NAME."""
+    """Return the items of an option, separated by commas; None: those of data.NAME in the run's settings."""
     if option is not None:
         return tuple(item.strip() for item in option.split(",") if item.strip())
     return tuple(source.record["data"].get(name, ())) if source.record else ()
 
 
 def grammar_of(args: argparse.Namespace) -> str:
-    """Return the grammar that completions must match, "" for any text."""
+    """Return the llguidance grammar of --json-object, --regex or --json-schema, "" without these options."""
     from jaxft.serve.constraint import json_grammar, regex_grammar
 
     if args.json_object:
@@ -209,7 +210,9 @@ def encode(args: argparse.Namespace, prompts: list[Any], tokenizer: Any, source:
 def completions(
     args: argparse.Namespace, sources: dict[str, Source], prompts: dict[str, list[Any]]
 ) -> list[dict[str, Any]]:
-    """Load the model, and complete every prompt with every adapter. prompts: by the name of the adapter."""
+    """Load the model, and complete every prompt with every adapter. Return described() for each completion,
+    in the order of the prompts. sources, prompts: by the name of the adapter.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -281,8 +284,9 @@ def completions(
 def load_adapters(
     sources: dict[str, Source], model: Any, base: Any, mesh: Any
 ) -> tuple[dict[str, dict[str, Any]], Any]:
-    """Return (parameters that each source adds to the base, settings of the adapter). Several adapters have
-    parameters of the same shapes and no settings (None).
+    """Return (adapter -> parameters to add to the base, the settings of a single adapter).
+
+    The parameters of several adapters are padded to the same shapes, and their settings are None.
     """
     from jaxft.runs import loaded_weights
     from jaxft.weights import pretrained
@@ -304,7 +308,9 @@ def load_adapters(
 def described(
     prompt: Any, tokenizer: Any, new: list[int], stop: tuple[int, ...], name: str
 ) -> dict[str, Any]:
-    """Return a completion as an object. name: name of its adapter, "" for a single model."""
+    """Return a completion as a JSON object. new: its token ids. stop: ids that end a completion. name: of its
+    adapter, "" for a single model.
+    """
     from jaxft.data.rows.example import as_given
     from jaxft.engine.sampling import without_stop
 

@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def lines_of(influence: Any) -> list[str]:
-    """Return lines about the most harmful rows and about sources."""
+    """Return lines: the rows with the lowest influence, and the mean influence of each file of rows."""
     harmful = [i for i in influence.order if influence.values[i] < 0]
     lines = [f"{len(harmful)} of {len(influence.names)} training rows have an influence below 0"]
     lines += [f"  {influence.values[i]:+.3g}  {influence.names[i]}" for i in harmful[:SHOWN]]
@@ -60,7 +60,7 @@ def lines_of(influence: Any) -> list[str]:
 
 
 def duplicate_lines(gradients: Any) -> list[str]:
-    """Return lines about rows that repeat one another."""
+    """Return lines about pairs of training rows that repeat each other, by the cosine of their gradients."""
     same, names = gradients.duplicates(), gradients.names
     if not same:
         return ["no rows repeat one another"]

@@ -6,11 +6,11 @@
     python scripts/inspect_data.py --data rows.jsonl --model REF [--kind pairs] [loss_on=all ...]
     python scripts/inspect_data.py --run runs/NAME [--step 12]           # episodes that a run has sampled
 
-First come the invalid rows, counted by reason with the first of each, whatever data.invalid is; warnings;
-training rows that repeat one another, held-out rows that are also training rows, and responses such as N/A;
-and the settings that leave all these rows out (only the first 200,000 rows are checked for repetitions, by
-token ids). Then come lengths in tokens before any row is truncated, and what each max_length keeps and
-costs: time of an epoch and memory, relative to the max_length that is set.
+First come problems: invalid rows, counted by reason with the first of each (whatever data.invalid is);
+warnings; training rows that repeat one another, held-out rows that are also training rows, and responses such
+as N/A; and the settings that leave these rows out. Only the first 200,000 rows are checked for repetitions,
+by token ids. Then come lengths in tokens before any row is truncated, and for several values of max_length
+the rows that it keeps and its cost: time of an epoch and memory, relative to the max_length that is set.
 
 Then come the examples of one batch, which are SFT rows, preference pairs, single responses or prompts; the
 responses of a pair are side by side. Tokens with a loss are green, brighter with a larger weight; the others
@@ -108,8 +108,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> tuple[Data, str, int]:
-    """Return the settings of the dataset, the model or folder that has the tokenizer, and the positions of
-    the recipe's model (UNLIMITED with --data).
+    """Return (settings of the dataset, model or folder that has the tokenizer, the most tokens that the
+    recipe's model can read in a row); the last is UNLIMITED with --data.
     """
     if not args.data:
         resolved = open_settings.resolve(*cli.recipe_and_overrides(args.config, args.overrides))
@@ -146,8 +146,8 @@ def with_fields(data: Data, overrides: list[str]) -> Data:
 
 
 def lengths_table(lengths: Mapping[str, np.ndarray], width: int) -> Table:
-    """Return minimum, percentiles, maximum and a histogram of the token counts of each part, for a terminal
-    of `width` columns.
+    """Return a table with minimum, percentiles, maximum and a histogram of token counts, for a terminal of
+    `width` columns. lengths: part of a row, such as prompt -> its count in each row.
     """
     result = Table(box=None, pad_edge=False, header_style="dim")
     result.add_column("lengths (no limit)", max_width=None if width >= WIDE else LABEL_WIDTH)
@@ -166,7 +166,10 @@ def lengths_table(lengths: Mapping[str, np.ndarray], width: int) -> Table:
 
 
 def limits_table(data: Data, lengths: RowLengths, context: int) -> Table:
-    """Return a table of limits of a row's length: the rows and tokens that each keeps, and its cost."""
+    """Return a table of values of max_length: the rows and tokens that each keeps, and its cost.
+
+    context: the most tokens that the model can read in a row.
+    """
     result = Table(box=None, pad_edge=False, header_style="dim")
     name = data.length_settings[0]
     longer = "split" if data.too_long == "split" else "truncated"
@@ -188,7 +191,7 @@ def histogram(counts: np.ndarray, bins: int) -> str:
 
 
 def table(statistics: dict[str, Any]) -> Table:
-    """Return a table of the statistics, one per line."""
+    """Return a table of a dataset's statistics, name and value per line."""
     result = Table(show_header=False, box=None, pad_edge=False)
     for name, value in statistics.items():
         match value:
@@ -249,8 +252,8 @@ def invalid_setting(dataset: Inspected, data: Data, tokenizer: Any) -> str:
 
 
 def repetition_lines(dataset: Inspected) -> tuple[list[str], str]:
-    """Return lines about rows that repeat one another and about placeholders, and the setting that leaves
-    these out, "" for none.
+    """Return (lines about rows that repeat one another and about responses such as N/A, the setting that
+    leaves these rows out, "" if there are none).
     """
     overlaps, names = find_overlaps(dataset.split, COMPARED), dataset.placeholders
     lines = overlap_lines(dataset.split, overlaps)
@@ -261,7 +264,10 @@ def repetition_lines(dataset: Inspected) -> tuple[list[str], str]:
 
 
 def coloured(tokenizer, ids: np.ndarray, weight: np.ndarray, colours: bool) -> Text:
-    """Return the text of one part with the tokens that have a loss highlighted."""
+    """Return the text of a prompt or a response with the tokens that have a loss highlighted.
+
+    ids, weight: token ids and loss weights. colours: highlight by colours; otherwise by ⟦ ⟧.
+    """
     text, top, inside = Text(), weight.max() or 1.0, False
     for number, (piece, w) in enumerate(token_pieces(tokenizer, ids, weight)):
         piece = printable_text(piece)
@@ -306,10 +312,8 @@ def show(console: Console, tokenizer: Any, example: ShownExample) -> None:
 def chosen_examples(
     dataset: Inspected, args: argparse.Namespace, problem: Callable[[str], str]
 ) -> Iterator[ShownExample]:
-    """Yield the examples to show: all examples of the rows named by --row (the folder in a name is ignored),
-    or the first --rows of a batch.
-
-    Raises ValueError with problem(name) if no example is of a row named by --row.
+    """Yield the examples of all rows that --row names (its folder is ignored), or the first --rows examples
+    of a batch. Raises ValueError if a row has no example. problem: row -> why it has none.
     """
     if not args.row:
         yield from itertools.islice(dataset.of_step(args.step), args.rows)

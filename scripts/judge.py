@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
 
 
 def names_of_models(one: str, other: str) -> tuple[str, str]:
-    """Return short names of two models, which differ."""
+    """Return names for two models: the last parts of their paths, or the paths if these are equal."""
     from jaxft.lab.judges import ANSWER_FILES
 
     short = [path.stem if path.suffix in ANSWER_FILES else path.name for path in (Path(one), Path(other))]
@@ -59,8 +59,8 @@ def names_of_models(one: str, other: str) -> tuple[str, str]:
 
 
 def names_of_judges(by: list, texts: list[str]) -> list[str]:
-    """Return names of judges, which differ. texts: of --by. Raises ValueError for a judge that is named
-    twice.
+    """Return names for the judges, or the values of --by (texts) if two names are equal. Raises ValueError if
+    two values of --by are equal.
     """
     from jaxft.data.rows.remote import without_secrets
 
@@ -72,7 +72,7 @@ def names_of_judges(by: list, texts: list[str]) -> list[str]:
 
 
 def judge_models(args: argparse.Namespace, by: dict) -> dict:
-    """Judge both models by each judge, print the results, and return them."""
+    """Judge both models by each judge, print the results, and return them as JSON. by: name -> judge."""
     import numpy as np
 
     from jaxft.lab import judges
@@ -95,7 +95,9 @@ def judge_models(args: argparse.Namespace, by: dict) -> dict:
 
 
 def judge_judges(args: argparse.Namespace, by: dict) -> dict:
-    """Print each judge's accuracy by subset of a reward benchmark, and return it."""
+    """Print each judge's accuracy on the subsets of a reward benchmark, and return it as JSON. by: name ->
+    judge.
+    """
     import numpy as np
 
     from jaxft.lab import judges

@@ -106,7 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def line_of(error: ValueError, file: Path) -> str:
-    """Return the error message with the line of the loss's file that raised it."""
+    """Return an error's message, with the line of the loss's source file that raised it, if that is known."""
     location = (
         re.search(r" \(line \d+\)$", format_error(error.__cause__, file))
         if isinstance(error.__cause__, Exception)
@@ -118,7 +118,9 @@ def line_of(error: ValueError, file: Path) -> str:
 def analyse(
     loss: NamedLoss, claims: Sequence[str], columns: Sequence[str]
 ) -> tuple[Probe, tuple[Check, ...]]:
-    """Probe a loss and run its checks. Raises ValueError with the line that fails."""
+    """Evaluate a loss on synthetic pairs, and check it. claims: further laws that it must obey (--claims).
+    columns: of the rows that the loss reads. Raises ValueError with the line that fails.
+    """
     try:
         probed = probe(loss.label, loss.fn, columns)
         return probed, check_loss(probed, claims)
@@ -138,7 +140,7 @@ def table(checks: Sequence[Check]) -> Table:
 
 
 def show(console: Console, label: str, checks: Sequence[Check]) -> None:
-    """Print a heading and the table."""
+    """Print the checks of a loss as a table, below a heading with the count of checks that fail."""
     failed = sum(check.ok is False for check in checks)
     verdict = f"{failed} of {len(checks)} checks fail" if failed else "no check fails"
     console.print(Text(f"\n{label}: {verdict}", "bold red" if failed else "bold"))
@@ -148,10 +150,8 @@ def show(console: Console, label: str, checks: Sequence[Check]) -> None:
 
 
 def scaled(curves: dict[str, list[np.ndarray]]) -> tuple[dict[str, list[np.ndarray]], str]:
-    """Scale curves to share an axis: if their sizes differ by a factor of 10 or more, divide each by its
-    maximum.
-
-    Returns the curves and a note for the axis label.
+    """Scale curves so that they can share an axis: if their largest values differ by a factor of 10 or more,
+    divide each label's curves by their largest value. Return (curves, a note for the axis label).
     """
     most = {
         label: max(float(np.abs(y[np.isfinite(y)]).max(initial=0)) for y in ys)
@@ -166,7 +166,9 @@ def scaled(curves: dict[str, list[np.ndarray]]) -> tuple[dict[str, list[np.ndarr
 
 
 def panel(title: str, y: str, curves: dict[str, tuple[Curve, list[np.ndarray]]]) -> Panel:
-    """Return one panel. curves: label -> (curve over margins, [solid line, optional dashed line])."""
+    """Return axes with a line for each loss over the margin. y: label of the axis. curves: label -> (its
+    curve, for the margins; [values of the solid line, and of a dashed one]).
+    """
     drawn, note = scaled({label: ys for label, (_, ys) in curves.items()})
     x = {label: curve.margin.tolist() for label, (curve, _) in curves.items()}
     solid = {label: (x[label], ys[0].tolist()) for label, ys in drawn.items()}
@@ -175,9 +177,9 @@ def panel(title: str, y: str, curves: dict[str, tuple[Curve, list[np.ndarray]]])
 
 
 def picture(path: Path, probes: Sequence[Probe]) -> None:
-    """Plot losses and gradients over the margin, and losses with one longer response.
+    """Plot into `path` losses and gradients over the margin, and losses of pairs with one longer response.
 
-    The first loss sets the range.
+    The range of margins fits the first loss, and is at most three times as large for the others.
     """
     reach = margin_span(probes[0])
     reach = min(3 * reach, max(reach, *(margin_span(p) for p in probes)))
@@ -216,7 +218,8 @@ def look(
 ) -> tuple[bool, dict[str, Probe]]:
     """Print the checks of all losses and plot each of `mine` with the others.
 
-    Returns whether all checks of `mine` pass, and the losses that return one value per pair.
+    Returns whether all checks of `mine` pass, and label -> Probe of the losses that can be plotted: those
+    that return one value per pair.
     """
     console = Console(
         file=sys.stdout, force_terminal=sys.stdout.isatty(), width=None if sys.stdout.isatty() else WIDTH
@@ -305,17 +308,19 @@ def race(
 
 
 def world_of(settings: Sequence[str]) -> World:
-    """Return the world of --world SETTING=VALUE. Raises ValueError for a setting that it does not have."""
+    """Return the World of --world SETTING=VALUE ..., which makes rows whose true rewards are known. Raises
+    ValueError for a setting that it does not have.
+    """
     return with_fields(World(), *settings)
 
 
 def content_hash(value: Any) -> str:
-    """Return the first characters of a hash of JSON."""
+    """Return the first eight characters of the SHA-256 of a value as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def with_seeds(run: Any, count: int) -> dict[str, Any]:
-    """Return a run with seeds 0, 1, ..., by label."""
+    """Return label -> a copy of the run with seed 0, 1, ..., count - 1."""
     return {
         f"{run.name},seed={seed}": replace(run, seed=seed, data=replace(run.data, seed=seed))
         for seed in range(count)
@@ -323,7 +328,10 @@ def with_seeds(run: Any, count: int) -> dict[str, Any]:
 
 
 def _check_setting(text: str, with_it: Any, without: Any) -> None:
-    """Raise ValueError for a setting of the config's loss, which the bench replaces."""
+    """Raise ValueError if --set `text` changes only the run's name or its loss, which the bench replaces.
+
+    with_it, without: descriptions of the Run with this setting and without it.
+    """
     changed = differences(without, with_it)
     if text.startswith(("name=", "run.name=")) or (
         changed and all(line.startswith("objective") for line in changed)
@@ -334,7 +342,9 @@ def _check_setting(text: str, with_it: Any, without: Any) -> None:
 
 
 def content_of(place: Any) -> str | None:
-    """Return the hash of a file of rows, or None if `place` is not a file. Changed rows make a new run."""
+    """Return the hash of a file of rows, None if `place` is not a file. It is in the run's name, so that
+    changed rows make a new run.
+    """
     try:
         return hashlib.sha256(find_file(str(place)).read_bytes()).hexdigest()
     except FileNotFoundError:
@@ -342,7 +352,9 @@ def content_of(place: Any) -> str | None:
 
 
 def objective_of(run: Any, loss: NamedLoss) -> Any:
-    """Return the config's objective with another loss; the default reference is the initial policy."""
+    """Return the run's objective with another loss. If it has no reference model, return DPO's objective,
+    whose reference is the initial policy.
+    """
     from jaxft.objectives.preference import implicit_reward, no_extra_metrics, preference
 
     if run.objective(run.model).facts.reference == "none":

@@ -142,7 +142,9 @@ def print_plans(args: argparse.Namespace) -> int:
 
 
 def run_cost(run: Any, step: Any, price: float | None) -> Any:
-    """Return the cost of a run whose train step is planned, None if its time is unknown."""
+    """Return the plan_report.Cost of a run, None if the time of a step is unknown. step: the plan of its
+    train step. price: per device and hour.
+    """
     from jaxft.plan import plan_report
     from jaxft.weights import pretrained
     from jaxft.weights.hf import hub

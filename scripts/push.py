@@ -7,10 +7,10 @@
 
 SOURCE is a finished run, one in an object store too (s3://bucket/runs/sft), a folder that export.py,
 quantize.py, combine.py or extract.py wrote, or a .gguf file. One commit has weights, configurations,
-tokenizer, license and model card; never checkpoints, optimizer states or logs. A model or adapter
-replaces the one in the branch: weights, configurations and tokenizer files that are not pushed are deleted,
-except .gguf files. A .gguf file deletes only old parts of its own name. Deleted files are listed. The token
-comes from HF_TOKEN or `hf auth login`; HF_ENDPOINT is the address of another hub.
+tokenizer, license and model card; never checkpoints, optimizer states or logs. A model or adapter replaces
+the one in the branch: weights, configurations and tokenizer files that are not pushed are deleted, except
+.gguf files. Pushing a .gguf file deletes only old files with parts of the same model. Deleted files are
+listed. The token comes from HF_TOKEN or `hf auth login`; HF_ENDPOINT is the address of another hub.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def merge(named: Any, out: Path, dtype: str | None) -> None:
 
 
 def decimal_size(count: float) -> str:
-    """Return a number of bytes with its decimal unit."""
+    """Return a number of bytes as text with a decimal unit, such as 98.2 MB."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while count >= 1000 and len(units) > 1:
         count, units = count / 1000, units[1:]

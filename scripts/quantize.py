@@ -63,7 +63,7 @@ def progress(line: str) -> None:
 
 
 def calibrate(args: argparse.Namespace, tokenizer: Any, quant: Any) -> Any:
-    """Return the quantisation with calibrated codes, which are computed or taken from the cache."""
+    """Return `quant` with calibrated codes for --model, computed on --calibrate or taken from the cache."""
     from jaxft.train.export.calibrate import Calibration, calibrated_codes, plan_file
 
     columns = tuple(args.columns.split(",")) if args.columns else ()

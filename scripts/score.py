@@ -81,7 +81,7 @@ def is_process_reward(args: argparse.Namespace) -> bool:
 
 
 def step_scores(args: argparse.Namespace) -> StepScores:
-    """Return (name of the row, probability that each step is right, labels) of each row."""
+    """Return (name of the row, probability that each step is right, labels of the steps) for each row."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -140,8 +140,8 @@ def print_step_scores(scores: StepScores, as_json: bool) -> None:
 
 
 def rewards(args: argparse.Namespace) -> dict[str, Scores]:
-    """Return adapter -> (name of the row, reward of the chosen, reward of the rejected completion) of each
-    row; a reward is None if the row has no such response.
+    """Return adapter -> [(name of the row, reward of the chosen response, reward of the rejected one), ...];
+    a reward is None if the row lacks this response.
 
     Raises ValueError for a reward that is not finite.
     """
@@ -191,7 +191,9 @@ def rewards(args: argparse.Namespace) -> dict[str, Scores]:
 
 
 def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> Scores:
-    """Return the name and the rewards of each row of a source. forward(params, batch): compiled."""
+    """Return the name and the rewards of each row. file: its name, for errors. source: batches of the rows.
+    loaded: the reward model. forward: compiled function (params, batch) -> rewards.
+    """
     import jax
     import numpy as np
 
@@ -216,7 +218,7 @@ def scores_of(file: str, source: Any, loaded: Any, forward: Any, mesh: Any) -> S
 
 
 def pairs_of(scores: Scores) -> list[tuple[float, float]]:
-    """Return the rewards of the rows that have both responses."""
+    """Return (reward of chosen, reward of rejected) for the rows that have both responses."""
     return [(a, b) for _, a, b in scores if a is not None and b is not None]
 
 
@@ -258,7 +260,7 @@ def print_scores(scores: Scores, as_json: bool, adapter: str) -> None:
 
 
 def comparison_lines(scores_of_runs: dict[str, Scores]) -> list[str]:
-    """Return the differences of the other adapters' accuracies to the first one's on the same pairs."""
+    """Return a sentence for each adapter: its accuracy minus the first adapter's, on the same pairs."""
     from jaxft.objectives.intervals import paired_fractions
 
     wins = {

@@ -55,7 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def values(over: list[str], together: bool) -> list[list[str]]:
-    """Return the overrides of each run. Raises ValueError for duplicates."""
+    """Return the overrides of each run, a list of `knob=value`. over: the values of --over. together: pair
+    the first values of all knobs, the second ones, and so on. Raises ValueError for a knob or value given
+    twice.
+    """
     knobs: dict[str, list[str]] = {}
     for text in over:
         knob, equals, given = text.partition("=")
@@ -79,7 +82,7 @@ def values(over: list[str], together: bool) -> list[list[str]]:
 
 
 def _comparable(value: str) -> float | str:
-    """Return a number, so that 0.1 and 0.10 are the same value; other text as it is."""
+    """Return a text as a number if it is one, so that 0.1 and 0.10 are equal; else the text, stripped."""
     try:
         return float(value)
     except ValueError:
@@ -87,13 +90,13 @@ def _comparable(value: str) -> float | str:
 
 
 def label_of(row: list[str]) -> str:
-    """Return the name of a run and its folder, from its knobs."""
+    """Return the name of a run, such as beta=0.1,lr=5e-5. row: its overrides."""
     return re.sub(r"[^\w.=+,-]+", "-", ",".join(row))
 
 
 def sweep_name(option: str | None, overrides: list[str]) -> tuple[str | None, list[str]]:
-    """Return the name of the sweep, from --name or name=, and the other overrides: its runs are named by
-    their knobs. Raises ValueError for two names.
+    """Return (name of the sweep, None if it has none; overrides without name=). option: the value of --name.
+    Raises ValueError if --name and name= differ.
     """
     named = [text for text in overrides if text.startswith(("name=", "run.name="))]
     given = [*([option] if option else []), *(text.partition("=")[2] for text in named)]
@@ -103,8 +106,8 @@ def sweep_name(option: str | None, overrides: list[str]) -> tuple[str | None, li
 
 
 def lines_of_runs(about: Mapping[str, list[str]]) -> list[str]:
-    """Return lines about runs, given by label, as one list: the lines once if all runs have the same ones, or
-    each line with its run's label.
+    """Merge lines about runs into one list: the lines alone if all runs have the same, else each line after
+    its run's label. about: label -> lines.
     """
     first, *others = about.values()
     if all(lines == first for lines in others):

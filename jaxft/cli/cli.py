@@ -95,15 +95,16 @@ def usage_error(message: str, prog: str) -> str:
 
 
 def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, list[str]]:
-    """Return a command line's recipe and its overrides. The recipe is --config, or else the first item.
+    """Return the recipe and the overrides (`name=value`) of a command line.
 
-    Raises ValueError if there is no recipe.
+    config: the value of --config, or None: then the first of `items` is the recipe. items: the arguments that
+    are no options. Raises ValueError if there is no recipe.
     """
     if config is not None:
         return config, items
     if not items or "=" in items[0]:
         raise ValueError(
-            "no recipe; write one first: its name, such as sft, or a Python file with config(...) -> Run"
+            "no recipe; begin with its name, such as sft, or with a Python file that has config(...) -> Run"
         )
     return items[0], items[1:]
 
@@ -132,15 +133,18 @@ def quiet() -> None:
 
 
 def _without_late_writes(raised: Any) -> None:
-    """Print unraisable errors, except TensorStore's about writes that were under way when another failed."""
+    """Print an error that Python cannot raise (see sys.unraisablehook), as in a destructor. TensorStore's
+    about a closed event loop is left out: it only follows another write that failed.
+    """
     if str(raised.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(raised)
 
 
 def one_line_errors(main: Callable[[], int]) -> int:
-    """Run `main`. A user's error becomes one line on stderr and exit code 1, or RESTART_CODE if the same
-    command need only be started again; JAXFT_TRACEBACK=1 adds the traceback. If the reader of the output has
-    ended (`| head`), the command ends silently with READER_GONE.
+    """Run `main` and return the exit code: that of `main`, or 1 after an error that the user can correct.
+
+    Such an error is one line on stderr, with its traceback if JAXFT_TRACEBACK=1 is set; any other is raised.
+    RESTART_CODE: start the same command again. READER_GONE: the reader of the output (`| head`) has ended.
     """
     try:
         code = main()

@@ -43,7 +43,7 @@ class Topic(NamedTuple):
 
 
 def read_document(file: str) -> str:
-    """Return the text of one of DOCUMENTS."""
+    """Return the text of a README file. file: a key of DOCUMENTS, such as configs/README.md."""
     if file == "README.md" and not IS_CLONE:
         return (metadata.distribution("jaxft").read_text("METADATA") or "").partition("\n\n")[2]
     path = PACKAGE / "README.md" if file == "jaxft/README.md" else ROOT / file
@@ -51,7 +51,7 @@ def read_document(file: str) -> str:
 
 
 def topics() -> list[Topic]:
-    """Return all sections, in the order of DOCUMENTS."""
+    """Return the sections of all README files, in the order of DOCUMENTS."""
     return [topic for file in DOCUMENTS for topic in topics_of(file, read_document(file))]
 
 
@@ -90,8 +90,10 @@ def with_topics(text: str) -> str:
 
 
 def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
-    """Return the topic that the words name; else the topics with all words in the title, shortest title
-    first; else the topics with all words in the text, densest first. A word matches the beginning of a word.
+    """Return [the topic that the words name]; else the topics with all words in the title, shortest title
+    first; else the sections with all words in the text, those with the most mentions for their length first.
+
+    `words` may be abbreviated: "quant" matches quantisation.
     """
     named = [topic for topic in known if topic.name == link_name(" ".join(words))]
     if named:
@@ -103,7 +105,7 @@ def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
         return sorted(titled, key=lambda topic: len(topic.title))
 
     def weight(topic: Topic) -> float:
-        """Return the count of the rarest word, divided by the square root of the text's length."""
+        """Return how often the text has the least frequent of the words, over the root of its length."""
         return min(len(p.findall(topic.text)) for p in patterns) / len(topic.text) ** 0.5
 
     matching = [topic for topic in known if topic.text[:2] == "##" and weight(topic)]
@@ -169,7 +171,9 @@ def complete_command_line() -> None:
 
 
 def command_parser(command: str) -> argparse.ArgumentParser:
-    """Return the parser of a command's script, with completions for recipes, settings and runs."""
+    """Return the argument parser of a command's script. Its arguments for recipes, settings, runs and topics
+    have the completers that argcomplete calls.
+    """
     path = ROOT / "scripts" / f"{COMMANDS[command]}.py"
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
@@ -219,12 +223,12 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
 
 
 def topics_settings_and_commands(**_: Any) -> list[str]:
-    """Return the words that `jaxft help` takes."""
+    """Return the words that `jaxft help` accepts: commands, names of topics, and settings of sft."""
     return [*COMMANDS, *(topic.name for topic in topics()), *setting_names("sft")]
 
 
 def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return the words that `jaxft settings` takes: recipes, then the names of settings."""
+    """Return the words that `jaxft settings` accepts: a recipe's settings, and recipes as the first word."""
     recipe = next(iter(parsed_args.words or ()), parsed_args.config)
     recipes = [] if parsed_args.words else [file.stem for file in (ROOT / "configs").glob("*.py")]
     return [*recipes, *setting_names(recipe or "sft")]
@@ -254,7 +258,11 @@ def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any)
 
 
 def values(name: str, prefix: str, recipe: Path) -> list[str]:
-    """Return completions of a setting's value, which begins with `prefix`; files if it may be any text."""
+    """Return completions of a setting's value: its choices, and files if it may be any text.
+
+    name: the setting. prefix: the value as typed so far; after a comma, the next item is completed. recipe:
+    the recipe's file.
+    """
     known = (*knobs(recipe), *dotted_fields(recipe))
     kind = next((setting.kind for setting in known if setting.name == name), None)
     if kind is None:

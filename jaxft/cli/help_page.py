@@ -43,8 +43,8 @@ DATA_KINDS = {
 
 
 def settings_of_any_run() -> dict[str, list[Setting]]:
-    """Return heading -> settings, with the defaults of their classes and of COMPARED_RECIPES. Settings of
-    data that all kinds of rows share come before the settings of each kind.
+    """Return heading -> settings of a Run, with their defaults and those of COMPARED_RECIPES that differ.
+    Settings that all kinds of rows share come first; headings that begin as "Of SFT" have those of one kind.
     """
     with without_model_weights():
         recipes = {name: load_config(name, [], expected=Run) for name in COMPARED_RECIPES}
@@ -69,7 +69,7 @@ def settings_of_recipe(recipe: str, overrides: Sequence[str] = ()) -> dict[str, 
 
 
 def named_functions() -> dict[str, dict[str, str]]:
-    """Return the tables of annotations.py as title -> short name -> package.module:name."""
+    """Return the functions that have short names: title of a table -> short name -> package.module:name."""
     return {
         name.capitalize().replace("_", " ").replace("Kl ", "KL "): table
         for name, table in annotations.FUNCTION_TABLES.items()
@@ -77,10 +77,10 @@ def named_functions() -> dict[str, dict[str, str]]:
 
 
 def described(name: str) -> str | None:
-    """Return the reference of a setting, a knob or a function with a short name; None for any other name.
+    """Return the help text of a setting, a knob or a function with a short name; None for any other name.
 
-    name: of a setting, in full or the last part: optim.lr or lr. Of several recipes with a knob, the first is
-    shown.
+    name: such as optim.lr, or its last part lr. If several recipes have a knob of this name, the text is of
+    the first one's, in the order of `jaxft list` after COMPARED_RECIPES.
     """
     texts = []
     names_first = dict.fromkeys((*COMPARED_RECIPES, *(recipe.recipe for recipe in shipped_recipes())))
@@ -111,7 +111,9 @@ def _commands() -> Iterator[str]:
 
 
 def _recipes() -> Iterator[str]:
-    """The recipes with the defaults of their knobs; then each knob once, or once for each meaning."""
+    """Yield the recipes with their knobs' defaults, then a table of all knobs. A knob that has several
+    meanings has a line for each.
+    """
     yield "## Recipes and their knobs"
     knobs: dict[tuple[str, str, str], Setting] = {}
     for recipe in shipped_recipes():
@@ -148,7 +150,7 @@ def _options() -> Iterator[str]:
 
 
 def _docstring(path: str) -> str:
-    """Return the docstring of the function `package.module:name`, which a PreferenceLoss may wrap."""
+    """Return the docstring of the function `package.module:name`, also of one inside a PreferenceLoss."""
     fn = load_callable(path)
     return inspect.getdoc(fn.fn if isinstance(fn, PreferenceLoss) else fn) or ""
 

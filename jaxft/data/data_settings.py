@@ -38,18 +38,19 @@ class DataSettings:
     prompt. batch: rows of one optimizer step, over all devices. micro: number of microbatches that a step is
     computed in. seed: seed of the order, and of the split unless split_seed is set. split_seed: seed of the
     split into training and held-out rows, so that runs with other seeds hold out the same rows. epochs:
-    passes over the rows, fractions allowed. tokens: the length of the run in tokens, in place of epochs
-    (none). date: the date that chat templates print as today's. chat_template_kwargs: further arguments of
-    the chat template, "name=value", such as enable_thinking=false; a row's column of that name overrides
-    them. system: a system message is a "turn" of its own, or "merge" puts it in front of the first user turn,
-    for templates without that role. invalid: "few" leaves out, counts and reports up to 1 % invalid rows of a
-    dataset, and ends the run with the first one's error if there are more; "error" ends the run at the first
-    one; "drop" leaves out as many as invalid_limit allows. invalid_limit: a fraction of a dataset's rows.
-    workers: processes that tokenise the rows; none: one per CPU, or this process alone for a dataset of at
-    most 16 MiB. order_by: a column of numbers; every epoch goes from its smallest to its largest (a
-    curriculum). none: every epoch is shuffled. max_samples: how many of each dataset's first rows are read;
-    none: all. drop: rows that are left out and counted, any of "duplicates" (training rows with the tokens of
-    another one or of a row of a held-out file) and "placeholders" (responses such as N/A, nan or -).
+    passes over the rows, fractions allowed; none if tokens is set. tokens: the length of the run in tokens,
+    in place of epochs. date: the date that chat templates print as today's. chat_template_kwargs: further
+    arguments of the chat template, "name=value", such as enable_thinking=false; a row's column of that name
+    overrides them. system: a system message is a "turn" of its own, or "merge" puts it in front of the first
+    user turn, for templates without that role. invalid: "few" leaves out, counts and reports up to 1 %
+    invalid rows of a dataset, and ends the run with the first one's error if there are more; "error" ends the
+    run at the first one; "drop" leaves out as many as invalid_limit allows. invalid_limit: the largest
+    fraction of a dataset's rows that "drop" may leave out. workers: processes that tokenise the rows; none:
+    one per CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers; every
+    epoch goes from its smallest to its largest (a curriculum). none: every epoch is shuffled. max_samples:
+    how many of each dataset's first rows are read; none: all. drop: rows that are left out and counted, any
+    of "duplicates" (training rows with the tokens of another one or of a row of a held-out file) and
+    "placeholders" (responses such as N/A, nan or -).
     """
 
     train: str
@@ -111,7 +112,7 @@ class DataSettings:
         return {FEW: FEW_ROWS, ERROR: None, DROP: self.invalid_limit}[self.invalid]
 
     def row_settings(self, **own: Any) -> RowSettings:
-        """Return RowSettings with the fields that all kinds of data share. own: further fields."""
+        """Return RowSettings with the settings of this class. own: fields that one kind of data adds."""
         return RowSettings(
             columns=self.columns, format=self.format, template=self.template_settings,
             order_by=self.order_by, max_samples=self.max_samples, **own,
@@ -129,26 +130,26 @@ class DataSettings:
         return Reader(self.task, tokenizer, self.token_settings, how)
 
     def settled(self, train: Sequence[TokenisedRows]) -> Self:
-        """Return the settings, completed by those that follow from the training rows, such as the labels of a
-        classifier. train: the rows of each source.
+        """Return the settings, with those filled in that follow from the training rows, such as the labels of
+        a classifier. train: the tokenised rows of each dataset in data.train.
         """
         return self
 
     def for_attention(self, a: AttentionLayers) -> Self:
-        """Return the settings for a model with these attention layers, whose rope may depend on the length of
-        a text. Raises ValueError for settings that such a model cannot have.
+        """Return the settings adapted to a model: where its rope depends on the length of a text, pairs
+        cannot share a prompt. a: its attention layers. Raises ValueError for settings that it cannot have.
         """
         return self
 
     def start_lines(self, objective: Any, a: AttentionLayers) -> list[str]:
-        """Return lines for the start of a run about how its log-probs are computed. objective: the run's
-        Objective. a: the model's attention layers.
+        """Return lines to print at the start of a run, about how its log-probs are computed. objective: the
+        run's Objective. a: the model's attention layers.
         """
         return []
 
     @property
     def units_per_step(self) -> int:
-        """Rows, pairs or prompts (see `unit`) of one optimizer step."""
+        """Number of rows, pairs or prompts (see `unit`) of one optimizer step."""
         return self.batch
 
     @property
@@ -164,35 +165,36 @@ class DataSettings:
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> Any:
         """Read and tokenise the rows and plan the batches; return a Source.
 
-        shards: parts that the mesh divides the rows of a microbatch into. cache: folder of tokenised rows.
-        Raises ValueError or FileNotFoundError that names the row or the setting at fault.
+        shards: parts that the mesh divides the rows of a microbatch into. cache: the folder of the cache,
+        None for the default. Raises ValueError or FileNotFoundError that names the row or the setting at
+        fault.
         """
         raise NotImplementedError
 
     def abstract(self, shards: int = 1) -> Batch:
-        """Return the shapes of the largest batch that the settings allow, without reading any row."""
+        """Return the shapes of the largest batch, without reading a row. shards: see `open`."""
         raise NotImplementedError
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sequence that the model sees."""
+        """Number of tokens of the longest sequence that the model sees."""
         raise NotImplementedError
 
     @property
     def packing(self) -> bool | Literal["wrapped"]:
-        """Whether a row may contain several sequences. They attend to one another only if it is "wrapped"."""
+        """Whether a row of a batch may have several sequences. If "wrapped", they attend to one another."""
         raise NotImplementedError
 
     @property
     def least_held_out(self) -> int:
-        """The fewest rows that are held out if held_out is a fraction."""
+        """The smallest number of rows to hold out if held_out is a fraction."""
         return 1
 
     def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
-        """Return the mask of a dataset's rows to hold out, at least the fraction held_out of them.
+        """Return a mask of a dataset's rows, True for rows to hold out: at least the fraction held_out.
 
-        Rows with the same prompt are on the same side, and neither side is empty; if all rows have the same
-        prompt, they are divided one by one.
+        Rows with the same prompt are on the same side, and neither side is empty. If all rows have the same
+        prompt, each row is assigned by itself.
         """
         prompts = rows.group_by(0)
         groups = prompts if prompts.any() else np.arange(len(rows))
@@ -222,7 +224,7 @@ class DataSettings:
         )
 
     def total_steps(self, epochs: Epochs) -> int:
-        """Optimizer steps of a run of data.epochs or data.tokens."""
+        """Return the run's number of optimizer steps. epochs: the steps and tokens of every epoch."""
         if self.tokens is not None:
             return epochs.steps_of_tokens(self.tokens)
         return epochs.steps_of_epochs(self.epochs or 1.0)

@@ -143,7 +143,7 @@ class DecisionRows(Rows):
         return DecisionBatches
 
     def abstract(self, shards: int = 1) -> Tokens:
-        """Return the shapes of the largest batch that the settings allow."""
+        """Return the shapes of the largest batch that the settings allow. shards: see DataSettings.open."""
         return with_choices(super().abstract(shards), len(LETTERS), tuple(range(len(LETTERS))))
 
     def settled(self, train: Sequence[TokenisedRows]) -> "DecisionRows":
@@ -169,7 +169,7 @@ def _learned_line(rows: TokenisedRows, train: np.ndarray) -> str:
 
 
 def choice_names(rows: TokenisedRows, example: int) -> list[str]:
-    """Return the values of a row's choices, as text."""
+    """Return the values of the choices of example `example`, as text."""
     names: list[str] = json.loads(rows.extras[NAMES][example].tobytes())
     return names
 
@@ -210,7 +210,7 @@ class DecisionBatches(PackedBatches):
         return self._with_choices(super().fill(plan), plan)
 
     def evaluation(self, plan: RowPlan) -> tuple[Decisions, ...]:
-        """Return rows as batches of one microbatch, in which every decision has the same weight."""
+        """Return rows as held-out batches [1, rows, ...], in which every decision has the same weight."""
         size, rows = self.shape[0], self.split.rows
         parts = (plan.slice(start, start + size) for start in range(0, plan.rows, size))
         equal = replace(self.split, rows=replace(rows, weights=np.ones(len(rows))))
@@ -218,22 +218,22 @@ class DecisionBatches(PackedBatches):
         return tuple(map(self._with_choices, filled, parts))
 
     def positions(self, batch: Tokens) -> int:
-        """Return how many values metrics.PerRow has: one for each read position."""
+        """Return how many values a metrics.PerRow has for a batch: one for each element of `read`."""
         return int(np.prod(batch.read.shape))
 
     def name_at(self, batch: Tokens, number: int, position: int) -> str:
-        """Return the name of the decision at a read position."""
+        """Return the name of the row whose decision is at a position in `read`; see BatchLayout."""
         return self.split.rows.names[self.example_at(batch, number, position)]
 
     def example_at(self, batch: Tokens, number: int, position: int) -> int:
-        """Return the index of the decision at a read position of a held-out batch."""
+        """Return the index in split.rows of the decision at a position in `read`; see BatchLayout."""
         _, rows, reads = batch.read.shape
         row, decision = divmod(position, reads)
         return int(self.held_plan.members[self.held_plan.offsets[number * rows + row] + decision])
 
     def _with_choices(self, rows: Tokens, plan: RowPlan) -> Decisions:
-        """Return rows [micro, rows, ...] with the choices of the plan's members, in the order of their read
-        positions.
+        """Return token arrays [micro, rows, ...] as Decisions: with the choices of the plan's examples, in
+        the order of the read positions.
         """
         micro, count, reads = rows.read.shape
         of_each, probability_of_each = self._of_members(plan.members)
@@ -248,7 +248,9 @@ class DecisionBatches(PackedBatches):
         return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=self.tokens)
 
     def _of_members(self, members: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the choices [n, C] as indices into `tokens`, -1 for none, and their probabilities [n, C]."""
+        """Return the choices [n, C] of examples as indices into `tokens`, -1 where an example has fewer than
+        C, and the probabilities [n, C] of these choices.
+        """
         own, counts = self.choices, self.choices.counts[members]
         at = np.repeat(np.arange(len(members)), counts), ranges(np.zeros_like(counts), counts)
         where, shape = ranges(own.offsets[members], counts), (len(members), int(own.counts.max()))

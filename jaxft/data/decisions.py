@@ -57,8 +57,8 @@ def decide(
 ) -> Decision:
     """Make a Decision: append the list of lettered choices to the last message, which must be a user's.
 
-    more: further fields of Decision. Raises InvalidRow for fewer than two choices, more than LETTERS, two of
-    the same value, and a last message that is not a user's.
+    name: the row's name. more: further fields of Decision. Raises InvalidRow for fewer than two choices, for
+    more than there are LETTERS, for two choices with the same value, and if the last message is not a user's.
     """
     names = [choice.name for choice in choices]
     if not 2 <= len(names) <= len(LETTERS):
@@ -92,7 +92,9 @@ def decide(
 
 
 def relevance(name: str, query: str, document: str, instruction: str | None = None) -> Decision:
-    """Return the decision whether a document is relevant, no or yes. instruction: None for RELEVANCE."""
+    """Return a Decision with the choices no and yes: whether a document is relevant to a query. name: the
+    row's name. instruction: which documents are relevant; None for RELEVANCE, a web search.
+    """
     text = f"<Instruct>: {instruction or RELEVANCE}\n<Query>: {query}\n<Document>: {document}"
     return Decision(
         name, tuple(user_messages(text, JUDGE)), tuple(map(DecisionChoice, NO_YES)), NO_YES, prefix=""
@@ -116,7 +118,9 @@ class DecisionPrompts:
 
     @classmethod
     def read(cls, folder: Path) -> "DecisionPrompts":
-        """Read decision.json, empty if the folder has none. Raises ValueError for another program's file."""
+        """Read decision.json; without the file, return the defaults. Raises ValueError for another program's
+        file.
+        """
         path = folder / DECISION_FILE
         if not path.is_file():
             return cls()
@@ -127,7 +131,7 @@ class DecisionPrompts:
                 raise TypeError
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
-                f"{path}: not the labels and the question of a jaxft run; restore the file"
+                f"{path}: no labels and question as jaxft writes them; copy the file again from the run"
             ) from error
         return cls(tuple(labels), question)
 
@@ -154,7 +158,9 @@ def paths_of_decisions(formats: Iterable[str]) -> tuple[str, ...]:
 
 
 def parse(row: Row, format: str, settings: RowSettings = DEFAULT_ROW_SETTINGS) -> Decision:
-    """Return the decision of a row, whose columns have jaxft's names. Raises InvalidRow."""
+    """Return the decision of a row, whose columns have jaxft's names. format: DECISION, LABEL or RERANKER.
+    Raises InvalidRow.
+    """
     more: dict[str, Any] = {"arguments": template_arguments_of(row)}
     labels, question = settings.labels, settings.question
     answer = row.fields.get("answer" if format == DECISION else "label")
@@ -203,10 +209,11 @@ def label_names(value: Any) -> Iterable[str]:
 
 
 def labels_as_choices(labels: Iterable[str], ref: str) -> tuple[str, ...]:
-    """Return the labels of rows in the order of their letters: numbers by size, others as text.
+    """Return the labels of rows, each once, in the order of their letters: sorted as numbers if all are whole
+    numbers, else as text.
 
-    ref: the dataset, for errors. -1 in addition to 0, 1 and 2 is no label. Raises ValueError for fewer than
-    two labels, and for more than there are letters.
+    ref: the dataset, for errors. A label -1 is left out if the labels 0, 1 and 2 occur: it marks rows without
+    a label. Raises ValueError for fewer than two labels, and for more than there are letters.
     """
     distinct = {*labels}
     if distinct >= {"0", "1", "2"}:
@@ -228,7 +235,7 @@ def labels_as_choices(labels: Iterable[str], ref: str) -> tuple[str, ...]:
 
 
 def row_choices(name: str, value: Any) -> tuple[DecisionChoice, ...]:
-    """Return the choices of a row: strings or {"value", "description"} objects."""
+    """Return the choices of a row: strings or {"value", "description"} objects. name: the row's name."""
     if not isinstance(value, list | tuple):
         raise InvalidRow(
             name,
@@ -248,19 +255,26 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
         )
     if not isinstance(text, str | None):
         raise InvalidRow(
-            name, "description that is no text", f"choices[{number}]: the description must be a string"
+            name,
+            "description that is no text",
+            f"choices[{number}]: the description must be a string, got {type(text).__name__}",
         )
     return DecisionChoice(value, (text or "").strip())
 
 
 def _with_texts_as_choices(row: Row) -> Row:
-    """Return a row whose choices are ARC's {"label": [...], "text": [...]} with the texts as its choices."""
+    """Return a row whose choices are ARC's {"label": [...], "text": [...]} with the texts as choices, and an
+    answer that is one of the labels as probabilities. Other rows are unchanged.
+    """
     choices, answer = row.fields.get("choices"), row.fields.get("answer")
     if not isinstance(choices, Mapping):
         return row
     labels, texts = choices.get("label"), choices.get("text")
     if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
-        raise row.invalid("choices of a wrong type", "choices: label and text must be lists of equal length")
+        raise row.invalid(
+            "choices of a wrong type",
+            "choices: label and text must be lists of equal length; fix or remove the row",
+        )
     if answer in labels:  # as probabilities, which are read whatever the other answers are
         answer = [int(label == answer) for label in labels]
     return Row(row.name, {**row.fields, "choices": texts, "answer": answer})
@@ -270,8 +284,8 @@ def _with_texts_as_choices(row: Row) -> Row:
 
 
 def answer_readings(row: Row) -> tuple[str, ...]:
-    """Return the READINGS by which a row's answer names one of its choices, the most likely first; () for
-    probabilities and for a row that cannot be read.
+    """Return the ways to read a row's answer by which it names one of the choices, some of "value", "letter"
+    and "index", the most likely first; () for probabilities and for a row that cannot be read.
 
     A JSON number is more likely an index than a value, and another answer a value than a letter or an index.
     Where choices are numbers, a number is no index; where "b" is a choice, "B" is no letter.
@@ -293,8 +307,9 @@ def answer_readings(row: Row) -> tuple[str, ...]:
 
 
 def reading_of(votes: Mapping[tuple[str, ...], int]) -> str:
-    """Return how the answers of a dataset are read: by the reading for which most answers name a choice; in a
-    tie, by the one that is the most likely reading of more rows. votes: answer_readings → number of rows.
+    """Return how to read all answers of a dataset, "value", "letter" or "index": the reading by which most
+    answers name a choice, in a tie the one that is most likely for more rows. votes: result of
+    answer_readings → number of rows with it.
     """
 
     def support(reading: str) -> tuple[int, int]:
@@ -307,7 +322,7 @@ def reading_of(votes: Mapping[tuple[str, ...], int]) -> str:
 
 
 def _choice_number(value: Any, names: Sequence[str], reading: str) -> int | None:
-    """Return the index of the choice that an answer names, None if it names no choice."""
+    """Return the index of the choice that an answer names, read as `reading`; None if it names none."""
     if not isinstance(value, str | int | float):
         return None
     if reading == VALUE:
@@ -323,7 +338,7 @@ def _choice_number(value: Any, names: Sequence[str], reading: str) -> int | None
 
 
 def _answer(row: Row, choices: Sequence[DecisionChoice], reading: str | None) -> tuple[float, ...]:
-    """Return the probability of each choice from a row's answer. Raises InvalidRow."""
+    """Return each choice's probability from a row's answer. reading: None to guess it. Raises InvalidRow."""
     value, names = row.fields.get("answer"), [choice.name for choice in choices]
     soft = _soft(row.name, "answer", value, names)
     if soft is not None:
@@ -392,7 +407,7 @@ def _no_choice(row: str, column: str, value: Any, names: Sequence[str], reading:
 def _probabilities(
     row: str, column: str, given: Mapping[str, Any], names: Sequence[str]
 ) -> tuple[float, ...]:
-    """Return probabilities in the order of the names, divided by their sum."""
+    """Return the probabilities `given` by name, in the order of `names`, divided by their sum."""
     for name, p in given.items():
         if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 + TOLERANCE:
             raise InvalidRow(
@@ -434,9 +449,10 @@ def _relevance(row: Row) -> float:
 def answer_tokens(
     tokenizer: Any, prefix: str, answers: tuple[str, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the token ids of a prefix, and the token of each answer after it.
+    """Return the token ids of a text in front of the answers ("" for none), and the one token of each answer
+    after it.
 
-    Raises ValueError for an answer that is not a single token there.
+    Raises ValueError for an answer that is not a single token there, and for two answers with the same token.
     """
     encoded = tokenizer([prefix, *(prefix + x for x in answers)], add_special_tokens=False).input_ids
     before, *answer_ids = encoded if prefix else ([], *encoded[1:])

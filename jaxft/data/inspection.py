@@ -104,7 +104,7 @@ def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> s
 
 
 def inspect_source(source: RowSource[Any]) -> Inspected:
-    """Return the dataset of an open source."""
+    """Return the dataset of a source that is open: its statistics and examples."""
     stats = {name: x for name, x in vars(source.info.stats).items() if x is not None}
     del stats["lengths"], stats["invalid"]  # shown for each part, and by reason
     stats["tokens_with_a_loss"] = stats["learned_tokens"] / stats["tokens"]
@@ -138,7 +138,9 @@ def _inspected(
     of_step: Callable[[int], Iterator[ShownExample]],
     example: Callable[[int], ShownExample],
 ) -> Inspected:
-    """Return the inspected dataset. example: returns the example of an index in split.rows."""
+    """Return the inspected dataset. stats: its statistics. of_step: see Inspected. example: returns the
+    example of an index in split.rows.
+    """
     rows, used = split.rows, np.concatenate([split.train, split.held])
     count = int(rows.begins_row.sum()) + rows.dropped + sum(kind.rows for kind in rows.invalid)
     empty = used[rows.placeholders[used] & rows.begins_row[used]]
@@ -326,7 +328,7 @@ def part_pieces(part: ShownPart, tokenizer: Any) -> dict[str, Any]:
 def token_pieces(tokenizer: Any, ids: np.ndarray, weight: np.ndarray) -> Iterator[tuple[str, float]]:
     """Yield (text, weight) of each token. Tokens that form one character together are yielded as one.
 
-    The texts together are the text of all ids. The cost is linear in their number.
+    All texts, joined, are the text of all ids. The time is linear in the number of ids.
     """
     shown, begin, ends = "", 0, [0]  # tokens are decoded behind some before them, as a tokenizer may need
     for end in range(1, len(ids) + 1):
@@ -352,7 +354,8 @@ OVERLAPS = {  # kind of overlap of a row with an earlier training row -> the lin
 
 
 def find_overlaps(split: SplitRows, most: int) -> dict[str, list[tuple[int, int]]]:
-    """Find rows that repeat an earlier training row, as pairs of indices by kind of OVERLAPS.
+    """Find rows that repeat an earlier training row. Return for each kind, a key of OVERLAPS, a list of (row,
+    earlier row), as indices in split.rows.
 
     most: how many training rows, and how many held-out rows, are compared. Rows that share only their prompt
     have different responses.
@@ -377,7 +380,9 @@ def find_overlaps(split: SplitRows, most: int) -> dict[str, list[tuple[int, int]
 
 
 def overlap_lines(split: SplitRows, overlaps: dict[str, list[tuple[int, int]]]) -> list[str]:
-    """Return a line for each kind of overlap, or a single line that there is none."""
+    """Return a line for each kind of overlap, or a single line that there is none. overlaps: see
+    find_overlaps.
+    """
     names = split.rows.names
     lines = [
         text.format(n=len(pairs), a=names[pairs[0][0]], b=names[pairs[0][1]])
@@ -437,7 +442,7 @@ class RowLengths:
 
     @property
     def longest(self) -> Int[np.ndarray, " rows"]:
-        """Tokens of each row's longest sequence: what data.max_length, or data.max_prompt, limits."""
+        """Number of tokens of each row's longest sequence, the subject of data.max_length and max_prompt."""
         return self.prompts + self.responses.max(1, initial=0)
 
     @property
@@ -455,7 +460,7 @@ class RowLengths:
         return float((self.longest <= limit).mean())
 
     def kept(self, limit: int) -> Int[np.ndarray, " rows"]:
-        """Return the tokens of each row that are left: 0 if the limit leaves nothing of a response."""
+        """Return how many tokens of each row a length limit keeps: 0 if it leaves nothing of a response."""
         room = limit - self.prompts[:, None]
         tokens = self.prompts + np.minimum(self.responses, room).sum(1)
         return np.where(self.prompts < limit + (not self.kinds), tokens, 0)
@@ -498,7 +503,7 @@ def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, "
 
 
 def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
-    """Return the tokens of the largest microbatch with a length limit."""
+    """Return the number of tokens of the largest microbatch if rows or prompts have up to `limit` tokens."""
     rows = -(-data.units_per_step // data.micro)
     if isinstance(data, Prompts):
         return rows * (min(limit, int(lengths.longest.max())) + data.group * data.episode_length)
@@ -508,7 +513,7 @@ def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: in
 
 
 def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
-    """Return the tokens of a row, padding included, that has room for the pairs of any microbatch."""
+    """Return how many tokens a row needs for the pairs of any microbatch. tokens: of each pair."""
     tokens = tokens[tokens > 0]
     if not len(tokens):
         return LENGTH_STEP
@@ -518,7 +523,7 @@ def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
 
 @dataclass(frozen=True)
 class LimitCost:
-    """What a length limit keeps, and its cost.
+    """Rows that a length limit keeps, and its cost.
 
     whole, truncated, dropped: numbers of rows. tokens: tokens of an epoch. time: the time of an epoch, and
     memory: the memory of the activations of the largest microbatch, both relative to the present limit.
@@ -536,7 +541,7 @@ class LimitCost:
 def limit_costs(
     data: Rows | PairRows | Prompts, lengths: RowLengths, context: int = UNLIMITED
 ) -> list[LimitCost]:
-    """Return the costs of limits that cover 50, 90, 95, 99 and 100 % of the rows, and of the present one.
+    """Return the costs of the present limit, and of limits that cover 50, 90, 95, 99 and 100 % of the rows.
 
     context: the positions of the model, which no limit exceeds.
     """
@@ -556,7 +561,7 @@ def limit_costs(
 
 
 def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
-    """Return the tokens that an epoch trains on; completions of rollouts count with their full length."""
+    """Return how many tokens an epoch trains on with this limit; completions of rollouts count in full."""
     if data.too_long == "split":
         return int(lengths.longest.sum())
     kept = lengths.kept(limit)

@@ -49,8 +49,8 @@ class PairRows(DataSettings):
     responses (KTO, BCO). third: a third response, "mismatched" (another pair's, for KTO's KL) or "gold"
     (column reference, for TPO). responses: how many responses of a ranking are read. With 2 it is a pair, the
     best response against the worst; with k > 2 also responses between, as kinds "rank_2" to "rank_{k - 1}",
-    and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. A row with fewer
-    responses lacks the last kinds between; of a row with more, the best, the worst and responses at even
+    and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. Of a row with
+    fewer responses the last ranks are missing; of a row with more, the best, the worst and responses at even
     distances between them are read. best_first: whether responses without ratings are from the best to the
     worst; otherwise such a row is an error. Other fields: see DataSettings; batch counts pairs.
     """
@@ -91,14 +91,14 @@ class PairRows(DataSettings):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of responses in a pair."""
+        """The kinds of responses in a pair, such as "chosen" and "rejected"."""
         read = self.token_settings.kinds
         return (*read, "mismatched") if self.third == "mismatched" else read
 
     @property
     def least_held_out(self) -> int:
-        """The fewest pairs to hold out: 2 with third=mismatched, where each pair also has a response of
-        another one.
+        """The smallest number of pairs to hold out: 2 with third=mismatched, where each pair also has a
+        response of another one.
         """
         return 2 if self.third == "mismatched" else 1
 
@@ -129,9 +129,9 @@ class PairRows(DataSettings):
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> "PairSource":
         """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open.
 
-        A microbatch has `shards` rows. They, data.micro and data.layout change neither which pairs a step
-        sees nor the fingerprint. The model is not known here: one whose rope depends on the length of a text
-        refuses pairs that share prompts, see `for_attention`.
+        A microbatch has `shards` rows. Neither shards nor data.micro nor data.layout changes which pairs a
+        step sees, or the fingerprint. Call `for_attention` first: a model whose rope depends on the length of
+        a text refuses pairs that share prompts.
         """
         row_count, split = _row_count(self, shards), split_rows(self, tokenizer, cache)
         split = replace(split, warnings=(*split.warnings, *_reversed_ratings(split.rows, self.numbers)))
@@ -172,10 +172,10 @@ class PairRows(DataSettings):
         return PairSource.of(layout, epochs, tokenizer, _stats(layout, saved), fingerprint)
 
     def abstract(self, shards: int = 1, reference: bool = False) -> Pairs:
-        """Return the shapes of the largest batch that the settings allow: responses of max_length in equally
-        full rows.
+        """Return the shapes of the largest batch that the settings allow: all responses have max_length
+        tokens, and all rows as many pairs.
 
-        reference: with the reference's log-probs.
+        reference: whether the batch has the reference model's log-probs.
         """
         row_count = _row_count(self, shards)
         length = round_up(-(-self.batch // row_count) * len(self.kinds) * self.max_length, 64)
@@ -189,9 +189,10 @@ class PairRows(DataSettings):
 class PairStats(source.RowStats):
     """Counts of tokenised pairs.
 
-    prompt_end_moved: pairs where a token spans the end of the prompt. chosen_longer: fraction of the pairs
-    whose chosen response is the longer one, None for responses with a label. shared_prompts_save: fraction
-    of the tokens that the layout "branches" saves.
+    layout: "branches" or "plain". pairs_per_row: slots of a row for pairs. prompt_end_moved: pairs where a
+    token spans the end of the prompt. chosen_longer: fraction of the pairs whose chosen response is the
+    longer one, None if every row has one response and a label. shared_prompts_save: fraction of the tokens
+    that the layout "branches" saves.
     """
 
     layout: str
@@ -209,16 +210,16 @@ class PairBatches(source.BatchLayout[Pairs]):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of all microbatches of a step."""
+        """Number of rows of all microbatches of a step."""
         return self.settings.micro * self.rows.rows
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " pairs"]:
-        """Tokens that each pair takes in a row."""
+        """Number of tokens that each pair takes in a row."""
         return pair_layout.tokens_per_pair(self.split.rows, self.rows.branches)
 
     def shapes(self, reference: bool = False) -> Pairs:
-        """Return the shapes of a training batch. reference: with the reference's log-probs."""
+        """Return the shapes of a training batch. reference: whether it has the reference's log-probs."""
         reference |= self.rows.reference is not None
         shapes = pair_layout.pair_batch_shapes(
             self.rows, self.split.rows.kinds, self.settings.micro, reference
@@ -235,7 +236,7 @@ class PairBatches(source.BatchLayout[Pairs]):
         return jax.tree.map(lambda x: x.reshape(micro, rows.rows, *x.shape[1:]), flat)
 
     def evaluation(self, plan: RowPlan) -> tuple[Pairs, ...]:
-        """Return rows as batches of one microbatch."""
+        """Return rows as held-out batches [1, rows, ...]."""
         split, rows = self.split, self.rows
         means = pair_layout.batch_means(split.rows, plan.members, self.settings.weighting)
         parts = [plan.slice(start, start + rows.rows) for start in range(0, plan.rows, rows.rows)]
@@ -244,11 +245,11 @@ class PairBatches(source.BatchLayout[Pairs]):
         return tuple(jax.tree.map(lambda x: x[None], batch) for batch in batches)
 
     def positions(self, batch: Pairs) -> int:
-        """Return how many values metrics.PerRow has: one for each slot."""
+        """Return how many values a metrics.PerRow has for a batch: one for each slot for a pair."""
         return batch.index.size
 
     def name_at(self, batch: Pairs, number: int, position: int) -> str:
-        """Return the name of the pair in a slot."""
+        """Return the name of the pair in a slot, the position in the flat `index` of a held-out batch."""
         return self.split.rows.names[batch.index.flat[position]]
 
     def prompts_of(self, batch: Pairs, row: int) -> Iterator[source.Prompt]:
@@ -266,7 +267,7 @@ class PairBatches(source.BatchLayout[Pairs]):
 
 @dataclass(frozen=True)
 class PairSource(source.RowSource[Pairs]):
-    """Batches of Pairs, to which log-probs of a reference can be added; see Source."""
+    """Batches of Pairs, to which a reference model's log-probs can be added; see Source."""
 
     layout: PairBatches
 
@@ -276,9 +277,10 @@ class PairSource(source.RowSource[Pairs]):
         return self.split.rows.keys()
 
     def cover(self, indices: Sequence[int]) -> tuple[Pairs, ...]:
-        """Return evaluation batches of these pairs in the shape of the held-out ones.
+        """Return evaluation batches of some pairs, with the shape of the held-out batches. Their weights sum
+        to 1.
 
-        Their weights sum to 1.
+        indices: of pairs in split.rows.
         """
         members, pairs, count = np.asarray(indices, np.int64), self.split.rows, len(self.split.rows)
         if len(members) and (members.min() < 0 or members.max() >= count):
@@ -290,17 +292,18 @@ class PairSource(source.RowSource[Pairs]):
         return self.layout.evaluation(plan)
 
     def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-        """Return values at the read positions of a batch by pair, in order of kind and position in the
-        response.
+        """Return the values that were computed for the target tokens of a batch, by the pair's index in
+        split.rows; a pair's values are in the order of kinds, and within a response of its tokens. x: a value
+        for each element of `read`.
         """
         return pair_layout.values_by_pair(batch, x)
 
     def abstract(self, reference: bool = False) -> Pairs:
-        """Return the shapes of the training batches. reference: with the reference's log-probs."""
+        """Return the shapes of training batches. reference: whether they have the reference's log-probs."""
         return self.layout.shapes(reference)
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
-        """Return this source with the reference's log-probs in its batches.
+        """Return this source with the reference model's log-probs in its batches.
 
         logps: the log-probs of every pair, in the form that `values` returns.
         """
@@ -331,7 +334,7 @@ def _reference(
     if missing:
         raise ValueError(
             f"reference log-probs: {len(missing)} of {len(pairs)} pairs lack them, first {missing[0]}; "
-            "compute them for all pairs"
+            "compute them for all pairs, on the batches that `cover` returns"
         )
     for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
         if len(logps[i]) != expected or not np.isfinite(logps[i]).all():
@@ -355,7 +358,7 @@ def _require_both_responses(pairs: TokenisedRows) -> None:
 
 
 def _row_count(rows: PairRows, shards: int) -> int:
-    """Return the rows of all microbatches of a step."""
+    """Return how many rows all microbatches of a step have. Raises ValueError if a batch has fewer pairs."""
     count = rows.micro * shards
     if rows.batch < count:
         raise ValueError(

@@ -94,9 +94,9 @@ class Prompts(DataSettings):
             )
         if self.max_episode is not None and (self.max_turns == 1 or self.max_episode < self.max_new):
             raise ValueError(
-                f"data.max_turns={self.max_turns} with data.max_episode={self.max_episode}: an episode of "
-                "several turns has at least data.max_new tokens, and an episode of one turn has no other "
-                "limit; raise data.max_episode, or set it to none"
+                f"data.max_episode={self.max_episode} must be at least data.max_new={self.max_new}, and "
+                f"needs a data.max_turns of 2 or more, got {self.max_turns}; raise what is too "
+                "small, or set data.max_episode=none"
             )
         if self.decode_rows is not None and self.decode_rows < self.group:
             raise ValueError(
@@ -123,7 +123,7 @@ class Prompts(DataSettings):
 
     @property
     def row_tools(self) -> str:
-        """The environments' tools, which replace the tools of rows; see RowSettings. "" for none."""
+        """The environments' tools as JSON, which replace the tools of rows; see RowSettings. "" for none."""
         return ""
 
     @property
@@ -133,7 +133,7 @@ class Prompts(DataSettings):
 
     @property
     def max_length(self) -> int:
-        """Positions of a prompt with a completion."""
+        """The largest number of tokens of a prompt with its episode."""
         return self.max_prompt + self.episode_length
 
     @property
@@ -143,27 +143,28 @@ class Prompts(DataSettings):
 
     @property
     def episode_length(self) -> int:
-        """The most tokens of an episode after its prompt."""
+        """The largest number of tokens of an episode after its prompt."""
         return self.max_turns * self.max_new if self.max_episode is None else self.max_episode
 
     @property
     def sampled_length(self) -> int:
-        """The most tokens of an episode that the policy samples."""
+        """The largest number of tokens of an episode that the policy samples."""
         return min(self.max_turns * self.max_new, self.episode_length)
 
     @property
     def reads_given(self) -> bool:
-        """Whether batches also read the log-probs of given tokens, not only of sampled tokens."""
+        """Whether batches also read the log-probs of tokens that an environment adds to an episode."""
         return False
 
     @property
     def starts_per_row(self) -> int:
-        """How many prompts a row has: one, unless the prompts of a group differ."""
+        """How many prompts a row of a batch has: one, unless the prompts of a group differ."""
         return 1
 
     def group_row_shape(self, longest: int, fraction: float = 1.0) -> RowShape:
-        """Return the shape of a row with a prompt of `longest` tokens and this fraction of a group of the
-        longest episodes.
+        """Return the shape of a batch's row, with room for a prompt of `longest` tokens and its group of
+        episodes. fraction: 1.0 if all episodes of the group may have their full length, less if only part of
+        these tokens must fit.
         """
         more = int(fraction * (self.starts_per_row - 1) * longest)
         read_length = self.episode_length if self.reads_given else self.sampled_length
@@ -172,12 +173,12 @@ class Prompts(DataSettings):
 
     @property
     def steps_per_rollout(self) -> int:
-        """Optimizer steps that use the same rollout."""
+        """Number of optimizer steps that use the same rollout."""
         return self.passes * self.minibatches
 
     @property
     def units_per_step(self) -> int:
-        """Prompts of one optimizer step."""
+        """Number of prompts of one optimizer step."""
         return self.batch // self.minibatches
 
 
@@ -187,7 +188,9 @@ def padded_length(size: int) -> int:
 
 
 def rollout_batch_shapes(data: Prompts, shape: RowShape, shards: int = 1) -> Rollout:
-    """Return the shapes of a step's batch [micro, rows, ...]; a row holds a prompt and its group."""
+    """Return the shapes of a step's batch [micro, rows, ...]; a row has a prompt and its completions. shards:
+    see DataSettings.open.
+    """
     rows = round_up(data.units_per_step // data.micro, shards)
 
     def array(last: int, dtype: Any) -> Any:
@@ -221,7 +224,7 @@ class PromptRows:
 
     @property
     def lengths(self) -> Int[np.ndarray, " prompts"]:
-        """Tokens of each prompt."""
+        """Number of tokens of each prompt."""
         return self.split.rows.lengths[self.chosen]
 
     @property
@@ -273,7 +276,7 @@ def split_prompts(data: Prompts, tokenizer: Any, cache: Path | None = None) -> t
 
 
 def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np.ndarray, " batch"]:
-    """Return the indices of the training prompts of a rollout.
+    """Return the training prompts of a rollout, as indices into `train`.
 
     Rollouts take the prompts of one epoch after the other. An epoch is in random order, or sorted by
     data.order_by.
@@ -293,7 +296,7 @@ def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np
 
 
 def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, " minibatch"]:
-    """Return which of a rollout's prompts its optimizer step `part` uses. Every pass is reshuffled."""
+    """Return the positions, in a rollout's prompts, of those that step `part` uses; passes are shuffled."""
     turn, minibatch = divmod(part, data.minibatches)
     order = permutation(data.batch, data.seed, 5, rollout, turn)
     size = data.units_per_step
@@ -301,7 +304,7 @@ def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, "
 
 
 def longest_prompt(train: PromptRows, eval_prompts: PromptRows) -> int:
-    """Return the tokens of the longest prompt."""
+    """Return the number of tokens of the longest training or held-out prompt."""
     return int(max(train.lengths.max(), eval_prompts.lengths.max(initial=0)))
 
 
@@ -323,7 +326,7 @@ def prompt_tokens(data: Prompts, train: PromptRows, step: int, shards: int) -> T
 
 
 def prompts_fingerprint(data: Prompts, train: PromptRows, held: PromptRows) -> str:
-    """Hash the prompts and all settings that their order and the sampling depend on."""
+    """Return a hash of the prompts and of all settings that their order and the sampling depend on."""
     settings = (
         data.batch, data.group, data.passes, data.minibatches, data.seed, data.max_new, data.temperature,
     )  # fmt: skip

@@ -67,14 +67,15 @@ DEFAULT_TEMPLATE_SETTINGS = TemplateSettings()
 class RowSettings:
     """The settings that the tokens of a row depend on; they are part of the cache key.
 
-    kinds: the kinds of responses that are read. max_length: tokens of a prompt with a response, or of a
-    prompt alone where no response is read. extras: columns of numbers. loss_on, sample_by: see sft.Rows.
-    weight_column: see pairs.PairRows. tools: JSON of {environment: schemas of its tools}, which replace the
-    tools of rows whose column "environment" has this name; the name "" is for all rows. "" keeps the tools of
-    the rows. optional: whether a row without a prompt has an empty one, to which an environment adds.
-    separator, last_step: see sft.SolutionRows. best_first: see pairs.PairRows. labels, question, unlabelled:
-    see decision_rows.DecisionRows. reading: how the answers of a dataset of decisions name a choice, see
-    decisions.reading_of; None: each row decides. Others: see DataSettings.
+    kinds: the responses that are read, such as "chosen" and "rejected". max_length: tokens of a prompt with a
+    response, or of a prompt alone where no response is read. extras: columns of numbers that batches contain.
+    loss_on, sample_by: see sft.Rows. weight_column: see pairs.PairRows. tools: JSON of {environment: schemas
+    of its tools}, which replace the tools of rows whose column "environment" has this name; the name "" is
+    for all rows. "" keeps the tools of the rows. optional: whether a row may lack a prompt; an environment
+    then writes it. separator: see sft.SolutionRows; last_step: last_step_only there. best_first: see
+    pairs.PairRows. labels, question, unlabelled: see decision_rows.DecisionRows. reading: how the answers of
+    a dataset of decisions name a choice, see decisions.reading_of; None: each row decides. Others: see
+    DataSettings.
     """
 
     kinds: tuple[str, ...] = ()
@@ -101,12 +102,12 @@ class RowSettings:
 
     @property
     def plain(self) -> bool:
-        """Whether strings are plain text."""
+        """Whether prompts and responses that are strings are plain text, not turns of a chat."""
         return self.format == PLAIN
 
     @property
     def numbers(self) -> tuple[str, ...]:
-        """The columns of numbers that settings name."""
+        """The columns of numbers that are read: extras, weight_column and order_by."""
         return (*self.extras, *filter(None, (self.weight_column, self.order_by)))
 
 

@@ -128,19 +128,21 @@ class Rows(DataSettings):
         return mask[rows.documents]
 
     def abstract(self, shards: int = 1) -> Tokens:
-        """Return the shapes of the largest batch that the settings allow: T = M = max_length."""
+        """Return the shapes of the largest batch, with T = M = max_length. shards: see DataSettings.open."""
         return _shapes(self, (_rows_per_microbatch(self, shards), self.max_length, self.max_length))
 
 
 @dataclass(frozen=True)
 class PackedBatches(source.BatchLayout[Tokens]):
-    """Texts and conversations packed into rows. shape: rows of a microbatch, T, M."""
+    """Texts and conversations packed into rows. shape: rows of a microbatch, then slots of a row for tokens
+    (T) and for tokens with a loss (M).
+    """
 
     shape: tuple[int, int, int]
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a plan that an optimizer step reads."""
+        """Number of rows of a plan that an optimizer step reads."""
         return self.settings.batch
 
     def shapes(self) -> Tokens:
@@ -161,7 +163,7 @@ class PackedBatches(source.BatchLayout[Tokens]):
         return jax.tree.map(split, flat)
 
     def evaluation(self, plan: RowPlan) -> tuple[Tokens, ...]:
-        """Return rows as batches of one microbatch, in which every target has the same weight."""
+        """Return rows as held-out batches [1, rows, ...], in which every target has the same weight."""
         weights, batches = weights_of_members(self.split.rows, plan, "token"), []
         for start in range(0, plan.rows, self.shape[0]):
             part = plan.slice(start, start + self.shape[0])
@@ -177,12 +179,14 @@ class PackedBatches(source.BatchLayout[Tokens]):
         return replace(flat, packed=self.settings.packing is True, source_names=names)
 
     def positions(self, batch: Tokens) -> int:
-        """Return how many values metrics.PerRow has: T + 1 per row, indexed by the number of an example."""
+        """Return how many values a metrics.PerRow has: T + 1 per row; value i is of example i, from 1."""
         _, rows, length = batch.ids.shape
         return rows * (length + 1)
 
     def name_at(self, batch: Tokens, number: int, position: int) -> str:
-        """Return the name of an example, or in wrapped rows the names of all examples of the row."""
+        """Return the name of an example, or in wrapped rows the names of all examples of the row; see
+        BatchLayout.
+        """
         _, rows, length = batch.ids.shape
         row, example = divmod(position, length + 1)
         row += number * rows
@@ -209,7 +213,7 @@ class PackedBatches(source.BatchLayout[Tokens]):
 
 
 def _shapes(rows: Rows, shape: tuple[int, int, int]) -> Tokens:
-    """Return the shapes of a batch. shape: rows of a microbatch, T, M."""
+    """Return the shapes of a batch. shape: see PackedBatches."""
     row_count, length, reads = shape
 
     def array(last: int, dtype: Any) -> Any:
@@ -223,7 +227,7 @@ def _shapes(rows: Rows, shape: tuple[int, int, int]) -> Tokens:
 
 
 def _rows_per_microbatch(rows: Rows, shards: int) -> int:
-    """Return the rows of a microbatch, with the empty ones that are added for the mesh."""
+    """Return the number of rows of a microbatch, with the empty ones that are added for the mesh."""
     if rows.batch % rows.micro:
         fits = ", ".join(str(m) for m in range(1, rows.batch + 1) if rows.batch % m == 0)
         raise ValueError(
@@ -302,8 +306,8 @@ def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: 
 
 
 def member_targets(examples: TokenisedRows, plan: RowPlan) -> Int[np.ndarray, " members"]:
-    """Return the number of target tokens of each member of a plan; in wrapped rows, all tokens but the row's
-    first.
+    """Return the number of target tokens of each member (example) of a plan; in wrapped rows, all tokens but
+    the row's first are targets.
     """
     if plan.counts is None:
         return examples.targets[plan.members]
@@ -313,9 +317,11 @@ def member_targets(examples: TokenisedRows, plan: RowPlan) -> Int[np.ndarray, " 
 def read_length(
     examples: TokenisedRows, plans: tuple[RowPlan, ...], size: int, chosen: Int[np.ndarray, " n"]
 ) -> int:
-    """Return the largest number of read positions in a row, or in one of the chosen examples alone.
+    """Return how many targets a row must have room for: the most in a row of the plans, or in one of the
+    chosen examples alone. It is rounded up to a multiple of 1/8 of the row, so that similar data share a
+    program.
 
-    It is rounded up to a multiple of 1/8 of the row, so that similar data share a compiled program.
+    size: tokens of a row.
     """
     alone = int(examples.targets[chosen].max(initial=1))
     most = max(int(plan.row_sums(member_targets(examples, plan)).max()) for plan in plans if plan.rows)
@@ -325,9 +331,11 @@ def read_length(
 def weights_of_members(
     examples: TokenisedRows, plan: RowPlan, weighting: str
 ) -> Float[np.ndarray, " members"]:
-    """Return the weight of a target of each member, which a turn's own weight then multiplies.
+    """Return the weight of each target token of a member, without the weights of turns, which multiply it.
+    weighting: see Rows.
 
-    The products sum to 1 over all targets of the plan, or are all 0 if all examples have weight 0.
+    With the weights of turns, all weights sum to 1 over the targets of the plan, or are 0 if all examples
+    have weight 0.
     """
     factors = examples.weights[plan.members]
     mass = examples.extras[MASS][plan.members] if plan.counts is None else member_targets(examples, plan)
@@ -343,9 +351,9 @@ def fill_rows(
     weights: Float[np.ndarray, " members"],
     sources: Int[np.ndarray, " examples"] | None = None,
 ) -> Tokens:
-    """Return the plan's rows as arrays of `shape` (rows, T, M); further rows stay empty.
+    """Return the plan's rows as arrays of `shape` (rows, T, M); rows that the plan does not have stay empty.
 
-    weights: see weights_of_members. Each member is a segment. A wrapped row, whose plan has starts, is a
+    weights: see weights_of_members. Each member is a segment; a wrapped row, whose plan has starts, is a
     single segment. Targets are the tokens that follow a read position, or the labels of the tokens there.
     sources: the index of each example's source; None for a single source.
     """
@@ -389,7 +397,7 @@ def fill_rows(
 def _own_weights(
     own: Ragged, members: Int[np.ndarray, " members"], lengths: Int[np.ndarray, " examples"]
 ) -> Float[np.ndarray, " tokens"]:
-    """Return the weight of each token of the members within its example, 1 in examples without weights."""
+    """Return the weight of each token of the members, 1 in examples without. own: column TOKEN_WEIGHTS."""
     weights = np.ones(lengths[members].sum(), np.float32)
     weights[np.repeat(own.counts[members] > 0, lengths[members])] = own.of(members)
     return weights
@@ -410,7 +418,7 @@ def _step_columns(settings: RowSettings) -> ColumnTypes:
 
 
 def _tokenise_steps(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
-    """Yield each solution as an example, [] if it is left out as too long."""
+    """Yield a list for each solution: its example, or [] if it is left out as too long."""
     tokenizer, settings = reader.tokenizer, reader.settings
     solutions = [row.examples[RESPONSE] for row in rows if isinstance(row, ParsedRow)]
     texts = [text for x in solutions if isinstance(x, Solution) for text in (x.prompt, *x.steps)]
@@ -439,7 +447,7 @@ STEP_TASK = RowTask(formats.STEPS, 1, "max_length", _tokenise_steps, _step_colum
 def _tokenised_steps(
     solution: Solution, prompt: list[int], steps: list[list[int]], settings: RowSettings
 ) -> list[TokenisedRow]:
-    """Return a solution, [] if it is left out as too long."""
+    """Return a list with a solution's example, [] if it is left out as too long. prompt, steps: token ids."""
     if not all(steps):
         raise InvalidRow(
             solution.name,
@@ -475,12 +483,12 @@ def _tokenised_steps(
 class SolutionRows(Rows):
     """Prompts, the steps of a solution, and whether each is right: the data of process reward models.
 
-    Rows are {"prompt", "completions": [steps], "labels": [true or false]}. separator: the text behind every
+    Rows are {"prompt", "completions": [steps], "labels": [true or false]}. separator: the text after every
     step; \\n is a line break. last_step_only: train on the last step of each solution alone, and leave out
-    solutions whose last step is behind max_length tokens; evaluation reads all steps. All solutions of one
-    prompt stay on one side of the split. too_long: "truncate" leaves out the steps behind max_length tokens,
-    "drop" the row, "error" stops. weighting: "token" gives every step of the optimizer batch the same weight,
-    "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows; loss_on and
+    solutions whose last step ends after max_length tokens; evaluation reads all steps. All solutions of one
+    prompt stay on one side of the split. too_long: "truncate" leaves out the steps that end after max_length
+    tokens, "drop" the row, "error" stops. weighting: "token" gives every step of the optimizer batch the same
+    weight, "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows; loss_on and
     sample_by have no meaning here.
     """
 
@@ -522,7 +530,7 @@ class StepBatches(PackedBatches):
     """Solutions packed into rows; evaluation reads all steps."""
 
     def evaluation(self, plan: RowPlan) -> tuple[Tokens, ...]:
-        """Return rows as batches of one microbatch, in which every step has the same weight."""
+        """Return rows as held-out batches [1, rows, ...], in which every step has the same weight."""
         rows = self.split.rows
         weights = replace(rows.extras[TOKEN_WEIGHTS], counts=np.zeros(len(rows), np.int32))
         extras = {**rows.extras, MASS: rows.targets.astype(np.float64), TOKEN_WEIGHTS: weights}

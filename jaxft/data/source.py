@@ -35,8 +35,8 @@ class Prompt(NamedTuple):
 
 
 class HeldOutMetrics(NamedTuple):
-    """Held-out metrics of a source that evaluates itself, and metrics of single rows by `held_out_name`'s
-    position.
+    """Held-out metrics of a source that evaluates itself. rows: metrics of single held-out rows, by a
+    position that `held_out_name` turns into the row's name.
     """
 
     metrics: dict[str, float]
@@ -47,9 +47,10 @@ class HeldOutMetrics(NamedTuple):
 class SourceStats:
     """Counts of a source's rows.
 
-    dropped: rows that were left out as too long. invalid: the invalid rows that were left out,
-    by reason. largest_id: the largest token id. summary: one line for the start of a run. learned: one line
-    about the fraction of the response tokens that is learned.
+    examples, held_out: numbers of training and of held-out examples. dropped: rows that were left out as too
+    long. invalid: the invalid rows that were left out, by reason. largest_id: the largest token id. summary:
+    one line for the start of a run. learned: one line about the fraction of the response tokens that is
+    learned.
     """
 
     examples: int
@@ -66,9 +67,9 @@ class RowStats(SourceStats):
     """Statistics of tokenised rows.
 
     truncated: number of truncated examples. tokens: tokens of the first epoch. learned_tokens: its tokens
-    with a loss. lengths: percentiles of the training examples' tokens. rows: rows of the first epoch's
-    batches, or its pairs. fill: fraction of the slots for tokens that are used. row_length, read_length:
-    slots of a row for tokens, and for tokens with a loss. cache: see cache.load_or_make.
+    with a loss. lengths: see length_percentiles; of the training examples. rows: rows of the first epoch's
+    batches. fill: fraction of the slots for tokens that are used. row_length, read_length: slots of a row for
+    tokens, and for tokens with a loss. cache: "found", "built" and others, see cache.load_or_make.
     """
 
     truncated: int
@@ -86,14 +87,15 @@ class RowStats(SourceStats):
 class SourceInfo:
     """Facts about a source that are known before its first batch.
 
-    steps: optimizer steps of the run's epochs or tokens. fingerprint: a hash of everything that the batches
-    depend on. preview: the first training row as text. steps_per_rollout: optimizer steps between two points
-    where the run may be saved. samples: whether batches are sampled from the model, which takes as long as an
-    evaluation. recorded: what the batches depend on in addition to the settings, by its name in the run's
-    record: fingerprints of other models, the labels of a classifier. eval_cost: the work of evaluating
-    held-out rows, relative to training on as many rows: 1/3 without gradients; for sampled completions, their
-    number. learned_ends: token id -> number of training and held-out sequences whose last target it is,
-    without truncated ones. warnings: lines for the start of a run.
+    steps: optimizer steps of the run that data.epochs or data.tokens asks for. fingerprint: a hash of
+    everything that the batches depend on. preview: the first training row as text. steps_per_rollout:
+    optimizer steps between two points where the run may be saved. samples: whether batches are sampled from
+    the model, which takes as long as an evaluation. recorded: what the batches depend on in addition to the
+    settings, by its name in the run's record: fingerprints of other models, the labels of a classifier.
+    eval_cost: the work of evaluating held-out rows, relative to training on as many rows: 1/3 without
+    gradients; for sampled completions, their number. learned_ends: token id -> number of training and
+    held-out sequences whose last target it is, without truncated ones. warnings: lines for the start of a
+    run.
     """
 
     steps: int
@@ -110,7 +112,7 @@ class SourceInfo:
 
 
 class Source(Protocol[BoundTo]):
-    """Batches by step.
+    """The batches of a run, by optimizer step.
 
     Arrays are NumPy's: [micro, rows, ...] in a training batch, [1, rows, ...] in a held-out batch. Each kind
     of weights sums to 1 over a training batch, and over all held-out batches together.
@@ -126,7 +128,7 @@ class Source(Protocol[BoundTo]):
 
     @property
     def held_out(self) -> tuple[Batch, ...]:
-        """Batches for evaluation. Empty if nothing is held out or `evaluate` evaluates it."""
+        """Held-out batches. Empty if nothing is held out, or if `evaluate` computes the held-out metrics."""
 
     def bind(self, run: BoundTo, saved: dict[str, Any] | None) -> "Source[BoundTo]":
         """Return the source that makes batches for this run.
@@ -135,40 +137,42 @@ class Source(Protocol[BoundTo]):
         """
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
-        """Return the batch of an optimizer step and metrics of its generation: a function of step and state
-        alone.
+        """Return the batch of an optimizer step, and metrics about its sampled completions, {} without any.
+        Both depend on step and state alone.
         """
 
     def given(self, step: int) -> Batch:
-        """Return what is known about a step's batch before the model is loaded: the batch itself, or the
-        prompts whose completions it will have.
+        """Return the part of a step's batch that is known before the model is loaded: the batch itself, or
+        the prompts of the completions that will be sampled.
         """
 
     def evaluate(self, state: TrainState) -> HeldOutMetrics | None:
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
-        """Return the source whose `evaluate` reads at most `most` held-out rows, None for all. A source with
-        `held_out` returns one whose `held_out_name` assumes that the train loop evaluates `most` of these
-        batches, as chosen by `spread`.
+        """Return the source with a limit on evaluations: its `evaluate` reads at most `most` held-out rows,
+        None for all. Where the train loop evaluates `held_out` instead, `most` counts batches, which `spread`
+        chooses, and `held_out_name` numbers the rows of these batches.
         """
 
     def row_names(self, step: int) -> list[str]:
-        """Return the names of the dataset rows in each row of a batch."""
+        """Return the name of the dataset row in each row of a batch; names of several are joined by ", "."""
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts, fewer if there are not as many."""
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of the held-out row at a position of the values of metrics.PerRow."""
+        """Return the name of the held-out row that a value of a metrics.PerRow belongs to. position: the
+        index of the value among the values of all evaluated batches.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return the JSON that a checkpoint stores of this source, in addition to TrainState."""
 
 
 def open_for(a: AttentionLayers, data: DataSettings, tokenizer: Any, shards: int = 1) -> Any:
-    """Open data with the settings that suit a model with these attention layers; a Run's data is adapted
-    already.
+    """Open data with settings adapted to a model with these attention layers, as the data of a Run already
+    is. Return a Source. shards: see DataSettings.open.
     """
     return data.for_attention(a).open(tokenizer, shards)
 
@@ -177,8 +181,9 @@ def open_for(a: AttentionLayers, data: DataSettings, tokenizer: Any, shards: int
 class BatchLayout(Generic[SomeBatch]):
     """The batches of a source of fixed rows: the parts that differ between packed texts, pairs and others.
 
-    settings: the settings of the data. split: all rows. plan(epoch): the examples of each row of an epoch;
-    batch k has the rows from k * rows_per_step on. held_plan: the held-out examples of each row.
+    settings: the settings of the data. split: all rows, and which are held out. plan(epoch): the examples of
+    each row of an epoch; batch k has the rows from k * rows_per_step on. held_plan: the held-out examples of
+    each row.
     """
 
     settings: Any
@@ -188,12 +193,12 @@ class BatchLayout(Generic[SomeBatch]):
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a plan that an optimizer step reads."""
+        """Number of rows of a plan that an optimizer step reads."""
         raise NotImplementedError
 
     @property
     def lengths(self) -> Int[np.ndarray, " examples"]:
-        """Tokens that each example takes in a row."""
+        """Number of tokens that each example takes in a row."""
         return self.split.rows.lengths
 
     def shapes(self) -> SomeBatch:
@@ -209,11 +214,13 @@ class BatchLayout(Generic[SomeBatch]):
         raise NotImplementedError
 
     def positions(self, batch: SomeBatch) -> int:
-        """Return how many values metrics.PerRow has for an evaluated batch."""
+        """Return how many values a metrics.PerRow has for an evaluated batch."""
         raise NotImplementedError
 
     def name_at(self, batch: SomeBatch, number: int, position: int) -> str:
-        """Return the name of the row at a position of metrics.PerRow's values for held-out batch `number`."""
+        """Return the name of the row that a value of a metrics.PerRow belongs to. number: the index of the
+        held-out batch. position: the index of the value within this batch.
+        """
         raise NotImplementedError
 
     def prompts_of(self, batch: SomeBatch, row: int) -> Iterator[Prompt]:
@@ -225,7 +232,7 @@ class BatchLayout(Generic[SomeBatch]):
 class RowSource(Generic[SomeBatch]):
     """A source with a fixed set of rows; see Source.
 
-    most_evaluated: the batches of `held_out` that an evaluation reads, None for all.
+    most_evaluated: the number of batches of `held_out` that an evaluation reads, None for all.
     """
 
     info: SourceInfo
@@ -285,20 +292,18 @@ class RowSource(Generic[SomeBatch]):
         return replace(self, most_evaluated=most)
 
     def row_names(self, step: int) -> list[str]:
-        """Return the names of the examples in each row of a batch, the rows of all microbatches one after the
-        other.
-        """
+        """Return the names of the examples in each row of a batch, joined, over all microbatches in order."""
         return list(map(", ".join, self.member_names(step)))
 
     def member_names(self, step: int) -> list[list[str]]:
-        """Return the names of the examples in each row of a batch, one by one."""
+        """Return, for each row of a batch, a list of the names of its examples."""
         names = self._rows_of(step).names(self.split.rows.names)
         while not names[-1]:  # the last rows of a batch with fewer pairs
             names.pop()
         return names
 
     def held_out_name(self, position: int) -> str:
-        """Return the name of the held-out row at a position of the values of metrics.PerRow."""
+        """Return the name of the held-out row that a value of a metrics.PerRow belongs to; see Source."""
         evaluated, position = divmod(position, self.layout.positions(self.held_out[0]))
         number = spread(len(self.held_out), self.most_evaluated)[evaluated]
         return self.layout.name_at(self.held_out[number], number, position)
@@ -313,7 +318,7 @@ class RowSource(Generic[SomeBatch]):
         return {}
 
     def _rows_of(self, step: int) -> RowPlan:
-        """Return the plan of the rows of one step."""
+        """Return the part of its epoch's plan that one step reads."""
         epoch, k = self.epochs.locate(step)
         size = self.layout.rows_per_step
         return self.layout.plan(epoch).slice(k * size, (k + 1) * size)
@@ -322,8 +327,9 @@ class RowSource(Generic[SomeBatch]):
 def row_stats(
     layout: BatchLayout[Any], noun: str, shape: tuple[int, int], learned: tuple[int, str]
 ) -> RowStats:
-    """Count rows and tokens of the first epoch. noun: a name for the examples, such as "pairs". shape: tokens
-    and read positions of a row. learned: the number of tokens with a loss, and the line about them.
+    """Count rows and tokens of the first epoch. noun: a name for the examples, such as "pairs". shape: slots
+    of a row for tokens, and for tokens with a loss. learned: the number of tokens with a loss, and the line
+    about them.
     """
     split, rows, plan = layout.split, layout.split.rows, layout.plan(0)
     tokens, truncated = int(plan.lengths_of(layout.lengths).sum()), int(rows.truncated.sum())
@@ -367,7 +373,7 @@ def plan_epochs(
 
 
 def fingerprint_of(settings: tuple[Any, ...], arrays: Iterable[np.ndarray | None]) -> str:
-    """Hash settings and arrays."""
+    """Return a hash of settings and arrays, 32 hexadecimal digits."""
     digest = hashlib.sha256(repr(settings).encode())
     for array in (array for array in arrays if array is not None):
         digest.update(np.ascontiguousarray(array).data)
@@ -375,7 +381,7 @@ def fingerprint_of(settings: tuple[Any, ...], arrays: Iterable[np.ndarray | None
 
 
 def spread(count: int, most: int | None) -> list[int]:
-    """Return `most` of the indices below `count`, at equal distances; all of them if they are no more."""
+    """Return up to `most` (None: all) of the indices below `count`, at equal distances."""
     if most is None or count <= most:
         return [*range(count)]
     return [number * count // most for number in range(most)]
@@ -384,14 +390,14 @@ def spread(count: int, most: int | None) -> list[int]:
 def learned_line(tokens: int, targets: int, detail: str) -> str:
     """Return the line about the fraction of the response tokens that are targets, in percent, rounded down.
 
-    detail: the settings and rows that explain it.
+    detail: text for its parentheses: the settings that decide which tokens are targets.
     """
     percent = math.floor(1000 * targets / max(1, tokens)) / 10
     return f"{percent:.1f} % of the {tokens:,} response tokens are learned ({detail})"
 
 
 def length_percentiles(lengths: Int[np.ndarray, " examples"]) -> dict[str, float]:
-    """Return minimum, maximum and some percentiles of token counts."""
+    """Return percentiles of token counts by the names "min", "p10", "p50", "p90", "p99" and "max"."""
     names = ("min", "p10", "p50", "p90", "p99", "max")
     values = np.percentile(lengths, (0, 10, 50, 90, 99, 100))
     return {name: round(float(value), 1) for name, value in zip(names, values, strict=True)}

@@ -357,7 +357,7 @@ def picture_html(study: StudyResult) -> str:
 
 
 def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
-    """Return the HTML page of a study."""
+    """Return the HTML page of a study: its declaration, conclusions, `tables` and curves."""
     named = {table.name: table.html() for table in tables}
     distinguished = {table.name: _distinguished(table) for table in tables}
     declared = study.declaration

@@ -338,7 +338,7 @@ class PushField(NamedTuple):
 
 
 def vector_field(probe: Probe, reach: float, count: int = 9) -> PushField:
-    """Return the field within +-reach nats of the reference."""
+    """Return the pushes of a loss at log-ratios from -reach to reach, `count` of each response."""
     grid = np.linspace(-reach, reach, count)
     c, r = (x.ravel() for x in np.meshgrid(grid, grid, indexing="ij"))
     ratio = {"chosen": c, "rejected": r} | dict.fromkeys(probe.kinds[2:], 0.0)

@@ -165,7 +165,7 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
     check_is_of_pairs(parts.run.data)
     assert isinstance(source, PairSource)
     if not len(source.split.held):
-        raise ValueError("no rows are held out; set held_out=FILE or a fraction, which the influence is on")
+        raise ValueError("no rows are held out to measure the influence on; set held_out=FILE or a fraction")
     state = parts.state if state is None else state
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     # a sharding on this mesh: an array that is put on a device keeps the type of its old mesh
@@ -381,7 +381,7 @@ def train_without_sources(run: Run, root: Path = Path("runs")) -> list[SourceEff
     if not names:
         raise ValueError("the run has one source; name several, as in data=a.jsonl,b.jsonl")
     if not run.data.holds_out:
-        raise ValueError("no rows are held out; set held_out=FILE or a fraction, which the effects are on")
+        raise ValueError("no rows are held out to measure the effects on; set held_out=FILE or a fraction")
     left_out = {f"without-{name}": number for number, name in enumerate(names)}
     name = f"{run.name}-sources"
     runs = {"all": replace(run, name="all")}

@@ -324,7 +324,7 @@ def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) ->
 def _find_columns(
     loss: Callable[..., Array], kinds: tuple[str, ...], columns: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The columns, and those for which the loss raises KeyError. Raises what the loss raises."""
+    """Return `columns` and those that the loss reads, by its KeyErrors. Raises its other errors."""
     try:
         shape_of(loss, kinds, columns)
     except KeyError as error:

@@ -145,7 +145,7 @@ def short_training(parts: Prepared, steps: int, lr: float) -> ShortTraining:
         raise ValueError("the recipe holds out no rows; set held_out=")
 
     def flat(batch: Pairs) -> Pairs:
-        """Join the microbatches."""
+        """Join the microbatches: [micro, rows, ...] becomes [micro * rows, ...]."""
         return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:]), batch)
 
     batches = [flat(parts.source.batch(step, parts.state)[0]) for step in range(steps)]

@@ -75,7 +75,7 @@ class World:
     def __post_init__(self) -> None:
         check_bounds(self, "world")
         if self.noise > 0.5:
-            raise ValueError(f"world.noise={self.noise}; more than 0.5 is another world. Use at most 0.5")
+            raise ValueError(f"world.noise={self.noise} turns most labels around; use at most 0.5")
         if self.duplicates >= 1:
             raise ValueError(f"world.duplicates={self.duplicates} leaves no row of its own; use less than 1")
 

@@ -354,7 +354,7 @@ def _figure(plot: Plot, frame: Frame, content: str, wide: bool = False) -> str:
 
 
 def zoo_page(specimens: Sequence[Specimen]) -> str:
-    """Return the page."""
+    """Return an HTML page that plots and describes losses, with an overview."""
     toy = zoo_toy()
     parts = {
         "Overview": ("overview", section("overview", "Overview", _overview(specimens, toy))),

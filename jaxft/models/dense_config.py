@@ -467,7 +467,7 @@ def _check_value(name: str, value: Any, where: str) -> None:
 
 
 def extended_positions(rope: Rope, max_positions: int) -> int:
-    """Return the tokens of the longest row of a model with max_position_embeddings=max_positions.
+    """Return the most tokens of a row for a model with max_position_embeddings=max_positions.
 
     yarn and dynamic extend the original length by `factor` if that is more than max_positions.
     """

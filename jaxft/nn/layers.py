@@ -228,7 +228,7 @@ def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array,
 
 
 def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"], head: Adapted) -> Array:
-    """Return logits with the adapter of each row."""
+    """Add to the logits of each row those of its adapter of the head."""
     low = batched_dot(group_rows(h, len(head.a)), head.a.astype(h.dtype), (1, 0), h.dtype)
     low = low * head.scale.astype(h.dtype)[:, None, None]
     logits = logits + batched_dot(low, head.b.astype(h.dtype), (1, 0), logits.dtype).reshape(logits.shape)

@@ -361,7 +361,7 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
     input.
 
     With an axis over K adapters the rows of x are K equal groups, one for each. With `rows` [B], row i of x
-    has adapter rows[i]. A `gain` is without dropout.
+    has adapter rows[i]. A weight with a `gain`, which is for inference, has no dropout.
     """
     if isinstance(w, InputTap):
         w.tapped.inputs[w.name] = x

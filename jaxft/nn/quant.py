@@ -206,7 +206,9 @@ def quantize(
         return QTensor(weight.view(np.uint16), "bits", jnp.dtype(weight.dtype))
     block, double = with_defaults(kind, block, double)
     if weight.ndim < 2 or not weight.size:
-        raise ValueError(f"a quantised weight needs an input and an output axis, got shape {weight.shape}")
+        raise ValueError(
+            f"only weights of shape [..., inputs, outputs] can be quantised, got shape {weight.shape}"
+        )
     *lead, ins, outs = weight.shape
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise ValueError(f"{kind} stores floats, got {weight.dtype}; cast the weight first")

@@ -72,7 +72,7 @@ class Module(NamedTuple):
 
     @property
     def names(self) -> ModuleNames:
-        """Both names."""
+        """(name, path_name): a pattern selects the module if it matches either."""
         return self.name, self.path_name
 
 

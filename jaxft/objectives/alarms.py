@@ -147,8 +147,8 @@ def check_first_loss(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_falling_logp(beta: float | None, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Detect a falling log-prob of chosen responses: held-out since step 0, in training relative to the
-    reference.
+    """Report that the log-prob of chosen responses falls: of held-out ones since step 0, of training ones
+    below the reference's.
     """
     memory, depths = {"reported": 0.0, **memory}, []
     held_out = HELD_OUT + CHOSEN_LOGP

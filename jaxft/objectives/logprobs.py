@@ -228,8 +228,10 @@ class HeadPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The static arguments of a pass over heads: the heads, of which only the first may be trained, the
-    number of chunks, the graded fields, the loss of weighted_loss.
+    """The static arguments of a pass over heads, chunk by chunk.
+
+    heads: only the first may be trained. count: number of chunks. graded: the fields of LogProbs that have a
+    gradient. loss: the loss of weighted_loss.
     """
 
     heads: tuple[HeadPlan, ...]
@@ -249,7 +251,7 @@ class ChunkPlan:
 
 
 def _plan(heads: Sequence[HeadInput], graded: Graded) -> tuple[ChunkPlan, int]:
-    """(plan, positions to pad so that all chunks are equal)."""
+    """Return (plan, the number of positions to add so that all chunks are equal)."""
     B, M, _ = heads[0].h.shape
     plans, per_position = [], 0  # logits on a device, of the largest vocabulary
     for model, params, h in heads:

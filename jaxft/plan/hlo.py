@@ -27,7 +27,8 @@ class Array(NamedTuple):
 class Instruction:
     """One HLO instruction: `name = type opcode(operands), attributes`.
 
-    literal: the text between the brackets, such as a constant's value or a parameter's number.
+    operands: names of the instructions whose results it reads. literal: the text between the brackets, such
+    as a constant's value or a parameter's number. root: whether its result is that of its computation.
     """
 
     name: str
@@ -40,15 +41,17 @@ class Instruction:
 
     @property
     def arrays(self) -> list[Array]:
-        """The arrays of its result, or of a tuple's elements in order."""
+        """Types of the result's arrays: one, or a tuple's elements in order."""
         return arrays(self.type)
 
 
 @dataclass(frozen=True)
 class HloProgram:
-    """A parsed HLO module: its computations by name, and the name of its entry computation.
+    """A parsed HLO module.
 
-    unknown_loops: names of while loops without a known trip count, which count as one iteration.
+    computations: the instructions of each computation, by name of the computation and of the instruction.
+    entry: name of the computation that the program starts with. unknown_loops: names of while loops without a
+    known trip count, which count as one iteration; `walk` fills it.
     """
 
     computations: dict[str, dict[str, Instruction]]
@@ -71,7 +74,9 @@ def arrays(text: str) -> list[Array]:
 
 
 def parse_hlo(text: str) -> HloProgram:
-    """Parse the text of `compiled.as_text()`. Raises ValueError if it has no complete entry computation."""
+    """Parse the text of `compiled.as_text()`, which may be empty. Raises ValueError for a text without a
+    complete entry computation.
+    """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, now = "", None
     for line in text.splitlines():
@@ -114,7 +119,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Return the index of the bracket that closes the one at `start`."""
+    """Return the index of the bracket that closes the one at `start`; the length of `text` if none does."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -154,7 +159,7 @@ def trip_count(program: HloProgram, loop: Instruction, where: str) -> int:
     """Return the trip count of a while loop.
 
     It is the compiler's annotation, or computed from the counter's start, step and limit; without both it is
-    1 and the loop is added to `unknown_loops`.
+    1 and the loop is added to program.unknown_loops. where: name of the computation that has the loop.
     """
     annotated = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes)
     if annotated:
@@ -169,7 +174,10 @@ def trip_count(program: HloProgram, loop: Instruction, where: str) -> int:
 def _counter_trips(
     program: HloProgram, loop: Instruction, where: str, condition: str, body: str
 ) -> int | None:
-    """Return the trip count of `for (i = start; i < limit; i += step)`, None for another loop."""
+    """Return the trip count of a loop of the form `for (i = start; i < limit; i += step)`, None for others.
+
+    where, condition, body: names of the computations that contain the loop, test the counter and change it.
+    """
     inside = program.computations.get(condition, {})
     root = next((one for one in inside.values() if one.root), None)
     if root is not None and root.opcode == "fusion":  # a fused comparison has its operands in order
@@ -208,7 +216,9 @@ def _counter_trips(
 
 
 def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, index: int) -> Instruction | None:
-    """Return element `index` of the tuple instruction `named[0]`, or of the root."""
+    """Return the instruction of `inside` that makes element `index` of the tuple `named[0]`, or of the root
+    if `named` is None; None if that instruction is no tuple.
+    """
     one = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
     if one is None or one.opcode != "tuple" or index >= len(one.operands):
         return None
@@ -216,7 +226,7 @@ def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, inde
 
 
 def _copied(inside: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
-    """Follow copies, bitcasts and conversions to the instruction that they copy."""
+    """Follow copies, bitcasts and conversions in a computation from `one` back to what they copy."""
     while (
         one is not None
         and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")

@@ -28,9 +28,10 @@ class Chip:
     kind: prefix of jax's device_kind.
     memory: bytes that the driver or the compiler reports; reserved: bytes of it that the runtime reserves.
     memory_rate: bandwidth of the main memory.
-    within: bandwidth to other devices of the host, or of a TPU along one axis of its slice (both directions
-    of the ring); across: a device's fraction of the network bandwidth of its host.
-    compiled_for: the chip of CHIPS whose programs a plan compiles, None for the chip itself.
+    within: bandwidth of a GPU to the other GPUs of its host, or of a TPU along one axis of its slice (both
+    directions of the ring); across: network bandwidth of a host divided by its devices.
+    source: where the figures are published.
+    compiled_for: name in CHIPS of a similar chip that a plan compiles for instead, None for the chip itself.
     """
 
     kind: str
@@ -106,7 +107,7 @@ EXAMPLES = "h100:8, h100:2x8 (hosts x GPUs), 24gb (a GPU of that memory), v5e:4x
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices to compile for and their chip, None if the chip is not in CHIPS."""
+    """Devices to compile for. chip: their data sheet, None if CHIPS lacks it."""
 
     name: str
     chip: Chip | None
@@ -114,7 +115,7 @@ class Machine:
 
     @property
     def platform(self) -> str:
-        """The platform of its devices, as in distributed/xla_flags.py."""
+        """The platform of the devices: "cuda" for any GPU, "tpu" or "cpu"."""
         name: str = self.devices[0].platform
         return xla_flags.CUDA if name == "gpu" else name
 
@@ -134,7 +135,7 @@ class Machine:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for plans whose programs are compiled for another chip, see Chip.compiled_for."""
+        """A line for the report if programs are compiled for another chip (Chip.compiled_for), else empty."""
         if self.chip is None or self.chip.compiled_for is None:
             return ()
         used = f"compiled for {self.chip.compiled_for}, with the memory and the speed of {self.chip.kind}"
@@ -146,13 +147,13 @@ class Machine:
         return self.devices[0].platform == "tpu"
 
     def domains(self) -> list[int]:
-        """Return the host of each GPU, or the slice of each TPU; links inside a host or slice are fast."""
+        """Return for each device the number of its host, or of its slice for TPUs; links inside are fast."""
         if self.tpu:
             return [getattr(d, "slice_index", None) or 0 for d in self.devices]
         return [d.process_index for d in self.devices]
 
     def axes(self, group: tuple[int, ...]) -> int:
-        """Return how many torus axes a group of TPUs spans, each with separate links; 1 for GPUs."""
+        """Return how many torus axes, with separate links, the TPUs at indices `group` span; 1 for GPUs."""
         coordinates: list[Any] = [getattr(self.devices[i], "coords", None) for i in group]
         if not coordinates or any(c is None for c in coordinates):
             return 1
@@ -199,7 +200,7 @@ def chip_name(text: str) -> str | None:
 
 
 def local() -> Machine:
-    """Return the devices of this process's backend as a machine."""
+    """Return a machine of the devices of this process's jax backend."""
     devices = jax.devices()
     kind = devices[0].device_kind
     candidates = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]
@@ -309,14 +310,19 @@ Cells = Mapping[str, dict[str, Any]]
 
 
 def stored_cells() -> dict[str, Any]:
-    """Return the compiled programs that come with jaxft, by "chip:size model method objective"."""
+    """Return the cells of FITS_FILE by "chip:size model method objective", as "h100:2x8 8B LoRA sft".
+
+    A cell is the result of compiling a train step: `fits`, `total` bytes per device, number of `devices`.
+    """
     cells: dict[str, Any] = json.loads(FITS_FILE.read_text(encoding="utf-8"))
     return cells
 
 
 def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -> dict[str, Any] | None:
-    """Return the cell of the smallest size that fits, with the size as `name`; {} if none fits, None if a
-    size is not yet compiled.
+    """Return the cell of the fewest devices that a train step fits, see stored_cells.
+
+    Its `name` is the number of devices as written in HARDWARE. {} if the step fits none of the sizes there;
+    None if a size before the first that fits has no cell, as it is not compiled yet.
     """
     for size in HARDWARE[chip][1]:
         cell = cells.get(f"{chip}:{size} {model} {method} {objective}")
@@ -328,7 +334,9 @@ def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -
 
 
 def cell_text(one: Mapping[str, Any] | None) -> str:
-    """Return the text of a cell: GiB per device, and the number of devices if more than one."""
+    """Return a result of `smallest` as text: GiB per device, and the number of devices if more than one; "–"
+    if nothing fits, "" for None.
+    """
     if one is None:
         return ""
     if not one:
@@ -344,8 +352,9 @@ def rows_of_fits(
     methods: Sequence[str],
     objectives: Sequence[str],
 ) -> list[list[str]]:
-    """Return the rows of a table: a model, a method, an objective and a cell per chip. Rows without any cell
-    are left out.
+    """Return the rows of a table: model, method, objective, and the text of a cell per chip of `hardware`.
+
+    A row whose texts are all empty is left out. A row for dpo shows the devices that both SFT and DPO fit.
     """
     rows = []
     for model in models:

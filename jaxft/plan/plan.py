@@ -49,14 +49,14 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class Estimate:
-    """Estimated seconds of a step: max(compute, memory, overlapped) + exposed.
+    """Estimated times of a step in seconds: step = max(compute, memory, overlapped) + exposed.
 
     compute, memory: seconds of the matmuls and of the memory traffic alone.
-    overlapped: seconds of the collectives that run during matmuls; exposed: of all others.
+    overlapped, exposed: seconds of the collectives that run during matmuls, and of all other collectives.
     weights: seconds of the collectives that gather weights and scatter gradients, overlapped or exposed.
     serial: seconds of a step in which nothing overlaps.
     bottleneck: the largest part of the step, as text.
-    mfu, hfu: fractions of the peak FLOP/s of bfloat16, see Flops.
+    mfu, hfu: Flops.model and Flops.program per second, as fractions of the peak FLOP/s of bfloat16.
     without_fp8: seconds of the matmuls if those in FP8 ran in bfloat16.
     """
 
@@ -81,11 +81,11 @@ def estimate(
     peak: float,
     fp8: tuple[float, float] = (0.0, 1.0),
 ) -> Estimate:
-    """Estimate the time of a step with these collectives.
+    """Estimate the time of a step.
 
-    flops: of the model and of the program, on all devices; moved: bytes of main memory traffic per device;
-    peak: FLOP/s per device. fp8: the program's FLOPs in FP8, and their peak FLOP/s. Raises
-    ValueError for a machine whose chip is not in machines.CHIPS.
+    flops: Flops.model and Flops.program; moved: bytes of main memory traffic per device; moves: the step's
+    collectives; peak: bfloat16 FLOP/s per device. fp8: Flops.fp8, and the peak FLOP/s of FP8 per device.
+    Raises ValueError for a machine whose chip is not in machines.CHIPS.
     """
     if machine.chip is None:
         raise ValueError(f"{machine.name}: unknown chip; add it to jaxft.plan.machines.CHIPS")
@@ -111,9 +111,10 @@ def estimate(
 
 
 def seconds(machine: Machine, c: Collective) -> float:
-    """Return the seconds of a collective in a step: within hosts or slices, then across.
+    """Return the seconds of all executions of a collective in a step.
 
-    A permutation takes as long as its slowest pair.
+    Its traffic within hosts or slices and its traffic between them do not overlap. A permutation takes as
+    long as its slowest pair.
     """
     chip = machine.chip
     assert chip is not None
@@ -123,9 +124,10 @@ def seconds(machine: Machine, c: Collective) -> float:
 
 
 def by_kind(moves: Sequence[Collective]) -> dict[str, dict[str, float]]:
-    """Total the collectives by kind: runs per step, and bytes sent per device within and across domains.
+    """Return the totals of each kind of collective, such as "all-gather", in a step.
 
-    A domain is a host or slice. as_all_reduce is the number of runs implemented as all-reduces, absent if 0.
+    runs: executions. within, across: bytes that a device sends inside its host or slice, and to others.
+    as_all_reduce: executions that the compiler implements as all-reduces, absent if 0.
     """
     table: dict[str, dict[str, float]] = {}
     for kind in COLLECTIVES:
@@ -171,7 +173,7 @@ class Flops:
 
 
 def flops(run: Run, p: programs.Programs, batch: Batch, traced: jax.stages.Traced) -> Flops:
-    """Count the FLOPs of a train step traced for the batch [micro, rows, ...], inside its mesh context."""
+    """Count the FLOPs of a train step `traced` for `batch` [micro, rows, ...], in the context of its mesh."""
     micro, count, length = batch.ids.shape
     slots, model = micro * count * length, p.partition.model
     rows = programs.step_rows(run.data, sharding.row_shards(p.mesh))
@@ -212,7 +214,7 @@ def _is_any(eqn: Any) -> bool:
 
 
 def matmul_flops(jaxpr: Any, counts: Callable[[Any], bool] = _is_any) -> float:
-    """Return the FLOPs of the matmuls in a jaxpr that `counts` selects, by their equation, on all devices.
+    """Return the FLOPs on all devices of the matmuls in a jaxpr whose equation `counts` returns True for.
 
     Scans count once per iteration, and a conditional as its most expensive branch. Kernels and while loops
     are skipped; in jaxft they contain only attention.
@@ -245,8 +247,8 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 class Program:
     """One program of a run.
 
-    trace() returns jax.stages.Traced. batch: of a train step, otherwise None. state: shapes of a sampler's
-    state, which is not part of the run's, otherwise None.
+    batch: shapes of a train step's batch, None for other programs. state: shapes of the rows that a sampler
+    has in progress (key/value cache and tokens), None for other programs.
     """
 
     name: str
@@ -256,8 +258,8 @@ class Program:
 
 
 def train_programs(run: Run, p: Programs, pairs: PairSource | None = None) -> list[Program]:
-    """Return the train step of a run. pairs: the open source of its preference rows, which knows the shape of
-    their batches; without it, the shape is the largest that the settings allow.
+    """Return the train step of a run, in a list. pairs: an open source of its preference rows, which knows
+    the shape of their batches; None to use the largest shape that the settings allow.
     """
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
     if pairs is not None:
@@ -271,8 +273,9 @@ def train_programs(run: Run, p: Programs, pairs: PairSource | None = None) -> li
 def all_programs(run: Run, p: Programs) -> list[Program]:
     """Return the train step and all other programs of a run.
 
-    These are evaluation, sample completions, general text, precomputed reference log-probs, and for rollouts
-    sampling, log-probs and reward heads.
+    As far as the run's settings ask for them, these are evaluation, sample completions, evaluation on the
+    text of Run.general, precomputed reference log-probs, and for rollouts sampling, log-probs and reward
+    heads.
     """
     shards, params = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
     (first,) = listed = train_programs(run, p)
@@ -327,7 +330,9 @@ def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> li
 
 
 def _sampling(name: str, p: Programs, params: Params, d: Decoding, slots: Slots) -> list[Program]:
-    """Return the programs of sampling with the largest state: prefill, and decoding that reads all keys."""
+    """Return the prefill and the decoding program of a sampler that need the most memory: the longest prompt,
+    and decoding that reads all keys of the cache. name: of what is sampled, for the programs' names.
+    """
     tracers = program_tracers(d, params, slots, p.mesh)
     start = max((key for key in tracers if key[0] == "start"), key=lambda key: key[3])
     decode = max(key for key in tracers if key[0] == "decode")
@@ -356,9 +361,13 @@ class Plan:
     """Memory per device in bytes, FLOPs, traffic and estimated time of one program.
 
     parts: bytes by kind. total: their sum; None if the compiler ran out of memory without reporting a size.
-    limit: bytes that a device has for the program, None if unknown. missing: None if the program fits.
-    host: bytes in host memory per device. flops, estimate: None for programs other than train steps.
-    why: the compiler's out-of-memory error. notes: further lines of the report.
+    limit: bytes that a device has for the program, None if unknown. missing: bytes above the limit, None if
+    the program fits. host: bytes in host memory per device. flops, estimate: None for programs other than
+    train steps; estimate also for an unknown chip or a program that does not compile. collectives: see
+    by_kind. memory_traffic: bytes of main memory that a step reads and writes per device. unknown_loops: how
+    many loops count as one iteration, as their length is unknown. from_cache: whether the program came from
+    jax's compilation cache. largest_arrays: bytes by dtype and shape. gpu: whether the devices are NVIDIA or
+    AMD GPUs. why: the compiler's out-of-memory error. notes: further lines of the report.
     """
 
     machine: str
@@ -393,15 +402,14 @@ class Plan:
 
 
 def set_quick(quick: bool) -> None:
-    """Set how hard XLA optimises: as little as possible if `quick`, else the default. Only libtpu obeys."""
+    """Set how hard XLA optimises: as little as possible if `quick`, else the default. Affects only TPUs."""
     jax.config.update(EFFORT, -1.0 if quick else 0.0)
 
 
 def plan(run: Run, machine: Machine, pairs: PairSource | None = None) -> Plan:
-    """Return the plan of the train step, or of the largest one if there are several.
+    """Return the plan of the train step. pairs: an open source of preference rows, see train_programs.
 
-    pairs: the source of preference rows, see train_programs. Raises ValueError for a mesh or batch that this
-    machine does not support.
+    Raises ValueError if the run's mesh or batch does not divide over the machine's devices.
     """
     return plans(run, machine, partial(train_programs, pairs=pairs))[0]
 
@@ -409,7 +417,7 @@ def plan(run: Run, machine: Machine, pairs: PairSource | None = None) -> Plan:
 def plans(
     run: Run, machine: Machine, select: Callable[[Run, Programs], list[Program]] = all_programs
 ) -> list[Plan]:
-    """Return a plan of each program that `select` returns, largest first. Raises like `plan`."""
+    """Return the plans of the programs that `select` returns, largest total first. Raises like `plan`."""
     p, _ = abstract(run, machine.devices)
     # in mesh order, as HLO numbers devices
     machine = replace(machine, devices=list(p.mesh.devices.flat))
@@ -454,7 +462,7 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
 
 
 def _compile(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
-    """Compile a program with the settings that a run's process on this platform has."""
+    """Compile a program with the compiler flags and jax settings that a run has on `platform`."""
     flags, config = xla_flags.compiler_settings(platform, os.environ)
     before = {name: getattr(jax.config, name) for name in config}
     for name, value in config.items():
@@ -467,7 +475,7 @@ def _compile(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
 
 
 def quick_notes(machine: Machine) -> tuple[str, ...]:
-    """Return a note if programs for this machine are compiled with the least optimisation effort."""
+    """Return a note if programs for this machine are compiled with the least optimisation effort, else ()."""
     quick = getattr(jax.config, EFFORT) < 0 and machine.tpu
     note = (
         "compiled with --quick: start the run with JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 to get this program; "
@@ -482,7 +490,12 @@ def _oom_plan(
     needed: tuple[int | None, int | None],
     took: tuple[float, str],
 ) -> Plan:
-    """Return the plan of a program that does not fit. needed: its total and missing bytes, if reported."""
+    """Return the plan of a program that the compiler refuses, as it does not fit.
+
+    common: fields of Plan that do not depend on the result. resident: bytes by kind, see
+    program_bytes.resident. needed: total bytes and bytes above the limit, None if the error lacks them.
+    took: seconds of the compilation, and its error.
+    """
     (total, missing), (seconds, error) = needed, took
     limit = common["limit"] if total is None or missing is None else total - missing
     return Plan(
@@ -500,7 +513,9 @@ def _compiled_plan(
     machine: Machine,
     compilation: tuple[float, bool],
 ) -> Plan:
-    """Return the plan of a compiled program. compilation: its seconds, and whether it came from the cache."""
+    """Return the plan of a compiled program. common, resident: see _oom_plan. compilation: its seconds, and
+    whether the program came from the cache.
+    """
     analysis: Any = compiled.memory_analysis()
     sizes = (
         max(0, analysis.argument_size_in_bytes - sum(resident.values())),
@@ -530,7 +545,7 @@ def _compiled_plan(
 
 @contextmanager
 def _cache_hits() -> Iterator[list[str]]:
-    """Collect the persistent compilation cache's hits while the context is open."""
+    """Yield a list that gets an item per hit of jax's compilation cache while the context is open."""
     hits: list[str] = []
 
     def listen(event: str, **_: Any) -> None:

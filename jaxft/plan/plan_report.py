@@ -35,7 +35,7 @@ from jaxft.weights.pretrained import load_tokenizer
 
 
 def plan_report(p: Plan) -> str:
-    """Return the full report of a plan."""
+    """Return the full report of a plan as text."""
 
     def gib(size: float) -> str:
         return f"{size / GIB:9.3f} GiB"
@@ -71,7 +71,10 @@ def plan_report(p: Plan) -> str:
 
 
 def record(step: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
-    """Return a train step's plan as plain values, with the bytes of all programs; all of them must fit."""
+    """Return a train step's plan as plain values, with bytes of all programs of the run under `programs`.
+
+    `fits` is False if any of `plans`, the plans of all programs, does not fit.
+    """
     programs_ = {
         p.program: {"total": p.total, "program_bytes": _program_bytes(p), "fits": p.fits} for p in plans
     }
@@ -79,7 +82,7 @@ def record(step: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
 
 
 def programs_report(plans: Sequence[Plan]) -> str:
-    """Return the bytes of each program in addition to resident arrays, and whether the largest fits."""
+    """Return as text the GiB of each program in addition to resident arrays, and whether the largest fits."""
     resident = min(
         p.total - _program_bytes(p) if p.total is not None else sum(p.parts.values()) for p in plans
     )
@@ -95,7 +98,7 @@ def programs_report(plans: Sequence[Plan]) -> str:
 
 
 def _program_bytes(p: Plan) -> int:
-    """Return the bytes per device of a program, without the resident arrays."""
+    """Return how many bytes per device a program takes, without the resident arrays."""
     return sum(p.parts.get(name, 0) for name in PROGRAM_PARTS)
 
 
@@ -143,11 +146,11 @@ def _verdict(p: Plan) -> str:
 
 
 def scaling_report(plans: Sequence[Plan]) -> str:
-    """Return a table with a row per machine, then the number of devices beyond which more do not help.
+    """Return a table with a row per plan, and a scaling_limit line for each plan that fits.
 
-    A device gathers the same weights on any number of devices, while its matmuls shrink with its tokens. So
-    overlapped gathers are hidden while a device has enough tokens, and exposed gathers take more than half
-    of a step below that number of tokens.
+    plans: of one run's train step on machines of different size. A device gathers the same weights on any
+    number of devices, while its matmuls shrink with its tokens. So overlapped gathers are hidden while a
+    device has enough tokens, and exposed gathers take more than half of a step below that number of tokens.
     """
     lines = [
         f"{'machine':14s} {'devices':>7s} {'tokens':>10s} {'GiB':>7s} {'within':>8s} {'across':>8s} "
@@ -173,7 +176,9 @@ def scaling_report(plans: Sequence[Plan]) -> str:
 
 
 def scaling_limit(p: Plan) -> str:
-    """Return a line with the tokens per device at which matmuls take as long as weight gathers."""
+    """Return a line with the tokens per device at which matmuls take as long as weight gathers. The plan must
+    have an estimate.
+    """
     e = p.estimate
     assert e is not None and p.flops is not None
     per_device = p.flops.tokens / p.devices
@@ -200,7 +205,9 @@ CHARACTERS = 4  # of a token, where the rows cannot be tokenised
 
 @dataclass(frozen=True)
 class RunSteps:
-    """Number of optimizer steps of a run. source: where it comes from. samples: steps train on rollouts."""
+    """Number of optimizer steps of a run. source: setting or rows that it follows from, as text. samples:
+    whether the steps train on rollouts.
+    """
 
     count: int
     source: str
@@ -208,7 +215,7 @@ class RunSteps:
 
 
 def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
-    """Return the steps of a run. tokenizer: loads the model's tokenizer, for the lengths of the rows.
+    """Return a run's number of steps. tokenizer: loads the model's tokenizer, for the lengths of the rows.
 
     Without a tokenizer that can be loaded, tokens are estimated from characters. Raises ValueError or
     FileNotFoundError if there are no rows.
@@ -233,7 +240,7 @@ def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
 class Cost:
     """Hours and money of a run.
 
-    seconds: of a step. price: per device and hour, in any currency; None if unknown.
+    seconds: estimated seconds of a step. price: of one device for an hour, in any currency; None if unknown.
     """
 
     steps: RunSteps
@@ -275,20 +282,23 @@ class Cost:
 
 
 def unknown_lines(step: Plan) -> list[str]:
-    """Return the report in place of Cost.lines for a train step without an estimate of its time."""
+    """Return the lines that replace Cost.lines if the plan of the train step has no estimate of its time."""
     why = f"no speed of {step.machine} is known" if step.fits else "the train step does not fit"
     return [f"time and cost: unknown, because {why}"]
 
 
 class _Counted(NamedTuple):
-    """Rows of a dataset that can be read, and their characters."""
+    """Number of rows of a dataset that can be read, and of the characters in their fields."""
 
     rows: int
     characters: int
 
 
 def _count(data: Rows | PairRows | Prompts, ref: str) -> _Counted:
-    """Count the rows of a dataset that the run reads. Raises ValueError if too many are invalid."""
+    """Count the rows that a run with the settings `data` reads from the dataset `ref`.
+
+    Raises ValueError if more rows are invalid than data.allowed_invalid.
+    """
     invalid = InvalidRows(data.allowed_invalid, names_first=True)
     rows = characters = 0
     listing = list_chunks(ref).first(data.max_samples)
@@ -330,9 +340,10 @@ Change = tuple[str, str | None, str | None]
 class DryRun:
     """Facts about a run that is not started.
 
-    record: settings as config.json has them. defaults: of each setting in its class. changed: settings that
-    differ from the recipe's defaults. table: `parameters` as text. notes: lines about settings that follow
-    from the rows.
+    record: the settings in the form of a run's config.json. defaults: the default of each setting in its
+    class, by the setting's name. changed: settings that differ from the recipe's defaults. table:
+    `parameters` as text. xla: lines about the XLA flags in effect. notes: further lines for the user, such as
+    that the plan is an upper bound.
     """
 
     name: str
@@ -348,8 +359,10 @@ class DryRun:
 
 
 def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -> DryRun:
-    """Plan a run for the devices of this machine. recipe: the Run of the same recipe without overrides, None
-    if the recipe requires some.
+    """Plan a run for the devices of this machine.
+
+    recipe: the Run of the same recipe without overrides, None if the recipe requires some. notes: lines for
+    DryRun.notes.
     """
     run: Run = settings.value
     mesh = sharding.make_mesh(run.mesh)
@@ -381,7 +394,8 @@ def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
 
     If the rows or the tokenizer are not on this machine, the plan of preference rows is an upper bound, and a
     line reports it. Other rows need no source, as their batches have one shape. For prompts the lines are the
-    warnings of a run's start. Raises ValueError for rows that a run would refuse.
+    warnings of a run's start. shards: row shards of the run's mesh. Raises ValueError for rows that a run
+    would refuse.
     """
     if not isinstance(run.data, PairRows | Rollouts):
         return None, []
@@ -406,7 +420,7 @@ def current_settings(run: Run) -> list[Setting]:
 
 
 def changes(old: Sequence[Setting], new: Sequence[Setting]) -> list[Change]:
-    """Return (name, old value, new value) of the settings that differ; a value is None if a run lacks the
+    """Return (name, old value, new value) of the settings that differ; a value is None if its list lacks the
     setting. A section that is None in `new`, such as adapter=none, is one change.
     """
     before, after = ({s.name: s.default for s in settings} for settings in (old, new))
@@ -416,7 +430,7 @@ def changes(old: Sequence[Setting], new: Sequence[Setting]) -> list[Change]:
 
 
 def changed_knobs(settings: Resolved) -> list[Change]:
-    """Return the changes of the recipe's knobs; some knobs, such as loss, are not fields of the run."""
+    """Return (name, default, value) of the knobs, parameters of the recipe's function, that are changed."""
     return [
         (name, as_written(knob.default, knob.kind), as_written(settings.knobs[name], knob.kind))
         for name, knob in recipe_knobs(settings.line[0]).items()
@@ -425,9 +439,7 @@ def changed_knobs(settings: Resolved) -> list[Change]:
 
 
 def dry_run_text(d: DryRun) -> str:
-    """Return a page: counts and bytes, changed settings, all settings by section, the parameter table and the
-    plan.
-    """
+    """Return a page of text: totals, changed settings, settings by section, parameter table and plan."""
     fits = "" if d.plan.fits else ", which does NOT fit"
     size = "more than the device has" if d.plan.total is None else f"{d.plan.total / GIB:.2f} GiB"
     lines = [f"{d.name}: {d.table.splitlines()[-1]}", f"planned: {size} per device on {d.plan.machine}{fits}"]
@@ -450,14 +462,14 @@ def dry_run_text(d: DryRun) -> str:
 
 
 def wrapped(items: Sequence[str]) -> list[str]:
-    """Return items as indented lines with two spaces between them; none is broken."""
+    """Return items joined by two spaces and wrapped into indented lines; no item is broken."""
     text = "  ".join(item.replace(" ", "\0") for item in items)
     lines = textwrap.wrap(text, WIDTH - 2, break_long_words=False, break_on_hyphens=False)
     return [f"  {line}".replace("\0", " ") for line in lines]
 
 
 def dry_run_json(d: DryRun) -> str:
-    """Return the record of the settings with the parameter table and the plan, as one JSON object."""
+    """Return DryRun.record with the parameters, the plan and the notes added, as a JSON object."""
     parameters = [row._asdict() for row in d.parameters]
     facts = {"parameters": parameters, "plan": d.plan.json(), "notes": [*d.notes]}
     return json.dumps({**d.record, **facts}, indent=2)

@@ -31,8 +31,9 @@ _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # libtpu's send 
 class Collective:
     """One collective operation of a step.
 
-    size: bytes of the full array: after a gather, before a scatter, or reduced.
-    group: devices per replica group. span: hosts or slices per group. times: executions per step.
+    kind: one of COLLECTIVES, by what it does: see as_all_reduce. size: bytes of the full array: after a
+    gather, before a scatter, or reduced. group: devices per replica group. span: hosts or slices per group.
+    times: executions per step. groups: indices of the devices of each group; pairs for a permutation.
     overlapped: it runs during matmuls, because the program starts it before them or splits both into
     interleaved pieces.
     as_all_reduce: an all-gather or reduce-scatter that the compiler implements as an all-reduce of the full
@@ -72,7 +73,7 @@ class Collective:
 
     @property
     def gathers_or_scatters(self) -> bool:
-        """Whether it gathers shards or scatters sums, as for weights and their gradients."""
+        """Whether it counts as moving weights or their gradients: a gather, a scatter, or overlapped."""
         return self.kind in ("all-gather", "reduce-scatter") or self.overlapped
 
     @property
@@ -83,8 +84,8 @@ class Collective:
 def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]:
     """Return the collectives of a step. domains: the host or slice of each device, in mesh order.
 
-    An asynchronous collective counts at its start, one between TPU slices at its send. The fused pieces of a
-    collective that libtpu splits into a chain count once.
+    An asynchronous collective counts at its start instruction, a collective between TPU slices at its send.
+    The fused pieces of a collective that libtpu splits into a chain count once.
     """
     by_key: dict[object, Collective] = {}
     for one, where, times, fused in walk(program):
@@ -137,10 +138,10 @@ def _asynchronous(one: Instruction) -> bool:
 
 
 def _purpose(program: HloProgram, where: str, one: Instruction) -> str:
-    """Classify an all-reduce by its purpose.
+    """Return the purpose of the all-reduce `one` in the computation `where`, as a name of COLLECTIVES.
 
-    It is an all-gather if most bytes of its operands are zero-padded shards, and a reduce-scatter if most of
-    its results are only sliced.
+    It is an all-gather if most bytes of its operands are zero-padded shards, a reduce-scatter if its readers
+    only slice most bytes of its results, otherwise an all-reduce.
     """
     inside = program.computations[where]
     operands = [inside[name] for name in one.operands if name in inside]
@@ -158,7 +159,7 @@ def _purpose(program: HloProgram, where: str, one: Instruction) -> str:
 
 
 def _padded(program: HloProgram, inside: dict[str, Instruction], one: Instruction) -> bool:
-    """Whether an array is a zero-padded shard: a dynamic-update-slice into a constant, also in a fusion."""
+    """Whether `one` makes a zero-padded shard: a dynamic-update-slice into a constant, also in a fusion."""
     given = [inside[name] for name in one.operands if name in inside]
     if one.opcode == "fusion" and called_computations(one):
         inner = program.computations.get(called_computations(one)[0], {})
@@ -183,7 +184,7 @@ def _padded(program: HloProgram, inside: dict[str, Instruction], one: Instructio
 
 
 def _sliced(program: HloProgram, one: Instruction, users: dict[str, list[Instruction]]) -> bool:
-    """Whether every instruction that reads an array reads only a slice of it."""
+    """Whether all instructions that read the result of `one` read only a slice of it. users: from _users."""
     size, readers = sum(x.bytes for x in one.arrays), users.get(one.name, [])
     for user in readers:
         if user.opcode in ("bitcast", "copy", "convert", "reshape"):
@@ -202,7 +203,7 @@ def _sliced(program: HloProgram, one: Instruction, users: dict[str, list[Instruc
 
 
 def _users(inside: dict[str, Instruction]) -> dict[str, list[Instruction]]:
-    """Return the instructions that read each array of a computation, by its name."""
+    """Return, by the name of each instruction of a computation, the instructions that read its result."""
     users: dict[str, list[Instruction]] = {}
     for x in inside.values():
         for name in x.operands:
@@ -224,7 +225,7 @@ def _collective(one: Instruction, kind: str, devices: int) -> Collective:
 
 
 def _results(one: Instruction, kind: str) -> list[Array]:
-    """Return the result arrays of a collective; the type of a `-start` is (operands, results, ...)."""
+    """Return the result arrays of a collective; the type of a `-start` lists its operands before them."""
     if not one.opcode.endswith("-start") or kind == "all-reduce":
         return one.arrays
     parts = _parts(one.type)
@@ -243,8 +244,9 @@ def _parts(text: str) -> list[str]:
 
 
 def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """Parse the devices of each replica group. An empty list means one group of all devices.
+    """Parse the device indices of each replica group from the attributes of a collective.
 
+    devices: how many the program has; an empty list of groups means one group of all.
     XLA has three formats: {{0,1},{2,3}}, [groups,size]<=[a,b]T(1,0), and
     mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}.
     """
@@ -267,7 +269,9 @@ def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]
 
 
 def _order(text: str | None, devices: int) -> np.ndarray:
-    """Return device numbers in order: `[4,2]T(1,0)` is an iota of shape [4, 2], transposed; or a list."""
+    """Parse the order of the devices of a mesh. `[4,2]T(1,0)` is an iota of shape [4, 2], transposed; other
+    texts list the indices; None is 0, 1, 2, ...
+    """
     if not text:
         return np.arange(devices)
     shaped = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
@@ -279,7 +283,11 @@ def _order(text: str | None, devices: int) -> np.ndarray:
 
 
 def _along(mesh: str, order: np.ndarray, axes: str) -> tuple[tuple[int, ...], ...]:
-    """Return the groups along axes of a named mesh; 'x':(2)4 is the sub-axis of size 4 after a major 2."""
+    """Return the device indices of each group along `axes` of a mesh such as 'x'=2,'y'=4.
+
+    order: the devices of the mesh, see _order. In `axes`, 'x':(2)4 is the sub-axis of size 4 that follows a
+    more major sub-axis of size 2.
+    """
     sizes: list[tuple[str, int]] = [(name, int(n)) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh)]
     selected: list[tuple[str, int, int]] = []
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", axes):
@@ -342,7 +350,7 @@ def memory_bytes(program: HloProgram) -> float:
 
 
 def _main(arrays: list[Array]) -> int:
-    """Return the bytes of the arrays that are in main memory."""
+    """Return the bytes of those arrays that are in main memory, by their layout."""
     return sum(x.bytes for x in arrays if not re.search(r"S\([1-9]\)", x.layout))
 
 
@@ -369,7 +377,7 @@ def _fusion_bytes(program: HloProgram, one: Instruction, operands: list[Instruct
 
 
 def _bytes_read(x: Instruction, users: dict[str, list[Instruction]], size: int) -> float:
-    """Return the bytes that a fusion reads of its parameter `x`, which has `size` bytes."""
+    """Return the bytes that a fusion reads of its parameter `x` of `size` bytes. users: from _users."""
     total = 0.0
     for user in users.get(x.name, []):
         if user.opcode in ("dynamic-slice", "slice", "gather"):
@@ -382,7 +390,7 @@ def _bytes_read(x: Instruction, users: dict[str, list[Instruction]], size: int) 
 
 
 def _through(x: Instruction, inner: dict[str, Instruction]) -> Instruction:
-    """Follow bitcasts, reshapes, copies and conversions to the instruction that they read."""
+    """Follow bitcasts, reshapes, copies and conversions from `x` back to the instruction that they read."""
     while x.opcode in ("bitcast", "reshape", "copy", "convert") and x.operands and x.operands[0] in inner:
         x = inner[x.operands[0]]
     return x
@@ -395,7 +403,8 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
     """Return the bytes per device of the arrays that are in memory during every program, by kind.
 
     These are unquantised weights, quantised weights, adapters, the teacher's parameters, optimizer state,
-    auxiliary state such as references, and separate reward models of `run`.
+    auxiliary state such as references, and the reward models of `run` that have a separate base (none if
+    `run` is None).
     """
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     sizes |= {} if p.partition.model.teacher is None else {TEACHER: 0}  # 0 if it is the base
@@ -412,7 +421,9 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
 
 
 def replicated_weights(p: Programs) -> list[str]:
-    """Return a line that lists large weights which are replicated because the mesh does not divide them."""
+    """Return a line that lists the weights of LARGE_WEIGHT elements or more that every device has in full,
+    because the mesh divides none of their axes; [] if there are none.
+    """
     ways = math.prod(dict(p.mesh.shape)[axis] for axis in ("fsdp", "context", "tensor"))
     leaves = tree.paths(tree.combine(p.state.trainable, p.frozen))
     replicated = {
@@ -427,7 +438,7 @@ def replicated_weights(p: Programs) -> list[str]:
 
 
 def device_bytes(arrays: Any) -> int:
-    """Return the bytes per device of arrays with shardings; 4-bit elements take half a byte."""
+    """Return the bytes per device of a pytree of sharded arrays; 4-bit elements take half a byte."""
     leaves = jax.tree.leaves(arrays)
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * hlo.bits(_hlo_dtype(x.dtype)) // 8 for x in leaves
@@ -435,12 +446,13 @@ def device_bytes(arrays: Any) -> int:
 
 
 def _hlo_dtype(dtype: Any) -> str:
-    """Return a dtype in the spelling of hlo.bits; numpy's itemsize of int4 and uint4 is a full byte."""
+    """Return a name for hlo.bits of a dtype's size; numpy's itemsize of int4 and uint4 is a full byte."""
     return "s4" if dtype.name in ("int4", "uint4") else f"u{8 * dtype.itemsize}"
 
 
 def parse_out_of_memory(text: str) -> tuple[int | None, int | None] | None:
-    """Parse (bytes needed, bytes missing) from a compiler's out-of-memory error; None for other errors.
+    """Parse (bytes needed, bytes missing) from a compiler's out-of-memory error, each None if the error lacks
+    it; None for other errors.
 
     libtpu: "Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded hbm capacity by
     8.75G."

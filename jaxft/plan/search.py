@@ -29,7 +29,8 @@ RECOMPUTED = {"none": 0.0, "projections": 0.05, "attention": 0.9, "full": 1.0, "
 class Command:
     """A command line whose settings the search varies.
 
-    load(overrides) -> Run. given: its overrides. knobs: names of the config's knobs.
+    load(overrides) returns the Run. given: the command line's overrides, such as remat=full. knobs: names of
+    the parameters of the recipe's function.
     """
 
     load: Callable[[list[str]], Run]
@@ -46,7 +47,7 @@ class Choice:
     mesh: MeshShape
 
     def overrides(self, command: Command) -> list[str]:
-        """Return the command line's overrides with its microbatches, remat and mesh replaced by these."""
+        """Return the command line's overrides with the microbatches, remat and mesh of this choice."""
         replaced = {"micro", "remat", "data.micro"} | {f"mesh.{f.name}" for f in fields(MeshShape)}
         others = [text for text in command.given if text.partition("=")[0] not in replaced]
         sizes = {f.name: getattr(self.mesh, f.name) for f in fields(MeshShape)}
@@ -65,14 +66,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Trial:
-    """A choice with its plan, or the error that it raises."""
+    """A choice with its plan, or None and the message of the error that it raises (`why`)."""
 
     choice: Choice
     plan: Plan | None
     why: str = ""
 
     def json(self, command: Command) -> dict[str, Any]:
-        """Return the overrides for the command line, and the plan."""
+        """Return the overrides for the command line, the plan and the error as plain values."""
         return {
             "overrides": self.choice.overrides(command),
             "plan": self.plan and self.plan.json(),
@@ -88,11 +89,11 @@ class Trial:
 
 
 def search(command: Command, machine: Machine, most: int, log: Callable[[str], None]) -> list[Trial]:
-    """Plan the most promising choices, and return the trials: fastest first, misfits last.
+    """Plan the most promising choices, and return the trials: fastest first, those that do not fit last.
 
     Choices are compiled in the order of `rough_estimate`, at most `most` of them; those whose estimate is 1.3
     times slower than the best plan are skipped. The batch size never changes, only how it is split. All other
-    programs of the recommended choice are compiled too.
+    programs of the recommended choice are compiled too. log: gets lines of progress.
     """
     run = command.load(command.given)
     ranked = sorted(candidates(run, machine), key=lambda c: rough_estimate(run, machine, c))
@@ -129,9 +130,9 @@ def search(command: Command, machine: Machine, most: int, log: Callable[[str], N
 
 
 def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
-    """Yield every combination of microbatches, remat policy and mesh that divides batch and heads.
+    """Yield every combination of microbatches, remat policy and mesh that divides the batch and the heads.
 
-    A mesh has `tensor` within a host and all axes but `data` within a TPU slice; `context` divides heads.
+    The axis `tensor` stays within a host, and all axes but `data` within a TPU slice.
     """
     batch, config, backward = run.data.batch, run.model.config, run.optim.fused_backward
     hosts, slices = len(set(machine.domains())), _slices(run, machine)
@@ -159,7 +160,9 @@ def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
 
 
 def _slices(run: Run, machine: Machine) -> int:
-    """Return mesh.slices of all candidates: TPU slices or a multiple set by the run; on GPUs the run's."""
+    """Return mesh.slices for all candidates: the run's setting, or if the machine does not allow it the
+    number of its TPU slices; on GPUs 1, or the number of hosts for mesh.slices=-1.
+    """
     domains, slices, count = len(set(machine.domains())), run.mesh.slices, len(machine.devices)
     least = domains if machine.tpu or slices == -1 else 1
     return slices if slices > 0 and slices % least == 0 and count % slices == 0 else least
@@ -173,7 +176,8 @@ def _shards(mesh: MeshShape) -> int:
 def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
     """Estimate a choice without compiling: (excess memory, seconds of a step, bytes per device).
 
-    Excess memory is in quarters of the limit, rounded up; 0 if it fits. Activations are 16-bit floats.
+    Excess memory counts started quarters of a device's memory; 0 if the choice fits. Activations are 16-bit
+    floats.
     """
     chip, c, mesh, micro = machine.chip, run.model.config, choice.mesh, choice.micro
     assert chip is not None
@@ -213,7 +217,7 @@ def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, flo
 
 
 def _gather_seconds(machine: Machine, mesh: MeshShape, size: float) -> float:
-    """Return the seconds to gather `size` bytes along fsdp and context, within or across hosts or slices."""
+    """Return the seconds to gather weights of `size` bytes over the mesh axes fsdp and context."""
     chip, hosts = machine.chip, len(set(machine.domains()))
     assert chip is not None
     span = max(1, hosts // (mesh.slices * mesh.data))  # hosts of one replica
@@ -244,7 +248,7 @@ def trial_summary(t: Trial) -> str:
 
 
 def any_fits(tried: list[Trial]) -> bool:
-    """Whether any trial fits."""
+    """Whether any of the trials, sorted as `search` returns them, fits."""
     return bool(tried) and tried[0].seconds < float("inf")
 
 

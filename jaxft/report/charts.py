@@ -28,9 +28,9 @@ STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with one curve per label. dashed: further curves in the label's colour. level: y of a horizontal
-    reference line. faint: the values that a smoothed curve is made from. log_x: draw x logarithmically from
-    its smallest positive value on, and linearly below it.
+    """Axes with one curve per label, such as a run's name. x, y: labels of the axes. dashed: a second curve
+    of a label, in its colour. level: y of a horizontal reference line. faint: a curve's values before
+    smoothing. log_x: draw x logarithmically from its smallest positive value on, and linearly below it.
     """
 
     title: str
@@ -56,7 +56,7 @@ def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> N
         panel for panel in panels if any(len(x) for x, _ in (*panel.curves.values(), *panel.dashed.values()))
     ]
     if not panels:
-        raise ValueError(f"{path}: no curve to draw; log a metric first")
+        raise ValueError(f"{path}: no curve to draw, since the runs have logged no metric; train them first")
     labels = list(dict.fromkeys(label for panel in panels for label in (*panel.curves, *panel.dashed)))
     wide = min(columns, len(panels))
     high = -(-len(panels) // wide)
@@ -119,7 +119,7 @@ TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 @dataclass(frozen=True)
 class ChartLine:
-    """A metric in a chart. label: which of the chart's quantities it is, "" for the only one."""
+    """A metric in a chart. label: its name among the chart's metrics, "" if it is the only one."""
 
     metric: str
     label: str = ""
@@ -137,9 +137,11 @@ class ChartKind:
 
 @dataclass(frozen=True)
 class RunCurve:
-    """A metric of a run by step, on training or held-out rows; None for a value that was not finite.
+    """A metric of a run by step, on training or held-out rows. label: as in ChartLine. values: None where it
+    was not finite.
 
-    intervals: 95 % interval of each value that is a fraction of a known count, else None; () if all are None.
+    intervals: the 95 % interval of each value, None for a value that is not a fraction of a known number of
+    pairs or prompts; () if all are None.
     """
 
     label: str
@@ -158,7 +160,7 @@ class Chart:
 
 
 def single_chart(title: str, unit: str, metric: str, about: str = "") -> ChartKind:
-    """Return a chart of one metric."""
+    """Return the ChartKind of one metric. unit: label of the y axis. about: how to read the chart."""
     return ChartKind(title, unit, (ChartLine(metric),), about)
 
 
@@ -250,7 +252,10 @@ def loss_unit(known: Set[str]) -> str:
 
 
 def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
-    """Return the charts of losses, rewards and accuracies, for the metrics that the runs have."""
+    """Return the kinds of charts that show learning (losses, rewards, accuracies, KL) for these runs.
+
+    runs: entries of metrics.jsonl by the run's name. Some kinds may have no value in these runs.
+    """
     entries = [entry for own in runs.values() for entry in own]
     known = _metric_names(entries)
     units = {loss_unit(_metric_names(own)) for own in runs.values() if own}
@@ -283,7 +288,7 @@ def _metric_names(entries: Iterable[Entry]) -> Set[str]:
 
 
 def make_charts(runs: Mapping[str, Sequence[Entry]], kinds: Iterable[ChartKind]) -> list[Chart]:
-    """Return the charts that have a value, with the curves of the runs.
+    """Return the charts of these kinds with the curves of the runs, without charts that have no value.
 
     runs: entries of metrics.jsonl by the run's name.
     """
@@ -318,7 +323,9 @@ def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...
 
 
 def _interval(entry: Entry, metric: str) -> Interval | None:
-    """Return the interval of a fraction whose number of pairs or prompts is in the entry, else None."""
+    """Return the interval of a metric that is a fraction of pairs or prompts, whose count the entry has; else
+    None.
+    """
     value, count = entry.get(metric), names.count_of(entry, metric)
     if not isinstance(value, int | float) or count is None or not isinstance(count.number, int | float):
         return None
@@ -326,7 +333,7 @@ def _interval(entry: Entry, metric: str) -> Interval | None:
 
 
 def _values(entry: Entry, metric: str) -> list[float | None]:
-    """Return [value] of a metric in an entry or its timings, [None] if it was not finite, [] without one."""
+    """Return [value] of a metric in a log entry or its `perf`, [None] if not finite, [] if it has none."""
     perf = entry.get("perf")
     source = entry if metric in entry else perf if isinstance(perf, dict) else {}
     value = source.get(metric, "")
@@ -339,14 +346,14 @@ def _values(entry: Entry, metric: str) -> list[float | None]:
 
 
 def smoothing_factor(curve: RunCurve) -> float:
-    """Return the factor f of the exponential moving average that smooths a noisy curve in the report, 0 for
-    none.
+    """Return the factor f of the exponential moving average that smooths a noisy curve in the report; 0 for a
+    curve that is shown as it is.
 
     The noise s is the standard deviation of differences between neighbours over sqrt(2), which a trend hardly
     changes. The average of white noise has the deviation s sqrt((1 - f) / (1 + f)). f is the smallest factor
-    for which this is at most NOISE times the curve's change, but it averages over at most an eighth of the
-    curve. The change is the range of the means of eight parts. Curves of held-out rows are not smoothed:
-    their rows are the same every time.
+    for which this deviation is at most NOISE times the curve's change, but it averages over at most an eighth
+    of the curve. The change: the means of eight parts of the curve, the largest minus the smallest.
+    Curves of held-out rows are not smoothed: their rows are the same every time.
     """
     known = np.array([x for x in curve.values if x is not None and math.isfinite(x)])
     if curve.held_out or len(known) < FEWEST_TO_SMOOTH:
@@ -394,8 +401,8 @@ def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str
 
 
 def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
-    """Return the charts of learning with one curve per run: of held-out rows, with training rows dashed, or
-    of training rows alone if no run holds out rows.
+    """Return the charts of learning, each with a curve per run. The curves are of held-out rows, with those
+    of training rows dashed, or of training rows alone if no run holds out rows.
 
     runs: entries of metrics.jsonl by label.
     """
@@ -431,7 +438,7 @@ def compared_metrics(runs: Mapping[str, Sequence[Entry]]) -> set[str]:
 
 
 def chart_panel(chart: Chart, run: str) -> Panel:
-    """Return a chart of one run as a panel of a picture; a noisy curve is smoothed, with its values faint."""
+    """Return a run's curves of a chart as a panel; a noisy curve is smoothed, with its values faint."""
     curves, faint = {}, {}
     for curve in chart.curves[run]:
         label = ", ".join(part for part in (curve.label, side_label(curve)) if part)
@@ -448,12 +455,12 @@ def _known_points(steps: Sequence[int], values: Sequence[float | None]) -> Point
 
 
 def side_label(curve: RunCurve) -> str:
-    """Return the rows that a curve is evaluated on, as text: HELD_OUT_ROWS or TRAINING."""
+    """Return the text for the rows of a curve: "held-out rows" or "training rows"."""
     return HELD_OUT_ROWS if curve.held_out else TRAINING
 
 
 def pictures_section(folder: Path) -> str:
-    """Draw a run's pictures and return the section of its model card that shows them; "" without any."""
+    """Draw a run's pictures, and return Markdown that shows them in its model card; "" if it has none."""
     files = draw_pictures(folder, read_entries(folder / "metrics.jsonl"), folder.name)
     titles = {"curves.png": "Curves", "training.png": "Learning rate, gradient norm, speed and memory"}
     lines = [f"![{titles[file]}]({file})" for file in files]

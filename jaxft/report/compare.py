@@ -28,8 +28,10 @@ def held_out(name: str) -> str:
 
 
 def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
-    """Return the metrics of a run's first and last evaluation, the latter with the metrics of the last step.
-    A run that was evaluated only before its first step has no last evaluation.
+    """Return (metrics of a run's first evaluation, metrics at its end). entries: lines of metrics.jsonl.
+
+    The metrics at the end are those of the last training step and of the last evaluation. If that was before
+    the first step, they are those of the step alone.
     """
     evaluations: list[Logged] = [{}]
     step: Logged = {}
@@ -48,7 +50,7 @@ def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
 
 
 def _over_start(name: str) -> Column:
-    """Return the column of a metric's value at the end divided by its value at step 0."""
+    """Return the Column for a metric's value at the end divided by its value at step 0."""
 
     def column(before: Logged, after: Logged) -> float | None:
         return after[name] / before[name] if name in after and before.get(name, 0) > 0 else None
@@ -57,7 +59,7 @@ def _over_start(name: str) -> Column:
 
 
 def _last(*choices: str) -> Column:
-    """Return the column of the value at the end of the first of these metrics that the run has."""
+    """Return the Column for the final value of the first metric in `choices` that the run has."""
 
     def column(before: Logged, after: Logged) -> float | None:
         return next((after[name] for name in choices if name in after), None)
@@ -66,7 +68,9 @@ def _last(*choices: str) -> Column:
 
 
 def _gained(name: str, minus: str | None = None) -> Column:
-    """Return the column of the growth since step 0 of a metric, or of its difference to `minus`."""
+    """Return the Column for the growth of a metric since step 0; with `minus`, for the growth of the metric
+    minus the growth of the metric `minus`.
+    """
     needed = [name] if minus is None else [name, minus]
 
     def column(before: Logged, after: Logged) -> float | None:
@@ -79,13 +83,13 @@ def _gained(name: str, minus: str | None = None) -> Column:
 
 
 def _reward_in_deviations(before: Logged, after: Logged) -> float | None:
-    """The growth of the reward over its standard deviation at step 0."""
+    """Return the growth of the held-out reward divided by its standard deviation at step 0."""
     return _growth(before, after, held_out(names.REWARD), held_out(names.REWARD_STD))
 
 
 def _scores_in_deviations(before: Logged, after: Logged) -> float | None:
-    """The growth of a single reward function's scores, before penalties and bounds, over their standard
-    deviation at step 0; None if the scores are the reward.
+    """Return the growth of the mean score, before penalties and bounds, divided by the scores' standard
+    deviation at step 0. None for several reward functions, and if the score is the reward itself.
     """
     prefix, suffix = held_out("rewards/"), "/mean"
     means = [name for name in after if name.startswith(prefix) and name.endswith(suffix)]
@@ -102,17 +106,17 @@ def _growth(before: Logged, after: Logged, name: str, deviation: str) -> float |
 
 
 def score_names(metrics: Logged) -> list[str]:
-    """The names of the mean scores of held-out completions among metrics."""
+    """Return the names of the metrics that are mean scores of held-out completions."""
     return [name for name in metrics if name.startswith(held_out(names.SCORES))]
 
 
 def score_title(name: str) -> str:
-    """The title of a mean score of held-out completions."""
+    """Return the title of a metric that score_names returns, such as "score json_match"."""
     return f"score {name.removeprefix(held_out(names.SCORES))}"
 
 
 def _score(before: Logged, after: Logged) -> float | None:
-    """The mean score of held-out completions by the first function."""
+    """Return the final value of the first metric that score_names returns, None if there is none."""
     return next((after[name] for name in score_names(after)), None)
 
 
@@ -171,8 +175,9 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table with one row per run. titles: columns that at least one run has. rows, starts: values at the
-    end and at step 0, None if a run lacks one. intervals: of values at the end, by title, for each run.
+    """A table with one row per run. titles: of the columns in which at least one run has a value. rows,
+    starts: values at the end and at step 0, None where a run has none. intervals: for each run title -> 95 %
+    interval of the value at the end; () for none.
     """
 
     labels: tuple[str, ...]
@@ -189,8 +194,10 @@ class Table:
         same_loss: bool = True,
         intervals: Sequence[Mapping[str, Interval]] = (),
     ) -> "Table":
-        """Build the table from the metrics at step 0 and at the end. same_loss: the runs have the same loss
-        function.
+        """Build the table from each run's metrics at step 0 (before) and at the end (after).
+
+        same_loss: the runs have the same loss function, so that the losses compare as they are; otherwise the
+        table also has each loss divided by its value at step 0.
         """
         sides = list(zip(before, after, strict=True))
         columns = {title: [column(*side) for side in sides] for title, column in COLUMNS.items()}
@@ -208,7 +215,7 @@ class Table:
         return Table(tuple(labels), tuple(known), rows, first, tuple(intervals))
 
     def cells(self) -> list[list[str]]:
-        """Return the cells as text: `start → value`; accuracies, rewards and scores have an interval."""
+        """Return a row of texts for each run: the value at the end, or `start → end`, with its interval."""
         sides = [
             tuple(dict(zip(self.titles, side, strict=True)) for side in both)
             for both in zip(self.starts, self.rows, strict=True)
@@ -240,7 +247,7 @@ class Table:
         return values
 
     def notes(self) -> list[str]:
-        """Return the explanations of the table's columns, for those that need one."""
+        """Return an explanation for each column that needs one."""
         arrow = ["before → after training"] if any(title in WITH_START for title in self.titles) else []
         return [*arrow, *(NOTES[title] for title in self.titles if title in NOTES)]
 
@@ -261,7 +268,7 @@ def _cell(title: str, start: Mapping[str, float | None], row: Mapping[str, float
 
 
 def text_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table for a terminal or a log."""
+    """Return a table for a terminal or a log. titles: of the columns. labels, cells: of each row."""
     table = RichTable("", box=box.SIMPLE, pad_edge=False)
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
@@ -275,7 +282,7 @@ def text_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Seq
 
 
 def markdown_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
+    """Return a table in Markdown. titles: of the columns. labels, cells: of each row."""
     head = ["| |" + "".join(f" {title} |" for title in titles), "|---" * (1 + len(titles)) + "|"]
     rows = [
         f"| {label} |" + "".join(f" {x} |" for x in row) for label, row in zip(labels, cells, strict=True)
@@ -296,7 +303,10 @@ def short_number(x: float | None) -> str:
 def write(
     folder: Path, name: str, table: Table, curves: Mapping[str, Sequence[Entry]], text: str | None = None
 ) -> None:
-    """Write README.md with the table, or `text` in place of it, and curves.png."""
+    """Write a comparison of runs into `folder`: README.md with the table, and curves.png.
+
+    name: the title. curves: entries of metrics.jsonl by label. text: Markdown in place of the table.
+    """
     draw(folder / "curves.png", comparison_panels(curves), name)
     links = "\n".join(f"- [{label}](<{label}/README.md>)" for label in table.labels)
     picture = "![Curves of all runs](curves.png)"

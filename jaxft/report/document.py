@@ -52,7 +52,9 @@ curves.png and training.png.</p></noscript>
 
 
 class PageSection(NamedTuple):
-    """A section of the page: the text of its link, the file that it shows, and a function that writes it."""
+    """A section of the page: the text of its link, the run's file that it shows, and the function of the runs
+    that returns its HTML.
+    """
 
     link: str
     file: str
@@ -79,7 +81,9 @@ SECTIONS = {
 
 
 def shown_section(name: str, runs: Sequence[RunFiles]) -> str:
-    """Return a section of the page. Raises ValueError that names the file if it is not as jaxft writes it."""
+    """Return the HTML of a section. name: a key of SECTIONS. Raises ValueError that names the run's file if
+    its content is not as jaxft writes it.
+    """
     try:
         return SECTIONS[name].write(runs)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -153,7 +157,7 @@ def script_json(value: Any) -> str:
 
 
 def page_file(name: str) -> str:
-    """Return the text of a file of this folder."""
+    """Return the text of a file in this folder, such as page.css."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
@@ -177,10 +181,9 @@ DARK_COLOURS = (
 
 
 def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
-    """Return the runs' names, palettes, and the charts in groups with their curves.
+    """Return all data that page.js draws: the runs' names, colours, and groups of charts with their curves.
 
-    Curves with more points than the page can hold show the lowest and the highest value of each range of
-    steps.
+    Of a curve with too many points for the page, each range of steps has the lowest and the highest value.
     """
     groups = {
         "Learning": make_charts(runs, learning_kinds(runs)),
@@ -211,7 +214,7 @@ def chart_json(chart: Chart, most: int) -> dict[str, Any]:
 
 
 def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
-    """Return a curve as JSON. run: the number of its run. most: points, see thinned."""
+    """Return a curve as JSON. run: the index of its run. most: about how many points it may have."""
     x, y = thinned(curve.steps, curve.values, most)
     whole = len(x) == len(curve.intervals)
     bars = [[float(f"{end:.4g}") for end in one] if one else None for one in curve.intervals] if whole else []
@@ -230,8 +233,8 @@ def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
 def thinned(
     steps: Sequence[int], values: Sequence[float | None], most: int
 ) -> tuple[list[int], list[float | None]]:
-    """Return the steps and values of about `most` points: of each of equal ranges of points the lowest, the
-    highest and the first that is not finite (None).
+    """Return the steps and values of about `most` points of a curve. It is split into equal parts, of which
+    the lowest point, the highest one and the first that is not finite (None) remain.
     """
     if len(steps) <= most:
         return list(steps), list(values)

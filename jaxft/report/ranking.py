@@ -41,8 +41,8 @@ MOST_DIFFERENCES = 8  # runs that are compared with the best one
 
 @dataclass(frozen=True)
 class RankedRun:
-    """A run in a comparison: metrics at step 0 and at the end, its settings as in config.json ({} if
-    unknown), and values of held-out rows by name.
+    """A run in a comparison. before, after: metrics at step 0 and at the end. settings: as in config.json, {}
+    if unknown. rows: name of a held-out row -> name of a value, such as loss -> value at the end.
     """
 
     label: str
@@ -58,7 +58,9 @@ class RankedRun:
 
 
 class Criterion(NamedTuple):
-    """The metric by which runs are ranked. key: its name in the values of a held-out row."""
+    """The metric by which runs are ranked. greater: whether a greater value is better. key: the metric's name
+    among the values of a held-out row.
+    """
 
     title: str
     metric: str
@@ -67,20 +69,20 @@ class Criterion(NamedTuple):
 
     @property
     def of_prompts(self) -> bool:
-        """Whether the values are of prompts: means over their completions."""
+        """Whether a row is a prompt, whose value is the mean over its completions (rewards and scores)."""
         return self.key == names.REWARD or self.key.startswith(names.SCORES)
 
 
 def read_result(label: str, folder: Path) -> RankedRun:
-    """Read a run's folder, whose metrics.jsonl has an entry."""
+    """Read a run's folder, whose metrics.jsonl must have an entry. label: the run's name in texts."""
     path = folder / "config.json"
     settings = read_saved_json(path) if path.is_file() else {}
     return RankedRun(label, *first_and_last(read_entries(folder / METRICS)), settings, read_held_out(folder))
 
 
 def read_held_out(folder: Path) -> dict[str, dict[str, float]]:
-    """Read row -> name -> value of a run's held-out rows; {} without any. A line that is not as jaxft writes
-    it is left out.
+    """Read the values of a run's held-out rows: name of the row -> name of the value -> value; {} without
+    any. Lines that are not as jaxft writes them are left out.
     """
     path, rows = folder / HELD_OUT_ROWS, {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
@@ -94,8 +96,9 @@ def read_held_out(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def have_same_loss(results: Sequence[RankedRun]) -> bool:
-    """Whether the held-out losses of the runs can be compared: one model, and one loss function with the same
-    knobs, or supervised runs, which are all evaluated by their cross-entropy.
+    """Whether the held-out losses of the runs can be compared: all start from the same base model, and all
+    have the same loss function with the same arguments, or are SFT runs, whose held-out loss is the
+    cross-entropy.
     """
     weights = {str(result.settings.get("weights")) for result in results}
     functions = {_loss_function(result.settings) for result in results}
@@ -110,9 +113,9 @@ def _loss_function(settings: Mapping[str, Any]) -> str:
 
 
 def criterion(results: Sequence[RankedRun]) -> Criterion | None:
-    """Return the metric that ranks the runs: a score, a reward, the loss if it is the same function, or else
-    the accuracy; None if the runs have none in common. A metric with the same value in all runs does not rank
-    them.
+    """Return the metric that ranks the runs: the first of score, reward, loss (if have_same_loss) and
+    accuracy that all runs have and in which they differ. If they differ in none, the last that all have; else
+    None.
     """
     scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
     choices = [Criterion(title, name, True, name.removeprefix(names.HELD_OUT)) for title, name in scores]
@@ -135,15 +138,15 @@ def have_last_evaluation(results: Sequence[RankedRun]) -> list[RankedRun]:
 
 
 def share_held_out(results: Sequence[RankedRun], by: Criterion) -> bool:
-    """Whether `by` is measured on the same held-out rows: any two settings must have runs with equal rows.
-    Seeds of one setting may hold out different rows.
+    """Whether the values of `by` can be compared: any two settings have two runs with the same held-out rows.
+    The seeds of a setting may hold out different rows.
     """
     groups = [{_held_out(run, by) for run in group} for group in repetitions(results).values()]
     return all(not one.isdisjoint(other) for one, other in combinations(groups, 2))
 
 
 def _held_out(run: RankedRun, by: Criterion) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Return the identity of a run's held-out rows: files of the dataset, and names of rows with a value."""
+    """Return what identifies a run's held-out rows: (files of the dataset, names of rows with a value)."""
     data = part_of(run.settings, "data")
     held_out = data.get("held_out")
     dataset = held_out if isinstance(held_out, str) else str(data.get("train"))
@@ -159,8 +162,8 @@ def _is_finite(value: float | None) -> bool:
 
 
 def repetitions(results: Sequence[RankedRun]) -> dict[str, list[RankedRun]]:
-    """Group the runs that differ in nothing but seeds, by the common part of their labels. A run without
-    settings is alone.
+    """Group the runs that differ in nothing but seeds: label of the setting -> its runs. A run without
+    settings is a group of its own.
     """
     groups: dict[str, list[RankedRun]] = {}
     for result in results:
@@ -188,14 +191,14 @@ def _group_label(results: Sequence[RankedRun]) -> str:
 
 
 def table_of(results: Sequence[RankedRun]) -> compare.Table:
-    """Return the table of the runs."""
+    """Return the table that compares the runs at step 0 and at the end."""
     sides = [r.before for r in results], [r.after for r in results]
     intervals = [intervals_of(result) for result in results]
     return compare.Table.of([r.label for r in results], *sides, have_same_loss(results), intervals)
 
 
 def intervals_of(result: RankedRun) -> dict[str, Interval]:
-    """Return the intervals of a run's held-out reward and of its first score over the prompts, by title."""
+    """Return title of a column -> 95 % interval over prompts, for a run's held-out reward and first score."""
     score = next(iter(compare.score_names(result.after)), None)
     keys = {compare.REWARD: names.REWARD, compare.SCORE: (score or "").removeprefix(names.HELD_OUT)}
     values = {title: [row[key] for row in result.rows.values() if key in row] for title, key in keys.items()}
@@ -203,7 +206,7 @@ def intervals_of(result: RankedRun) -> dict[str, Interval]:
 
 
 def texts(results: Sequence[RankedRun], markdown: bool = False) -> list[str]:
-    """Return the summary of several runs: their table, the table of repetitions, and which one is best."""
+    """Return the summary of several runs as texts: their table, means over seeds, and which one is best."""
     table = table_of(results)
     lines = ranking_lines(results)
     if markdown:
@@ -213,7 +216,7 @@ def texts(results: Sequence[RankedRun], markdown: bool = False) -> list[str]:
 
 
 def repetition_table(results: Sequence[RankedRun], markdown: bool = False) -> str:
-    """Return a table of means and standard deviations over repetitions, "" without any repetition."""
+    """Return a table of means and standard deviations over seeds, "" if no setting has several seeds."""
     repeated = repetitions_as_cells(results)
     if repeated is None:
         return ""
@@ -224,8 +227,8 @@ def repetition_table(results: Sequence[RankedRun], markdown: bool = False) -> st
 
 
 def repetitions_as_cells(results: Sequence[RankedRun]) -> tuple[list[str], list[list[str]]] | None:
-    """Return the titles and the rows of repetition_table, each row with its label first; None without any
-    repetition.
+    """Return the (titles, rows) of repetition_table; a row begins with the setting's label. None if no
+    setting has several seeds.
     """
     groups = repetitions(results)
     if all(len(group) == 1 for group in groups.values()):
@@ -252,8 +255,10 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def ranking_lines(results: Sequence[RankedRun]) -> list[str]:
-    """Return sentences: which run or, over seeds, which setting is best, with its interval, and how far the
-    others are behind. Runs with different held-out rows are not ranked.
+    """Return sentences: which setting is best, with its interval, and how far the others are behind.
+
+    A setting is a run, or several that differ only in seeds. Settings with different held-out rows are not
+    ranked, and runs without an evaluation after training are listed as not finished.
     """
     ended = have_last_evaluation(results)
     missing = [
@@ -287,7 +292,7 @@ def _ranking_lines(results: Sequence[RankedRun]) -> list[str]:
 
 
 def best_labels(results: Sequence[RankedRun]) -> set[str]:
-    """Return the label of the best of several runs, or all labels of the best setting over seeds."""
+    """Return the labels of the runs of the best setting; one label if it has one seed. Empty: not ranked."""
     results = have_last_evaluation(results)
     by, groups = criterion(results) if len(results) > 1 else None, repetitions(results)
     if by is None or len(groups) == 1 or not share_held_out(results, by):
@@ -297,8 +302,8 @@ def best_labels(results: Sequence[RankedRun]) -> set[str]:
 
 
 def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
-    """Return lines: the difference in accuracy of each setting to the setting with the label `baseline`; []
-    if a run has no accuracy.
+    """Return a line for each setting: its accuracy minus that of the setting with the label `baseline`. []:
+    a run has no accuracy, or no setting has this label.
     """
     name = next((name for name in ACCURACIES if all(held_out(name) in r.after for r in results)), None)
     groups = repetitions(results)
@@ -313,11 +318,11 @@ def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
 
 
 def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
-    """Return the accuracies of runs at the same KL to the reference: the largest that all of them have
-    reached, interpolated between their evaluations; "" if a run has no KL or accuracy.
+    """Return a sentence with each run's accuracy at the same KL to the reference, interpolated between its
+    evaluations. The KL is the largest that all runs have reached. "": a run has no KL or accuracy.
 
-    curves: entries of metrics.jsonl by label. A run that has moved further is likely to have a higher
-    accuracy, whatever its loss.
+    It compares losses more fairly than the end: a run that is further from the reference is likely to have a
+    higher accuracy, whatever its loss. curves: entries of metrics.jsonl by label.
     """
     points = {label: _accuracy_by_kl(entries) for label, entries in curves.items()}
     if len(points) < 2 or any(len(curve) < 2 for curve in points.values()):
@@ -333,7 +338,7 @@ def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
 
 
 def _accuracy_by_kl(entries: Sequence[Entry]) -> list[tuple[float, float]]:
-    """The evaluations of a run as (KL, accuracy), in the order of the KL; ties have accuracy 1/2."""
+    """Return (KL, accuracy) of each evaluation of a run, sorted. If all pairs are ties, accuracy is 1/2."""
     name, points = held_out(names.ACCURACY), []
     for entry in entries:
         kl, accuracy = entry.get(held_out(names.KL)), entry.get(name)
@@ -349,7 +354,9 @@ def _mean(results: Sequence[RankedRun], by: Criterion) -> float:
 
 
 def value_of_setting(results: Sequence[RankedRun], by: Criterion) -> str:
-    """Return the value of a setting with its interval: over seeds, or over a single run's held-out rows."""
+    """Return the value of a setting as text. The interval is over its seeds, or over the held-out rows of its
+    only run.
+    """
     values = [result.after[by.metric] for result in results]
     if len(values) > 1:
         return _mean_text(values, by)
@@ -376,8 +383,8 @@ def _mean_text(values: Sequence[float], by: Criterion) -> str:
 
 
 def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion) -> str:
-    """Return the difference `other` - `best` of two settings with its interval, and if it may be chance: on
-    the same held-out rows, and over the same seeds if both have several.
+    """Return the difference `other` - `best` of two settings as text, with its interval and a verdict whether
+    it may be chance. It is paired by held-out rows, and by seeds if a setting has several.
     """
     unit = "pairs" if by.title == compare.ACCURACY else "prompts" if by.of_prompts else "rows"
     if max(len(best), len(other)) > 1:
@@ -392,8 +399,9 @@ def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: C
 def _difference_over_seeds(
     best: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion, unit: str
 ) -> str:
-    """Compare two settings with several seeds over their common seeds and rows (statistics.py), or without
-    values of the same rows over the seeds alone.
+    """Return difference_text for settings with several seeds: paired by common seeds and rows
+    (statistics.py), or by seeds alone if they have fewer than two common rows. unit: plural noun for rows,
+    such as "pairs".
     """
     runs = [{result.seed: result for result in group} for group in (best, other)]
     common = [seed for seed in runs[0] if seed in runs[1]]
@@ -415,13 +423,13 @@ def _difference_over_seeds(
 
 
 def _common_rows(runs: Sequence[RankedRun], by: Criterion) -> list[str]:
-    """Return the names of the rows that all runs hold out."""
+    """Return the names of the held-out rows that have a value of `by` in all runs."""
     return [row for row in runs[0].rows if all(by.key in run.rows.get(row, {}) for run in runs)]
 
 
 def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], by: Criterion) -> Paired | None:
-    """Compare two settings on the rows that all of their runs hold out, by the means over the runs; None for
-    fewer than two rows.
+    """Compare two settings on the held-out rows that all of their runs have. A row's value is the mean over
+    the setting's runs. None: fewer than two such rows.
     """
     every, key = [*one, *other], by.key
     common = _common_rows(every, by)

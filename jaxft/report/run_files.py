@@ -1,4 +1,4 @@
-"""The files of a run's folder that its report shows."""
+"""Read the files of a run's folder that its report shows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +15,13 @@ from jaxft.runs.run_texts import Sample
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run as its folder has it; {} and [] for a file that is not there (yet).
+    """The contents of a run's folder; {} and [] for a file that does not exist (yet).
 
-    entries: the lines of metrics.jsonl. is_finished: summary.json is of the last step, not of an earlier end
-    from which the run continues. before, after: samples of held-out prompts. completions: the lines of
-    completions.jsonl. parameters: rows of the parameter table. data: see inspection.data_summary. rows:
-    values of held-out rows by name. seconds: of each phase of a finished run.
+    settings, environment: config.json and env.json. entries: the lines of metrics.jsonl. is_finished:
+    summary.json is of the last step (a run that was extended has one of an earlier step). notes, alarms: the
+    run's messages. before, after: samples for held-out prompts, before and after training. completions: the
+    lines of completions.jsonl. parameters: rows of the parameter table. data: see inspection.data_summary.
+    rows: see ranking.read_held_out. seconds: phase of a finished run -> its time.
     """
 
     name: str
@@ -41,8 +42,8 @@ class RunFiles:
 
 
 def runs_among(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """Split paths into folders of runs and sweeps, and other files and folders, which a pattern such as
-    runs/seeds/* matches too. A single path counts as a run, unchecked.
+    """Return (folders of runs and sweeps, other existing paths), since a pattern such as runs/seeds/* matches
+    both. A single path is not checked, nor are several of which none is a run: they are in the first list.
     """
     if len(paths) < 2:
         return list(paths), []
@@ -75,11 +76,11 @@ def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def sweep_members(folder: Path) -> dict[str, Path]:
-    """Return the folders of a sweep's members by label, {} for a run."""
+    """Return label -> folder of each member of a sweep, {} if the folder is not a sweep's."""
     path = folder / "config.json"
     labels = read_saved_json(path).get("members", []) if path.is_file() else []
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-        raise ValueError(f"{path}: members is not a list of names; restore the file")
+        raise ValueError(f"{path}: members is not a list of names: {str(labels)[:80]}; restore the file")
     if any(Path(label).name != label for label in labels):
         raise ValueError(f"{path}: members has a name that is not of a folder in {folder}; restore the file")
     return {label: folder / label for label in labels}
@@ -114,7 +115,7 @@ def read_run(name: str, folder: Path) -> RunFiles:
 
 
 def _seconds(perf: Any) -> dict[str, float]:
-    """The seconds in a summary's perf, {} for anything else."""
+    """Return phase -> seconds from `perf` of a summary.json, {} if it has another form."""
     phases = perf.get("seconds") if isinstance(perf, dict) else None
     items = phases.items() if isinstance(phases, dict) else ()
     return {name: float(x) for name, x in items if isinstance(x, int | float) and not isinstance(x, bool)}

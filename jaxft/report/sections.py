@@ -1,6 +1,7 @@
 """The sections of a report, each a function of the runs that returns HTML, "" for nothing to show.
 
-The last one is the reliability diagram of decision models: how often choices of each confidence are right.
+The last one is the reliability diagram of models that choose between options (decisions): how often choices
+of each confidence are right.
 """
 
 import html
@@ -56,12 +57,12 @@ def overview_section(runs: Runs) -> str:
 
 
 def result_of(run: RunFiles) -> ranking.RankedRun:
-    """Return a run for the ranking."""
+    """Convert a run to the form that ranking.py compares."""
     return ranking.RankedRun(run.name, *compare.first_and_last(run.entries), run.settings, run.rows)
 
 
 def facts_of_runs(runs: Runs) -> str:
-    """Return the facts of a run. For several runs: the shared facts, then the differences."""
+    """Return a table of run_facts. For several runs: a table of equal facts, then one of the differences."""
     facts = {run.name: run_facts(run) for run in runs}
     if len(runs) == 1:
         return record_table(facts)
@@ -76,7 +77,9 @@ def facts_of_runs(runs: Runs) -> str:
 
 
 def end_table(results: Sequence[ranking.RankedRun]) -> str:
-    """The metrics before and after training with the best run marked, means over seeds, and the ranking."""
+    """Tables of the metrics before and after training (the best run is marked) and of means over seeds; the
+    ranking as sentences.
+    """
     table = ranking.table_of(results)
     if not table.titles:
         return ""
@@ -109,7 +112,9 @@ def end_table(results: Sequence[ranking.RankedRun]) -> str:
 
 
 def _number(metrics: Mapping[str, float], name: str) -> str:
-    """A metric as text; an accuracy, and a mean of rewards 0 and 1, has its interval and its count."""
+    """Return a metric as text, "-" if it is missing. A fraction has its interval and its count of pairs or
+    prompts.
+    """
     value, count = metrics.get(name), metric_names.count_of(metrics, name)
     if value is None:
         return compare.TIES if count else "-"
@@ -120,7 +125,7 @@ def _number(metrics: Mapping[str, float], name: str) -> str:
 
 
 def run_facts(run: RunFiles) -> dict[str, Any]:
-    """Return the facts about a run that a reader looks for first."""
+    """Return name -> value of the main facts about a run: model, loss, data, batch, learning rate, time."""
     settings, last = run.settings, run.entries[-1]["step"]
     data, optim = (part_of(settings, name) for name in ("data", "optim"))
     loss = part_of(settings, "objective")
@@ -167,7 +172,7 @@ def effort(run: RunFiles) -> dict[str, Any]:
 
 
 def alarms_section(runs: Runs) -> str:
-    """The alarms, each once with the runs that raised it."""
+    """The alarms, such as a loss that is not finite, each once with the runs that raised it."""
     alarms = joint_alarms({run.name: run.alarms for run in runs})
     items = []
     for text, names in alarms:
@@ -201,7 +206,7 @@ def settings_section(runs: Runs) -> str:
 
 
 def plain_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without the command and the run's name; functions as their name and arguments."""
+    """Return settings for display, without the command and the run's name. See plain_value for functions."""
     return {name: plain_value(value) for name, value in record.items() if name not in ("command", "name")}
 
 
@@ -237,7 +242,7 @@ def samples_section(runs: Runs) -> str:
 
 
 def rewards_section(runs: Runs) -> str:
-    """Sampled completions of the first and last rollout and some between, with their rewards."""
+    """Completions sampled in training, of the first, the last and some rollouts in between, with rewards."""
     sampled = [run for run in runs if run.completions]
     if not sampled:
         return ""
@@ -251,7 +256,10 @@ def rewards_section(runs: Runs) -> str:
 
 
 def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
-    """Return a table of the first `each` completions of up to COMPLETION_STEPS steps."""
+    """Return a table of completions: the first `each` ones of each of COMPLETION_STEPS steps.
+
+    entries: lines of completions.jsonl. The steps are spread evenly over the run.
+    """
     steps = list(dict.fromkeys(entry["step"] for entry in entries))
     count = min(COMPLETION_STEPS, len(steps))
     chosen = [steps[round(number * (len(steps) - 1) / max(1, count - 1))] for number in range(count)]
@@ -272,7 +280,10 @@ def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
 
 
 def turns_html(turns: Any) -> str:
-    """Return an episode turn by turn after its prompt, in colours of who wrote it; "" without turns."""
+    """Return the turns of an episode after its prompt, coloured by who wrote them; "" without turns.
+
+    turns: chat messages, from the first one of the prompt.
+    """
     messages = [turn for turn in turns or () if isinstance(turn, dict)]
     begins = [number for number, turn in enumerate(messages) if turn.get("role") == "assistant"]
     shown = []
@@ -289,7 +300,7 @@ def turns_html(turns: Any) -> str:
 
 
 def last_message(prompt: Any) -> str:
-    """Return a prompt's text, or the last message of a conversation."""
+    """Return a prompt that is a string as it is; of a list of messages, the text of the last one."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         return str(prompt[-1].get("content", ""))
     return str(prompt)
@@ -364,7 +375,7 @@ def data_of_runs(data: Mapping[str, Any]) -> str:
 
 
 def example_view(example: Mapping[str, Any]) -> str:
-    """Return an example of a batch token by token; the responses of a pair are side by side."""
+    """Return an example of the first batch token by token; the responses of a pair are side by side."""
     views = []
     for part in example.get("parts") or []:
         label = f"<h4>{escaped(part.get('label'))}</h4>" if part.get("label") else ""
@@ -423,7 +434,9 @@ def parameter_count(row: Mapping[str, Any]) -> int:
 
 
 def environment_section(runs: Runs) -> str:
-    """Versions, flags and devices of the last start, with differences marked, and all starts."""
+    """Versions, flags and devices of each run's last start, with differences between runs marked, and a list
+    of all starts.
+    """
     known = {run.name: run.environment for run in runs if run.environment}
     if not known:
         return ""
@@ -443,7 +456,7 @@ def environment_section(runs: Runs) -> str:
 
 
 def grouped(named: Iterable[tuple[str, Any]]) -> list[tuple[list[str], Any]]:
-    """Group names by equal values, as [(names, value), ...] without empty values."""
+    """Return [(names, value), ...]: names with equal values are together, names with empty ones left out."""
     groups: dict[str, tuple[list[str], Any]] = {}
     for name, value in named:
         if value:
@@ -455,7 +468,7 @@ SIZE, MARGIN = 240, 34  # pixels of the diagram, and of the space for its labels
 
 
 class Bin(NamedTuple):
-    """A bin of held-out decisions by confidence: their number, mean confidence and accuracy."""
+    """Held-out decisions whose confidence is in one range: how many, their mean confidence and accuracy."""
 
     decisions: int
     confidence: float
@@ -463,7 +476,10 @@ class Bin(NamedTuple):
 
 
 def bins_of(rows: Mapping[str, Mapping[str, float]]) -> list[Bin | None]:
-    """Return the bins of CalibrationError from the values of held-out rows, None for one without rows."""
+    """Sort held-out decisions into CALIBRATION_BINS equal ranges of confidence; None: a range without any.
+
+    rows: name of a held-out row -> name of a value -> value.
+    """
     values = [(x[CONFIDENCE], x[CORRECT]) for x in rows.values() if CONFIDENCE in x and CORRECT in x]
     confidence, correct = jnp.asarray(values, jnp.float32).reshape(-1, 2).T
     sums = np.asarray(CalibrationError.of(confidence, correct, confidence >= 0).sums)
@@ -471,7 +487,7 @@ def bins_of(rows: Mapping[str, Mapping[str, float]]) -> list[Bin | None]:
 
 
 def reliability_section(runs: Sequence[RunFiles]) -> str:
-    """Return the diagram of each run with decisions after its last step, "" without any."""
+    """Return a reliability diagram for each run that has held-out decisions, "" if none has."""
     parts = []
     for run in runs:
         bins = bins_of(run.rows)
@@ -500,7 +516,7 @@ def reliability_section(runs: Sequence[RunFiles]) -> str:
 
 
 def diagram(bins: Sequence[Bin | None]) -> str:
-    """Return the diagram as an SVG picture."""
+    """Return a reliability diagram as an SVG picture: a bar for each bin, as high as its accuracy."""
     most, width = max(b.decisions for b in bins if b), SIZE / len(bins)
     bars = "".join(
         f'<rect x="{MARGIN + number * width + 1:.1f}" y="{SIZE * (1 - b.accuracy):.1f}" '
@@ -532,7 +548,7 @@ TEXT_CHARACTERS = 3000  # of a sample, a completion or a setting
 
 
 def escaped(text: object, most: int = TEXT_CHARACTERS) -> str:
-    """Return text for HTML: printable, escaped, and truncated to `most` characters."""
+    """Return text for HTML: <, > and & escaped, control characters shown, truncated to `most` characters."""
     shown = printable_message(str(text))
     more = f" [... {len(shown) - most:,} more characters]" if len(shown) > most else ""
     return html.escape(shown[:most]) + more
@@ -553,7 +569,7 @@ def number_text(value: object) -> str:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: bool = False) -> str:
-    """Return a table of cells that are HTML already. numeric: all columns but the first are numbers."""
+    """Return an HTML table. head, rows: cells, as HTML. numeric: all columns but the first are numbers."""
     kind = ' class="numbers"' if numeric else ""
     titles = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     lines = [
@@ -573,7 +589,7 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: bool
 
 
 def folded(title: str, content: str, is_open: bool = False) -> str:
-    """Return a details element: content that a click on its title shows."""
+    """Return an HTML details element: a title, and content that is shown after a click on it."""
     return f"<details{' open' if is_open else ''}><summary>{title}</summary>\n{content}\n</details>"
 
 
@@ -583,7 +599,7 @@ def section(anchor: str, title: str, content: str) -> str:
 
 
 def flat_values(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    """Return the values of nested dicts by their dotted path."""
+    """Flatten nested dicts: {"optim": {"lr": 1}} becomes {"optim.lr": 1}. path: a prefix for the names."""
     flat: dict[str, Any] = {}
     for name, value in record.items():
         inner = f"{path}.{name}" if path else str(name)
@@ -595,10 +611,10 @@ def flat_values(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def record_table(records: Mapping[str, Mapping[str, Any]], only_differences: bool = False) -> str:
-    """Return the dotted values of records side by side, or below each other if they are more than
-    MOST_COLUMNS; differing values are marked. "" for no value.
+    """Return a table with a column for each record, or a row if they are more than MOST_COLUMNS. Values that
+    differ between records are marked. "" if there is no value to show.
 
-    records: by their title. only_differences: leave out values that all records have alike.
+    records: title -> nested values. only_differences: leave out values that are equal in all records.
     """
     flat = {title: flat_values(record) for title, record in records.items()}
     rows = []
@@ -628,9 +644,9 @@ def value_text(value: Any) -> str:
 
 
 def token_view(pieces: Sequence[Sequence[Any]], more: int = 0) -> str:
-    """Return tokens; tokens with a loss have a coloured ground, deeper for a larger weight.
+    """Return tokens as HTML; tokens with a loss have a coloured background, deeper for a larger weight.
 
-    pieces: (text, weight) of each token. more: number of tokens that are not shown.
+    pieces: (text, loss weight) of each token. more: how many further tokens are not in `pieces`.
     """
     known = [(str(text), float(weight)) for text, weight in pieces]
     top = max((weight for _, weight in known), default=0.0) or 1.0

@@ -1,10 +1,10 @@
 """Paired comparisons of two settings over held-out prompts and training seeds.
 
 Two losses that are trained with the same seeds and evaluated on the same prompts differ by
-d[s, p] = other[s, p] - one[s, p]. The mean of d is what a study reports. Its error has three parts, which
-are estimated apart: the seeds, the prompts, and what is left of each pair of them (the crossed two-way model
-with random effects). Adding prompts lowers only the second and the third part, adding seeds only the first
-and the third, so that a study also says what a larger one would need.
+d[s, p] = other[s, p] - one[s, p]. A study reports the mean of d. Its error has three parts, which are
+estimated separately: the seeds s, the prompts p, and the rest, which differs between all pairs (s, p) (the
+crossed two-way model with random effects). More prompts lower only the second and the third part, more seeds
+only the first and the third. From this a study also computes how many of them would be needed.
 """
 
 import math
@@ -31,7 +31,7 @@ def _special() -> Any:
 
 
 class Components(NamedTuple):
-    """Variances of d[s, p] = mean + seed s + prompt p + rest: of the seeds, the prompts, and the rest."""
+    """The variances of the three random terms in d[s, p] = mean + seed[s] + prompt[p] + rest[s, p]."""
 
     seeds: float
     prompts: float
@@ -43,7 +43,9 @@ class Components(NamedTuple):
 
 
 class Adjusted(NamedTuple):
-    """The p-values of a comparison among several, see holm: of no difference, and of no equivalence."""
+    """p-values of one of several comparisons, adjusted by holm. difference: of the hypothesis that the
+    settings are equal. equivalence: of the hypothesis that they differ by more than a margin.
+    """
 
     difference: float
     equivalence: float = 1.0
@@ -53,13 +55,13 @@ class Adjusted(NamedTuple):
 class Difference:
     """The mean paired difference of two settings.
 
-    mean: of the second setting minus the first. error: its standard error, with `freedom` degrees of freedom
-    (Satterthwaite). p: two-sided, of no difference, and not less than the least p of a sign test over the
-    prompts, so that five prompts never show a difference. interval: at 95 %, by Student's
-    distribution. bootstrap: at 95 %, by resampling seeds and prompts. effect: Cohen's d of the prompts,
-    the mean over the standard deviation of the prompts' differences. wins: fraction of prompts on which the
-    second setting is better; a tie counts 1/2. unpaired_error: the standard error that other seeds and other
-    prompts for each setting would have.
+    seeds, prompts: how many. mean: of the second setting minus the first. error: its standard error, with
+    `freedom` degrees of freedom (Satterthwaite). p: two-sided, of the hypothesis of no difference, but at
+    least the smallest p of a sign test over the prompts, so that five prompts never show a difference.
+    interval: at 95 %, by Student's distribution. bootstrap: at 95 %, by resampling seeds and prompts. effect:
+    Cohen's d, the mean over the standard deviation of the prompts' differences. wins: fraction of prompts on
+    which the second setting's value is larger; a tie counts 1/2. unpaired_error: the standard error if each
+    setting had its own seeds and prompts.
     """
 
     seeds: int
@@ -76,14 +78,16 @@ class Difference:
     components: Components
 
     def different(self, p: float | None = None) -> bool:
-        """Whether both the test and the bootstrap exclude 0. p: adjusted for several comparisons."""
+        """Whether the test and the bootstrap both exclude 0. p: adjusted by holm, in place of self.p."""
         return (self.p if p is None else p) < 1 - LEVEL and not self.bootstrap.has(0)
 
     def verdict(
         self, adjusted: Adjusted | None = None, margin: float | None = None, unit: str = "prompts"
     ) -> str:
-        """Return the result in words. adjusted: p-values for several comparisons. margin: the largest
-        difference that does not matter. unit: plural noun for the values, such as "prompts".
+        """Return "different", "equivalent within ...", or "not distinguishable" and how much data it needs.
+
+        adjusted: p-values for one of several comparisons. margin: the largest difference that does not
+        matter; None: equivalence is not tested. unit: plural noun for prompts, such as "pairs".
         """
         if adjusted is None:
             adjusted = Adjusted(self.p, 1.0 if margin is None else equivalence(self, margin))
@@ -101,12 +105,11 @@ def paired_difference(
     weights: Float[np.ndarray, " P"] | None = None,
     key: int = 0,
 ) -> Difference:
-    """Compare two settings by their values of the same seeds and prompts.
+    """Compare two settings by their values for the same seeds S and prompts P.
 
-    A prompt with a NaN is left out. With a single seed the result is about this seed alone. weights: of the
-    prompts in a weighted mean m, which is linearised: w (d - m) / mean(w) + m takes the place of d (Cochran
-    1977, Sampling Techniques, 6.3). key: of the bootstrap's random numbers. Raises ValueError for fewer than
-    two prompts.
+    A prompt with a NaN is left out. With a single seed the result is about this seed alone. weights: of each
+    prompt in the mean. A weighted mean m is linearised: w (d - m) / mean(w) + m takes the place of d (Cochran
+    1977, Sampling Techniques, 6.3). key: seed of the bootstrap. Raises ValueError for fewer than two prompts.
 
     >>> same = paired_difference(np.zeros((3, 10)), np.zeros((3, 10)))
     >>> same.mean, same.p
@@ -143,19 +146,17 @@ def paired_difference(
 
 
 def _linearised(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Return values whose plain mean and standard error equal those of the weighted mean. The weights have
-    mean 1.
-    """
+    """Return values whose plain mean and standard error are those of x weighted by w. w must have mean 1."""
     mean = (w * x).mean()
     return mean + w * (x - mean)
 
 
 def components(d: Float[np.ndarray, "S P"]) -> Components:
-    """Estimate the variances by the mean squares of a two-way table; a negative estimate is 0.
+    """Estimate the variances s, p and r of seeds, prompts and the rest from a two-way table d.
 
-    With MS_s, MS_p and MS_r the mean squares of seeds, prompts and the rest, their expectations are
-    r + P s, r + S p and r (Searle, Casella & McCulloch 1992, Variance Components, 4.4). One seed has no
-    variance of seeds, and its rest counts as prompts.
+    The mean squares of seeds, prompts and the rest have the expectations r + P s, r + S p and r (Searle,
+    Casella & McCulloch 1992, Variance Components, 4.4). A negative estimate becomes 0. With one seed, s and r
+    are 0, and p contains the rest.
     """
     by_seed, by_prompt, rest = _mean_squares(d)
     seeds, prompts = d.shape
@@ -167,7 +168,7 @@ def components(d: Float[np.ndarray, "S P"]) -> Components:
 
 
 def _mean_squares(d: np.ndarray) -> tuple[float, float, float]:
-    """Mean squares of the seeds, the prompts and the rest."""
+    """Return the mean squares (MS_s, MS_p, MS_r) of seeds, prompts and the rest of a two-way table."""
     seeds, prompts = d.shape
     mean, by_seed, by_prompt = d.mean(), d.mean(1), d.mean(0)
     rest = d - by_seed[:, None] - by_prompt[None] + mean
@@ -178,15 +179,15 @@ def _mean_squares(d: np.ndarray) -> tuple[float, float, float]:
 
 
 def _error(d: np.ndarray) -> tuple[float, float]:
-    """The standard error of the mean, and its degrees of freedom."""
+    """Return (standard error of the mean of d, its degrees of freedom)."""
     return _error_of(_mean_squares(d), *d.shape)
 
 
 def _error_of(mean_squares: tuple[float, float, float], seeds: int, prompts: int) -> tuple[float, float]:
-    """The standard error of the mean that follows from the mean squares, and its degrees of freedom.
+    """Return (standard error of the mean, its degrees of freedom) from _mean_squares.
 
-    The variance (MS_s + MS_p - MS_r) / SP is not less than that of the larger of seeds and prompts alone,
-    so that the error is never estimated too small where the estimates of the parts are negative.
+    The variance of the mean is (MS_s + MS_p - MS_r) / SP, but at least max(MS_s, MS_p) / SP: otherwise a
+    negative estimate of a part would make the error too small.
     """
     by_seed, by_prompt, rest = mean_squares
     if seeds == 1:
@@ -206,11 +207,11 @@ def _two_sided(mean: float, error: float, freedom: float) -> float:
 
 
 def bootstrap(d: Float[np.ndarray, "S P"], key: int = 0, resamples: int = RESAMPLES) -> Interval:
-    """Return the 95 % interval of the mean of d by resampling seeds and prompts, both with replacement.
+    """Return the 95 % percentile interval of the mean of d, resampling seeds and prompts with replacement.
 
-    Resampling both factors never understates the variance (Owen 2007, The pigeonhole bootstrap, Annals of
-    Applied Statistics 1, 386-411), apart from the factor (n - 1) / n of n seeds or prompts, for which the
-    deviations of their means are widened. The interval lies between percentiles. One seed is not resampled.
+    Resampling both never understates the variance (Owen 2007, The pigeonhole bootstrap, Annals of Applied
+    Statistics 1, 386-411), apart from a factor (n - 1) / n for n seeds or prompts. To undo this factor, the
+    deviations of the seeds' and the prompts' means are multiplied by sqrt(n / (n - 1)). key: random seed.
     """
     seeds, prompts = d.shape
     mean, by_seed, by_prompt = d.mean(), d.mean(1, keepdims=True), d.mean(0, keepdims=True)
@@ -225,14 +226,16 @@ def bootstrap(d: Float[np.ndarray, "S P"], key: int = 0, resamples: int = RESAMP
 
 
 def _resampled(random: np.random.Generator, resamples: int, count: int) -> np.ndarray:
-    """How often each of `count` units is in each resample, over count: [resamples, count]."""
+    """Draw `resamples` times `count` of `count` units, with replacement. Return [resamples, count]: how often
+    each unit is drawn, divided by `count`.
+    """
     picked = random.integers(count, size=(resamples, count)) + count * np.arange(resamples)[:, None]
     return np.bincount(picked.ravel(), minlength=resamples * count).reshape(resamples, count) / count
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for several comparisons, so that with probability 95 % none below 0.05 is
-    wrong (Holm 1979, Scandinavian Journal of Statistics 6, 65-70).
+    """Return p-values adjusted for several comparisons: with probability 95 %, no true hypothesis has one
+    below 0.05 (Holm 1979, Scandinavian Journal of Statistics 6, 65-70).
 
     >>> [round(x, 6) for x in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -245,10 +248,11 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def equivalence(d: Difference, margin: float) -> float:
-    """Return the p-value that the true difference is outside of [-margin, margin].
+    """Return the p-value of the hypothesis that the true difference is outside of [-margin, margin].
 
-    It is the larger one of two one-sided tests (Schuirmann 1987, TOST). Without any spread it is the chance
-    that n prompts are all alike although a fraction `margin` of all prompts differs by 1, (1 - margin)^n.
+    It is the larger p of two one-sided tests (Schuirmann 1987, TOST). If all differences are equal, there is
+    no standard error; then p is (1 - margin)^n, the probability that none of n prompts differs although a
+    fraction `margin` of all prompts differs by 1. Raises ValueError for a margin of 0 or less.
     """
     if margin <= 0:
         raise ValueError(f"the margin of an equivalence test must be above 0, got {margin}")
@@ -258,7 +262,9 @@ def equivalence(d: Difference, margin: float) -> float:
 
 
 def power(gap: float, error: float, freedom: float, level: float = 1 - LEVEL) -> float:
-    """Return the probability that a true difference of `gap` is found by the two-sided test at `level`.
+    """Return the probability that a two-sided t test at `level` finds a true difference of `gap`.
+
+    error: the standard error of the estimated difference, with `freedom` degrees of freedom.
 
     >>> round(power(1.0, 1.0, 1000), 3)
     0.17
@@ -273,8 +279,10 @@ def power(gap: float, error: float, freedom: float, level: float = 1 - LEVEL) ->
 def needed(
     parts: Components, gap: float, seeds: int, prompts: int, level: float = 1 - LEVEL
 ) -> tuple[int | None, int | None]:
-    """Return how many prompts, with these seeds, and how many seeds, with these prompts, a study needs; more
-    than it has. None: no feasible number suffices.
+    """Return (prompts, seeds) that would suffice to find a true difference of `gap` with probability 80 %.
+
+    seeds, prompts: how many there are now; only one of them grows. None: no number below UNFEASIBLE suffices.
+    level: of the test.
     """
     finds = partial(_finds, parts, gap, level)
     if gap == 0:
@@ -283,9 +291,7 @@ def needed(
 
 
 def _finds(parts: Components, gap: float, level: float, seeds: int, prompts: int) -> bool:
-    """Whether a study finds a true difference of `gap` at `level` with probability 80 %, by Student's
-    distribution with its degrees of freedom.
-    """
+    """Whether a t test at `level` finds a true difference of `gap` with probability 80 % or more."""
     squares = (parts.rest + prompts * parts.seeds, parts.rest + seeds * parts.prompts, parts.rest)
     error, freedom = _error_of(squares, seeds, prompts)
     if 2.0 ** (1 - prompts) >= level:  # the least p that there is
@@ -294,7 +300,7 @@ def _finds(parts: Components, gap: float, level: float, seeds: int, prompts: int
 
 
 def _least(suffices: Callable[[int], bool], known: int) -> int | None:
-    """The least number above `known` that suffices, None if no feasible one does."""
+    """Return the least number above `known` that suffices, None if none up to UNFEASIBLE does."""
     low, high = known, UNFEASIBLE
     if not suffices(high):
         return None
@@ -307,9 +313,10 @@ def _least(suffices: Callable[[int], bool], known: int) -> int | None:
 def needed_text(
     d: Difference, margin: float | None = None, unit: str = "prompts", level: float = 1 - LEVEL
 ) -> str:
-    """Return how many more prompts or seeds would be needed to find the difference at a level.
+    """Return a sentence: how many more prompts or seeds a test at `level` would need to find the difference.
 
-    It is taken as estimated, or as `margin` where that is larger.
+    The true difference is assumed to be the estimated one, or `margin` if that is larger. unit: plural noun
+    for prompts.
     """
     if d.error == 0 and d.mean == 0:
         return _needed_of_none(d, margin, unit)
@@ -335,7 +342,7 @@ def needed_text(
 
 
 def _needed_of_none(d: Difference, margin: float | None, unit: str) -> str:
-    """How many more prompts would show equivalence where no prompt differs."""
+    """Return needed_text for settings that are equal on all prompts: how many more would show equivalence."""
     if margin is None:
         return f"no {unit} differ, and no feasible number of {unit} or seeds would find a difference of 0"
     more = math.ceil(math.log(1 - LEVEL) / math.log1p(-min(margin, 0.999))) - d.prompts

@@ -400,7 +400,7 @@ class _Rollout:
     # ---- on all processes
 
     def _apply(self, decision: _Decision) -> None:
-        """Execute a decision."""
+        """Extend, start, score or end an episode as decided, the same on every process."""
         episode = self.episodes[decision.number]
         episode.messages += tuple(decision.messages)
         episode.faults += [Fault(*fault) for fault in decision.faults]

@@ -216,7 +216,7 @@ def _with_interval(name: str, metrics: dict[str, float]) -> str:
 
 
 def _rates(perf: dict[str, float]) -> list[str]:
-    """Return speed and memory as texts, and the times of evaluation and sampling from a second on."""
+    """Return speed and memory as texts, also the times of evaluation and sampling that exceed a second."""
     times = (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS)
     shown = {name: x for name, x in perf.items() if name not in HIDDEN and not (name in times and x < 1)}
     return [format_metric(name, value) for name, value in shown.items()]

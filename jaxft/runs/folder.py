@@ -194,7 +194,7 @@ def finished_steps(folder: Path) -> int:
 
 
 def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
-    """Return a number about the early end of a finished run from its summary, None without such an end.
+    """Return why a finished run ended early, from its summary; None if it did not end in the way `by`.
 
     by: "patience" returns the loop.patience that ended the run; "planned" returns the number of steps that
     were planned for a run that a callback ended.

@@ -102,7 +102,10 @@ def outlive_console() -> None:
 
 
 def _text_file(raw: io.FileIO, like: TextIO | None) -> TextIO:
-    """A text file on `raw` with the encoding of `like`, escaping other characters; stderr is not buffered."""
+    """Open `raw` as a text file with the encoding of `like`, or UTF-8 without one; stderr is not buffered.
+
+    Characters that the encoding lacks are written as backslash escapes.
+    """
     is_error = raw.fileno() == 2
     encoding = like.encoding if like is not None else "utf-8"
     buffered = io.BufferedWriter(raw)

@@ -84,7 +84,7 @@ class Error(Exception):
 
 @contextlib.contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """Raise a user's error in the body as Error, with the line that a command prints; others as they are."""
+    """Convert a user's error in the body to Error, with the line that a command prints; leave others."""
     try:
         yield
     except Exception as error:

@@ -1,10 +1,9 @@
 """Checks at the start and the end of a run: its losses and its steps must be finite.
 
-A run whose loss or logits are not finite before the first step stops there. One that ends with non-finite
-steps, with a non-finite loss after the last step (of held-out rows, without any of the rows of that step),
-with completions whose logits are not finite, or with fewer than half of its steps done is not finished: it
-raises an alarm, writes no weights, and its process exits with code 1. Of a sweep, the other members are
-finished as usual.
+A run whose loss or logits are not finite before the first step stops there. A run is not finished if it ends
+with non-finite steps, a non-finite loss after the last step (on held-out rows or, if there are none, on that
+step's rows), completions whose logits are not finite, or fewer than half of its steps done: it raises an
+alarm, writes no weights, and its process exits with code 1. A sweep's other members finish as usual.
 """
 
 import math
@@ -160,9 +159,9 @@ def end_if_due(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: M
 
 
 def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[str]]:
-    """Return for each member a problem with the loss of the last step's batch after that step, [] for none.
+    """Return for each member its problem if the last batch's loss is not finite after the last step, else [].
 
-    It is the only forward pass with the last update in a run without held-out rows.
+    This loss is the only forward pass with the last update in a run without held-out rows.
     """
     return [
         [

@@ -37,13 +37,14 @@ def init_all_but_base(
     ref: str | None = None,
     scorers: Mapping[str, HeadSettings] | None = None,
 ) -> dict[str, Params]:
-    """Initialise or load all parameters outside the base of a model over the whole tree, except the initial
-    adapter, which weights.lora_start computes, and the teacher's.
+    """Initialise adapters and heads, or load them from their start folders; return them by name in the tree
+    of model.specs, such as "adapter", "score" or a critic's name.
 
-    policy: settings of the policy's adapter and head. Without policy.start, the head is loaded from the files
-    of `ref`, the base, if they contain one. scorers: settings by name of critics and reward models on the
-    same base. Raises ValueError if the adapter in a start folder has other settings, and for a frozen reward
-    model without a head.
+    model: its specs are the tree {"base", "adapter", ...heads} of all parameters. The base, the teacher and
+    the initial adapter (edit/lora_start.py) are not in the result. policy: settings of the policy's adapter
+    and head. Without policy.start, the head is loaded from the files of `ref`, the base, if they contain one.
+    scorers: settings by name of critics and reward models on the same base. Raises ValueError if the adapter
+    in a start folder has other settings, and for a frozen reward model without a head.
     """
     scorers, key = scorers or {}, jax.random.key(seed)
     others = {"base", INITIAL_ADAPTER, TEACHER, *scorers}
@@ -61,10 +62,10 @@ def init_all_but_base(
 def check_starts(
     model: Model, policy: HeadSettings, ref: str, scorers: Mapping[str, HeadSettings] | None = None
 ) -> None:
-    """Raise ValueError or FileNotFoundError as init_all_but_base does, for folders that cannot be read or
-    have other settings, before anything is placed on devices.
+    """Check the start folders of the policy and of the scorers, without loading anything onto devices.
 
-    model: over the whole tree. policy, ref, scorers: as in init_all_but_base.
+    All arguments are as in init_all_but_base. Raises FileNotFoundError for a missing folder, ValueError for
+    one that cannot be read or whose adapter has other settings than the run's.
     """
     parts = {name: specs for name, specs in model.specs.items() if name in ("adapter", "score")}
     for settings, specs in [
@@ -87,8 +88,11 @@ def _init_parts(
     settings: HeadSettings,
     ref: str | None = None,
 ) -> dict[str, Params]:
-    """Load or initialise the parameters of one model: an adapter, a head, or both; or a full base and a head
-    if settings.weights names a classifier. Parameters that no folder contains are initialised.
+    """Return the parameters in `specs` of the policy or of one scorer, loaded from settings.start or
+    settings.weights; those that no folder contains are initialised.
+
+    specs: by name, an adapter, a head or both; or a full base and a head if settings.weights is set. key:
+    random key of the initialisation. ref: the base, whose files may have a head.
     """
     dtype = np.promote_types(model.dtype, np.float32)
     loaded: dict[str, Params] = {}
@@ -105,7 +109,9 @@ def _init_parts(
     if not settings.trained and "score" not in loaded:
         source = settings.start or settings.weights
         if source is None:
-            raise ValueError("a frozen scorer needs the folder of a reward model; set its start")
+            raise ValueError(
+                "a frozen scorer needs the folder of a reward model; set `start` of its HeadSettings"
+            )
         raise ValueError(
             f"{source} is not a reward model: it has no scalar head; give the folder of a run of "
             "configs/reward.py, or a sequence classifier with one label"
@@ -207,7 +213,9 @@ def _check_start(
 
 
 def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) -> dict[str, Params]:
-    """Load a scorer's full base onto the mesh, and its head, if the files contain one, on the host."""
+    """Load the classifier `ref`: return its base on the mesh, and "score", its head on the host, if the files
+    contain one. specs: {"base", "score"}, for the base's shardings.
+    """
     dtype = np.promote_types(model.dtype, np.float32)
     files = pretrained.open_files(ref)
     in_both = {**specs["base"], **({"score": specs["score"]} if SCORE.template in files.tensors else {})}

@@ -45,10 +45,11 @@ Limits = tuple[tuple[int, int], ...]  # (start, stop) of each dimension: an inde
 class ParamReader:
     """A parameter and its tensors in a model's files; `read_values` and `read_quantised` read parts of it.
 
-    tensors: in row-major order. shape: of the parameter. dtype: the dtype in the files, float32 if the
-    tensors' dtypes differ. layout: the quantised layout that all tensors have in the files, None if their
-    layouts differ or other parameters share them. changed(tensor, index): returns the values that replace the
-    files', such as merged ones; None to read the files.
+    tensors: one per index along the leading axes, such as the layer, in row-major order. shape: of the full
+    parameter. dtype: of the values that are read, by default the files', or float32 if the tensors' dtypes
+    differ. layout: the quantised layout of all tensors in the files; None if a tensor is not quantised, if
+    layouts differ, or if a tensor contains other parameters too. changed(tensor, index): returns the values
+    that replace the files', such as merged ones; None to read the files.
     """
 
     files: ModelFiles
@@ -201,7 +202,7 @@ def load_param(reader: ParamReader, like: Leaf, shardings: Leaf, unchanged: bool
 
 
 def _plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, list[Index]]:
-    """Return for each process the parts of the parameter that its devices store."""
+    """Return, by process index, the parts of the parameter that the devices of a process store."""
     array, array_sharding = (like, shardings)
     if isinstance(like, QTensor):
         array, array_sharding = like.codes, shardings.codes
@@ -220,7 +221,7 @@ def _plan_parts(reader: ParamReader, like: Leaf, shardings: Leaf) -> dict[int, l
 
 
 def _parts_of_tensors(reader: ParamReader, parts: list[Index]) -> Iterator[tuple[Tensor, Index]]:
-    """Yield (tensor, index of the part in it) for every tensor that contains some of these parts."""
+    """Yield (tensor, index in it) for each part of the parameter and each tensor that contains some of it."""
     for tensor in reader.tensors:
         lead = len(tensor.index)
         for part in parts:

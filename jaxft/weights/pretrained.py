@@ -218,9 +218,8 @@ def load_tokenizer(ref: str) -> Any:
 
 
 def check_token_id(ref: str, largest: int, vocab: int) -> None:
-    """Raise ValueError if a token id is beyond the model's embeddings.
-
-    A gather would silently read another row for it.
+    """Raise ValueError if the largest token id of a text is not below `vocab`, the model's number of
+    embeddings, because a gather would silently read another row.
     """
     if largest >= vocab:
         raise ValueError(
@@ -236,8 +235,7 @@ def stored_model(
     trainable: Collection[str] = (),
     trainable_dtype: DTypeLike | None = None,
 ) -> StoredModel:
-    """Choose how each parameter of `model`, a model over the whole tree, is stored (see
-    storage.choose_storage).
+    """Choose how each parameter of a model is stored. Other arguments and errors: see storage.choose_storage.
 
     ref: the model from whose files quant=checkpoint takes the layouts. Raises ValueError if quant=checkpoint
     is set and the files have no quantised weights.
@@ -256,10 +254,10 @@ def frozen_model(
 
 
 def _layouts(model: Model, paths: list[str], ref: str | None) -> dict[str, QTensor]:
-    """Return by path the layouts of the parameters at `paths` that the files quantise, from headers."""
+    """Return by path the layouts of those parameters of `paths` that the files of `ref` store quantised."""
     if ref is None:
         raise ValueError(
-            f"quant={CHECKPOINT} stores the base as its files do, but there are none; set model="
+            f"quant={CHECKPOINT} stores the base as its files do, and no files are named; set model="
         )
     files = open_files(ref)
     readers = param_readers(files, model)
@@ -312,8 +310,8 @@ def load_base(
 
 
 def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, bool]:
-    """Return (reader, unchanged). The reader reads calibrated codes in place of the weight if the storage
-    names them. unchanged: whether codes and scales are stored as they are in the files.
+    """Return (reader, unchanged) to load a parameter with; the reader reads the storage's calibrated codes,
+    if any, instead of the weight. unchanged: whether codes and scales are stored as they are in the files.
     """
     if storage.codes is not None:
         return replace(reader, files=open_codes(storage.codes)), True

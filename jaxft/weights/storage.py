@@ -46,8 +46,8 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model over the whole tree {"base", "adapter", ...heads} and, by path, how each of its parameters is
-    stored.
+    """A model and, by path, how each of its parameters is stored. model: its specs are the whole tree
+    {"base", "adapter", ...heads}.
     """
 
     model: Model
@@ -66,7 +66,7 @@ def choose_storage(
     layouts: Mapping[str, QTensor],
     trainable_dtype: DTypeLike | None = None,
 ) -> StoredModel:
-    """Choose the storage of every parameter of `model`, which is a model over the whole tree.
+    """Choose the storage of every parameter of `model`, whose specs are the whole tree {"base", ...heads}.
 
     Trainable parameters and all parameters outside the base are stored in float32 or wider; trainable
     parameters of the base in `trainable_dtype` if it is given. Frozen parameters of the base are stored in

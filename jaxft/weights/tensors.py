@@ -187,8 +187,8 @@ def stack(tensors: Sequence[Tensor], values: Sequence[np.ndarray]) -> np.ndarray
 
 
 def tensor_on_host(parts: Sequence[Tensor], leaves: Mapping[str, Any]) -> np.ndarray:
-    """Return a tensor in the layout of the files. parts: the parameters' parts that it is made of, several if
-    parameters share the tensor. leaves: parameters by path.
+    """Return a tensor of the files in their layout. parts: its entries in tensors_of, several if it contains
+    several parameters. leaves: parameters by path.
     """
     in_order = sorted(parts, key=lambda part: part.offset or 0)
     values = [layer_on_host(leaves[part.path], part.index) for part in in_order]
@@ -241,7 +241,7 @@ def is_finite(x: np.ndarray) -> bool:
 
 
 def require_finite(x: np.ndarray, advice: str = ADVICE) -> np.ndarray:
-    """Return the array. Raises ValueError with the count and first place of values that are not finite."""
+    """Return the array. Raises ValueError with count and first place of non-finite values, and `advice`."""
     if not is_finite(x):
         bad = ~np.isfinite(x.astype(np.float32))
         first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
@@ -252,7 +252,7 @@ def require_finite(x: np.ndarray, advice: str = ADVICE) -> np.ndarray:
 
 
 def require_finite_scales(x: Any) -> Any:
-    """Return a QTensor, or any other value. Raises ValueError for scales that are not finite."""
+    """Return `x` unchanged. Raises ValueError if it is a QTensor with scales that are not finite."""
     if isinstance(x, QTensor):
         for name in ("scale", "offset", "outer", "mean"):
             array = getattr(x, name)
@@ -273,7 +273,7 @@ def cast_finite(x: np.ndarray, dtype: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def errors_name(where: str) -> Iterator[None]:
-    """Put `where`, such as a file and a tensor in it, in front of the message of a ValueError."""
+    """Add `where`, such as a file and a tensor in it, to the front of a ValueError raised in the context."""
     try:
         yield
     except ValueError as error:

@@ -6,10 +6,10 @@
     python scripts/bench/attention.py --tokens 512 --heads 9 --kv-heads 3 --head-dim 64 --blocks 256
 
 Cases: rows packed with 1, 4 and 16 segments, and rows in which 4 responses share a prompt of half a row.
-FLOPs count the matmuls over visible pairs of query and key only: 4 per pair and dimension forward, 10
-backward. So a kernel that computes masked pairs gets a lower rate. A kernel that lacks a case is left out,
-with a line on stderr. Kernels take turns for --rounds rounds, of which the fastest counts; compilation is not
-timed.
+FLOPs count only matmuls over pairs of query and key that attention can see: 4 per pair and dimension forward,
+10 backward. So a kernel that also computes masked pairs gets a lower rate. A kernel that does not support a
+case is left out of it, with a line on stderr. Kernels take turns for --rounds rounds, of which the fastest
+counts; compilation is not timed.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def arguments() -> argparse.Namespace:
 
 
 def layouts(tokens: int) -> dict[str, tuple[list[int], list[int] | None]]:
-    """Return case -> (segments, branches or None) of a row, with an entry for each token."""
+    """Return case -> (segment of each token, its branch after a shared prompt, or None without branches)."""
     at = np.arange(tokens)
     segments_of: dict[str, tuple[list[int], list[int] | None]] = {
         f"packed {count}": ((at * count // tokens + 1).tolist(), None) for count in (1, 4, 16)
@@ -63,7 +63,9 @@ def layouts(tokens: int) -> dict[str, tuple[list[int], list[int] | None]]:
 
 
 def kernels(blocks: list[int]) -> dict[str, Callable]:
-    """Return the kernels that run on the devices of this process, and blockwise XLA with these blocks."""
+    """Return name -> kernel for the kernels of this process's devices, and blockwise XLA with these block
+    sizes.
+    """
     import jax
 
     from jaxft.nn.attention import attention
@@ -102,7 +104,7 @@ def programs(kernel: Callable, ranges: Any, softcap: float | None) -> tuple[Call
 
 
 def pairs(ranges: Any) -> int:
-    """Return the visible pairs of query and key in all rows."""
+    """Return how many pairs of query and key attention can see in all rows."""
     count = np.maximum(np.asarray(ranges.own_end, np.int64) - np.asarray(ranges.own_start), 0).sum()
     if ranges.prompt_start is not None:
         prompt = np.asarray(ranges.prompt_end, np.int64) - np.asarray(ranges.prompt_start)
@@ -153,7 +155,7 @@ def measure(a: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def rates(a: argparse.Namespace, ranges: Any, forward: float, backward: float) -> dict[str, float]:
-    """Return milliseconds and TFLOP/s from the seconds of each pass; the forward pass keeps its residuals."""
+    """Return milliseconds and TFLOP/s. forward, backward: the seconds of each pass."""
     work = pairs(ranges) * a.heads * a.head_dim / 1e12
     by_name = {
         "forward_ms": 1e3 * forward,

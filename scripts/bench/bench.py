@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
 
 
 def plain_rows(path: str, count: int, shots: int | None) -> list[dict[str, str]]:
-    """Return the first `count` rows with prompt and completion, or as pairs if `shots` is not None."""
+    """Return the first `count` rows, as prompt and completion, or as pairs if `shots` is not None (dpo)."""
     from jaxft.data.rows.dataset_rows import read_rows
 
     fields = [row.fields for row in read_rows(path)[: count + (shots or 0)]]
@@ -103,7 +103,9 @@ def plain_rows(path: str, count: int, shots: int | None) -> list[dict[str, str]]
 
 
 def _few_shot_pair(examples: list[dict[str, str]], row: dict[str, str]) -> dict[str, str]:
-    """Return a pair of the correct answer and the same answer with another result."""
+    """Return a pair for a question after solved examples; the rejected answer is the correct one with another
+    number at its end.
+    """
     solved = "".join(f"{e['question']}\n{e['answer']}\n\n" for e in examples)
     wrong = re.sub(r"(\d)$", lambda m: str((int(m[1]) + 1) % 10), row["answer"])
     return {"prompt": f"{solved}{row['question']}\n", "chosen": row["answer"], "rejected": wrong}
@@ -157,7 +159,10 @@ def make_run(a: argparse.Namespace, data: Path) -> Any:
 
 
 def batches(rows: int, per_epoch: int, batch: int) -> list[int]:
-    """Return the batches to run: full batches of enough epochs to time at least LEAST steps."""
+    """Return the indices of the batches to run: the full ones, for as many epochs as give LEAST timed steps.
+
+    rows: of the dataset. per_epoch: batches of an epoch. batch: rows of a full one.
+    """
     full = rows // batch
     if not full:
         raise ValueError(
@@ -168,7 +173,7 @@ def batches(rows: int, per_epoch: int, batch: int) -> list[int]:
 
 
 def useful(batch: Any, eos: int) -> int:
-    """Count the tokens of a batch without padding and EOS; a prompt counts once per response of its pair."""
+    """Count a batch's tokens without padding and EOS. In a pair, the prompt counts with each response."""
     from jaxft.batch import Pairs
 
     if isinstance(batch, Pairs):
@@ -234,7 +239,7 @@ def measure(run: Any, report: Any) -> dict[str, Any]:
 
 
 def peak_gib() -> float:
-    """Return the peak resident memory of this process."""
+    """Return the peak resident memory of this process in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -61,7 +61,9 @@ def random_adapter(model: Any, rank: int, seed: int) -> Any:
 
 
 def completed(scheduler: Any, prompts: list[list[int]], numbers: list[int], new: int) -> list[list[int]]:
-    """Return the completion of each prompt with the adapter of its number."""
+    """Return the token ids of each prompt's completion. numbers: which adapter completes each prompt. new:
+    the length of a completion.
+    """
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.scheduler import TokenRequest
     from jaxft.engine.session import RequestSettings
@@ -89,7 +91,7 @@ def completed(scheduler: Any, prompts: list[list[int]], numbers: list[int], new:
 
 
 def schedulers(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a running scheduler for one adapter, for all of them, and with --base for the base."""
+    """Return schedulers: "one" has one adapter, "many" has all, and with --base "base" has none."""
     import jax
     import jax.numpy as jnp
 

@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
 
 
 def prompts(a: argparse.Namespace) -> list[list[int]]:
-    """Return random prompts."""
+    """Return random prompts, as token ids."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(16, 65, a.prompts) if a.length is None else [a.length] * a.prompts
     return [rng.integers(100, 10_000, int(size)).tolist() for size in sizes]
@@ -132,7 +132,7 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
 
 
 def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:
-    """Run one measurement in a separate process."""
+    """Run one measurement in a separate process, and return its numbers. who: jaxft or transformers."""
     own = [__file__, *sys.argv[1:], "--turn"]
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[a.dtype]
     other = ["-c", TRANSFORMERS_SCRIPT, json.dumps([model, prompts(a), a.new, dtype, a.group])]

@@ -42,9 +42,9 @@ PROFILES = {"ultrafeedback": (185, 305), "metamath": (450, 160)}
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. trains: "adapter" or "all"; quant: format of the base; rows: packed rows per step, of
-    a profile: pairs, of generation: completions in progress. layout: layout of pairs. length: tokens of a
-    row.
+    """One measurement. trains: "adapter" or "all". quant: format of the base. rows: packed rows per step;
+    with a profile, pairs per step; for generation, completions at a time. profile: a key of PROFILES, or ""
+    for random lengths. layout: "plain" stores a pair's prompt before each response. length: tokens of a row.
     """
 
     preset: str
@@ -58,12 +58,12 @@ class Case:
     length: int = 4096
 
     def row_length(self, tiny: bool) -> int:
-        """Return the tokens of a row."""
+        """Return the tokens of a row, fewer for --tiny."""
         return self.length // 32 if tiny else self.length
 
 
 def pairs_like(profile: str, layout: str) -> Case:
-    """Return DPO of an 8B model with LoRA on pairs of a profile."""
+    """Return the Case of DPO of an 8B model with LoRA, on pairs with the lengths of a profile."""
     return Case(EIGHT, objective="dpo", rows=16, profile=profile, layout=layout)
 
 
@@ -132,8 +132,8 @@ def texts(count: int, length: int) -> list[dict[str, str]]:
 
 
 def pairs_of(profile: str, count: int, longest: int) -> list[dict[str, str]]:
-    """Return pairs whose lengths have the profile's means and a log-normal spread of 0.6; longest: tokens of
-    a prompt with a response.
+    """Return random pairs whose lengths have the profile's means and are log-normal with a sigma of 0.6.
+    longest: the most tokens of a prompt with a response.
     """
     rng, means = np.random.default_rng(0), PROFILES[profile]
 
@@ -278,7 +278,10 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
             jax.block_until_ready(step(state, frozen, placed))
     values = tree.paths(jax.device_get(step_metrics))
     if wrong := [name for name, value in values.items() if not np.isfinite(np.asarray(value, float)).all()]:
-        raise ValueError(f"not finite after {WARM + TIMED} steps: {', '.join(wrong)}")
+        raise ValueError(
+            f"not finite after {WARM + TIMED} steps: {', '.join(wrong)}; see with --tiny on a CPU whether "
+            "the device is the cause"
+        )
     middle, tokens = float(np.median(seconds[WARM:])), int((batch.segments > 0).sum())
     c = run.model.config
     weights = param.count_params(run.model.specs) - (0 if c.tied else c.vocab * c.width)
@@ -331,7 +334,9 @@ def generate_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
             sampled = complete(Session(engine, base, jax.random.key(0)), prompts)
             seconds.append(time.perf_counter() - begin)
     if nonfinite_logits(sampled.tokens.reshape(-1, fresh)):
-        raise ValueError("logits are not finite")
+        raise ValueError(
+            "logits are not finite in generation; see with --tiny on a CPU whether the device is the cause"
+        )
     lengths = (sampled.tokens >= 0).sum(-1)
     return {
         "tokens_per_second": round(float(lengths.sum()) / min(seconds[1:]), 1),

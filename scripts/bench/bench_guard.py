@@ -2,10 +2,10 @@
 
     python scripts/bench/bench_guard.py [--config configs/sft.py] [--steps 12] [name=value ...]
 
-A step counts as not finite if its loss, gradient or update is not finite. The update is computed for the
-check before it is written (optim/update.py: stays_finite). Both programs take turns on one state and the
-first batch of the config's rows, so that changes in the machine's load affect both. `cost` is the median over
-the pairs of consecutive steps of (with the check / without) - 1.
+The check skips a step whose loss, gradient or update is not finite; for it, the update is computed before it
+is written (optim/update.py: stays_finite). Both programs take turns on one state and the first batch of the
+config's rows, so that changes in the machine's load affect both. `cost` is the median of
+(seconds with the check / seconds without) - 1 over the pairs of consecutive steps.
 """
 
 import argparse

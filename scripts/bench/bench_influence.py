@@ -3,11 +3,12 @@ JSON line for each world.
 
     python scripts/bench/bench_influence.py [--recipe dpo] [--worlds 1] [--drawings 10] [--steps 4]
 
-A world's rows have right labels. A flipped label negates the gradient of its pair, so that one pass over the
-rows serves all drawings. auroc: area under the ROC curve if 20 % of the labels are flipped at random, the
-least and the mean over the drawings. worst_last: number of drawings in which the worst of ten sources, with
-60 % of its labels flipped, has the lowest mean influence. epochs: CPU seconds of the pass and its compilation
-over the CPU seconds of an epoch of training, from --steps steps after the first two.
+A world's rows have right labels. In each of --drawings drawings, labels are flipped at random; this negates
+the gradients of their pairs, so that one pass over the rows serves all drawings. auroc: area under the ROC
+curve with 20 % of the labels flipped, the least and the mean over the drawings. worst_last: number of
+drawings in which one of ten sources, with 60 % of its labels flipped, has the lowest mean influence of all.
+epochs: CPU seconds of the pass and its compilation, divided by those of an epoch of training, from --steps
+steps after the first two.
 
 SmolLM2-135M-Instruct, dpo, two busy AVX2 cores: worlds 0, 1 and 2 have least areas of 0.938, 0.904 and 0.926
 and means of 0.953, 0.932 and 0.949; the bad source is the last in 10 of 10 drawings each; 0.41 epochs
@@ -44,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def planted(gradients: Any, flipped: np.ndarray, names: Any = None) -> Any:
-    """Return the influences of gradients with some labels flipped."""
+    """Return the influences after some labels are flipped. flipped: bool of each row. names: of the rows."""
     train = np.where(flipped[:, None], -gradients.train, gradients.train)
     return replace(gradients, train=train, names=gradients.names if names is None else names).influence
 

@@ -95,7 +95,7 @@ def random_batch(abstract: Any, vocab: int) -> Any:
 
 
 class Resident:
-    """Thread that polls this process's resident memory and records the peak, in bytes."""
+    """A thread that polls this process's resident memory and records the peak, in bytes."""
 
     def __init__(self) -> None:
         self.peak, self._open = self.now(), True
@@ -104,7 +104,7 @@ class Resident:
 
     @staticmethod
     def now() -> int:
-        """Return the current resident memory."""
+        """Return the current resident memory in bytes."""
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _watch(self) -> None:
@@ -113,7 +113,9 @@ class Resident:
             time.sleep(0.005)
 
     def reset(self) -> int:
-        """Wait until XLA has freed the buffers of the last step, reset the peak, and return it."""
+        """Wait until XLA has freed the buffers of the last step, set the peak to the current memory, and
+        return it.
+        """
         from jaxft.distributed import threads
 
         least, since = self.now(), time.monotonic()
@@ -198,7 +200,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def steps(run: Any, p: Any, batch: Any) -> tuple[list[float], dict[str, Any]]:
-    """Return the seconds of the timed steps, and bytes from the process's size (see the module docstring)."""
+    """Return (seconds of the timed steps, {bytes, held, growth, once}, see the module docstring)."""
     import jax
 
     from jaxft.distributed import sharding

@@ -62,7 +62,9 @@ def start_server(args: argparse.Namespace) -> tuple[Any, Any, int]:
 
 
 class Client(threading.Thread):
-    """Sends one request after the other until `end`; tokens, first and per_token are what it measured."""
+    """Sends one request after the other until the time `end`. It counts tokens, and lists the seconds to the
+    first event and per further token of each request (first, per_token).
+    """
 
     def __init__(self, port: int, prompt: list[int], end: float):
         super().__init__()

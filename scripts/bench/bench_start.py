@@ -74,7 +74,7 @@ def phases(root: Path, overrides: list[str], cache: Path) -> Phases:
         process.kill()
         process.wait()
     if "1" not in at:
-        raise SystemExit(f"error: {' '.join(command)} ended before its first step")
+        raise SystemExit(f"error: {' '.join(command)} ended before its first step; run it to see its error")
     evaluation = at.get("0", at["compiled"]) - at["compiled"]
     return {
         "imports, settings, rows": at["header"],

@@ -48,7 +48,7 @@ SEEDS = (0, 1, 2)
 
 @dataclass(frozen=True)
 class WordWorld:
-    """Values of words and the annotators' bias, all from a seed."""
+    """A world: hidden values of words, and the annotators' bias, all from a seed."""
 
     seed: int
 
@@ -59,7 +59,7 @@ class WordWorld:
 
     @property
     def best(self) -> int:
-        """The number of the loss that has the annotators' bias."""
+        """The index in BIASES of the annotators' bias, which is also that of the best loss."""
         return int(np.random.default_rng(self.seed).integers(len(BIASES)))
 
     @cached_property
@@ -73,7 +73,9 @@ class WordWorld:
         return [self.rng.randrange(WORDS) for _ in range(self.rng.randint(1, LONGEST))]
 
     def pairs(self, count: int, true_labels: bool) -> list[dict[str, Any]]:
-        """Return rows with `truth` (the difference of the true rewards) and `longer` (of the lengths)."""
+        """Return preference rows that also have `truth` and `longer`: by how much the chosen sentence's true
+        reward, and its length, exceed the rejected one's. true_labels: annotators make no mistakes.
+        """
         rows: list[dict[str, Any]] = []
         while len(rows) < count:
             a, b = self.sentence(), self.sentence()
@@ -96,7 +98,9 @@ class WordWorld:
         return rows
 
     def limits(self, rows: Sequence[dict[str, Any]]) -> list[float]:
-        """Return the accuracy of the minimiser of each loss: of the true reward and the bias that is left."""
+        """Return the accuracy on `rows` of each loss's minimiser: the true reward plus the bias per token
+        that the loss does not subtract.
+        """
         truth, longer = (np.array([row[name] for row in rows]) for name in ("truth", "longer"))
         return [float((truth + (BIASES[self.best] - alpha) * longer > 0).mean()) for alpha in BIASES]
 
@@ -105,9 +109,9 @@ def write_model(folder: Path, seed: int) -> None:
     """Write a random Llama with one layer and a tokenizer of words.
 
     As in trained models, embeddings have a direction in common, so that a word can become more likely
-    everywhere, and the head is large enough for log-probs of any size. Most of the vocabulary is in no
-    sentence: otherwise a policy that makes some words likelier makes others rarer, so that its log-prob falls
-    with the length of a sentence, and no policy has the true reward as its reward.
+    everywhere, and the head is large enough for log-probs of any size. Most words of the vocabulary are in no
+    sentence. If all were, making some words likelier would make others rarer: log-probs would fall with the
+    length of a sentence, and no policy's implicit reward could be the true reward.
     """
     import jax
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -180,8 +184,8 @@ def full_grid(lab: Any, folder: Path) -> list[dict[str, Any]]:
 
 
 def best_of_grid(lab: Any, folder: Path, log: Sequence[dict[str, Any]]) -> str:
-    """Return the loss whose best trial, by the mean of all seeds on the tuning prompts, is best on the
-    others.
+    """Return the loss that the full grid finds best. A loss's best trial is chosen by its mean over seeds on
+    the tuning prompts; losses are then compared on the other prompts.
     """
     from jaxft.lab.halving import EVALUATIONS, read_evaluations, trial_folder
 
@@ -198,7 +202,7 @@ def best_of_grid(lab: Any, folder: Path, log: Sequence[dict[str, Any]]) -> str:
 
 
 def steps_of(log: Sequence[dict[str, Any]]) -> int:
-    """Return the number of optimizer steps of each loss in a log."""
+    """Return how many optimizer steps of each loss a log has."""
     return sum(entry["steps"][1] - entry["steps"][0] for entry in log if "wave" in entry)
 
 

@@ -38,8 +38,8 @@ def arguments() -> argparse.Namespace:
 
 
 def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]:
-    """Return the bytes of the cache of a model with `full` layers with full attention, and a function that
-    decodes a round and returns the seconds per token.
+    """Return (bytes of the cache, a function that decodes a round and returns the seconds per token) for a
+    model with full attention in `full` of its layers.
     """
     import jax
     import jax.numpy as jnp

@@ -120,7 +120,9 @@ def planned(run: Any, machine: Any) -> dict[str, Any]:
 
 
 def cell(chip: str, model: str, method: str, objective: str, known: dict[str, Any], save: Any) -> None:
-    """Plan increasing numbers of devices until one fits, and save each result."""
+    """Plan a cell for more and more devices until they fit. known: the finished cells, to which the result is
+    added; save() writes them.
+    """
     from jaxft.plan import machines
     from jaxft.runs.settings import config
 

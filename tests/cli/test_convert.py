@@ -257,8 +257,8 @@ def test_the_learning_rate_ends_where_theirs_does(converted, kind, warmup):
         ("a.yml", "base_model: [", "a.yml:1: not YAML"),
         ("a.yml", "base_model: !!python/object/apply:os.system [touch executed]", "not YAML: could not"),
         ("a.yml", "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}, *{a}, *{a}, *{a}, *{a}]\n"
-                                            for a, b in zip("abcdefgh", "bcdefghi")), "more values"),
-        ("a.yml", "a: &a [*a]", "more values"),
+                                            for a, b in zip("abcdefgh", "bcdefghi")), "20,000 values"),
+        ("a.yml", "a: &a [*a]", "more than 20,000 values"),
         ("a.yml", "[" * 3000, "nested too deeply|not YAML"),
         ("a.yml", "", "the file is empty"),
         ("a.yml", "- 1\n- 2", "expected options as"),
@@ -272,7 +272,7 @@ def test_the_learning_rate_ends_where_theirs_does(converted, kind, warmup):
         ("a.py", "f(SFTConfig(lr=" + "-" * 5000 + "1))", "a.py"),
         ("a.ipynb", "{}", "not a notebook"),
         ("a.sh", "echo hello", "no command that starts a trainer"),
-        ("a.sh", "axolotl train missing.yml", "missing.yml, which is not here or near"),
+        ("a.sh", "axolotl train missing.yml", "missing.yml, which is neither in the working directory"),
         ("a.toml", "x = 1", "convert reads YAML"),
     ],
 )  # fmt: skip

@@ -174,7 +174,7 @@ def test_sources_and_their_shares(sources, text, expected):
         ("a.jsonl:0.3", "a weight needs several sources"),
         (
             "a.jsonl:0.0001,b.jsonl:0.9999",
-            "a.jsonl: its weight, 0.0001 of the sum of weights, is less than one",
+            "a.jsonl: its weight, 0.0001 of the sum of weights, gives it none of the",
         ),
         ("a.jsonl,missing.jsonl:0.5", "data 'missing.jsonl' not found"),
     ],

@@ -169,7 +169,7 @@ def test_folders_of_save_to_disk_are_read_by_split(saved):
     assert first("all") == ("all/train:1", "train 0", 20)
     assert first("all:extra") == ("all/extra:1", "extra 0", 2)
     assert first("one") == ("one:1", "extra 0", 2)
-    with pytest.raises(ValueError, match="the folder has no split 'test'; it has train, validation, extra"):
+    with pytest.raises(ValueError, match="the folder has no split 'test'; use train or validation or extra"):
         read_rows(str(saved / "all:test"))
     with pytest.raises(ValueError, match="has the splits a, b, and no train; choose one with data="):
         read_rows(str(saved / "none"))

@@ -109,7 +109,7 @@ def test_written_rows_are_the_rows(tmp_path):
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ({"noise": 0.6}, "world.noise=0.6; more than 0.5 is another world"),
+        ({"noise": 0.6}, "world.noise=0.6 turns most labels around"),
         ({"pairs": 1}, "world.pairs=1"),
         ({"duplicates": 1.0}, "world.duplicates=1.0 leaves no row of its own"),
         ({"source": "none.jsonl"}, "world.source=none.jsonl: no such file"),

@@ -1,8 +1,8 @@
-"""Run-time checks of jaxtyping annotations: an import hook that wraps a package's functions that have any.
+"""Run-time checks of jaxtyping annotations: an import hook that wraps a package's annotated functions.
 
-`install("jaxft")` before the package is imported. jaxtyping.install_import_hook wraps every function, local
-ones at each of their calls, and checks every annotation; this one leaves functions without arrays as they are
-and checks arrays only, so that a test may pass a stand-in for anything else.
+Call `install("jaxft")` before the package is imported. jaxtyping.install_import_hook wraps every function
+(local ones at each call) and checks every annotation. This hook wraps only functions with annotated arrays,
+and checks only the arrays, so that a test may pass a stand-in for anything else.
 """
 
 import importlib.machinery

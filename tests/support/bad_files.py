@@ -1,4 +1,4 @@
-"""Damaged folders of models, adapters and runs: what is changed, and what the line must name."""
+"""Damaged folders of models, adapters and runs: how each is changed, and words that the error must have."""
 
 import base64
 import json

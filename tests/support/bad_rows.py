@@ -1,4 +1,4 @@
-"""Files of rows that a run must refuse: (kind of rows, file name, content, what the line must name)."""
+"""Files of rows that a run must refuse: (kind of rows, file name, content, words in the error)."""
 
 import json
 

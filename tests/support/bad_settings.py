@@ -1,4 +1,4 @@
-"""Settings that a run must refuse: (overrides of a tiny run's command line, what the line must name)."""
+"""Settings that a run must refuse: (overrides of a tiny run's command line, words in the error)."""
 
 INTEGERS = ("batch", "micro", "seed", "steps", "samples", "loop.log_every", "loop.save_every",
 "loop.eval_every",

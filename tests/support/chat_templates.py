@@ -1,7 +1,7 @@
-"""Chat templates written after those of well-known models, and what each renders of an assistant turn.
+"""Chat templates like those of well-known models, and the text that each renders for an assistant turn.
 
-What a template renders is stated here a second time, from the parts of a turn and without Jinja, so that
-tests share nothing with the search for turns in a rendered text.
+The text is built here a second time, from the parts of a turn and without Jinja, so that tests share nothing
+with the code that searches for turns in a rendered text.
 """
 
 from functools import cache

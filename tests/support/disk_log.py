@@ -1,8 +1,8 @@
-"""What is on disk for certain, from a record of Python's os.fsync: content and names reach it when they are
-synced. Writes, syncs and renames of other libraries are seen only by `support/system_calls.py`.
+"""Record which files would survive a power cut, from this process's calls of os.fsync. Writes, syncs and
+renames by libraries other than Python's os are seen only by `support/system_calls.py`.
 
-`record(outputs, report)` watches this process. A rename to an output's name, to a checkpoint's or to
-summary.json announces files; `report` is called with a line for each that is not on disk then, as it is.
+`record(outputs, report)`: a rename to an output's name, to a checkpoint's or to summary.json announces that
+files are complete; then report(line) is called for each of them whose present state is not synced.
 """
 
 import json

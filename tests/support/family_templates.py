@@ -1,5 +1,5 @@
-"""Chat templates written after those of Gemma, Mistral, Phi-4, SmolLM3, OLMo, Granite and DeepSeek's
-distilled models, and what each renders of an assistant turn; see chat_templates.py.
+"""Chat templates like those of Gemma, Mistral, Phi-4, SmolLM3, OLMo, Granite and DeepSeek's distilled models,
+and the text that each renders for an assistant turn; see chat_templates.py.
 """
 
 from stock_turns import HIDDEN, Rejected, Stock, as_json, text_alone

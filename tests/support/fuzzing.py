@@ -1,4 +1,4 @@
-"""Damaged files with a fixed seed, and the check that a command takes them or refuses them in one line."""
+"""Randomly damaged files, and the check that a command accepts them or ends with an error of one line."""
 
 import contextlib
 import copy

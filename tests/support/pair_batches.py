@@ -1,4 +1,4 @@
-"""Random pairs of token ids in batches, and the preference objective over them as the train step takes it."""
+"""Random pairs of token ids in batches, and the preference objective that the train step calls on them."""
 
 import functools
 from dataclasses import replace

@@ -1,6 +1,6 @@
-"""What a partitioned program moves between devices, before a backend rewrites it.
+"""The arrays that a compiled program's collectives move between devices, before a backend rewrites them.
 
-A CPU, for one, reduces 16-bit floats in 32 bits.
+A CPU's backend, for example, reduces 16-bit floats in 32 bits.
 """
 
 import contextlib

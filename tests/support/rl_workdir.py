@@ -1,4 +1,4 @@
-"""A working directory with a tiny Llama, prompts, and a config with rewards next to it."""
+"""A working directory with a tiny Llama, prompts, and a recipe whose rewards are in its file."""
 
 import json
 import shutil

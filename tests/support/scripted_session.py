@@ -1,4 +1,4 @@
-"""A Session without a model: turns are what a function of the prompt so far writes."""
+"""A Session without a model: a function of the row's tokens so far writes the turns."""
 
 import numpy as np
 

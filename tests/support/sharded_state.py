@@ -1,4 +1,4 @@
-"""A small state whose leaves are cut in several ways, the same on every process of a test with several."""
+"""A small tree of arrays that are sharded in several ways, equal in all processes of a test."""
 
 from typing import Any
 

@@ -3,15 +3,15 @@
     python tests/support/slow_of_change.py [BASE] [--distance N] [--list] [arguments of pytest]
 
 The change is everything that differs from the last common commit with BASE (default: origin/main), new files
-included. A file of tests is touched by a changed file
+included. The slow tests of a file run if
 
-- that it is, or that it imports, also through files of tests;
-- of the same folder: tests/nn by jaxft/nn, tests/scripts by scripts;
-- in scripts/ or configs/ that it names in a string: "dpo.py", "generate" or "generate --model ...".
+- the file is changed, or imports a changed file, directly or through files of tests;
+- a file in the folder that it tests is changed: jaxft/nn for tests/nn, scripts for tests/scripts;
+- a string in it names a changed file of scripts/ or configs/: "dpo.py", "generate" or "generate --model ...".
 
-Whole runs (tests/train/test_run.py, test_resume.py) are touched by every file that the train loop imports,
-also through others. --distance 2 also takes the tests of the files that import a changed file, and so on.
-Without it, a test that reaches the change only through another file of jaxft isn't run.
+Whole runs (tests/train/test_run.py, test_resume.py) run if a changed file is imported by the train loop,
+directly or through others. --distance 2 counts files of jaxft that import a changed file as changed, and so
+on. Without it, a test that reaches the change only through another file of jaxft isn't run.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What is on disk for certain, from the system calls of a command: all threads' writes, syncs, renames.
+"""Record which files would survive a power cut, from the system calls of all threads of a command.
 `support/disk_log.py` watches only calls of Python's os module, in less time.
 """
 

@@ -1,4 +1,4 @@
-"""A tiny random Llama and ragged examples for the laws: everything small enough for float64."""
+"""A tiny random Llama, and examples of different lengths: everything small enough for float64."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Small preference rows, their sources, and a naive reader of batches of pairs."""
+"""Small preference rows, their sources, and a naive reader that turns batches back into pairs."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a tokenizer in a folder does, as JSON; runs as a script too, in environments without jaxft."""
+"""How a folder's tokenizer encodes and decodes test texts, as JSON; as a script it runs without jaxft."""
 
 import json
 import sys

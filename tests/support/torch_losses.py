@@ -1,8 +1,7 @@
-"""The preference losses' formulas again, in torch and straight from the papers: jaxft's must agree with them.
+"""The formulas of the preference losses in torch, straight from the papers: jaxft's must agree with them.
 
-Everything here is float64 on mild numbers, so nothing is written with care for overflow. Each function gives
-a value a pair. Below, `trl_*` call the losses of TRL's trainers on given log-probs, with no trainer and no
-model around them.
+Everything is float64 on small numbers, so the formulas need no stable form. Each function returns a value per
+pair. `trl_*` call the losses of TRL's trainers on given log-probs, without a trainer and a model.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a worker process does in place of tokenising a chunk; it imports nothing that a worker doesn't."""
+"""Functions that a worker process runs in place of tokenising; they import only what a worker imports."""
 
 import os
 import sys

@@ -244,7 +244,7 @@ def test_a_file_that_is_truncated_after_it_was_opened_is_an_error(tmp_path, dtyp
     path = tmp_path / "file.safetensors"
     files = write_tensor(path, dtype, (9000,), np.zeros(9000, dtype))
     path.write_bytes(path.read_bytes()[:5000])
-    message = "file.safetensors: (not a complete safetensors file|ends inside a tensor; the file changed)"
+    message = "file.safetensors: (not a complete safetensors file|ends inside a tensor: it changed)"
     with pytest.raises(ValueError, match=message):
         safetensors.read_tensor(files, "it")
 

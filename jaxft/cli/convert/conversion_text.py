@@ -1,6 +1,6 @@
-"""A conversion as text: the command, lines about it, and a recipe.
+"""A conversion as text: a `jaxft train` command, a report about each option, and a recipe file.
 
-The recipe is a shipped one whose knobs have other defaults and whose Run has other fields.
+The recipe file is a copy of a shipped recipe, in which the converted settings are the defaults.
 """
 
 import ast
@@ -23,7 +23,7 @@ UNKNOWN_HARDWARE = "not known; not measured"  # the line that jaxft list reads
 
 
 class Edit(NamedTuple):
-    """A replacement in a text: bytes from start to end."""
+    """A replacement in a source file: `text` in place of the bytes from `start` up to `end`."""
 
     start: int
     end: int
@@ -31,7 +31,9 @@ class Edit(NamedTuple):
 
 
 def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
-    """Write a recipe with `lines` as comments. Raises ValueError if `path` exists or does not end in .py."""
+    """Write a conversion as a recipe file, with `lines` as comments below its docstring. Raises ValueError if
+    `path` exists or does not end in .py.
+    """
     if path.suffix != ".py":
         raise ValueError(f"--out {path}: a recipe is a Python file; write --out {path.stem or 'mine'}.py")
     if path.exists():
@@ -40,7 +42,7 @@ def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
 
 
 def recipe_text(conversion: Conversion, lines: list[str]) -> str:
-    """Return the source of a recipe whose Run has a conversion's settings. lines: its comments."""
+    """Return the source of a recipe with a conversion's settings. lines: comments below its docstring."""
     source = _without_remarks((ROOT / "configs" / f"{conversion.recipe}.py").read_bytes())
     tree = ast.parse(source)
     knobs = recipe_knobs(conversion.recipe)
@@ -102,7 +104,9 @@ def _literal(value: Any) -> str:
 
 
 def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: list[str]) -> Edit:
-    """Return the edit that replaces the docstring by one about the conversion, and `lines` as comments."""
+    """Return the edit that replaces the recipe's docstring by one about the conversion, and adds comments.
+    source, tree: the shipped recipe, as text and parsed. lines: the comments.
+    """
     name = re.sub(r"[^\w .-]", "_", conversion.source.file.name)
     comments = [
         part
@@ -120,7 +124,11 @@ def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: l
 def _defaults(
     source: bytes, config: ast.FunctionDef, knobs: dict[str, Knob], values: dict[str, _Code]
 ) -> list[Edit]:
-    """Return the edits that set the defaults of parameters, and of the groups that knobs belong to."""
+    """Return the edits that give the parameters of a recipe's `config` other defaults.
+
+    knobs: the recipe's, by name. values: knob -> its new default. A knob of a group, such as RowKnobs,
+    changes the call that is the default of the group's parameter.
+    """
     arguments = config.args.args
     first = len(arguments) - len(config.args.defaults)
     edits = []
@@ -134,7 +142,9 @@ def _defaults(
 
 
 def _group(source: bytes, default: ast.expr, knobs: dict[str, Knob], values: dict[str, _Code]) -> str:
-    """Return the call of a group of knobs with these values, such as RowKnobs(data="rows.jsonl")."""
+    """Return the source of a group's default with other values, such as RowKnobs(data="rows.jsonl"). default:
+    the call so far. knobs: the recipe's, by name. values: knob of this group -> its new value.
+    """
     assert isinstance(default, ast.Call)
     names = [name for name, knob in knobs.items() if knob.group == knobs[next(iter(values))].group]
     texts = dict(zip(names, (_text(source, argument) for argument in default.args)))
@@ -145,7 +155,9 @@ def _group(source: bytes, default: ast.expr, knobs: dict[str, Knob], values: dic
 
 
 def _returned(source: bytes, config: ast.FunctionDef, fields: list[str]) -> Edit:
-    """Return the edit that sets fields (`name=value`) of the Run that the recipe returns."""
+    """Return the edit that makes `config` return its Run with other fields. config: the recipe's function.
+    fields: `name=value`, such as loop.steps=20.
+    """
     returned = next(n for n in ast.walk(config) if isinstance(n, ast.Return))
     assert returned.value is not None
     written = "".join(f"        {_literal(field)},\n" for field in fields)
@@ -170,7 +182,7 @@ def _span(source: bytes, node: Any) -> tuple[int, int]:
 
 
 def _offset(source: bytes, line: int, column: int) -> int:
-    """Return the byte offset of a line (from 1) and column in a text; ast counts columns in bytes."""
+    """Return the byte offset of a position as ast counts it: lines from 1, columns in bytes from 0."""
     return sum(map(len, source.splitlines(keepends=True)[: line - 1])) + column
 
 
@@ -181,7 +193,7 @@ METHOD = {"sft": "SFT", "sft_full": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "
 
 
 def command(conversion: Conversion) -> str:
-    """Return the command of a conversion, over several lines."""
+    """Return `jaxft train RECIPE NAME=VALUE ...`, quoted for the shell, over several lines."""
     lines, line = [], f"jaxft train {conversion.recipe}"
     for setting in map(shlex.quote, conversion.settings):
         if len(line) + len(setting) + 3 > LINE:
@@ -192,7 +204,9 @@ def command(conversion: Conversion) -> str:
 
 
 def conversion_lines(conversion: Conversion) -> list[str]:
-    """Return a report: the tool, counts of options by outcome, and each option that is changed or lost."""
+    """Return a report as lines: the tool, counts of options by outcome, each option that is changed or lost,
+    and notes.
+    """
     c, lines = conversion, list[str]()
     counts = [
         (len(c.same), "expressed as they are"),
@@ -216,7 +230,7 @@ def conversion_lines(conversion: Conversion) -> list[str]:
 
 
 def _section(title: str, pairs: Iterable[tuple[GivenOption, str]]) -> list[str]:
-    """Return the lines of one list; options with the same remark share a line."""
+    """Return `title` and a line per remark, with the options that it is about. pairs: (option, remark)."""
     by_remark: dict[str, list[GivenOption]] = {}
     for option, remark in pairs:
         by_remark.setdefault(remark, []).append(option)

@@ -1,5 +1,5 @@
-"""The options that a configuration of another tool gives, and a conversion under way: options that are not
-converted yet, settings so far, and lines about options that are changed or lost.
+"""The options that a configuration of another tool gives, and a conversion in progress: options that are not
+converted yet, settings so far, and remarks about options that are changed or lost.
 """
 
 import difflib
@@ -23,7 +23,7 @@ NESTED = ("trl", "peft", "special_tokens", "fsdp_config", "env", "model_init_kwa
 
 @dataclass(frozen=True)
 class Expression:
-    """A value that is known only by running the file. text: its source."""
+    """A value in a Python file or a script that only running the file would show. text: its source."""
 
     text: str
 
@@ -34,8 +34,8 @@ class Expression:
 class GivenOption(NamedTuple):
     """An option as a file has it. name: with dots for sections, such as fsdp_config.fsdp_offload_params.
 
-    value: an Expression if it is not a literal. line: its line in the file, counted from 1. remark: why it
-    cannot be expressed, "" for an option that is converted.
+    value: an Expression if it is not a literal. line: its line in the file, counted from 1. remark: why no
+    setting of jaxft expresses it, "" for an option that is converted.
     """
 
     name: str
@@ -59,8 +59,8 @@ class ForeignConfig:
 
     file: where it was read. tool: a constant of option.py. trainer: the method, in the tool's word
     ("dpo", "kto", ...), "" if it follows from the options. lora: whether an adapter is trained, None if it
-    follows from the options. devices: their number, None if the file does not state it. notes: lines about
-    the file.
+    follows from the options. devices: how many the run uses, None if the file does not state it. notes: lines
+    for the report that are about the whole file.
     """
 
     file: Path
@@ -94,9 +94,10 @@ def read_config_text(file: Path) -> str:
 def option_parts(
     option: GivenOption, lines: Mapping[str, int] = MappingProxyType({})
 ) -> Iterator[GivenOption]:
-    """Yield the options of a section in NESTED with dotted names, or any other option itself.
+    """Yield the options inside an option that is a section, with dotted names; else yield the option itself.
 
-    lines: dotted name -> its line in the file. A name without one gets the section's line.
+    NESTED names the sections, such as fsdp_config. lines: dotted name -> its line in the file. An option that
+    is missing in `lines` gets the section's line.
     """
     if option.name.partition(".")[0] in NESTED and isinstance(option.value, Mapping) and option.value:
         for key, value in option.value.items():
@@ -107,7 +108,7 @@ def option_parts(
 
 
 def check_count(file: Path, options: tuple[GivenOption, ...]) -> None:
-    """Raise ValueError for a file without options, or with too many."""
+    """Raise ValueError for a file without options, or with more than MOST_OPTIONS."""
     if not options:
         raise ValueError(
             f"{file}: it has no options of TRL, Axolotl, LLaMA-Factory or Unsloth; name a configuration of "
@@ -128,13 +129,16 @@ LOOKUP = {  # tool -> the tools whose options its files have, most specific firs
 
 @dataclass
 class Draft:
-    """A conversion under way.
+    """A conversion in progress.
 
-    method: the training method, in the tool's word. recipe: the recipe of jaxft. full: whether all weights
-    are trained. all: the options of the file. options: the options that no rule has taken yet, by name.
-    settings: knob or field -> text. same, otherwise, lost, unneeded: options that are expressed as they are,
-    otherwise or not at all (with a remark), or that need no setting. defaults: settings that are the tool's
-    defaults.
+    source: the file as read. devices: how many share a step. method: the training method, in the tool's word.
+    recipe: the recipe of jaxft. full: whether all weights are trained. all: the options of the file. options:
+    the options that are not converted yet, by name. settings: knob or field -> text of its value.
+
+    Each option ends in one of four lists. same: settings have the same meaning. otherwise: a remark states
+    how the settings differ. lost: no setting; a remark states why. unneeded: jaxft has nothing to set.
+
+    defaults: the settings that the file leaves to the tool's default. notes: lines for the report.
     """
 
     source: ForeignConfig
@@ -161,7 +165,9 @@ class Draft:
         return next((self.options[name].value for name in names if name in self.options), None)
 
     def number(self, *names: str) -> float | None:
-        """Return an option as a number and leave it; None if it is missing or no finite number."""
+        """Return the first of these options that the file gives as a number, without removing it. None: the
+        file gives none of them, or the value is not a number below 2**53.
+        """
         value = self.peek(*names)
         try:
             number = math.nan if isinstance(value, bool) else float(value)
@@ -170,12 +176,14 @@ class Draft:
         return number if abs(number) < LARGEST_NUMBER else None
 
     def put(self, override: str) -> None:
-        """Set `setting=value`; the last one counts."""
+        """Record a setting, in place of an earlier value. override: `setting=value`."""
         name, _, text = override.partition("=")
         self.settings[name] = text
 
     def express(self, option: GivenOption | None, overrides: Iterable[str], note: str = "") -> None:
-        """Express an option by settings. note: how they differ; without one they are the same."""
+        """Record settings, and that they express `option`, if there is one. overrides: `setting=value`. note:
+        how the settings differ from the option, "" for the same meaning.
+        """
         overrides = list(overrides)
         for override in overrides:
             self.put(override)
@@ -188,16 +196,16 @@ class Draft:
             self.same.append(option)
 
     def lose(self, option: GivenOption | None, why: str) -> None:
-        """Report an option that cannot be expressed."""
+        """Record that no setting expresses `option`, if there is one, and why."""
         if option is not None:
             self.lost.append((option, why))
 
     def drop(self, *names: str) -> None:
-        """Take options that need no setting."""
+        """Remove these options, as far as the file gives them, and record that they need no setting."""
         self.unneeded += [self.options.pop(name) for name in names if name in self.options]
 
     def default(self, override: str) -> None:
-        """Set `setting=value` because the tool does so by default."""
+        """Record a setting that the file leaves to the tool's default. override: `setting=value`."""
         name, _, text = override.partition("=")
         self.settings[name] = self.defaults[name] = text
 
@@ -209,7 +217,11 @@ class Draft:
 
 
 def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
-    """Return the rows of option_names.OPTIONS for an option `name` in a file of this tool, () without one."""
+    """Return the rows about an option in the table option_names.OPTIONS, () if it has none.
+
+    tool: the tool of the file; the rows of other tools are used only if its own (see LOOKUP) are none.
+    recipe: if some rows are for this recipe, only these are returned.
+    """
     for lookup in (*LOOKUP[tool], None):
         rows = find_options(name.rpartition(".")[2], lookup, recipe)
         if rows:
@@ -218,7 +230,7 @@ def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
 
 
 def by_table(draft: Draft, option: GivenOption) -> None:
-    """Convert one option by its row in option_names.OPTIONS."""
+    """Convert an option by its row in option_names.OPTIONS, and record the outcome in `draft`."""
     if isinstance(option.value, Expression):
         setting = meant_setting(draft, option)
         remedy = f"; set {setting}= yourself" if setting else ""
@@ -250,7 +262,7 @@ def by_table(draft: Draft, option: GivenOption) -> None:
 
 
 def meant_setting(draft: Draft, option: GivenOption) -> str | None:
-    """Return the setting that option_names.OPTIONS has for an option, None without one."""
+    """Return the setting of an option's row in option_names.OPTIONS, None if there is no row or setting."""
     rows = table_rows(draft.source.tool, option.name, draft.recipe)
     return rows[0].setting if rows else None
 

@@ -1,4 +1,4 @@
-"""Python files and notebooks with TRL's configuration dataclasses and datasets, as options.
+"""Read the options of TRL's configuration dataclasses and datasets from Python files and notebooks.
 
 The file is parsed and never executed: a value is a literal, arithmetic of numbers, or a name that the file
 sets to one of these. Any other value is an Expression, which convert reports. Calls of the datasets library
@@ -42,9 +42,11 @@ UNTRACED = "these rows are not followed back to one load_dataset"
 class DatasetCall:
     """Rows of one load_dataset call, and the calls that change them.
 
-    split: of the dataset. part: a slice or sum of splits, such as train[:90%]. divided: the train_test_split
-    call, and half: "train" or "test" of it. first: the number of rows that the call `selected` takes, after
-    the call `shuffled` if there is one. calls: other changes of the rows. parts: the list in split=[...].
+    load: the load_dataset call. path, config, files, split: its path, name, data_files and split. part: the
+    split as written if it is a slice or a sum, such as train[:90%]. parts: the items of split=[...] before
+    one is chosen. divided: the train_test_split call; half: "train" or "test", its result that these rows
+    are. selected: the select or take call of the first rows; first: how many; shuffled: the shuffle call
+    before it. calls: all other calls that change the rows.
     """
 
     load: ast.Call
@@ -69,7 +71,9 @@ class DatasetCall:
         return (self.path, self.config, split) == (other.path, other.config, other.split or "train")
 
     def rest(self, other: "DatasetCall") -> float | None:
-        """Return the fraction of a split in `other` if both add up to it, as [:90%] and [90%:], or None."""
+        """Return which fraction of a split `other` is, if it is exactly the rest of the split; else None. For
+        self = train[:90%] and other = train[90%:] it is 0.1.
+        """
         first, last = (re.fullmatch(r"\w+\[(:?)(\d{1,2})%(:?)\]", rows.part) for rows in (self, other))
         if first is None or last is None or first[2] != last[2] or {first[1], last[1]} != {"", ":"}:
             return None
@@ -84,12 +88,12 @@ class DatasetCall:
 
     @property
     def known(self) -> bool:
-        """Whether the call states its rows: a dataset's path, or names of files in data_files."""
+        """Whether the call names its rows by literals: a dataset's path, or files in data_files."""
         return self.path not in BUILDERS or self.is_file
 
     @property
     def reference(self) -> str:
-        """The files, or the dataset's path."""
+        """The files of the rows, separated by commas, or the dataset's path."""
         return ",".join(self._names()) if self.is_file else self.path
 
     def _names(self) -> list[str]:
@@ -99,12 +103,14 @@ class DatasetCall:
 
 
 def call_name(node: ast.expr) -> str:
-    """Return the last name of `name` or `owner.name`, "" for any other expression."""
+    """Return "name" for the expressions `name` and `owner.name`, "" for any other."""
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
 
 def row_options(tree: ast.Module, value: Callable[[ast.expr], Any]) -> list[GivenOption]:
-    """Return the options about rows in a file's code. value: evaluates an expression."""
+    """Return the options about rows in a file's code, for training and evaluation. value: returns the value
+    of an expression, or an Expression.
+    """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls.sort(key=lambda node: (node.lineno, node.col_offset))
     follow = _Followed(tree, value)
@@ -176,7 +182,9 @@ def _train(train: DatasetCall) -> Iterator[GivenOption]:
 def _divided(
     call: ast.Call, value: Callable[[ast.expr], Any], held: DatasetCall | None
 ) -> Iterator[GivenOption]:
-    """Yield the fraction and the seed of a train_test_split whose part "train" is trained on."""
+    """Yield the options test_split_size and test_split_seed of a train_test_split call. call: its part
+    "train" is trained on. held: the rows of eval_dataset=, None if they are unknown.
+    """
     given = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg}
     size = value(call.args[0]) if call.args else given.get("test_size")
     rest = given.get("train_size")
@@ -196,7 +204,9 @@ def _divided(
 
 
 def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | None) -> Iterator[GivenOption]:
-    """Yield eval_dataset= unless its rows are the part "test" of train_dataset's train_test_split."""
+    """Yield the option eval_dataset, unless its rows are the part "test" of train_dataset's train_test_split.
+    node: the trainer's argument. train, held: the rows of train_dataset and of `node`, None if unknown.
+    """
     text, line = ast.unparse(node), node.lineno
     if held is None or not held.known:
         yield GivenOption("eval_dataset", text, line, f"{UNTRACED}; held_out=FILE, or a fraction of the rows")
@@ -223,7 +233,9 @@ def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | N
 
 
 def _change(call: ast.Call, sampled: bool, value: Callable[[ast.expr], Any]) -> GivenOption:
-    """Return the option of a call that changes rows. sampled: a select or take of first rows follows it."""
+    """Return an option for a call that changes rows, with a remark if convert does not do the same. sampled:
+    the call is a shuffle, and a select or take of the first rows follows it.
+    """
     name = call_name(call.func)
     if name == "shuffle":
         return _named(call, "max_samples= are the first rows, not shuffled ones" if sampled else "")
@@ -247,7 +259,7 @@ def _named(call: ast.Call, remark: str) -> GivenOption:
 
 
 def _numbered(options: list[GivenOption]) -> list[GivenOption]:
-    """Number the names of calls that occur several times, since names of options are unique."""
+    """Make the options' names unique: the second dataset.map becomes dataset.map.2."""
     seen: dict[str, int] = {}
     numbered = []
     for option in options:
@@ -261,7 +273,9 @@ def _is_none(node: ast.expr) -> bool:
 
 
 class _Followed:
-    """Follows expressions back to load_dataset; a name has the value of its last assignment above."""
+    """Follows an expression back to load_dataset; a name has the value of its last assignment above it. tree:
+    the file. value: returns the value of an expression, or an Expression.
+    """
 
     def __init__(self, tree: ast.Module, value: Callable[[ast.expr], Any]) -> None:
         self.value = value
@@ -281,7 +295,7 @@ class _Followed:
             self.assigned.setdefault(ast.unparse(target), []).append((line, value))
 
     def rows(self, node: ast.expr | None) -> DatasetCall | None:
-        """Return the rows of an expression, None if it is anything else."""
+        """Return the rows that an expression stands for, None if it does not lead to a load_dataset call."""
         if isinstance(node, ast.Name | ast.Subscript):
             above = [each for each in self.assigned.get(ast.unparse(node), ()) if each[0] < node.lineno]
             if above:
@@ -319,7 +333,7 @@ class _Followed:
         return replace(rows, calls=(*rows.calls, node))
 
     def _count(self, node: ast.Call, name: str) -> int | None:
-        """How many of the first rows select(range(n)) or take(n) selects, None for other calls."""
+        """Return n for a call select(range(n)) or take(n), None for any other. name: the call's function."""
         argument = node.args[0] if len(node.args) == 1 else None
         if name == "select" and isinstance(argument, ast.Call) and call_name(argument.func) == "range":
             bounds = [self.value(each) for each in argument.args]
@@ -345,7 +359,7 @@ class _Followed:
         return self._split(rows, split) if isinstance(split, str) else rows
 
     def _split(self, rows: DatasetCall, split: str) -> DatasetCall:
-        """Return rows of split="train", or of a slice such as "train[:1000]"."""
+        """Return `rows` with a split. split: "train", or a slice or sum, such as "train[:1000]"."""
         name, bracket, rest = split.partition("[")
         first = re.fullmatch(r":(\d{1,9})\]", rest)
         if first is not None and int(first[1]):
@@ -393,7 +407,7 @@ ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def notebook_code(file: Path, text: str) -> str:
-    """Return the code cells of a notebook, without ! and % lines. Raises ValueError for any other file."""
+    """Return the code cells of a notebook, ! and % lines emptied. Raises ValueError for any other file."""
     try:
         cells = json.loads(text)["cells"]
         sources = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
@@ -404,9 +418,10 @@ def notebook_code(file: Path, text: str) -> str:
 
 
 def read_python(file: Path, text: str) -> ForeignConfig:
-    """Return the options of a Python file: of its calls of CONFIGS, or else of a command in its docstring.
+    """Return the options of a Python file, from its calls of TRL's configuration classes (CONFIGS).
 
-    Raises ValueError with one line for a file that cannot be parsed or has neither.
+    A file that has none, or that parses a command line, takes its options from the command in its docstring.
+    Raises ValueError with one line for a file that cannot be parsed or has no options.
     """
     try:
         tree = ast.parse(text)
@@ -457,7 +472,7 @@ def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
 
 
 def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:
-    """Return (options, trainers, notes) of all calls of a file."""
+    """Return (options, trainers, notes) of all calls of a file. trainers: such as "dpo", "" for any one."""
     names, stoppers = _assignments(tree), _stoppers(tree)
     options: list[GivenOption] = []
     trainers: list[str] = []
@@ -506,7 +521,9 @@ def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
 
 
 def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[GivenOption]:
-    """Yield the positional arguments of a call. first: the parameter that the first one sets."""
+    """Yield the positional arguments of a call as options. names: known names -> values. first: the option
+    that the first argument sets; the others get a remark, since convert does not know their names.
+    """
     for index, argument in enumerate(node.args):
         if index == 0:
             yield GivenOption(first, _value(argument, names), argument.lineno)
@@ -517,7 +534,7 @@ def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[G
 
 
 def _stoppers(tree: ast.Module) -> set[str]:
-    """Return the source of EarlyStoppingCallback calls, and the names that the file assigns them to."""
+    """Return the source of EarlyStoppingCallback calls, and of the names that the file assigns them to."""
     stopping = {ast.unparse(node) for node in ast.walk(tree)
              if isinstance(node, ast.Call) and call_name(node.func) == "EarlyStoppingCallback"}  # fmt: skip
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
@@ -526,13 +543,15 @@ def _stoppers(tree: ast.Module) -> set[str]:
 
 
 def _stops_early(node: ast.Call, stoppers: set[str]) -> bool:
-    """Whether all callbacks of a trainer are EarlyStoppingCallbacks, whose arguments are options."""
+    """Whether a trainer's call has callbacks=[...] and all of them are `stoppers` (see _stoppers)."""
     given = next((k.value for k in node.keywords if k.arg == "callbacks"), None)
     return isinstance(given, ast.List) and all(ast.unparse(each) in stoppers for each in given.elts)
 
 
 def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
-    """Yield the model's name: `model`, `model_name` or else the first argument, if it is a string."""
+    """Yield the option model_name_or_path of a call: `model`, `model_name` or else the first argument. names:
+    known names -> values. Yields nothing if the argument is not a string.
+    """
     named = [k.value for k in node.keywords if k.arg in ("model", "model_name")]
     argument = next(iter([*named, *node.args]), None)
     value = None if argument is None else _value(argument, names)
@@ -541,7 +560,9 @@ def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
 
 
 def _assignments(tree: ast.Module) -> dict[str, Any]:
-    """Return names that the file sets once, to a literal. Another assignment makes a name unknown."""
+    """Return name -> value of all names that the file sets. A name that is set twice, or in a loop, has an
+    Expression as its value.
+    """
     names: dict[str, Any] = {}
     seen: set[str] = set()
     for node in ast.walk(tree):
@@ -562,7 +583,9 @@ def _assignments(tree: ast.Module) -> dict[str, Any]:
 
 
 def _value(node: ast.expr, names: dict[str, Any]) -> Any:
-    """Return the value of an expression without running it, or an Expression."""
+    """Return the value of an expression without running it; an Expression if that is not possible. names:
+    known names -> values.
+    """
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError, SyntaxError, MemoryError):
@@ -602,5 +625,5 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _owner(node: ast.expr) -> str:
-    """Return the name before the dot, such as FastModel in FastModel.from_pretrained, "" without one."""
+    """Return the name before the dot, such as FastModel in FastModel.from_pretrained, "" without a dot."""
     return call_name(node.value) if isinstance(node, ast.Attribute) else ""

@@ -1,5 +1,5 @@
-"""Convert options that belong together: datasets, columns and templates; rows of a step, length of a run,
-schedule and rollouts.
+"""Convert options that have a meaning only together: datasets, columns and templates; rows of a step, length
+of a run, schedule and rollouts. Each function reads options of a Draft and records settings in it.
 """
 
 import json
@@ -51,7 +51,7 @@ def rows(draft: Draft) -> None:
 
 
 def templates(draft: Draft) -> None:
-    """Set chat_template= if the file names a template, and report how prompts will differ."""
+    """Set chat_template= if the file names a template; record how prompts will differ from the tool's."""
     option = draft.take("chat_template", "template")
     jinja = draft.take("chat_template_jinja")
     if jinja is not None:
@@ -100,7 +100,9 @@ def _axolotl(draft: Draft) -> None:
 
 
 def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
-    """Add a dataset's columns to `columns`, and return remarks about its prompts."""
+    """Add a dataset's renamed columns (`ours=theirs`) to `columns`, and return remarks about its rows. item:
+    an entry of Axolotl's `datasets`, whose `type` names columns and prompt format.
+    """
     kind, remarks = item.get("type", ""), list[str]()
     options = {**item, **(kind if isinstance(kind, Mapping) else {})}
     for name, ours in DATASET_FIELDS.items():
@@ -159,7 +161,9 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
 
 
 def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> list[str]:
-    """Return the overrides that name datasets and their columns, as in data=a.jsonl:text=story,b.jsonl."""
+    """Return overrides for datasets and their columns, such as data=a.jsonl:text=story,b.jsonl. setting: data
+    or held_out. refs: the datasets. columns: what follows each one, such as text=story.
+    """
     if len(refs) == 1 and columns[0] and setting == "data":
         return [f"data={refs[0]}", f"data.columns={','.join(dict.fromkeys(columns[0]))}"]
     parts = [":".join([ref, *dict.fromkeys(own)]) for ref, own in zip(refs, columns, strict=True)]
@@ -167,7 +171,9 @@ def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> li
 
 
 def _reference(item: Mapping) -> str:
-    """Return a dataset of Axolotl or TRL as data= takes it: a file, or org/name/config:split."""
+    """Return a dataset in the form that data= accepts: files, or org/name/config:split. item: the dataset's
+    keys in Axolotl or TRL, such as path, name, split and data_files.
+    """
     path = str(item.get("path") or item.get("dataset_name") or "")
     files = item.get("data_files")
     if files:
@@ -232,7 +238,7 @@ def _trl(draft: Draft) -> None:
 
 
 def _rows_of_code(draft: Draft) -> None:
-    """Convert the options that python_files.row_options returns."""
+    """Convert the options that python_files.row_options reads: eval_dataset, test_split_seed, dataset.*"""
     held = draft.take("eval_dataset")
     if held is not None and isinstance(held.value, Mapping):
         count = held.value.get("max_samples")
@@ -289,7 +295,11 @@ def _factory(draft: Draft) -> None:
 
 
 def _dataset_info(draft: Draft) -> tuple[dict[str, Any], Path]:
-    """Return (entries of dataset_info.json, its folder), ({}, the file's folder) if there is none."""
+    """Return LLaMA-Factory's (entries of dataset_info.json, its folder).
+
+    The file is searched in dataset_dir below the working directory, the configuration's folder and the
+    folders above. Without one, the result is ({}, the configuration's folder).
+    """
     folder = as_text(draft.peek("dataset_dir") or "data")
     near = draft.source.file.resolve().parent
     for base in (Path.cwd(), near, *list(near.parents)[:4]):
@@ -316,7 +326,9 @@ def _factory_reference(draft: Draft, entry: Mapping, folder: Path) -> str:
 
 
 def _factory_columns(entry: Mapping, stage: str) -> list[str]:
-    """Return `ours=theirs` for each renamed column of a dataset. In stage pt their prompt is our text."""
+    """Return `ours=theirs` for each column of a dataset that is called otherwise in jaxft. entry: of
+    dataset_info.json. stage: LLaMA-Factory's; in pt (pre-training) its `prompt` is jaxft's `text`.
+    """
     columns = entry.get("columns")
     renamed = []
     for theirs, name in columns.items() if isinstance(columns, Mapping) else ():
@@ -333,7 +345,7 @@ PER_DEVICE = {TRL: 8, FACTORY: 8, UNSLOTH: 8, AXOLOTL: 1}  # the tools' default
 
 
 def length_of_run(draft: Draft) -> None:
-    """Set the length of the run, in optimizer steps or passes over the rows."""
+    """Set loop.steps= from max_steps, which overrides the number of epochs in every tool."""
     steps = draft.number("max_steps")
     if steps is not None and steps > 0:
         draft.express(draft.take("max_steps"), [f"loop.steps={int(steps)}"])
@@ -343,7 +355,7 @@ def length_of_run(draft: Draft) -> None:
 
 
 def schedule(draft: Draft) -> None:
-    """Set the learning-rate schedule; it ends at 0, as in the other tools."""
+    """Set the learning-rate schedule and its warmup. It ends at 0, as in the tools, or as the file says."""
     kind = draft.take("lr_scheduler_type", "lr_scheduler")
     further = draft.take("lr_scheduler_kwargs")
     kwargs = _mapping(None if further is None else further.value)
@@ -372,7 +384,7 @@ def schedule(draft: Draft) -> None:
 
 
 def _mapping(value: Any) -> dict[str, Any]:
-    """Return a dict, parsed if it is JSON of a command line; {} for any other value."""
+    """Return a dict as it is, a string parsed as JSON if that is a dict, and {} for any other value."""
     try:
         arguments = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -402,7 +414,7 @@ def _kind(draft: Draft, kind: GivenOption) -> None:
 
 
 def rows_of_a_step(draft: Draft) -> None:
-    """Set the rows of a step: rows per device x accumulation x devices."""
+    """Set batch= and micro=. The rows of a step are rows per device x accumulation x devices."""
     if draft.recipe == "grpo":
         return
     per_device, accumulation = _rows_per_device(draft)
@@ -431,7 +443,9 @@ def _devices(count: int) -> str:
 
 
 def importance_weights(draft: Draft) -> None:
-    """Set the correction between the sampler and the training program: its function and its bounds."""
+    """Set correction= and correction_bounds=, the weights for the difference between the log-probs of the
+    sampler and of the training program.
+    """
     prefix = "vllm_importance_sampling_"
     bounds = [f"{prefix}{name}" for name in ("clip_min", "clip_max", "cap")]
     if as_text(draft.peek(f"{prefix}correction")).lower() == "false":
@@ -449,7 +463,9 @@ def importance_weights(draft: Draft) -> None:
 
 
 def rollouts(draft: Draft) -> None:
-    """Set prompts per rollout, completions per prompt, optimizer steps per rollout, and the policy loss."""
+    """Convert a GRPO file's sampling and loss: prompts, completions and optimizer steps per rollout, lengths,
+    clipping, and remarks about rewards.
+    """
     if draft.recipe != "grpo":
         return
     for name in [name for name in draft.options if name.startswith("trl.")]:

@@ -70,11 +70,12 @@ EPOCHS = {TRL: 3, FACTORY: 3, UNSLOTH: 3, AXOLOTL: 1}  # the tools' default
 
 @dataclass(frozen=True)
 class Conversion:
-    """A recipe with settings, and remarks for the reader.
+    """The result of a conversion: a recipe, its settings, and the outcome of each option of the file.
 
-    settings: `name=value`, in the order of a command line. same, unneeded, empty: options that are expressed
-    as they are, need no setting, or have no value. otherwise, lost: (option, how or why). defaults: settings
-    that the file doesn't give, whose default in its tool differs from the recipe's.
+    settings: `name=value`, in the order of a command line. same: options whose settings have the same
+    meaning. otherwise: (option, its settings and how they differ). lost: (option, why no setting expresses
+    it). unneeded: options that jaxft does not need. empty: options that the file leaves without a value.
+    defaults: `name=value` where the file is silent and the tool's default differs from the recipe's.
     """
 
     source: ForeignConfig
@@ -90,9 +91,9 @@ class Conversion:
 
 
 def read(file: Path) -> ForeignConfig:
-    """Read a configuration of any supported tool and kind of file. Nothing in it is executed.
+    """Read a configuration: YAML, Python, a notebook or a shell script. Nothing in it is executed.
 
-    Raises ValueError or OSError with one line for any other file.
+    Raises ValueError with one line for a file that is none of these, OSError if it cannot be read.
     """
     text = read_config_text(file)
     if file.suffix in (".yml", ".yaml"):
@@ -112,8 +113,8 @@ def read(file: Path) -> ForeignConfig:
 def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
     """Return the recipe and settings of a configuration.
 
-    devices: how many the tool used, for the rows of a step; by default as in the file, or 1. Raises
-    ValueError for a method without a recipe.
+    devices: how many the tool used, which multiplies the rows of a step; None: as in the file, or 1. Raises
+    ValueError for a method that no recipe trains.
     """
     empty = tuple(option for option in source.options if option.empty)
     given = [each for option in source.options if not option.empty for each in option_parts(option)]
@@ -167,7 +168,7 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
 
 
 def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
-    """Return the training method of a configuration in its tool's word, such as dpo or rm."""
+    """Return the training method in the tool's word, such as dpo or rm, from its options by name."""
 
     def value(name: str) -> str:
         return as_text(options[name].value).lower() if name in options else ""
@@ -192,7 +193,7 @@ def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
 
 
 def _choose_training(draft: Draft) -> None:
-    """Choose between an adapter and all weights, and the recipe for it."""
+    """Decide between an adapter and full fine-tuning, and set draft.full and draft.recipe for it."""
     source = draft.source
     for name in (
         "stage",
@@ -241,7 +242,7 @@ def _choose_training(draft: Draft) -> None:
 
 
 def _adapter(draft: Draft) -> None:
-    """Convert the adapter's rank, scale and modules."""
+    """Convert the adapter's rank, alpha, dropout, target modules and initialisation."""
     if draft.full:
         for name in ADAPTER_ONLY:
             option = draft.take(name)
@@ -292,7 +293,7 @@ def _adapter(draft: Draft) -> None:
 
 
 def _quantisation(draft: Draft) -> None:
-    """Convert the quantisation of the frozen base."""
+    """Convert the quantisation of the base model: quant= and quant.double=."""
     kind = draft.take("quantization_type", "bnb_4bit_quant_type")
     bits = as_text(draft.peek("quantization_bit"))
     four = draft.peek("load_in_4bit") is True or bits == "4" or draft.settings.get("quant") == "nf4"
@@ -316,7 +317,9 @@ def _quantisation(draft: Draft) -> None:
 
 
 def _mixed(draft: Draft, name: str, kinds: list) -> str:
-    """Return a mix of losses as source: "(name in jaxft, weight), ...". name: the option with `kinds`."""
+    """Return a weighted sum of losses as Python source, such as "(dpo, 1.0), (nll, 0.5)". name: the option
+    that lists the losses. kinds: its items, in the tool's words.
+    """
     given = draft.peek("loss_weights", "dpo_loss_weights")
     weights = given if isinstance(given, list) and len(given) == len(kinds) else [1.0] * len(kinds)
     (row,) = table_rows(draft.source.tool, name, draft.recipe)
@@ -331,7 +334,7 @@ def _mixed(draft: Draft, name: str, kinds: list) -> str:
 
 
 def _preferences(draft: Draft) -> None:
-    """Convert losses of pairs, and options of the reference model."""
+    """Convert the losses of preference pairs and the options of the reference model."""
     if draft.recipe not in ("dpo", "kto", "orpo", "simpo"):
         return
     for name in ("loss_type", "dpo_loss_type"):
@@ -451,7 +454,11 @@ def _evaluation(draft: Draft) -> None:
 
 
 def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | None) -> None:
-    """Set an interval, as a fraction of the run, for an event that happens `times` per epoch."""
+    """Convert `times` per epoch to an interval as a fraction of the run.
+
+    option: the option to record; as lost if the interval is the whole run or loop.steps= is set. setting:
+    such as loop.eval_every.
+    """
     given = draft.number("num_train_epochs") or draft.number("num_epochs")
     epochs = given or EPOCHS[draft.source.tool]
     if not times or times * epochs <= 1 or "loop.steps" in draft.settings:
@@ -496,7 +503,7 @@ def _names(draft: Draft) -> None:
 
 
 def _defaults(draft: Draft) -> dict[str, str]:
-    """Return setting -> the tool's default, if it differs from the recipe's. The file's settings win."""
+    """Return setting -> the tool's default where the recipe has another one, also if the file sets it."""
     tool, recipe = draft.source.tool, draft.recipe
     packs = recipe in ("sft", "sft_full")
     defaults = {"optim.warmup": "0", "held_out": "none", "epochs": str(EPOCHS[tool])}
@@ -530,7 +537,7 @@ def _defaults(draft: Draft) -> dict[str, str]:
 
 
 def _keep_known(draft: Draft) -> None:
-    """Remove and report settings that the recipe does not have, such as the packing of pairs."""
+    """Remove settings that the recipe does not have, such as data.packing= of dpo, with a note for each."""
     if "trackers" not in draft.settings:
         for name in ("tracking.project", "tracking.artifact"):
             if draft.settings.pop(name, None) is not None:

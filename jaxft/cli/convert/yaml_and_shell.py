@@ -1,4 +1,4 @@
-"""YAML of Axolotl, LLaMA-Factory and TRL, and command lines and shell scripts that start them, as options."""
+"""Read the options of Axolotl, LLaMA-Factory and TRL from YAML, command lines and shell scripts."""
 
 import re
 import shlex
@@ -57,7 +57,9 @@ def read_yaml(file: Path, text: str) -> ForeignConfig:
 
 
 def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
-    """Return all options of a YAML file, sections in NESTED with dotted names."""
+    """Return all options of a YAML file. A section that draft.NESTED lists becomes options with dotted names.
+    file: for errors. text: its contents. Raises ValueError for a text that is not a mapping of options.
+    """
     content, lines = _load(file, text)
     if not isinstance(content, Mapping):
         raise ValueError(
@@ -72,7 +74,7 @@ def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
 
 
 def _load(file: Path, text: str) -> tuple[Any, dict[str, int]]:
-    """Return (content, line of every dotted name)."""
+    """Parse YAML and return (content, dotted name -> line in the file). file: for errors."""
     loader, lines = yaml.SafeLoader(text), dict[str, int]()
     try:
         node = loader.get_single_node()
@@ -94,10 +96,14 @@ def _load(file: Path, text: str) -> tuple[Any, dict[str, int]]:
 
 
 def _number(node: yaml.Node, name: str, lines: dict[str, int], count: list[int]) -> None:
-    """Fill in `lines`, and raise ValueError for more than MOST_NODES nodes. count: [nodes so far]."""
+    """Add dotted name -> line to `lines` for a node and all below it.
+
+    name: the node's, "" for the root. count: [nodes so far], changed in place. Raises ValueError for more
+    than MOST_NODES nodes or DEEPEST levels, since aliases can repeat a node without end.
+    """
     count[0] += 1
     if count[0] > MOST_NODES or name.count(".") > DEEPEST:
-        raise ValueError("more values, aliases or levels than a configuration has")
+        raise ValueError(f"more than {MOST_NODES:,} values (aliases repeat theirs) or {DEEPEST} levels")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = f"{name}.{key.value}" if name else str(key.value)
@@ -119,7 +125,9 @@ COMMANDS_OF = {"trl": TRAINERS, "llamafactory-cli": ("train",), "lmf": ("train",
 
 
 class Started(NamedTuple):
-    """A command of a script. line: of its first word. variables: of the shell, as set by lines above."""
+    """A command of a shell script. words: as the shell splits them. line: where the command begins in the
+    file. variables: shell variables that lines above set, name -> value.
+    """
 
     words: list[str]
     line: int
@@ -129,7 +137,7 @@ class Started(NamedTuple):
 def read_commands(file: Path, text: str, first_line: int = 1) -> ForeignConfig:
     """Return the options of the first command in a text that starts a trainer.
 
-    first_line: the line of the file where the text begins. Raises ValueError for a text without one.
+    first_line: the line of the file where the text begins. Raises ValueError if there is no such command.
     """
     trainers = [
         (command, at) for command in _commands(text, first_line) if (at := _trainer(command.words)) >= 0
@@ -151,7 +159,7 @@ def read_commands(file: Path, text: str, first_line: int = 1) -> ForeignConfig:
 
 
 def _commands(text: str, first_line: int) -> list[Started]:
-    """Split a text into commands; lines that continue with a backslash are one."""
+    """Split a shell script into commands. first_line: the line of the file where the text begins."""
     commands: list[Started] = []
     variables: dict[str, str] = {}
     joined, start = "", first_line
@@ -182,7 +190,7 @@ def _commands(text: str, first_line: int) -> list[Started]:
 
 
 def _expanded(text: str, variables: Mapping[str, str]) -> str:
-    """Replace the variables that the script sets; others stay as they are."""
+    """Replace $NAME, ${NAME} and ${NAME:-default}; a variable without value or default stays as it is."""
 
     def value(match: re.Match) -> str:
         return variables.get(match[1] or match[3], match[2] if match[2] is not None else match[0])
@@ -191,7 +199,7 @@ def _expanded(text: str, variables: Mapping[str, str]) -> str:
 
 
 def _trainer(words: Sequence[str]) -> int:
-    """Return the position of the word that names the trainer, or -1."""
+    """Return the index of the word that starts a trainer (trl, axolotl, a script.py), -1 without one."""
     for at, word in enumerate(words):
         name = Path(word).name
         further = words[at + 1 : at + 2]
@@ -247,7 +255,7 @@ def _source(file: Path, command: Started, at: int) -> ForeignConfig:
 
 
 def trainer_of(name: str) -> str:
-    """Return the trainer that a script's name contains, such as dpo for run_dpo.py; sft without one."""
+    """Return the training method in a script's file name: dpo for run_dpo.py; sft if it has none."""
     stem = Path(name).stem.lower()
     if "reward" in stem:
         return "reward"
@@ -255,12 +263,15 @@ def trainer_of(name: str) -> str:
 
 
 def _tool_of(given: Sequence[GivenOption], tool: str) -> str:
-    """Return FACTORY if the options show it, since LLaMA-Factory's scripts have any name; else `tool`."""
+    """Return FACTORY if an option is only LLaMA-Factory's, whose scripts have any name; else `tool`."""
     return FACTORY if {"stage", "finetuning_type"} & {option.name for option in given} else tool
 
 
 def _config(file: Path, name: str, tool: str) -> ForeignConfig:
-    """Read the YAML file that a command names, from the working directory or next to the script."""
+    """Read the YAML file that a command names, relative to the working directory or to a folder above the
+    script. file: the script. name: the path in the command. tool: the command's; if it is not AXOLOTL, the
+    YAML's options show the tool.
+    """
     for folder in (Path.cwd(), file.parent, *list(file.resolve().parents)[:4]):
         if (folder / name).is_file():
             path = folder / name
@@ -268,11 +279,14 @@ def _config(file: Path, name: str, tool: str) -> ForeignConfig:
             if tool == AXOLOTL:
                 return ForeignConfig(path, tool, yaml_options(path, text))
             return read_yaml(path, text)
-    raise ValueError(f"{file}: its command reads {name}, which is not here or near it; convert that file")
+    raise ValueError(
+        f"{file}: its command reads {name}, which is neither in the working directory nor above the script; "
+        f"run jaxft convert on {Path(name).name} itself"
+    )
 
 
 def _arguments(words: Sequence[str]) -> list[tuple[str, Any]]:
-    """Return (name, value) of `--name value ...`, `--name=value`, `name=value` and `--flag`."""
+    """Return (name, value) for `--name value ...`, `--name=value`, `name=value` and `--flag` (True)."""
     arguments: list[tuple[str, Any]] = []
     values: list[str] | None = None
     for word in words:

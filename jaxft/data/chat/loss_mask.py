@@ -97,7 +97,7 @@ def _require_short(name: str, text: str) -> None:
 
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
-    """Render an example and mark the parts of it that are targets. Raises ValueError that names the row."""
+    """Render an example and mark its targets. loss_on: LOSS_ON or NOTHING. Raises ValueError."""
     match example:
         case Text(name, text):
             return Rendered(name, text, ((0, len(text)),), begin=True, end=True)
@@ -145,7 +145,7 @@ def tokenise_examples(
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[MaskedTokens | InvalidRow]:
-    """Yield (token ids, loss mask) of each example in order, untruncated, or what is wrong with it."""
+    """Yield (token ids, loss mask) of each example in order, untruncated, or its error as an InvalidRow."""
     for outcome in tokenise_weighted(examples, tokenizer, loss_on, settings):
         yield outcome if isinstance(outcome, InvalidRow) else (outcome.ids, outcome.learned)
 
@@ -252,8 +252,8 @@ def content_warnings(
 
 
 def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -> list[int]:
-    """Return the indices of up to 100 messages, not the assistant's, that the template may drop: if every
-    content is replaced by a marker, the rendering lacks theirs.
+    """Return the indices of up to 100 messages of roles other than assistant that the template may drop: the
+    rendering lacks their markers if all their contents are replaced by markers.
     """
     asked = [i for i, m in enumerate(prompt) if m["role"] != "assistant" and (m["content"] or "").strip()]
     words = {i: {**prompt[i], "content": f"Qx7w{i}Zk"} for i in asked}
@@ -266,7 +266,7 @@ def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -
 
 
 def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int) -> bool:
-    """Whether the rendered prompt shows a word in place of a message's content; True if it is rejected."""
+    """Whether the rendered prompt shows a word put in place of a message's content; True if rejected."""
     word = "Qx7wZk9y"
     message = {**prompt[index], "content": word}
     try:
@@ -305,8 +305,8 @@ def prompt_warnings(
 
 
 def _prompt_that_is_not_trained(template: Template, chat: Chat) -> str:
-    """Return the end of the generation prompt that does not precede the response in training, or "" if all of
-    it does or the template rejects the row.
+    """Return the end of the generation prompt that does not precede the response in training, or "" if the
+    whole prompt precedes it or the template rejects the row.
     """
     try:
         prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
@@ -322,7 +322,8 @@ def example_prompt_ids(
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
     most: int | None = None,
 ) -> Iterator[list[int] | InvalidRow]:
-    """Yield the token ids from which the response of each example is generated, or what is wrong with it.
+    """Yield the token ids from which the response of each example is generated, or its error as an
+    InvalidRow.
 
     most: the number of tokens above which a long prompt is refused before all of it is tokenised.
 
@@ -366,7 +367,7 @@ def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
 
 
 def _short(text: str, most: int, tokenizer: Any) -> str:
-    """Return the text. Raises InvalidRow if one of its beginnings has more than `most` tokens already."""
+    """Return the text unchanged. Raises InvalidRow if even a beginning of it has more than `most` tokens."""
     size = 4 * (most + SPARE_TOKENS)
     while size < len(text):
         (ids,) = _ids_of([text[:size]], tokenizer, False)
@@ -446,7 +447,7 @@ def _mask_of_text(r: Rendered, tokenizer: Any) -> WeightedTokens:
 
 
 def _pieces(r: Rendered, tokenizer: Any) -> Iterator[np.ndarray]:
-    """Yield the tokens of a text in pieces, without special ones."""
+    """Yield the token ids of a long text in pieces, without special tokens."""
     (here, ids), skipped = _encoded(r.text[: TEXT_PIECE + OVERLAP], tokenizer), 0
     for at in range(TEXT_PIECE, len(r.text) - OVERLAP, TEXT_PIECE):
         following, next_ids = _encoded(r.text[at : at + TEXT_PIECE + OVERLAP], tokenizer)
@@ -504,7 +505,8 @@ def _span_of_each(
 def _eos(r: Rendered, eos: int | None) -> int:
     if eos is None:
         raise ValueError(
-            f"{r.name}: plain text must end with EOS and the tokenizer has none; set its eos_token"
+            f"{r.name}: plain text must end with EOS and the tokenizer has none; set eos_token in its "
+            "tokenizer_config.json"
         )
     return eos
 

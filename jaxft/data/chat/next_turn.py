@@ -24,7 +24,7 @@ SOME_TEXT = "Qx7w"  # content in the place of a turn without any, whose place in
 
 
 class TurnWording(NamedTuple):
-    """One way to write a turn and its answer as messages."""
+    """One way to write a turn as a message, and the messages that answer it."""
 
     turn: Message
     answers: tuple[Message, ...]
@@ -94,9 +94,10 @@ def _first_suffix(template: Template, chat: Chat, ways: Sequence[TurnWording]) -
 
 
 def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _Suffix | None:
-    """Return the text that follows the turn; None if the template rewrites what is before it.
+    """Return the text that follows the turn; None if the template rewrites the text before it. prompt: the
+    rendered prompt of the turn.
 
-    Raises HiddenPart if it doesn't show all of the turn and its answers, and what render_messages raises.
+    Raises HiddenPart if it doesn't show all of the turn and its answers, and the errors of render_messages.
     """
     index, turn = len(chat.messages), way.turn
     if not parts_of(turn):
@@ -115,7 +116,7 @@ def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _S
 def _require_answers(
     template: Template, chat: Chat, before: tuple[Message, ...], answers: tuple[Message, ...]
 ) -> None:
-    """Raise HiddenPart if the template drops the content of an answer, as some do with a tool's."""
+    """Raise HiddenPart if the template drops the content of an answer, a message after those in `before`."""
     words = [f"Qx7w{number}Zk" for number in range(len(answers))]
     marked = [{**answer, "content": word} for answer, word in zip(answers, words, strict=True)]
     text = render_messages(template, [*before, *marked], chat.tools).lower()
@@ -126,7 +127,7 @@ def _require_answers(
 def _restart(
     chat: Chat, ways: Sequence[TurnWording], tokenizer: Any, settings: TemplateSettings
 ) -> NextPrompt:
-    """Return the prompt of a new row. Raises InvalidRow if the template rejects all ways."""
+    """Return the whole conversation as a prompt of a new row. Raises InvalidRow if all ways are rejected."""
     for way in ways:
         messages = (*chat.messages, way.turn, *way.answers)
         (ids,) = example_prompt_ids(

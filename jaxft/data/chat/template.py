@@ -100,15 +100,15 @@ class Template:
         return tuple(dict.fromkeys([*self.last_tokens, *others]))
 
     def of_chat(self, chat: Chat) -> "Template":
-        """Return the template for a conversation, with the conversation's arguments in place of the run's:
-        the template for tools if it has tools, as transformers' apply_chat_template chooses.
+        """Return the template for a conversation: the one for tools if the conversation has tools, as
+        transformers' apply_chat_template chooses. The conversation's arguments override the run's.
         """
         own = self.tool_use if chat.tools and self.tool_use else self
         return replace(own, arguments={**own.arguments, **chat.arguments}) if chat.arguments else own
 
 
 def name_of_template(tokenizer: Any) -> str:
-    """Return the name of a tokenizer's chat template for messages."""
+    """Return the name of a tokenizer's chat template in errors."""
     return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
 
@@ -163,8 +163,8 @@ def _unread_arguments(tokenizer: Any, settings: TemplateSettings) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool = False) -> Template:
-    """Return the template with the fields that are read from its renderings of short conversations. tools:
-    whether these have a tool.
+    """Return the template of this source with the fields that are read from its renderings of short
+    conversations. tools: whether these have a tool.
     """
     added = (str(token) for token in tokenizer.added_tokens_decoder.values())
     bare = Template(
@@ -240,7 +240,7 @@ def _ends_of_text(
     special: re.Pattern, opening: str, behind: str, between: str
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Return the text that ends the last assistant turn of a conversation, and the text that ends earlier
-    ones.
+    ones, each in a list, [] for none.
 
     behind: what follows the last response. between: what follows a response before the next question.
     """
@@ -499,7 +499,7 @@ def _with_ids(message: Message) -> Message:
 
 
 def _remedy_for_turns(messages: Sequence[Message], reason: str) -> str | None:
-    """Return the remedy for turns that do not alternate."""
+    """Return the remedy for turns that do not alternate, None if the template's error has another reason."""
     if "alternat" not in reason.lower():
         return None
     turns = [

@@ -25,7 +25,7 @@ PYTHON_TAG = "<|python_tag|>"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool call. index: its place among a completion's calls. arguments: the JSON text of an object."""
+    """A tool call. index: its number in the completion, from 0. arguments: the JSON text of an object."""
 
     index: int
     id: str
@@ -118,7 +118,7 @@ class CallStream:
         return "".join(texts), tuple(calls)
 
     def _take(self, size: int) -> str:
-        """Remove the first characters of the waiting text, and return them."""
+        """Remove the first `size` characters of the waiting text, and return them."""
         text, self._waiting = self._waiting[:size], self._waiting[size:]
         if text:
             self._searched, self._quoted, self._follows_call = 0, False, False
@@ -144,7 +144,9 @@ class CallStream:
         return len(text[: len(text) - begun].rstrip())
 
     def _call_end(self, start: int, is_last: bool) -> int | None:
-        """Return where the call at the beginning of the waiting text ends, None if it may go on."""
+        """Return where the call at the beginning of the waiting text ends, None if it may go on. start: where
+        its opening mark ends.
+        """
         text, mark = self._waiting, self.format.closes or self.format.opens
         at = self._next_mark(mark, start)
         if at is None and is_last and self._quoted:  # a string without an end
@@ -157,7 +159,9 @@ class CallStream:
         return at + len(mark) if self.format.closes else len(text[:at].rstrip())
 
     def _next_mark(self, mark: str, start: int) -> int | None:
-        """Return where the mark is in the waiting text outside of JSON strings, None if it has not come."""
+        """Return where the mark is in the waiting text, from `start` on and outside of JSON strings, None if
+        it has not come.
+        """
         text, at = self._waiting, max(start, self._searched)
         while self._quoted is not None and at < len(text):
             if not self._quoted and mark.startswith(text[at : at + len(mark)]):
@@ -216,8 +220,8 @@ def _hermes(text: str) -> list[tuple[str, Any]]:
 
 
 def _llama3(text: str) -> list[tuple[str, Any]]:
-    """Return (name, arguments) of each call in a text. Without arguments it is no call, as any JSON may have
-    a name.
+    """Return (name, arguments) of each call in a text. Arguments are None in JSON that is no call, as other
+    JSON may have a name too.
     """
     calls, rest = list[tuple[str, Any]](), text
     while rest:

@@ -59,7 +59,8 @@ def parts_of(message: Message) -> list[Part]:
 
 
 def find_parts(parts: Sequence[Part], text: str, start: int, end: int) -> tuple[Part | None, int]:
-    """Search text[start:end] for parts. Return the first missing one or None, and where the last one ends.
+    """Search text[start:end] for parts. Return the first missing one or None, and where the last one ends
+    (`start` if one is missing).
 
     Whitespace may differ, since templates strip it, or add it around thinking blocks.
     """
@@ -89,7 +90,7 @@ def _last_end(parts: Sequence[Part], text: str) -> Part | int:
 
 
 def _first(part: Part, text: str, at: int) -> Span | None:
-    """Return the first occurrence of one of the spellings, the longest if several begin there."""
+    """Return the first occurrence, at or after `at`, of a spelling, the longest if several begin there."""
     matches = [(text.find(spelling, at), -len(spelling)) for spelling in part.spellings]
     start, length = min((pair for pair in matches if pair[0] >= 0), default=(-1, 0))
     return None if start < 0 else (start, start - length)
@@ -108,7 +109,8 @@ def with_markers(message: Message, first: int = 0) -> tuple[Message, dict[str, s
 
     first: the number of the first word, for words that are unique among several turns.
 
-    A rendering without a word hides that part, even if the part's own text occurs elsewhere by chance.
+    If a rendering lacks a word, the template hides that part, even if the part's text occurs elsewhere by
+    chance.
     """
     words: dict[str, str] = {}
 
@@ -152,7 +154,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _function(call: Any) -> dict[str, Any]:
-    """Return name and arguments of a tool call, {"function": {...}} or without that level."""
+    """Return the object with a tool call's name and arguments, which may be under the key "function"."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict):
         raise HiddenPart(

@@ -4,6 +4,6 @@ cache.py: files of tokenised rows, arrays in memory-mapped parts
 pack.py: packing plans, the length of a run
 pair_layout.py: which pairs share a batch and a row, and the arrays of such a batch
 reader.py: a dataset as token ids, chunk by chunk in several processes
-row_tasks.py: tokens and loss masks of SFT rows, pairs and prompts
+row_tasks.py: tokens and loss masks of SFT rows, pairs and prompts; truncation
 tokenised.py: tokenised rows: a prompt and its continuations
 """

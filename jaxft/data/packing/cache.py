@@ -83,7 +83,7 @@ class Flat:
         return whole if dtype is None else whole.astype(dtype)
 
     def concatenate(self, other: "Flat") -> "Flat":
-        """Return the values of both, the other's last."""
+        """Return these values and then the other's."""
         return Flat((*self.parts, *other.parts), (*self.releases, *other.releases))
 
 
@@ -101,7 +101,7 @@ class Made(Sequence[Item]):
             return [self.make(i) for i in range(*index.indices(self.size))]
         index = int(index) + (self.size if index < 0 else 0)
         if not 0 <= index < self.size:
-            raise IndexError(f"item {index} of {self.size}")
+            raise IndexError(f"no item {index}: the sequence has {self.size} items, from 0 on")
         return self.make(index)
 
     def __iter__(self) -> Iterator[Item]:
@@ -122,7 +122,7 @@ class RowNames(Made[str]):
         return f"{self.labels[int(self.sources[index])]}:{int(self.numbers[index])}"
 
     def concatenate(self, other: "RowNames") -> "RowNames":
-        """Return the names of both, the other's last."""
+        """Return these names and then the other's."""
         sources = Flat([part + len(self.labels) for part in other.sources.parts])
         return RowNames(
             (*self.labels, *other.labels),
@@ -142,7 +142,7 @@ _TAIL = struct.Struct("<Q16s")  # bytes of the JSON, checksum
 
 
 class ColumnType(NamedTuple):
-    """The type of a column. An example has one value, `width` values, or as many as column `along` gives."""
+    """The type of a column. An example has one value, `width` values, or as many as column `along` says."""
 
     dtype: Any
     along: str | None = None
@@ -156,8 +156,8 @@ Make = Callable[[Callable[[ChunkColumns], None]], StoredFacts]
 
 
 class StoredRows(NamedTuple):
-    """The columns of a cache file and its facts: what load_or_make's `make` returned, and `digest`, a hash of
-    the columns of tokens, masks and weights.
+    """The rows of a cache file. facts: the dictionary that load_or_make's `make` returned, and in it
+    `digest`, a hash of the columns of tokens, masks and weights.
     """
 
     columns: dict[str, Flat]
@@ -175,8 +175,8 @@ def row_cache_folder(cache: Path | None = None) -> Path:
 
 
 def content_key(rows: Any, tokenizer: Any, version: Any, settings: tuple) -> str:
-    """Hash everything that the tokens depend on: rows (their hash and the names of their files), tokenizer,
-    chat template, settings and the version of the tokenising code.
+    """Return a hash of everything that the tokens depend on: rows (their hash and the names of their files),
+    tokenizer, chat template, settings and the version of the tokenising code.
     """
     digest = hashlib.sha256()
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -197,11 +197,11 @@ def template_fingerprint(tokenizer: Any) -> str:
 
 
 def load_or_make(path: Path, columns: ColumnTypes, make: Make) -> tuple[StoredRows, str]:
-    """Load the rows of a cache file, or make and store them. Return the rows, and which of these was done.
+    """Load the rows of a cache file, or make and store them. Return the rows, and whether they were loaded:
+    "found", "built", "rebuilt" (the file was corrupt) or "not written (REASON)".
 
     make(add): calls add with the columns of each chunk of the dataset, and returns facts about the dataset.
-    The second value is "found", "built", "rebuilt" (the file was corrupt) or "not written (REASON)". If the
-    cache cannot be written, the rows stay in memory, and the next run makes them again.
+    If the cache cannot be written, the rows stay in memory, and the next run makes them again.
     """
     state = "built"
     if path.exists():

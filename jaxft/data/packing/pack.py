@@ -22,7 +22,7 @@ ORDER_WINDOW = 4  # optimizer steps whose examples are packed together if data.o
 
 @dataclass(frozen=True)
 class RowShape:
-    """The capacity of a row: tokens, read positions, and slots for pairs."""
+    """The capacity of a row: tokens, read positions (tokens with a loss), and slots for pairs."""
 
     length: int
     reads: int
@@ -48,7 +48,7 @@ class RowPlan:
         return len(self.offsets) - 1
 
     def slice(self, start: int, stop: int) -> "RowPlan":
-        """Return rows `start` to `stop`, fewer at the end of the epoch."""
+        """Return the plan of rows `start` to before `stop`, fewer at the end of the epoch."""
         offsets = self.offsets[start : min(stop, self.rows) + 1]
         chosen = slice(offsets[0], offsets[-1])
         parts = [None if x is None else x[chosen] for x in (self.starts, self.counts)]
@@ -64,13 +64,13 @@ class RowPlan:
 
     @property
     def is_first(self) -> Bool[np.ndarray, " examples"]:
-        """Marks the first member of each row."""
+        """Mask of the members that are the first of their row."""
         mask = np.zeros(len(self.members), bool)
         mask[self.offsets[:-1]] = True
         return mask
 
     def names(self, names: Sequence[str]) -> list[list[str]]:
-        """Return the names of each row's examples."""
+        """Return a list for each row: the names of its examples. names: the name of every example."""
         bounds = zip(self.offsets[:-1], self.offsets[1:], strict=True)
         return [[names[i] for i in self.members[start:stop]] for start, stop in bounds]
 
@@ -93,9 +93,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
-    """Return the row of each example if each in turn goes into the first row with enough free tokens; lengths
-    must not increase. Examples of one length are placed together: a row receives free // length of them
-    before the next row gets any.
+    """Return the index of each example's row if each in turn goes into the first row, of `size` tokens, with
+    enough free tokens; lengths must not increase. Examples of one length are placed together: a row receives
+    free // length of them before the next row gets any.
     """
     if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
         raise ValueError(
@@ -128,7 +128,7 @@ def pack_examples(
     lengths: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], size: int, seed: int, epoch: int
 ) -> RowPlan:
     """Pack the examples into rows of at most `size` tokens, each example into exactly one row, and shuffle
-    the rows.
+    the rows. lengths, reads: number of tokens and of targets of each example.
     """
     rank = np.empty(len(lengths), np.int64)
     rank[permutation(len(lengths), seed, 1, epoch)] = np.arange(len(lengths))
@@ -144,7 +144,7 @@ def pack_examples(
 
 
 def ascending(keys: Float[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
-    """Return the order from the smallest to the largest key. Equal keys are shuffled once, for all epochs."""
+    """Return indices from the smallest to the largest key. Equal keys are shuffled once, for all epochs."""
     rank = np.empty(len(keys), np.int64)
     rank[permutation(len(keys), seed, 1)] = np.arange(len(keys))
     return np.lexsort((rank, keys))
@@ -219,7 +219,7 @@ def _shuffle_rows(members: np.ndarray, sizes: np.ndarray, seed: int, epoch: int)
 
 
 def limit_reads(plan: RowPlan, reads: Int[np.ndarray, " members"], most: int) -> RowPlan:
-    """Divide rows with more than `most` read positions into several; no member alone may have more."""
+    """Divide rows with more than `most` targets. reads: number of targets of each member, `most` or less."""
     total = np.add.reduceat(reads, plan.offsets[:-1]) if plan.rows else reads
     cuts = []
     for row in np.flatnonzero(total > most):
@@ -279,7 +279,7 @@ class Epochs:
     alike: bool = True
 
     def steps_in(self, epoch: int) -> int:
-        """Return the optimizer steps of an epoch."""
+        """Return the number of optimizer steps of an epoch."""
         return len(self.batch_tokens(0 if self.alike else epoch))
 
     def locate(self, step: int) -> tuple[int, int]:
@@ -293,7 +293,7 @@ class Epochs:
         return epoch, step
 
     def steps_of_epochs(self, epochs: float) -> int:
-        """Return the optimizer steps of a number of epochs, which may be a fraction; at least 1."""
+        """Return how many optimizer steps a number of epochs has, which may be a fraction; at least 1."""
         if self.alike:
             return max(1, math.ceil(epochs * self.steps_in(0) - 1e-9))
         whole = math.floor(epochs)
@@ -301,7 +301,7 @@ class Epochs:
         return max(1, sum(map(self.steps_in, range(whole))) + math.ceil(rest - 1e-9))
 
     def steps_of_tokens(self, tokens: int) -> int:
-        """Return the optimizer steps after which at least `tokens` tokens were read."""
+        """Return the number of optimizer steps after which at least `tokens` tokens were read."""
         steps = epoch = 0
         if self.alike:
             total = int(self.batch_tokens(0).sum())
@@ -315,5 +315,5 @@ class Epochs:
 
 
 def epochs_of(batch_tokens: Callable[[int], Int[np.ndarray, " steps"]], alike: bool = True) -> Epochs:
-    """Return Epochs that compute the batches of each epoch once."""
+    """Return Epochs that call batch_tokens only once for each epoch."""
     return Epochs(lru_cache(maxsize=None)(batch_tokens), alike)

@@ -35,7 +35,8 @@ def order_batches(
     keys: Float[np.ndarray, " n"] | None = None,
 ) -> Int[np.ndarray, "batches size"]:
     """Return the pairs of each batch of an epoch: every pair once, `size` per batch, the last batch padded
-    with -1. With keys, batches go from small to large keys, except within windows of ORDER_WINDOW batches.
+    with -1. tokens: length of each pair. With keys, a number for each pair, batches go from small to large
+    keys, except within windows of ORDER_WINDOW batches.
     """
     order = pack.permutation(len(tokens), seed, 1, epoch) if keys is None else pack.ascending(keys, seed)
     whole = len(tokens) // size * size
@@ -97,7 +98,10 @@ def plan_rows(members: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"], rows: 
 def check_fit(
     plan: pack.RowPlan, tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], shape: pack.RowShape
 ) -> None:
-    """Raise ValueError if a batch does not fit the row shape, which was planned for the run's epochs."""
+    """Raise ValueError if a batch does not fit the row shape, which was planned for the run's epochs.
+
+    tokens, reads: numbers of tokens and targets of each pair.
+    """
     most = [int(plan.row_sums(x[plan.members]).max()) for x in (tokens, reads, np.ones_like(reads))]
     if most[0] > shape.length or most[1] > shape.reads or most[2] > shape.slots:
         raise ValueError(
@@ -114,7 +118,8 @@ def row_shape(
     """Return a row shape that holds the fullest row of any batch, rounded up so that similar data share a
     program.
 
-    plans: the rows of each epoch. Any pair alone fits as well.
+    tokens, reads: numbers of tokens and targets of each pair. plans: the rows of each epoch. Any pair alone
+    fits as well.
     """
     most_tokens, most_reads, slots = int(tokens.max()), int(reads.max()), 1
     for plan in plans:
@@ -131,7 +136,10 @@ def fit_rows(
     reads: Int[np.ndarray, " all"],
     shape: pack.RowShape,
 ) -> pack.RowPlan:
-    """Pack pairs of no particular batch: from long to short, each into the first row that it fits."""
+    """Pack pairs, whatever their batch: from long to short, each into the first row that it fits.
+
+    pairs: their indices. tokens, reads: numbers of tokens and targets of all pairs.
+    """
     pairs = pairs[np.argsort(-tokens[pairs], kind="stable")]
     left = np.empty((len(pairs), 3), np.int64)
     left[:] = (shape.length, shape.reads, shape.slots)
@@ -143,8 +151,8 @@ def fit_rows(
         if not len(fits):
             raise ValueError(
                 f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of "
-                f"{shape.length} tokens, {shape.reads} read positions and {shape.slots} pairs; use rows that "
-                "are planned for these pairs"
+                f"{shape.length} tokens, {shape.reads} read positions and {shape.slots} pairs; pass the "
+                "shape that row_shape returns for these pairs"
             )
         row[number] = fits[0]
         left[fits[0]] -= need
@@ -160,8 +168,8 @@ class PairLayout:
     """The shape and packing of the microbatches of pairs.
 
     rows: rows of a microbatch. branches: whether responses share the tokens of their prompt. columns: names
-    of the columns of numbers. max_length: see Pairs. reference: the reference's log-prob of each token of the
-    rows; None before they are computed.
+    of the columns of numbers. max_length: see Pairs. reference: the reference model's log-prob of each token
+    in TokenisedRows.ids; None before they are computed.
     """
 
     rows: int
@@ -198,15 +206,16 @@ class _Runs:
 
 
 def tokens_per_pair(pairs: TokenisedRows, branches: bool) -> Int[np.ndarray, " pairs"]:
-    """Return the tokens that each pair takes in a row."""
+    """Return the number of tokens that each pair takes in a row."""
     prompt, responses = pairs.counts[:, 0], pairs.counts[:, 1:]
     return responses.sum(1) + prompt * (1 if branches else (responses > 0).sum(1))
 
 
 def batch_means(pairs: TokenisedRows, members: Int[np.ndarray, " n"], weighting: str) -> BatchMeans:
-    """Return pair weights and mean response lengths of a batch of these members.
+    """Return pair weights and mean response lengths of a batch of these members. weighting: see PairRows.
 
-    Weights sum to 1, or are all 0 if the weight column is. The means leave out pairs of weight 0.
+    Weights sum to 1, or are all 0 if the weight column is 0 for all members. The means leave out pairs of
+    weight 0.
     """
     weights = np.zeros(len(pairs))
     weights[members] = pairs.weights[members] * (pairs.targets[members] if weighting == "token" else 1)
@@ -216,7 +225,7 @@ def batch_means(pairs: TokenisedRows, members: Int[np.ndarray, " n"], weighting:
 
 
 def fill_pairs(pairs: TokenisedRows, plan: pack.RowPlan, layout: PairLayout, means: BatchMeans) -> Pairs:
-    """Return the plan's rows as arrays [layout.rows, ...]; further rows stay empty."""
+    """Return the plan's rows as arrays [layout.rows, ...]; rows that the plan does not have stay empty."""
     members = plan.members
     row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))  # of each pair
     slot = np.arange(len(members)) - np.repeat(plan.offsets[:-1], np.diff(plan.offsets))
@@ -318,7 +327,7 @@ def _read_arrays(
 def _last_columns(
     runs: _Runs, layout: PairLayout, at: tuple[np.ndarray, np.ndarray], kinds: int
 ) -> Int[np.ndarray, "B P A"]:
-    """Return the column of the last token of each response, which is a target."""
+    """Return the column of the last token of each response, which is a target. at: row and slot of pairs."""
     last = np.zeros((layout.rows, layout.shape.slots, kinds), np.int32)
     responses = runs.piece[0] > 0 if len(runs.piece) else np.zeros(0, bool)
     if responses.any():
@@ -349,7 +358,7 @@ def _slot_arrays(
 
 
 def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, reference: bool) -> Pairs:
-    """Return the shapes of batches [micro, rows, ...]. reference: with the reference's log-probs."""
+    """Return the shapes of batches [micro, rows, ...]. reference: with the reference model's log-probs."""
 
     def array(*last: int, dtype: Any = np.int32) -> Any:
         return jax.ShapeDtypeStruct((micro, layout.rows, *last), dtype)
@@ -367,7 +376,7 @@ def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, re
 
 
 def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-    """Return values at read positions by pair, in order of kind and position in the response."""
+    """Return the values for the targets of each pair, by its index; see PairSource.values."""
 
     def flat(a: Any) -> np.ndarray:
         return np.asarray(a).reshape(-1, np.shape(a)[-1])
@@ -404,7 +413,7 @@ def mismatch_responses(
 ) -> TokenisedRows:
     """Add to each pair a response of another pair of the same split, if possible with another prompt.
     Otherwise the other pair has the same prompt and other responses. sides: the training and the held-out
-    pairs. limit: tokens of the prompt with that response.
+    pairs. limit: the most tokens of the prompt with that response.
     """
     donors = np.arange(len(pairs))
     prompts, everything = pairs.group_by(0), pairs.group_by(*range(1 + len(pairs.kinds)))
@@ -458,8 +467,8 @@ def with_mismatched(pairs: TokenisedRows, donors: Int[np.ndarray, " pairs"], lim
 
 
 def derangement(groups: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"] | None:
-    """Return for each member a partner from another group, every member once; None if one group has more than
-    half of the members.
+    """Return the index of each member's partner, which is in another group; every member is a partner once.
+    None if one group has more than half of the members. groups: the group of each member.
 
     Members are sorted by group, so a shift by the size of the largest group leads out of every group.
     """

@@ -61,7 +61,7 @@ class TokenisedRow(NamedTuple):
     """An example: the tokens and the loss mask of its prompt and of each continuation, one after the other.
 
     counts: tokens of each of these pieces, 0 for a missing response. truncated, responses, learned_responses,
-    extras: see TokenisedRows. piece: number of the example within its row.
+    extras: see TokenisedRows. piece: index of the example within its row.
     """
 
     ids: np.ndarray
@@ -85,8 +85,9 @@ class RowTask(NamedTuple):
     name: the task's key in formats.ROW_FORMATS; a task without formats reads each row by itself, with any
     columns. version: to be increased when the same rows become other tokens. Name and version are part of the
     cache key. limit: the setting that limits the tokens of a row. tokenise(rows, reader) yields the examples
-    of each row, [] if it is too long. extras(settings): the further columns of examples. parse(format, rows,
-    settings, task) yields what each row contains. checks: yield warnings about the first examples.
+    of each row, [] if it is too long. extras(settings): the types of further columns of examples.
+    parse(format, rows, settings, task) yields the prompt and responses of each row. checks: functions that
+    return warnings about the first examples.
     """
 
     name: str
@@ -131,7 +132,8 @@ class Reader:
     how: Tokenising = field(default_factory=Tokenising)
 
     def read(self, ref: str) -> TokenisedRows:
-        """Read the rows of `ref` and tokenise them, or load the tokens from the cache.
+        """Read the rows of a dataset (see dataset_rows.read_rows) and tokenise them, or load the tokens from
+        the cache.
 
         Raises ValueError if more rows are invalid than how.invalid_limit allows, if all rows are too long,
         and if the dataset has no rows.
@@ -273,7 +275,7 @@ def sampled(ref: str, listing: Listing, count: int, progress: bool = False) -> t
 
 
 def _tokenise(ref: str, listing: Listing, reader: Reader, add: Callable[[ChunkColumns], None]) -> StoredFacts:
-    """Tokenise all chunks; see cache.load_or_make."""
+    """Tokenise each chunk, pass its columns to `add`, and return facts about the dataset."""
     all_rows, how = None, reader.how
     if how.sample is not None:
         listing, all_rows = sampled(ref, listing, how.sample, how.progress)
@@ -367,7 +369,7 @@ def _tallies(stored: list[list], folder: str) -> dict[str, Tally]:
 
 
 class CountedChunk(NamedTuple):
-    """A chunk after its first pass: the number of its readable rows, their columns, and the other rows."""
+    """A chunk after its first pass: the number of readable rows, their columns, and the unreadable rows."""
 
     rows: int
     columns: ColumnCounts
@@ -483,7 +485,7 @@ def _hashes(
 ) -> ChunkColumns:
     """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
 
-    ends: where each piece ends in ids. further: another part of each example's content.
+    ends: where each piece ends in ids. further: a column of OF_CONTENT, which the content includes, or None.
     """
     bounds, size = np.append(0, ends).tolist(), ends.shape[1]
     hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))
@@ -503,7 +505,7 @@ def _last_targets(
     ends: Int[np.ndarray, " sequences"],
     tokenizer: Any,
 ) -> Int[np.ndarray, " sequences"]:
-    """Return the last target of each sequence that is not whitespace.
+    """Return the token id of the last target of each sequence that is not whitespace.
 
     ends: index after the last token of each sequence.
     """
@@ -563,7 +565,9 @@ def worker_count(setting: int | None, size: int) -> int:
 
 @contextmanager
 def start_workers(count: int, job: Reader) -> Iterator[MapChunks]:
-    """Yield a function that maps a function over chunks, in order, in `count` processes."""
+    """Yield a function that maps a function over chunks in `count` processes and returns results in order. It
+    calls the mapped function with a chunk and `job`.
+    """
     if count == 1:
         yield lambda function, chunks: (function(chunk, job=job) for chunk in chunks)
         return

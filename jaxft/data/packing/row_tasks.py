@@ -45,8 +45,8 @@ from jaxft.data.rows.row_files import Row
 
 
 def text_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further columns of SFT examples: MASS, the sum of their target weights before the factor
-    `weights`, and TOKEN_WEIGHTS, the weights of all tokens if some differ from 1.
+    """Return the types of the extra columns of SFT examples: MASS, the sum of their target weights before the
+    factor `weights`, and TOKEN_WEIGHTS, the weights of all tokens if some differ from 1.
     """
     return {MASS: ColumnType(np.float64), **ragged(TOKEN_WEIGHTS, np.float32)}
 
@@ -125,7 +125,9 @@ def _response_masks(
 
 
 def _fits(name: str, learned: np.ndarray, settings: RowSettings) -> bool:
-    """Whether data.too_long keeps a row: whole, truncated or split. Raises ValueError if it ends the run."""
+    """Whether a row with this loss mask is kept, whole, truncated or split. Raises InvalidRow for an empty
+    mask, and ValueError if data.too_long ends the run.
+    """
     if not learned.any():
         raise InvalidRow(
             name,
@@ -158,7 +160,7 @@ def remedy_for_too_long(limit: str) -> str:
 
 
 def _pair_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further columns: whether a token spans the end of the prompt, and data.extras."""
+    """Return the types of extra columns: whether a token spans the end of the prompt, and data.extras."""
     numbers = {NUMBERS: ColumnType(np.float64, width=len(settings.extras))} if settings.extras else {}
     return {PROMPT_END_MOVED: ColumnType(np.bool_), **numbers}
 
@@ -228,9 +230,9 @@ def _border(
     name: str, prompt: list[int], responses: dict[str, MaskedTokens], tokenizer: Any
 ) -> tuple[int, bool]:
     """Return how many tokens of the prompt all sequences share, and whether a token spans the end of the
-    prompt.
+    prompt, or the loss mask of loss_mask.tokenise_examples begins elsewhere.
 
-    The second value is also true if the loss mask of loss_mask.tokenise_examples begins elsewhere.
+    prompt: tokens of the prompt alone. responses: tokens of the prompt with each response.
     """
     alone = np.asarray(prompt, np.int32)
     border = min(_common_length(alone, ids) for ids, _ in responses.values())
@@ -291,7 +293,7 @@ def _shortened(
 
 
 def _are_equal(border: int, responses: dict[str, MaskedTokens]) -> bool:
-    """Whether the chosen and the rejected response are the same tokens."""
+    """Whether the chosen and the rejected response have the same tokens from `border` on."""
     bodies = [responses[kind][0][border:] for kind in ("chosen", "rejected") if kind in responses]
     return len(bodies) == 2 and np.array_equal(bodies[0], bodies[1])
 
@@ -322,7 +324,7 @@ class TokenisedPrompts:
         return len(self.ids)
 
     def as_given(self, number: int) -> str | list[Message]:
-        """Return a prompt as reward functions read it: a string or the messages."""
+        """Return prompt `number` as reward functions read it: a string or the messages."""
         return as_given(self.prompts[number])
 
 
@@ -360,7 +362,7 @@ def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) 
 
 
 def _prompt_columns(settings: RowSettings) -> ColumnTypes:
-    """Return the further column: the columns of the dataset as JSON, which rewards read."""
+    """Return the type of the extra column: the columns of the dataset as JSON, which rewards read."""
     return ragged(ROW_FIELDS, np.uint8)
 
 
@@ -368,7 +370,7 @@ PROMPT_TASK = RowTask(formats.PROMPTS, 5, "max_prompt", _tokenise_prompts, _prom
 
 
 def row_fields(rows: TokenisedRows, number: int) -> dict[str, Any]:
-    """Return the columns of a row of the dataset."""
+    """Return the columns of the dataset in row `number`, stored for rewards to read."""
     return json.loads(rows.extras[ROW_FIELDS][number].tobytes(), object_hook=_value_of)
 
 
@@ -430,7 +432,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
 
 
 def _json_of(value: Any) -> Any:
-    """Return JSON for a value that JSON lacks. Values of types that _READERS cannot read become text."""
+    """Return a JSON object for a value of a type in _READERS, such as bytes, and text for other values."""
     name = type(value).__name__
     if isinstance(value, bytes):
         return {_TYPE: name, "value": base64.b64encode(value).decode()}

@@ -48,7 +48,7 @@ class Ragged:
         return self.values[ranges(self.offsets[rows], self.counts[rows])]
 
     def concatenate(self, other: "Ragged") -> "Ragged":
-        """Return the values of both, the other's last."""
+        """Return these rows and then the other's."""
         return Ragged(self.values.concatenate(other.values), np.concatenate([self.counts, other.counts]))
 
 
@@ -58,12 +58,12 @@ def ragged_counts(name: str) -> str:
 
 
 def ragged(name: str, dtype: Any) -> ColumnTypes:
-    """Return the types of an extra column with any number of values in a row."""
+    """Return the types of an extra column with any number of values in a row, and of its counts."""
     return {name: ColumnType(dtype, ragged_counts(name)), ragged_counts(name): ColumnType(np.int32)}
 
 
 def column_types(responses: int, extras: ColumnTypes) -> ColumnTypes:
-    """Return the columns of tokenised rows in a cache file. responses: number of continuations of a row."""
+    """Return the types of a cache file's columns by name. responses: number of continuations of a row."""
     of_responses = {"reads": np.int64, "ends": np.int32} if responses else {}
     return {
         "ids": ColumnType(np.int32, "counts"),
@@ -91,19 +91,19 @@ class TokenisedRows:
 
     Example i has the tokens ids[offsets[i]:offsets[i + 1]], and its piece p begins at ids[starts[i, p]].
     learned: mask of the tokens that are targets; the first token of a sequence never is. counts: tokens of
-    each piece. hashes: a hash of each piece's tokens. content: a hash that duplicates share. reads, ends:
-    number of targets of each continuation, and its last target that is not whitespace, -1 if it is missing.
-    truncated: mask of truncated examples. responses: tokens of each example's responses before truncation;
-    learned_responses: how many of them are targets with a weight above 0. weights: a factor of the weights of
-    an example's targets. order: the numbers of data.order_by, 0 without it. placeholders: mask of examples
-    whose response is a placeholder such as N/A. pieces: number of each example within its row, above 0 only
-    if the row is split into several examples (data.too_long=split), which follow one another. extras: further
-    columns by name. names: the row of each example. digest: a hash of the columns, see cache.StoredRows.
-    largest_id: the largest token id. formats: row formats of the datasets. labels: the labels that a
-    classifier chooses from, else (). dropped: number of rows that were left out as too long. invalid: the
-    invalid rows that were left out. warnings: lines for the start of a run. read, total: rows that were read,
-    and rows of the dataset, None if unknown. cache: whether the cache had the columns, see
-    cache.load_or_make.
+    each piece. hashes: a hash of each piece's tokens. content: a hash that duplicates share. reads: number of
+    targets of each continuation. ends: the token id of each continuation's last target that is not
+    whitespace, -1 if the continuation is missing. truncated: mask of truncated examples. responses: tokens of
+    each example's responses before truncation; learned_responses: how many of them are targets with a weight
+    above 0. weights: a factor of the weights of an example's targets. order: the numbers of data.order_by, 0
+    without it. placeholders: mask of examples whose response is a placeholder such as N/A. pieces: index of
+    each example within its row, above 0 only if the row is split into several examples (data.too_long=split),
+    which follow one another. extras: further columns by name. names: the name of each example's row. digest:
+    a hash of the columns, see cache.StoredRows. largest_id: the largest token id. formats: row formats of the
+    datasets. labels: the labels that a classifier chooses from, else (). dropped: number of rows that were
+    left out as too long. invalid: the invalid rows that were left out. warnings: lines for the start of a
+    run. read, total: numbers of rows that were read, and of all rows of the dataset, None if unknown. cache:
+    whether the cache had the columns, see cache.load_or_make.
     """
 
     kinds: tuple[str, ...]
@@ -139,12 +139,12 @@ class TokenisedRows:
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, " examples"]:
-        """Tokens of each example."""
+        """Number of tokens of each example."""
         return self.counts.sum(1, dtype=np.int64)
 
     @cached_property
     def offsets(self) -> Int[np.ndarray, " examples_plus_1"]:
-        """Index of the first token of each example, then the number of all tokens."""
+        """Index of the first token of each example, and at the end the number of all tokens."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     @cached_property
@@ -154,7 +154,7 @@ class TokenisedRows:
 
     @cached_property
     def targets(self) -> Int[np.ndarray, " examples"]:
-        """Targets of each example."""
+        """Number of targets of each example."""
         return self.reads.sum(1)
 
     def sequence(self, example: int) -> Int[np.ndarray, " n"]:
@@ -162,7 +162,7 @@ class TokenisedRows:
         return self.ids[self.offsets[example] : self.offsets[example + 1]]
 
     def piece(self, example: int, number: int) -> Int[np.ndarray, " n"]:
-        """Return the token ids of the prompt (0) or a continuation (1, 2, ...)."""
+        """Return the token ids of an example's prompt (number 0) or continuation (1, 2, ...)."""
         start = self.starts[example, number]
         return self.ids[start : start + self.counts[example, number]]
 
@@ -178,12 +178,12 @@ class TokenisedRows:
 
     @property
     def whole_ends(self) -> Int[np.ndarray, " sequences"]:
-        """The last target of each sequence that is complete: not truncated, and the last piece of its row."""
+        """`ends` of the sequences that are complete: not truncated, and the last piece of their row."""
         ends = self.ends[~self.truncated & np.append(self.pieces[1:] == 0, True)]
         return ends[ends >= 0]
 
     def group_by(self, *pieces: int) -> Int[np.ndarray, " examples"]:
-        """Return a number for each example, equal for those whose given pieces have the same tokens."""
+        """Group examples that have the same tokens in `pieces` (0: the prompt). Return each one's group."""
         return number_groups(np.asarray(self.hashes)[:, list(pieces)])
 
     def content_hashes(self) -> UInt64[np.ndarray, " rows"]:
@@ -212,7 +212,7 @@ class TokenisedRows:
         return digest.hexdigest()[:40]
 
     def concatenate(self, other: "TokenisedRows") -> "TokenisedRows":
-        """Return the examples of both, the other's last."""
+        """Return these examples and then the other's."""
         columns = {f.name: getattr(self, f.name) for f in fields(self)} | {"extras": None}
         return replace(
             self,

@@ -72,10 +72,10 @@ def is_set_by_jaxft(argument: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def respelled(names: tuple[str, ...], known: frozenset[str]) -> dict[str, str]:
-    """Map known columns to a row's names for them that differ only in case or surrounding spaces: {"prompt":
-    " Prompt"}.
+    """Map known columns to a row's columns of the same name but for case or spaces around it: {"prompt": "
+    Prompt"}.
 
-    Columns that the row has exactly, or in two spellings, are left out.
+    Known columns that the row has exactly, or in two spellings, are left out.
     """
     spellings: dict[str, list[str]] = {}
     for name in names:
@@ -103,7 +103,7 @@ def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
 
 
 def further_columns(fields: Mapping[str, Any], optional: Iterable[str]) -> dict[str, str]:
-    """Map optional columns that a row has only under another name to that name."""
+    """Map the columns system and input, if optional and missing, to synonyms: {"input": "context"}."""
     others = {
         ours: other_name(fields, ours) for ours in FURTHER if ours in optional and fields.get(ours) is None
     }
@@ -111,7 +111,7 @@ def further_columns(fields: Mapping[str, Any], optional: Iterable[str]) -> dict[
 
 
 def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
-    """Map known columns to the row's names that nearly spell them."""
+    """Map known columns to the row's names that nearly spell them: {"prompt": "promt"}."""
     known = [column for column in known if column not in names]
     nearest: dict[str, str] = {}
     for name in names:
@@ -122,7 +122,7 @@ def misspelled(names: Sequence[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def meant_columns(names: Sequence[str], ours: Iterable[str]) -> dict[str, str]:
-    """Guess which of a row's names stand for our columns, by near spelling or meaning."""
+    """Map columns of jaxft to a row's names that seem to mean them, by near spelling or as synonyms."""
     meant = misspelled(names, ours)
     for cutoff in (1.0, NEAR):
         for column in [column for column in ours if column not in meant and column not in names]:
@@ -139,7 +139,7 @@ def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
     """Return the setting that an error message suggests, such as
     "data.columns=prompt=question,completion=answer".
 
-    A column of `ours` gets the row's name that seems to mean it, else its next other name as an example.
+    A column of `ours` gets the row's name that seems to mean it, else the next unused name as an example.
     Names of labels and tasks are never examples, and columns of PROPOSED_BY_NAME have no example but "...".
     """
     meant = meant_columns([name for name in names if name not in LABEL_NAMES], ours)
@@ -157,7 +157,9 @@ def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
 
 
 def _is_proposed(column: str, name: str) -> bool:
-    """Whether a name that is nearly a column's may be proposed for it."""
+    """Whether an error may propose a row's name for a column. Columns of PROPOSED_BY_NAME need a synonym, or
+    nearly the same name.
+    """
     is_near = difflib.SequenceMatcher(None, column, name.strip().lower()).ratio() >= NEARER
     is_synonym = name.strip().lower() in COLUMN_SYNONYMS.get(column, ())
     return column not in PROPOSED_BY_NAME or is_near or is_synonym
@@ -212,7 +214,7 @@ def json_of(row: Row, column: str) -> Any:
 
 
 def list_of(row: Row, column: str) -> list[Any]:
-    """Return the column, a list or its JSON string. Raises InvalidRow for anything else."""
+    """Return the list in a column, which may be its JSON string. Raises InvalidRow for anything else."""
     value = row.fields[column]
     value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
     if not isinstance(value, list | tuple):
@@ -232,7 +234,7 @@ def _is_message(item: Any) -> bool:
 
 
 def _role(name: str) -> str | None:
-    """Return the role for one of its names; None for an unknown name."""
+    """Return the role for one of its names, such as "user" for "human"; None for an unknown name."""
     name = name.strip().lower()
     name = ROLES.get(name, name)
     return name if name in KNOWN_ROLES else None
@@ -288,7 +290,7 @@ def messages_of(row: Row, column: str) -> list[Message]:
 def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
     """Return a message with a role in KNOWN_ROLES, parsed tool calls, and its weight if it has one.
 
-    where: its place, for errors.
+    where: the message in errors, such as "messages[2]". keys: its keys of the role and the content.
     """
     role, content = keys
     calls = isinstance(item, dict) and (item.get("tool_calls") or item.get("function_call"))
@@ -407,7 +409,7 @@ def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def dialogue_of(row: Row, column: str, text: str) -> list[Message]:
-    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns."""
+    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns. row, column: for errors."""
     before, *parts = _TURN.split("\n\n" + text.lstrip())
     if before.strip() or not parts or parts[0] != "Human":
         raise row.invalid(
@@ -501,7 +503,8 @@ def template_arguments_of(row: Row) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise row.invalid(
             "column 'chat_template_kwargs' of a wrong type",
-            "column 'chat_template_kwargs' must be an object with names and values of template arguments",
+            "column 'chat_template_kwargs' must be an object with names and values of template arguments, "
+            f"got {arguments!r:.60}",
         )
     taken = sorted(filter(is_set_by_jaxft, arguments))
     if taken:

@@ -46,7 +46,7 @@ Columns = dict[str, str]  # kind of response -> its column
 
 @dataclass(frozen=True)
 class SplitRow:
-    """A prompt and the responses to it, by kind.
+    """A prompt and the responses to it, by kind, such as "chosen".
 
     instruction: the prompt is one instruction, with or without a system message; it needs no chat template.
     """
@@ -60,8 +60,8 @@ def split_row(row: Row, column: str | None, responses: Columns) -> SplitRow:
     """Split a row into messages.
 
     column: the column of the prompt, which is prompt, instruction, messages or conversations. With None, the
-    responses are full conversations and the prompt is their common beginning. Without responses the prompt is
-    the full conversation. Raises InvalidRow.
+    responses are full conversations and the prompt is their common beginning. responses: column of each kind;
+    without any the prompt is the full conversation. Raises InvalidRow.
     """
     if column is None:
         return _split_conversations(row, responses)
@@ -96,7 +96,8 @@ def chat_of(
 ) -> Chat:
     """Return messages as a Chat, with the columns `tools` and `chat_template_kwargs` of the row.
 
-    given: see Chat. Raises InvalidRow if the response follows an empty user turn.
+    response: see response_index. instruction: see SplitRow. given: see Chat. Raises InvalidRow if the
+    response follows an empty user turn.
     """
     asked = turns[response - 1] if response else None
     if asked and asked["role"] == "user" and not (asked["content"] or "").strip():
@@ -110,7 +111,8 @@ def chat_of(
 
 def compared_chats(row: Row, prompt_column: str | None, columns: Columns) -> dict[str, Chat]:
     """Return the prompt with each response of a pair or ranking, by kind. prompt_column: None for the common
-    beginning of the responses. Raises InvalidRow, also for responses that are no assistant turns.
+    beginning of the responses. columns: column of each kind. Raises InvalidRow, also for responses that are
+    no assistant turns.
     """
     if prompt_column is None and holds_responses(row) and other_prompt(row) is not None:
         row = with_prompt(row)
@@ -147,7 +149,7 @@ def _check_response(row: Row, column: str, turns: Turns) -> None:
 
 
 def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:
-    """Return the plain-text prompt with each response, by kind."""
+    """Return the plain-text prompt with each response, by kind. responses: column of each kind."""
     prompt = _plain_prompt(row, empty=True)
     return {kind: Completion(row.name, prompt, text_of(row, column)) for kind, column in responses.items()}
 
@@ -174,8 +176,8 @@ def require_difference(row: Row, responses: dict) -> None:
 
 
 class _Reading(NamedTuple):
-    """A column with the prompt, and the response columns that may contain more of it. column None: the prompt
-    is the common beginning of the responses.
+    """Where a row has its prompt: in `column`, or with None in the common beginning of the responses.
+    responses: columns that may repeat the prompt, with earlier turns that `column` lacks.
     """
 
     column: str | None
@@ -183,8 +185,8 @@ class _Reading(NamedTuple):
 
 
 def prompt_in_columns(row: Row, format: str = "auto") -> Chat | Completion:
-    """Return the prompt without a response of a row in jaxft's columns, the same as in SFT and preferences
-    (others: format_choice.prompt_of).
+    """Return the prompt, without a response, of a row whose columns have jaxft's names; SFT and preferences
+    have the same prompt. For rows of other formats: format_choice.prompt_of.
 
     format: one of PROMPT_FORMATS: "auto", "plain", the column of the prompt, or "implicit" for the common
     beginning of chosen and rejected. Raises InvalidRow, for example if columns have different prompts.
@@ -322,8 +324,8 @@ def _require_column(row: Row, present: bool) -> None:
 def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
     """Return the column `prompt` as messages, and whether it is a single instruction.
 
-    A string is a user turn. If the responses are full conversations, it is the last turn of their common
-    beginning, which is the prompt.
+    A string is a user turn. If the responses are full conversations, the prompt is their common beginning,
+    and the string must be its last turn.
     """
     if not isinstance(json_of(row, "prompt"), str):
         return with_system(row, messages_of(row, "prompt")), False
@@ -345,7 +347,7 @@ def _prompt(row: Row, responses: Columns) -> tuple[Turns, bool]:
 
 
 def _whole_conversation(row: Row, column: str) -> Turns | None:
-    """Return the column's turns if they begin before the assistant's response; None otherwise."""
+    """Return the column's turns if it has a full conversation, not only a response; None otherwise."""
     value = json_of(row, column)
     items = [value] if isinstance(value, dict) else value
     if not isinstance(items, list | tuple) or not items or not all(isinstance(i, dict) for i in items):
@@ -444,7 +446,7 @@ def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
 
 
 def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
-    """Split dialogues that differ only in their last turn."""
+    """Split dialogues that differ only in their last turn. whole: turns of each kind."""
     require_difference(row, whole)
     prompt, *others = [turns[:-1] for turns in whole.values()]
     if any(other != prompt for other in others):

@@ -111,7 +111,7 @@ def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
 
     invalid: receives the rows that cannot be read; without it the first of them is raised as InvalidRow,
     which names file and line. Raises FileNotFoundError if `ref` is none of these, and ValueError if a file
-    cannot be read, too many rows are invalid, or there are none.
+    cannot be read, too many rows are invalid, or the dataset is empty.
     """
     rows: list[Row] = []
     for row in chain.from_iterable(chunk.rows() for chunk in list_chunks(ref).chunks()):
@@ -196,7 +196,7 @@ def _require_split(ref: str) -> None:
     path = find_data(folder) if folder else None
     splits = saved_splits(path) if path is not None else []
     if splits:
-        raise ValueError(f"{folder}: the folder has no split {split!r}; it has {', '.join(splits)}")
+        raise ValueError(f"{folder}: the folder has no split {split!r}; use {' or '.join(splits)}")
 
 
 def _files(path: Path) -> tuple[Path, list[Path], list[str]]:
@@ -285,7 +285,7 @@ def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) ->
 
 
 def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], object]) -> _Scanned:
-    """Read a file once. report: receives the file's bytes."""
+    """Read a file once and return its chunks. report: receives the file's bytes."""
     size = path.stat().st_size
     if path.suffix == ".jsonl" or (path.suffix == ".json" and row_files.has_json_lines(path)):
         encoding = wide_encoding(path)

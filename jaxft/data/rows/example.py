@@ -35,9 +35,9 @@ class Chat:
     """A conversation: the prompt is messages[:response], the response is what follows.
 
     plain: the prompt is one instruction, which needs no chat template. tools: JSON schemas. arguments:
-    further arguments of the chat template. given: with data.loss_on=assistant, assistant turns before this
-    message are learned only if they have a weight; 0 in a conversation, `response` where the row has a
-    separate prompt. weights: the messages' weights in the row, by index; 0 is not learned.
+    further arguments of the chat template. given: number of messages in the row's separate prompt, 0 without
+    one; data.loss_on=assistant trains on their assistant turns only if these have a weight. weights: the
+    messages' weights in the row, by index; 0 is not learned.
     """
 
     name: str
@@ -270,7 +270,7 @@ def _check_other_role(chat: Chat, index: int, loss_on: str) -> None:
         chat.name,
         "weight of another role",
         f"message {index}, a {chat.messages[index]['role']} turn, has weight {weight:g}, but only assistant "
-        f"turns can have one; remove the key, {remedy}",
+        f"turns can have one; remove the weight, {remedy}",
     )
 
 
@@ -285,6 +285,6 @@ def without_weights(chat: Chat) -> Chat:
             chat.name,
             "weighted turns in a pair",
             f"message {weighted[0]} of a response has weight {chat.weights[weighted[0]]:g}; turns of a "
-            "pair have no weights of their own: remove the key, or weight pairs with data.weight_column",
+            "pair have no weights of their own: remove it, or weight pairs with data.weight_column",
         )
     return replace(chat, weights={}) if chat.weights else chat

@@ -60,9 +60,9 @@ class ChosenFormat(NamedTuple):
     """The format of a dataset, chosen from its rows.
 
     plain: strings are plain text, without a chat template. columns: (the format's name, the dataset's name)
-    of each renamed column, in addition to data.columns. unread: pairs of the same kind for columns that are
-    not read, because the rows have both a text and another format. labels: the labels of a classifier's rows
-    if data.labels is not set. reading: how answers name a choice, see decisions.READINGS.
+    of each renamed column, in addition to data.columns. unread: (the format's name, the dataset's name) of
+    columns that are not read, because the rows have both a text and another format. labels: the labels of a
+    classifier's rows if data.labels is not set. reading: how answers name a choice, see decisions.READINGS.
     """
 
     name: str
@@ -74,7 +74,7 @@ class ChosenFormat(NamedTuple):
 
     @classmethod
     def of(cls, stored: list[Any]) -> "ChosenFormat":
-        """Return a format from its JSON."""
+        """Return the format that a cache file stores as a JSON list."""
         items: list[Any] = [tuple(map(_as_item, x)) if isinstance(x, list) else x for x in stored]
         return cls(*items)
 
@@ -134,7 +134,7 @@ def parse_dataset(
     rows: Sequence[Row], task: str, settings: RowSettings = DEFAULT_ROW_SETTINGS
 ) -> list[ParsedRow | InvalidRow]:
     """Return the content of each row, or the error that makes it invalid. All have one format, by default the
-    one that most rows fit. Raises the first row's InvalidRow if no row fits any format.
+    one that most rows fit. task: see RowFormat. Raises the first row's InvalidRow if no row fits any format.
     """
     formats = formats_of(task, settings.numbers, settings.unlabelled)
     counts = count_columns(rows, settings.columns, formats)
@@ -186,8 +186,8 @@ def task_of(
     row: Row, columns: Sequence[str], tasks: Sequence[str], settings: RowSettings = DEFAULT_ROW_SETTINGS
 ) -> str:
     """Return the first of the tasks that has a format for a row, the last one if none has. columns: see
-    data.columns. Where values decide, a format must fit these too: ratings of responses, unless
-    settings.best_first, and labels that are true or false.
+    data.columns. A format must fit some values too: there are ratings of responses, unless
+    settings.best_first, and labels are true or false.
     """
     for task in tasks:
         formats = formats_of(task)
@@ -253,7 +253,8 @@ def count_columns(rows: Iterable[Row], columns: Sequence[str], formats: Formats)
 def choose_format(
     counts: ColumnCounts, format: str, columns: Sequence[str], formats: Formats
 ) -> ChosenFormat:
-    """Return the format of a dataset. format: data.format; "auto" chooses the format that most rows fit.
+    """Return the format of a dataset. format, columns: the settings data.format, where "auto" chooses the
+    format that most rows fit, and data.columns.
 
     Raises the first row's InvalidRow if no row fits any format.
     """
@@ -276,7 +277,7 @@ def choose_format(
 
 
 def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
-    """Return a row in which missing ones of these columns are filled from their synonyms."""
+    """Return the row with missing `columns` filled from the row's synonyms of them."""
     others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 
@@ -318,8 +319,8 @@ def _most_common_format(
     counts: ColumnCounts, mapped: set[str], formats: Formats
 ) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Return the format that most rows fit, and (ours, theirs) of its columns that are read by synonyms:
-    required ones if no row fits a format as it is, and optional ones. Raises the first row's InvalidRow if no
-    row fits a format with synonyms either.
+    optional ones, and required ones if no row fits a format without synonyms. mapped: the columns that
+    data.columns sets. Raises the first row's InvalidRow if no row fits a format with synonyms either.
     """
     for detect in (_detect_as_named, _detect_by_other_names):
         votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
@@ -381,7 +382,7 @@ def known_columns(formats: Formats) -> list[str]:
 
 
 def names_in_datasets(formats: Formats) -> list[str]:
-    """Return the names of columns that the formats are read from, with COLUMN_SYNONYMS, and of MEDIA."""
+    """Return all names by which the formats find columns: their own, COLUMN_SYNONYMS of these, and MEDIA."""
     known = known_columns(formats)
     return [*known, *MEDIA, *(name for ours in known for name in COLUMN_SYNONYMS.get(ours, ()))]
 
@@ -513,8 +514,8 @@ def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
 
 
 def _other_task(row: Row, formats: Formats) -> str | None:
-    """Return a task that has a format for a row, None without one: a format with a column that no format here
-    has, or with all columns of the row.
+    """Return the task of a format that a row fits, other than the tasks of `formats`; None without one. That
+    format has a column that `formats` lack, or all columns of the row.
     """
     here, own = known_columns(formats), {candidate.task for candidate in formats.values()}
     named = {str(name).strip().lower(): value for name, value in row.fields.items()}
@@ -529,9 +530,9 @@ def _other_task(row: Row, formats: Formats) -> str | None:
 
 
 def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
-    """Return the missing columns of the nearest format: it lacks the fewest columns for which no name of the
-    row may be meant, then it has the most others. If every format lacks all its columns, return the columns
-    of an example format.
+    """Return the columns that a row lacks of the format nearest to it. Nearest is the format with the fewest
+    columns that no name of the row seems to mean; of several, the one with the most other columns. If every
+    format lacks all its columns, return the columns of an example format.
     """
     near: list[tuple[int, int, list[str]]] = []
     named = [

@@ -104,15 +104,15 @@ def response_column(row: Row) -> str:
 
 
 def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Example]:
-    """Return the chosen and the rejected response, and those between in a ranking. prompt: the prompt's
-    column, None if it is their common beginning.
+    """Return the chosen and the rejected response, and of a ranking also the responses between these. prompt:
+    the prompt's column, None if the prompt is the common beginning of the responses.
     """
     between = [kind for kind in settings.kinds if kind.startswith("rank_") and kind in row.fields]
     return _compared(row, settings, prompt, {kind: kind for kind in ("chosen", "rejected", *between)})
 
 
 def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict[str, Example]:
-    """Raise InvalidRow: no row with these columns can be read, and why."""
+    """Raise InvalidRow: rows with these columns are known, but cannot be read. It replaces their `parse`."""
     raise row.invalid(reason, problem)
 
 
@@ -252,15 +252,16 @@ def number_of(row: Row, column: str, setting: str) -> float:
 class RowFormat:
     """A format of rows. A new one is an entry in ROW_FORMATS and its `parse`.
 
-    name: its value of data.format. task: what its rows are for. required: its columns; each tuple lists the
-    accepted names of one column. parse(row, settings): the prompt with each response, by kind. optional:
-    columns that it may have. plain: whether its strings may be plain text. weight(row, settings): the weight
-    of a row in the loss. rewrite(row, settings): the row in the columns of another format, before anything is
-    read from it. note(settings): how the rows are read, for the start of a run. listed: whether errors name
-    it; formats of a single dataset are not. labelled: whether its choices are the labels of all rows. answer:
-    the column that rows may lack where they are only scored. fits(row): whether the values of a row with
-    these columns fit too, for errors about rows of another task. prompt(row): the row with its prompt in a
-    column of conversation.PROMPT_COLUMNS; None if it always has one.
+    name: its value of data.format. task: the kind of data that reads it: SFT, PAIRS, DECISIONS or STEPS.
+    required: its columns; each tuple lists the accepted names of one column. parse(row, settings): the prompt
+    with each response, by kind. optional: columns that it may have. plain: whether its strings may be plain
+    text. weight(row, settings): the weight of a row in the loss. rewrite(row, settings): the row in the
+    columns of another format, before anything is read from it. note(settings): how the rows are read, for the
+    start of a run. listed: whether errors name it; formats of a single dataset are not. labelled: whether its
+    choices are the labels of all rows. answer: the column that rows may lack where they are only scored.
+    fits(row): whether the values of a row with these columns fit too, for errors about rows of another task.
+    prompt(row): the row with its prompt in a column of conversation.PROMPT_COLUMNS; None if it always has
+    one.
     """
 
     name: str

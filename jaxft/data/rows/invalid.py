@@ -71,11 +71,11 @@ class InvalidRows:
         return counts_of_tallies(self.tallies)
 
     def add(self, error: InvalidRow) -> None:
-        """Count the row, or raise its error with a hint at data.invalid=drop."""
+        """Count the row. Without a limit, raise its error with a hint at data.invalid=drop."""
         self.merge({error.reason: Tally(1, error)})
 
     def merge(self, tallies: Mapping[str, Tally]) -> None:
-        """Add the counts of later rows of the dataset, or raise the first of their errors."""
+        """Add the counts of later rows of the dataset. Without a limit, raise the first of their errors."""
         for reason, (rows, first) in tallies.items():
             if self.limit is None:
                 raise _with_hint(first) from first
@@ -91,7 +91,8 @@ class InvalidRows:
             self.add(error)
 
     def check_begun(self, ref: str, seen: int, total: int | None) -> None:
-        """Raise the error of `check` as soon as it is certain, or likely where the total is unknown.
+        """With names_first, raise the error of `check` as soon as it is certain, or likely if the total is
+        unknown.
 
         seen: rows read so far. total: all rows of the dataset, None if unknown.
         """

@@ -212,7 +212,7 @@ class Mixture:
     seed: int
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " rows"]:
-        """Return the rows of an epoch, one source after the other."""
+        """Return the indices of an epoch's rows, one source after the other."""
         return np.concatenate([self._of_source(number, epoch) for number in range(len(self.rows))])
 
     def _of_source(self, number: int, epoch: int) -> Int[np.ndarray, " count"]:
@@ -226,10 +226,11 @@ class Mixture:
 def make_mixture(
     rows: Sequence[Int[np.ndarray, " _"]], sources: Sequence[SourceRef], seed: int
 ) -> Mixture | None:
-    """Return the mixture of sources with weights, None if no source has a weight.
+    """Return the mixture of sources with weights, None if no source has a weight. rows: the indices of each
+    source's rows.
 
-    The counts are the shares of all rows, rounded so that they add up (largest remainders). Raises ValueError
-    for a source that would get no row.
+    The counts of an epoch are the shares of all rows, rounded so that they add up (largest remainders).
+    Raises ValueError for a source that would get no row.
     """
     shares = [source.share for source in sources if source.share is not None]
     if not shares:
@@ -245,8 +246,8 @@ def make_mixture(
     for source, count in zip(sources, counts, strict=True):
         if not count:
             raise ValueError(
-                f"{source.ref}: its weight, {source.share:g} of the sum of weights, is less than one of "
-                f"the {total} rows of an epoch; raise it, or leave the source out"
+                f"{source.ref}: its weight, {source.share:g} of the sum of weights, gives it none of the "
+                f"{total} rows of an epoch; raise the weight, or leave the source out"
             )
     return Mixture(tuple(rows), tuple(counts.tolist()), seed)
 
@@ -275,7 +276,7 @@ class SplitRows:
     warnings: tuple[str, ...] = ()
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " n"]:
-        """Return the training examples of an epoch; a row of a mixture may be among them more than once."""
+        """Return the indices of an epoch's training examples; a mixture may use a row more than once."""
         if self.mixture is None:
             return self.train
         first = self.mixture.of_epoch(epoch)

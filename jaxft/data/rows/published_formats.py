@@ -30,7 +30,7 @@ _NUMBERS = ("score", "rating", "reward", "overall_score", "fine-grained_score", 
 
 
 def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
-    """Return a row of several texts and a label with the texts joined into one, a line each."""
+    """Return the row with a column `text` that joins the texts of `columns`, a line "COLUMN: TEXT" each."""
     text = "\n".join(f"{column}: {text_of(row, column)}" for column in columns)
     return Row(row.name, {**row.fields, "text": text})
 
@@ -38,11 +38,11 @@ def from_texts(row: Row, settings: RowSettings, columns: Sequence[str]) -> Row:
 def from_options(
     row: Row, settings: RowSettings, question: Sequence[str], options: Sequence[str], answer: str, first: int
 ) -> Row:
-    """Return a row with columns question, choices and answer, made of a format's columns. question: its
-    texts.
+    """Return a row with columns question, choices and answer, made from the columns of its dataset.
 
-    options: a column with a list, one for each choice, or () for false and true. first: the index of the
-    first choice.
+    question: columns of texts, which are joined. options: one column with a list of choices, or a column for
+    each choice, or () for the choices false and true. answer: the column of the answer. first: the number of
+    the first choice in answers, 0 or 1.
     """
     choices: list[Any] = [row.fields[column] for column in options] or [False, True]
     value: Any = row.fields.get(answer)
@@ -101,7 +101,7 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
     if len(items) < 2:
         raise row.invalid(
             "ranking of one response",
-            f"column {column!r} has {len(items)} responses; a ranking needs 2 or more",
+            f"column {column!r} has {len(items)} responses; a ranking needs 2 or more: remove the row",
         )
     texts = [_response(row, f"{column}[{index}]", item) for index, item in enumerate(items)]
     ratings = _ratings(row, column, items)
@@ -125,7 +125,9 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
 
 
 def with_ranked_prompt(row: Row) -> Row:
-    """Return a row whose column `prompt` is the prompt of several responses, with Alpaca's input."""
+    """Return a row of several responses with its prompt in the column `prompt`: the first of the columns
+    prompt, instruction, context and history that is not null, with Alpaca's input after an instruction.
+    """
     column = _first(row, (*PROMPT, "history"))
     if column == "context" and row.fields.get("question") is not None:
         raise row.invalid(
@@ -148,7 +150,7 @@ def has_ratings(row: Row) -> bool:
 
 
 def ranking_note(settings: RowSettings) -> str:
-    """Return how rankings are read, for the start of a run."""
+    """Return a line for the start of a run about how rankings are read."""
     count = len(best_first(settings.kinds))
     order = "; responses without ratings are from the best to the worst (data.best_first)"
     order *= settings.best_first
@@ -170,7 +172,7 @@ def _first(row: Row, names: Sequence[str]) -> str:
 
 
 def _response(row: Row, where: str, item: Any) -> Any:
-    """Return a response without its rating. where: its place, for errors."""
+    """Return a response without its rating. where: its place in the row, for errors."""
     if isinstance(item, dict) and "content" in item:  # a message
         item = {key: x for key, x in item.items() if key not in _NUMBERS} if item["content"] else None
         item = item if item is None or "role" in item else item["content"]
@@ -186,7 +188,7 @@ def _response(row: Row, where: str, item: Any) -> Any:
 
 
 def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
-    """Return a rating, or minus a rank."""
+    """Return a rating, or minus a rank. where: its place in the row, for errors."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -233,8 +235,9 @@ def _is_list(value: Any) -> bool:
 
 
 def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str], column: str) -> Row:
-    """Return two responses and a number as a pair: below 0 the first one is better, above 0 the second, and
-    the number's size is the difference of their ratings (HelpSteer2, HelpSteer3).
+    """Return the row with two responses as a pair. responses: their columns. column: a number, below 0 if the
+    first response is better, above 0 if the second is; its size is the difference of their ratings
+    (HelpSteer2, HelpSteer3).
     """
     value = _rating(row, column, row.fields[column], is_rank=False)
     if not value:
@@ -248,8 +251,9 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
 def from_better(
     row: Row, settings: RowSettings, responses: tuple[str, str], column: str, better: tuple[str, str]
 ) -> Row:
-    """Return two responses as a pair. column: names the better one, with the value better[0] for the first
-    and better[1] for the second (PKU-SafeRLHF, SHP, whose votes score_A and score_B are the ratings).
+    """Return the row with two responses as a pair. responses: their columns. column: has better[0] if the
+    first one is better, better[1] if the second one is (PKU-SafeRLHF, and SHP, whose votes score_A and
+    score_B are the ratings).
     """
     value = row.fields[column]
     written = str(int(value)) if isinstance(value, bool) or value in (0.0, 1.0) else str(value).strip()
@@ -278,7 +282,7 @@ def from_better(
 
 
 def _pair(row: Row, columns: Sequence[str], scores: dict[str, Any]) -> Row:
-    """Return a row with the responses in two columns as chosen and rejected."""
+    """Return the row with the texts of two columns as chosen and rejected, and with columns `scores`."""
     texts = {kind: row.fields[column] for kind, column in zip(("chosen", "rejected"), columns, strict=True)}
     return Row(row.name, {**with_ranked_prompt(row).fields, **texts, **scores})
 
@@ -317,7 +321,10 @@ def from_glaive(row: Row, settings: RowSettings = DEFAULT_ROW_SETTINGS) -> Row:
     """
     text, system = row.fields["chat"], row.fields["system"]
     if not isinstance(text, str) or not isinstance(system, str):
-        raise row.invalid("transcript that is no text", "columns 'system' and 'chat' must be strings")
+        raise row.invalid(
+            "transcript that is no text",
+            "columns 'system' and 'chat' must be strings; fix or remove the row",
+        )
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
         raise row.invalid(

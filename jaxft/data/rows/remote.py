@@ -169,7 +169,8 @@ def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
 
 
 def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, bytes]]) -> tuple[Any, bytes]:
-    """Run a request with a time limit; return its result. Raises its error, or ValueError if it is late.
+    """Run a request for `count` bytes with a time limit; return its result. Raises its error, or ValueError
+    if it is late.
 
     A socket's own limit is for each read, which a server that sends a byte now and then never exceeds.
     """
@@ -214,7 +215,9 @@ def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
 
 
 def _check_response(file: RemoteFile, headers: Any, start: int, stop: int) -> None:
-    """Raise ValueError for another range than the requested one, or of another version of the file."""
+    """Raise ValueError if a response does not begin at `start`, goes beyond `stop`, or is of another version
+    of the file.
+    """
     span = _RANGE.fullmatch(headers.get("Content-Range", ""))
     if span is None:
         raise ValueError(f"{file}: the server sends no size; download the file")

@@ -41,7 +41,7 @@ Outcome = Row | InvalidRow
 
 
 class NotRead(Enum):
-    """The value of a column of a Parquet file that is not used."""
+    """The value, in every row, of a Parquet file's columns that are not read."""
 
     NOT_READ = "(not read)"
 
@@ -73,8 +73,8 @@ class Chunk:
         return Chunk(self.label, count, partial(_first, self, count))
 
     def sample(self, before: int, total: int, count: int) -> "Chunk":
-        """Return the rows of the chunk that are among `count` rows at even distances of `total`. before: rows
-        of the total that precede the chunk.
+        """Return the rows of the chunk that are in a sample: `count` rows at even distances of all `total`
+        rows. before: how many of all rows precede the chunk.
         """
         return Chunk(self.label, count * self.size // total, partial(_spread, self, before, total, count))
 
@@ -186,7 +186,9 @@ def _load(text: bytes | str) -> Any:
 
 
 def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -> Any:
-    """Parse JSON. encoding: None to detect UTF-16 and UTF-32, whose lines cannot be parsed one by one."""
+    """Parse JSON. name: the row in errors. line: number of the text's first line. encoding: None to detect
+    UTF-16 and UTF-32, whose lines cannot be parsed one by one.
+    """
     try:
         return _load(text if encoding is None else text.decode(encoding))
     except _DuplicateKey as error:
@@ -236,7 +238,7 @@ def row_of(value: Any, where: str, name: str) -> Row:
 
 
 def scan_lines(path: Path, report: Blocks) -> tuple[Chunk, ...]:
-    """Read a JSONL file once and divide it into chunks of about ROW_CHUNK_BYTES.
+    """Read a JSONL file once and divide it into chunks of about ROW_CHUNK_BYTES. report: receives its bytes.
 
     Blank lines at its end are in no chunk.
     """
@@ -353,8 +355,8 @@ def _key_of_rows(value: dict[str, Any]) -> str | None:
 
 
 def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> tuple[list[Chunk], int]:
-    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows; return them and the bytes of all rows.
-    used: the columns that are read, None for all.
+    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows. Return the chunks, and how many bytes all
+    rows take unpacked. used: the columns that are read, None for all.
     """
     before, chunks, unpacked = 0, list[Chunk](), 0
     with named_errors(path), row_parquet.open_parquet(path, str(path), _AGAIN) as file:
@@ -373,7 +375,7 @@ def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> tuple[list[C
 def _read_group(
     path: Path, group: int, plan: row_parquet.GroupPlan, rows: range, before: int
 ) -> Iterator[Outcome]:
-    """Read rows of a row group. before: rows of the groups before it."""
+    """Read the rows `rows` of a row group. before: number of rows in the groups before it."""
     at, number = 0, before + rows.start  # of rows before the next
     with named_errors(path), row_parquet.open_parquet(path, str(path), _AGAIN) as file:
         for batch in row_parquet.planned_batches(file, path, group, plan):
@@ -390,8 +392,8 @@ def rows_of_batch(
 ) -> Iterator[Outcome]:
     """Yield the rows of an Arrow record batch.
 
-    others: columns that are not in it. where: the file as errors name it. label: the prefix of the rows'
-    names. before: rows of the file before this batch.
+    others: columns that it lacks because they are not read. where: the file as errors name it. label: the
+    prefix of the rows' names. before: number of the file's rows before this batch.
     """
     if row_parquet.batch_bytes(batch) > LINE_BYTES:
         half = batch.num_rows // 2

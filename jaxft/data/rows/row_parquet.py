@@ -22,7 +22,7 @@ _LEVEL_BYTES = 16  # of a value's definition, repetition and index
 
 @contextmanager
 def open_parquet(source: Any, where: str, remedy: str) -> Iterator[Any]:
-    """Open a Parquet file. Raises ValueError that names it and ends with the remedy if it cannot be read.
+    """Open a Parquet file. Raises ValueError with its name and the remedy if it cannot be read.
 
     source: a path or an open file. where: its name in errors.
     """
@@ -51,8 +51,8 @@ class GroupPlan(NamedTuple):
     """The plan for reading a row group.
 
     columns: names of the columns that are read. others: names of the other columns. encoded: paths of columns
-    whose dictionaries are not expanded. batch: rows that Arrow unpacks at once. chunk: rows that take about
-    LINE_BYTES as text. size: bytes of all rows.
+    whose dictionaries are not expanded. batch: number of rows that Arrow unpacks at once. chunk: number of
+    rows that take about LINE_BYTES as text. size: bytes of all rows.
     """
 
     columns: tuple[str, ...]
@@ -64,12 +64,14 @@ class GroupPlan(NamedTuple):
 
 
 def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None, where: str) -> GroupPlan:
-    """Return how to read a row group within limits, from the file's metadata and a pass over long columns.
+    """Plan the reading of a row group within limits of memory, from the file's metadata and a pass over long
+    columns.
 
-    A group is refused, with a ValueError, only if it takes more than RATIO times its bytes in the file, and
-    either ONCE_BYTES at one time, for any size of batches, or its rows' part of the file's TOTAL_BYTES
-    (EXPANDED_BYTES in a column that cannot stay encoded). Honest files that repeat long texts stay below
-    these: their rows are read in batches of about LINE_BYTES.
+    Raises ValueError if the group takes more than RATIO times its bytes in the file and breaks one of two
+    limits: a batch takes ONCE_BYTES at most, however few rows it has; all rows of the group take at most
+    TOTAL_BYTES times the group's fraction of the file's rows. A column that cannot stay encoded takes
+    EXPANDED_BYTES at most. Honest files that repeat long texts pass; they are read in batches of about
+    LINE_BYTES.
 
     file: from open_parquet, of `source`. used: the names of columns that are read, None for all.
     """
@@ -82,8 +84,8 @@ def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None,
     packed = RATIO * sum(c.packed for c in stored)
     if sum(c.at_once for c in stored) > max(ONCE_BYTES, packed):
         raise ValueError(
-            f"{where}: row group {group} takes more than {ONCE_BYTES >> 20} MiB in memory at once, {RATIO} "
-            "times its size in the file; write the file again with smaller row groups"
+            f"{where}: row group {group} takes more than {ONCE_BYTES >> 20} MiB in memory at once and more "
+            f"than {RATIO} times its size in the file; write the file again with smaller row groups"
         )
     limit = max(packed, TOTAL_BYTES * rows // max(1, file.metadata.num_rows))
     total, batch, encoded = 0, BATCH_ROWS, []
@@ -100,8 +102,8 @@ def plan_group(file: Any, source: Any, group: int, used: Collection[str] | None,
         if size > most or total > limit:
             passed = most if size > most else limit
             raise ValueError(
-                f"{where}: row group {group} takes more than {passed >> 20} MiB, {RATIO} times its size in "
-                "the file; write the file again without rows that repeat such long values"
+                f"{where}: row group {group} takes more than {passed >> 20} MiB and more than {RATIO} times "
+                "its size in the file; write the file again without rows that repeat such long values"
             )
     chunk = max(1, min(BATCH_ROWS, LINE_BYTES * rows // max(1, total)))
     others = tuple(name for name in names if name not in columns)
@@ -118,8 +120,9 @@ def planned_batches(file: Any, source: Any, group: int, plan: GroupPlan) -> Iter
 
 class _Column(NamedTuple):
     """A column of a row group. packed: its bytes in the file. unpacked: bytes of its values, each value of a
-    dictionary once. at_once: bytes that one batch may take, however few rows it has. rows: rows of the group.
-    has_dictionary: whether it has a dictionary that need not be expanded.
+    dictionary once. at_once: bytes that one batch may take, however few rows it has. values, rows: their
+    numbers in the group. has_dictionary: whether it has a dictionary that need not be expanded. is_delta:
+    whether it is encoded as DELTA_BYTE_ARRAY.
     """
 
     path: str
@@ -166,11 +169,11 @@ def _is_long(source: Any, metadata: Any, group: int, column: _Column) -> bool:
 
 
 def _measure(source: Any, metadata: Any, group: int, column: _Column, limit: int) -> tuple[int, int]:
-    """Return the bytes of a column's values, counted until they exceed `limit`, and how many rows a batch may
-    have to take no more than about LINE_BYTES in Arrow's memory.
+    """Return how many bytes a column's values take, counted until they exceed `limit`, and how many rows a
+    batch may have to take about LINE_BYTES at most in Arrow's memory.
 
     A value of DELTA_BYTE_ARRAY repeats the beginning of the one before it, so that each may have all bytes of
-    the column: it is first read a few rows at a time.
+    the column: only a few rows are read at a time.
     """
     rows = BATCH_ROWS
     if column.is_delta:
@@ -196,7 +199,7 @@ def _read_column(source: Any, metadata: Any, group: int, column: _Column, rows: 
 
 
 def _longest(array: Any) -> int:
-    """Return the bytes of the longest value in the dictionaries of an Arrow array."""
+    """Return how many bytes the longest value in the dictionaries of an Arrow array has."""
     import pyarrow
     import pyarrow.compute as compute
 
@@ -206,7 +209,7 @@ def _longest(array: Any) -> int:
 
 
 def _parts(array: Any) -> list[Any]:
-    """Return the arrays of a nested Arrow array's values."""
+    """Return the fields, keys and items, or elements of a nested Arrow array, as arrays; [] for others."""
     import pyarrow
 
     if pyarrow.types.is_struct(array.type):

@@ -127,7 +127,7 @@ def _row(path: Path, name: str, line: int, text: str) -> Outcome:
 
 
 def _parts(path: Path, file: TextIO, sample_by: str) -> Iterator[tuple[int, str]]:
-    """Yield (first line, text) of each part that is not blank."""
+    """Yield (first line, text) of each part that is not blank. sample_by: see read_text."""
     lines, first, size = list[str](), 1, 0
     for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), ""), 1):
         bare = line.strip()

@@ -118,7 +118,9 @@ def fused_linear(
 
 
 def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
-    """Return the weight with its columns grouped and sharded by device."""
+    """Return a fused weight with its columns in the order of the devices, each with its part of every
+    projection. widths: columns of each projection. ways: number of devices.
+    """
     order = partial(_by_device, widths=widths, ways=ways)
     if isinstance(w, Adapted):
         of_pair = partial(order, lead=w.over)
@@ -149,8 +151,8 @@ def _by_device(
     inputs: str = "act_width",
     lead: tuple[str, ...] = (),
 ) -> Shaped[Array, "*L I O"]:
-    """Group and shard columns by device. inputs: the logical axis of the input axis in the result. lead: the
-    logical axes L.
+    """Reorder and shard columns as _spread does. inputs: the logical axis of the input axis in the result.
+    lead: the logical axes L.
     """
     *above, _ = x.shape
     parts = jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1)

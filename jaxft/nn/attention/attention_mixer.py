@@ -71,7 +71,9 @@ def _rows(a: AttentionLayers, tokens: Batch, dtype: DTypeLike) -> Pass:
 
 
 def _prompts(a: AttentionLayers, tokens: Batch, new: int, dtype: DTypeLike) -> Pass:
-    """new: the most tokens that a completion has, for ropes that depend on the length of the text."""
+    """Return the Pass over prompts, which stores their keys. new: the most tokens of a completion, for ropes
+    that depend on the length of the text.
+    """
     T = tokens.ids.shape[1]
     lengths = tokens.positions[:, -1:] + 1 + new
     angles = generation_angles(a, tokens.positions, jnp.broadcast_to(lengths, (len(lengths), T)), dtype)

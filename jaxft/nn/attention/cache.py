@@ -243,8 +243,8 @@ class NextToken:
     """The token of each row that a decoding step processes.
 
     positions: in its text, int32 [R]. counts: tokens of its completion, including this one, int32 [R].
-    groups: which rows complete which prompt. read, prompt_read: only the first slots of rows and the last
-    ones of prompts are read; None for all.
+    groups: which rows complete which prompt. read: how many slots of rows are read, from the first one on;
+    prompt_read: how many slots of prompts, up to the last one; None for all.
     """
 
     positions: Any

@@ -319,7 +319,7 @@ def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: DTypeLike, transposed: boo
 
 
 def _storage(x_KME: jax.Array, N: int) -> jax.Array:
-    """Invert _queries: [N, K, G, E], as bits."""
+    """Return a query block [K, M, E] as _queries reads it: [N, K, G, E], as bits."""
     K, M, E = x_KME.shape
     return to_bits(x_KME.reshape(K, M // N, N, E).transpose(2, 0, 1, 3))
 

@@ -85,7 +85,7 @@ def _exchanged(x_BL: jax.Array, devices: int) -> jax.Array:
 
 
 def _returned(x_BL: jax.Array, devices: int) -> jax.Array:
-    """Invert _exchanged."""
+    """Return computed parts [B, L, ...] to the devices that stored them, the inverse of _exchanged."""
     length = x_BL.shape[1]
     half = length // 2
     late = _is_late(devices)

@@ -4,10 +4,10 @@ A function's signature and its docstring in Google's style (with an `Args:` sect
 model is shown, see data.columns.tool_schema. Calls are read in the format of the chat template, as the server
 reads them.
 
-A failure of a call is either the model's doing and returned to it as an error message (an unknown
-name, malformed JSON, wrong arguments, a ValueError, TypeError, ArithmeticError or LookupError of the tool, a
-result that is too long), or it is not, and excludes the episode (any other exception, a time-out). Classes of
-TRL's environment_factory return all exceptions to the model, as TRL does.
+Failures that the model can cause are returned to it as error messages: an unknown name, malformed JSON, wrong
+arguments, a ValueError, TypeError, ArithmeticError or LookupError of the tool, a result that is too long. Any
+other exception and a time-out exclude the episode. Classes of TRL's environment_factory return all exceptions
+to the model, as TRL does.
 """
 
 import inspect

@@ -103,10 +103,10 @@ def check_attention(p: Programs, batch: Batch) -> list[str]:
 
 
 def sample_length(length: int, parts: int = 1) -> int:
-    """Return the length of sample rows for rows of `length` tokens that are sharded into equal `parts`.
+    """Return the length of sample rows that stand for rows of `length` tokens sharded into equal `parts`.
 
-    It is `length`, or at most LONGEST_SAMPLE. A shortened row and its parts have the same block sizes as the
-    full ones if possible (always with up to 8 parts), else at least the same remainder of a part by 128.
+    It is at most LONGEST_SAMPLE: the largest for which kernels choose the same block sizes as for the full
+    row and its parts, which exists for up to 8 parts; else the largest whose parts modulo 128 are the same.
     """
     if length <= LONGEST_SAMPLE:
         return length

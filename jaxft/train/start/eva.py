@@ -58,8 +58,9 @@ class FirstRows(NamedTuple):
 
 @struct
 class InputStatistics:
-    """Mean [L, I] of the inputs of linear layers by path, and rows of the sum [L, I, I] of
-    (x - mean) (x - mean)^T over `count` tokens.
+    """Statistics over `count` tokens of the inputs x of linear layers, by path.
+
+    means: [L, I]. moments: the sums of (x - mean) (x - mean)^T, [L, I, I] or only a range of their rows.
     """
 
     count: Any

@@ -370,7 +370,7 @@ class Fit:
         return max(least, min(self._wanted_length(), max(1, most // LENGTH_STEP) * LENGTH_STEP))
 
     def _wanted_length(self) -> int:
-        """Return the length of COVERED percent of the rows, or of all if that takes little more memory."""
+        """Return a limit that COVERED percent of the rows fit in, or all if that takes little more memory."""
         fit = self
         if isinstance(self.data, Prompts):
             longer = {"max_new": max(self.data.max_new, NEW_TOKENS)}
@@ -407,7 +407,7 @@ class Fit:
         return max(new, min(wanted, context - min(prompt, context // 2)))
 
     def _batch(self, multiple: int) -> int:
-        """Return the rows of a step, a power of two times `multiple`, for a run of about RUN_STEPS steps."""
+        """Return data.batch, a power of two times `multiple`, for a run of about RUN_STEPS steps."""
         data = self.data
         kept = self.lengths.kept(data.max_length)
         rows = float(np.count_nonzero(kept))
@@ -466,7 +466,7 @@ def _mlp_widths(model: Model) -> tuple[int, int]:
 
 
 def gib(size: float) -> str:
-    """Format a number of bytes."""
+    """Return a number of bytes as GiB, with the unit."""
     return f"{size / 2**30:.1f} GiB"
 
 

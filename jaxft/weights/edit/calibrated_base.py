@@ -115,12 +115,13 @@ class CalibrationRows:
 
 @dataclass(frozen=True)
 class _Programs:
-    """The functions that run one layer. params: of the layer. h: activations [B, T, D]. index: of the layer.
+    """The functions that run one layer, with its parameters `params`, its number `index` and activations h
+    [B, T, D].
 
     forward(params, h, tokens, index) -> h after the layer. inputs(params, h, tokens, index, names) -> by name
-    the inputs [B, T, I] of these weights, 0 at padding. both(params, h, tokens, index, names) -> (h after the
-    layer, inputs). groups(params, h, tokens, index) -> groups of names of weights that have the same input,
-    in the order in which the layer uses them.
+    of a weight its inputs [B, T, I], 0 at padding. both(params, h, tokens, index, names) -> (h after the
+    layer, inputs). groups(params, h, tokens, index) -> tuples of the names of weights that have the same
+    input, in the order in which the layer uses them.
     """
 
     forward: Callable[..., Array]
@@ -290,7 +291,7 @@ def codes_damage(name: str) -> str | None:
 
 
 def confirm_codes(record: Mapping[str, Any]) -> bool:
-    """Whether the cache has a run's codes unchanged, or not at all. record: "codes", their name, "sha256"."""
+    """Whether the cache has a run's codes unchanged, or not at all. record: {"codes": name, "sha256"}."""
     name = str(record.get("codes"))
     return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")
 
@@ -299,8 +300,8 @@ def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[Calibrate
     """Compute and write calibrated codes unless the cache has them. After each layer, yield the number of
     layers written so far.
 
-    layers: returns the layers one by one. The folder appears in the cache only when it is complete, and
-    replaces damaged codes. Raises OSError if the cache cannot be written.
+    name: from codes_name. layers: returns the layers one by one. The folder appears in the cache only when it
+    is complete, and replaces damaged codes. Raises OSError if the cache cannot be written.
     """
     out = codes_folder(name)
     if out.is_dir() and codes_damage(name) is None:
@@ -330,8 +331,8 @@ def _returning(x: Any) -> Callable[[], Any]:
 
 
 def read_correction(name: str, weight: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the correction (a [in, R], b [R, out]) of the weight with this Hugging Face name. name: of the
-    codes.
+    """Return the correction (a [in, R], b [R, out]) of the weight with the Hugging Face name `weight`. name:
+    the codes' name in the cache.
     """
     a, b = (open_codes(name).read(f"{weight}.{side}") for side in _SIDES)
     return a, b

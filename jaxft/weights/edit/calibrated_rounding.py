@@ -48,7 +48,7 @@ class InputMoments(NamedTuple):
 class InverseFactor(NamedTuple):
     """The inverse of a damped moment H [I, I], factorised: `H[order][:, order]^-1 = upper^T upper / mean`.
 
-    order: the inputs by mean square, largest first. upper: upper triangular [I, I]. mean: of H's diagonal.
+    order: the inputs by mean square, largest first. upper: upper triangular [I, I]. mean: H's mean diagonal.
     """
 
     order: Array
@@ -133,7 +133,9 @@ def _with_scales(q: QTensor, scale: Any) -> QTensor:
 
 
 def _with_searched_scales(plain: QTensor, weight: Array, squares: Array) -> QTensor:
-    """Replace scales and offsets by those with the least error. squares: weights of the inputs [I]."""
+    """Replace scales and offsets by those with the least error. squares: sum of squares [I] of each input, by
+    which the errors of its row of `weight` [I, O] are weighted.
+    """
     if plain.block is None:
         return plain
     scale, offset = _searched_scales(weight, squares, plain.kind, plain.block)
@@ -167,7 +169,9 @@ def _searched_scales(weight: Array, squares: Array, kind: str, block: int) -> tu
 
 @jax.jit
 def _descended_codes(q: QTensor, weight: Array, moment: Array) -> Array:
-    """Return codes [I, O] after one pass over all inputs, each set to its best value given the others."""
+    """Return codes [I, O] after one pass over all inputs, each set to its best value given the other codes.
+    moment: the damped gram of the inputs.
+    """
     format, (scale, offset) = FORMATS[q.kind], grid(q)
     codes = qf.unpack(q.codes) if is_paired(q.kind) else jnp.asarray(q.codes)
     value = format.decode(codes) * scale
@@ -186,7 +190,9 @@ def _descended_codes(q: QTensor, weight: Array, moment: Array) -> Array:
 
 @partial(jax.jit, static_argnames="size")
 def _fitted_scales(q: QTensor, weight: Array, moment: Array, size: int) -> Array:
-    """Return scales [N, O] after one pass over all blocks of `size` inputs, each best given the others."""
+    """Return scales [N, O] after one pass over all blocks of `size` inputs, each set to its best value given
+    the other scales, unless it would halve or double. moment: the damped gram of the inputs.
+    """
     ins, outs = weight.shape
     scale, offset = grid(q)
     units = FORMATS[q.kind].decode(qf.unpack(q.codes) if is_paired(q.kind) else jnp.asarray(q.codes))
@@ -255,13 +261,13 @@ def gptq_codes(weight: Array, factor: InverseFactor, plain: QTensor, kind: str) 
 def swept(
     matrix: Float[Array, "I I"], state: Float[Array, "I O"], codes: Array, arrays: tuple, choose: Callable
 ) -> Array:
-    """Choose codes [I, O] input by input; each choice changes the state of other inputs. Blocks of inputs
-    make this fast.
+    """Choose codes [I, O] input by input; each choice changes the state of the other inputs.
 
-    state: of each input, such as its weights or gradients. codes: initial codes. arrays: a tuple of arrays
-    with a row for each input. choose(j, state of input j, arrays, matrix) -> (change, code), where j, arrays
-    and matrix are of the input's block: change times the input's row of the matrix is subtracted from the
-    state.
+    state: a row [O] for each input, such as its weights or gradients. codes: initial codes. arrays: further
+    arrays with a row for each input. choose(j, row of the state, arrays, matrix) -> (change [O], code [O]).
+    After it, the outer product of row j of the matrix and the change is subtracted from the state. Inputs are
+    processed in blocks, for speed: j is the input's number in its block, and choose gets only the block's
+    rows of `arrays` and the block's square of `matrix`.
     """
     ins, outs = state.shape
     size = next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)
@@ -294,7 +300,7 @@ def swept(
 
 
 def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
-    """Return a [in, R], b [R, out] so that `scale a b` is the best approximation of a weight of rank R: its R
+    """Return a [in, R], b [R, out] so that `scale a b` is the best approximation of rank R of a weight: its R
     largest singular values.
 
     Columns of a and rows of b have equal norms. Singular vectors are eigenvectors of the smaller Gram matrix,
@@ -317,8 +323,8 @@ def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
 
 
 def _qr_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
-    """Return a [in, R], b [R, out]: the first R rows of the r and columns of the q of the QR decomposition of
-    `weight.T`, transposed. As in peft, `scale` is not used.
+    """Return a [in, R], b [R, out] from the QR decomposition `weight.T = q r`: the first R rows of r and the
+    first R columns of q, both transposed. As in peft, `scale` is not used.
     """
     q, r = np.linalg.qr(weight.T)
     return np.ascontiguousarray(r[:rank].T), np.ascontiguousarray(q[:, :rank].T)

@@ -129,9 +129,7 @@ def _ids_by_token(tokenizer: Any, numbers: Collection[int]) -> dict[str, int]:
 
 
 def _draft(folder: Path, ref: str, extension: Extension) -> str:
-    """Write an extended model's configuration and tokenizer, without weights, below `folder`; return the
-    path.
-    """
+    """Write an extended model's configuration and tokenizer, no weights, below `folder`; return its path."""
     digest = hashlib.sha256(json.dumps([ref, repr(extension)]).encode()).hexdigest()[:16]
     out = folder / digest / "extended"
     if not out.is_dir():
@@ -263,7 +261,9 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
     for token, number in ids.items():
         encoded = tokenizer.encode(_text_with(token, added_texts), add_special_tokens=False)
         if encoded.count(number) != 1:
-            raise ValueError(f"new token {token!r} would be split even as a token; choose another text")
+            raise ValueError(
+                f"new token {token!r} would be split by the tokenizer even after it is added; choose another"
+            )
     if named is not None:
         # llama.cpp would render another token as the BOS of a tokenizer that has none.
         source = named.source if tokenizer.bos_token else named.source.removeprefix(BOS)
@@ -272,7 +272,8 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
         if template is not None and template.failure:
             reason = " ".join(template.failure.split())
             raise ValueError(
-                f"chat template {extension.template}: it cannot render a question and a response: {reason}"
+                f"chat template {extension.template}: it cannot render a question and a response: {reason}; "
+                "correct it, or use another chat_template="
             )
         if template is None or not template.stop_tokens:
             raise ValueError(
@@ -283,7 +284,9 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
 
 
 def _text_with(token: str, added: Sequence[str]) -> str:
-    """Return a text with a token in which its neighbours do not form another added token."""
+    """Return `token` between two characters with which it forms no other of the tokens `added`; the token
+    alone if there are no such characters.
+    """
     for before, after in (("a", "b"), ("1", "2"), (" ", " "), ("\n", "\n")):
         text = before + token + after
         if not any(other in text and other not in token for other in added):
@@ -331,7 +334,7 @@ def extension_notes(ref: str) -> list[str]:
 
 
 def mark_untrained(folder: Path, ids: Mapping[str, int], notes: Sequence[str] = ()) -> None:
-    """Write untrained_tokens.json to a model's folder. ids: of new tokens with untrained rows, by token.
+    """Write untrained_tokens.json to a model's folder. ids: ids, by token, of new tokens with untrained rows.
     notes: lines about tokens that may be untrained, for the start of runs.
     """
     if ids or notes:
@@ -349,7 +352,7 @@ def with_new_tokens(adapter: Adapter, ref: str) -> Adapter:
 def check_new_tokens(ref: str, model: Model, adapter: Adapter | None, trainable: Collection[str]) -> None:
     """Raise ValueError if a run leaves rows of new tokens untrained, in the table or in the head.
 
-    trainable: paths of the whole tree.
+    trainable: paths of the run's trainable parameters in the whole tree.
     """
     new = untrained_tokens(ref)
     if not new:

@@ -231,7 +231,9 @@ def _layer_pairs(
 
 
 def _correcting(codes: str | None, name: str, scale: float) -> tuple[FirstPair, FirstPair]:
-    """Return a calibrated weight's correction as the pair at step 0, and zeros: nothing is subtracted."""
+    """Return a calibrated weight's correction, divided by `scale`, as the pair at step 0, and zeros: nothing
+    is subtracted. codes: name of the calibrated codes. name: the weight's Hugging Face name.
+    """
     assert codes is not None  # adapter.init=qera needs quant.calibrate
     a, b = read_correction(codes, name)
     root = np.sqrt(np.float32(abs(scale)))

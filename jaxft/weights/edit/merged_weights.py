@@ -35,7 +35,7 @@ class LazyTensor:
         return self.make(())
 
     def map(self, dtype: DTypeLike, fn: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
-        """Return the parameter with `fn` applied to each part. dtype: of the values that `fn` returns."""
+        """Return the parameter with `fn` applied to each part; `fn` returns values of dtype `dtype`."""
         return LazyTensor(self.shape, np.dtype(dtype), lambda index: fn(self.make(index)))
 
     def astype(self, dtype: DTypeLike) -> "LazyTensor":
@@ -44,24 +44,24 @@ class LazyTensor:
 
 
 class RoundingError:
-    """The accumulated rounding error of all weights that were rounded so far."""
+    """Accumulates the rounding error of weights while they are cast to a narrower dtype."""
 
     def __init__(self) -> None:
         self._error, self._total = 0.0, 0.0
 
     @property
     def fraction(self) -> float:
-        """Root mean square of the error, divided by the root mean square of the weights."""
+        """Root mean square of all errors so far, divided by the root mean square of the weights."""
         return (self._error / self._total) ** 0.5 if self._total else 0.0
 
     def add(self, exact: np.ndarray, rounded: np.ndarray) -> None:
-        """Add the difference of a weight and its rounded value to the error."""
+        """Add the error of a weight to the accumulated error. rounded: the weight after rounding."""
         with np.errstate(over="ignore", invalid="ignore"):  # the writer refuses values that are not finite
             self._error += float(np.square(exact - rounded, dtype=np.float64).sum())
             self._total += float(np.square(exact, dtype=np.float64).sum())
 
     def cast(self, leaf: LazyTensor, dtype: DTypeLike) -> LazyTensor:
-        """Return the parameter in `dtype`; its rounding error is added when it is computed."""
+        """Return the parameter in `dtype`; each part, when it is computed, adds its error to the total."""
 
         def rounded(exact: np.ndarray) -> np.ndarray:
             with np.errstate(over="ignore"):
@@ -81,8 +81,8 @@ def merge_files(
 ) -> Params:
     """Merge an adapter into the base in a model's files. Return the tree of LazyTensors in `dtype`.
 
-    adapter: a tree of arrays; None for the base alone. token_ids: of the rows that the adapter replaces. A
-    tied head is untied if the adapter changes the head, or only the embedding table.
+    adapter: a tree of arrays; None for the base alone. token_ids: the tokens whose rows the adapter replaces.
+    A tied head is untied if the adapter changes the head, or only the embedding table.
     """
     merged = tree.paths(merge_params(lazy_params(readers), adapter, dtype, token_ids))
     paths = [path for path in merged if path != "head" or model.generates]
@@ -108,8 +108,8 @@ def merge_on_read(
 ) -> dict[str, ParamReader]:
     """Return readers that merge an adapter into the weights, in float32, when they are read.
 
-    token_ids: of the rows that the adapter replaces. Raises ValueError for an adapter that unties a tied
-    head, since the files have no tensor for it.
+    token_ids: the tokens whose rows the adapter replaces. Raises ValueError for an adapter that unties a tied
+    head, since the files have no tensor for the untied head.
     """
     nodes, out = lora.pairs_by_path(adapter), dict(readers)
     if full_modules.unties(nodes) and "head" not in readers and model.generates:
@@ -127,7 +127,9 @@ def merge_on_read(
 def _merged_part(
     reader: ParamReader, node: Params, token_ids: tuple[int, ...], tensor: Tensor, index: Index = ()
 ) -> np.ndarray:
-    """Return the part of a tensor's values at `index`, merged with `node`, an adapter's leaves for it."""
+    """Return the part of a tensor's values at `index`, merged with an adapter. node: the adapter's leaves for
+    the tensor's parameter. token_ids: see merge_files.
+    """
     if "magnitude" in node and index:  # norms are over all inputs
         return _merged_part(reader, node, token_ids, tensor)[index]
     index = full_index(index, tensor.values)

@@ -172,7 +172,9 @@ def _check_plain(adapter: NamedAdapter) -> None:
 
 
 def _part(pair: Params, index: tuple[int, ...], rank: int, weight: float) -> _Part:
-    """Return an adapter's pair of one module, without the zeros beyond its rank. weight: the adapter's."""
+    """Return an adapter's pair of one module, without the zeros beyond its rank. pair: leaves of the module's
+    parameter. index: the module's index along their leading axes. weight: the adapter's weight.
+    """
     a, b, scale = (pair[name][index] for name in ("a", "b", "scale"))
     return _Part(a[:, :rank].astype(np.float32), b[:rank].astype(np.float32), weight * float(scale))
 
@@ -236,7 +238,9 @@ def _combined(parts: list[_Part], how: Combination, name: str) -> tuple[_A, _B]:
 def _merged(
     values: Float[np.ndarray, "K M N"], weights: Float[np.ndarray, " K"], how: Combination, name: str
 ) -> Float[np.ndarray, "M N"]:
-    """Combine the A, or the B, of K pairs elementwise. weights: of the pairs. name: for the random seed."""
+    """Combine the A, or the B, of K pairs elementwise by linear, ties or a DARE method. weights: one for each
+    pair. name: text that the random seed depends on.
+    """
     density = DEFAULT_DENSITY if how.density is None else how.density
     if how.method == "ties":
         values = np.stack([_largest(x, density) for x in values])
@@ -312,7 +316,7 @@ class Extraction:
 
 
 class KindError(NamedTuple):
-    """The change of a parameter over all its layers, and the error of its pairs. path: of the parameter.
+    """The change of a parameter over all its layers, and the error of its pairs. path: the parameter's path.
     change: norm of the change divided by the norm of the base. error: norm of the part of the change that the
     pairs lack, divided by the norm of the change.
     """
@@ -323,7 +327,9 @@ class KindError(NamedTuple):
 
 
 class Extracted(NamedTuple):
-    """An extracted adapter. errors: of its parameters, then in total. others: lines on other changes."""
+    """An extracted adapter. errors: one per parameter with pairs, then their total. others: lines for the
+    user about parameters without a pair that changed.
+    """
 
     params: Params
     settings: Adapter
@@ -336,9 +342,9 @@ def extract_adapter(
 ) -> Extracted:
     """Extract an adapter from the difference of two models of the same architecture.
 
-    model: the base's. progress(line): called with a line about each parameter. Raises ValueError if the
-    models differ in more than the values of their tensors, if their weights are equal, and if the rank is
-    larger than a side of a matrix.
+    model: the base's. progress(line): called with a line about each parameter that gets pairs. Raises
+    ValueError if the models differ in more than the values of their tensors, if their weights are equal, and
+    if the rank is larger than a side of a matrix.
     """
     table, paths = tensors_of(model, tied_head=True), target_paths(model.specs, what.targets)
     _check_rank(what.rank, {path: table[path] for path in paths})
@@ -353,7 +359,9 @@ def extract_adapter(
         for tensors in table.values()
         for before, after in _matrices(tensors, base, tuned)
     ):
-        raise ValueError(f"{tuned.where} and {base.where} have the same weights: nothing to extract")
+        raise ValueError(
+            f"{tuned.where} and {base.where} have the same weights: nothing to extract; name another model"
+        )
     pairs: dict[str, list[Pair | None]] = {path: [] for path in paths}
     errors = dict[str, KindError]()
     total = np.zeros(3)  # squared norms of the base, of the change, of the part that the pairs lack
@@ -445,8 +453,8 @@ def _matrices(
 def _low_rank(matrix: _Matrix, rank: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a [in, R], b [R, out] whose product is the best approximation of a matrix with this rank.
 
-    Above FULL_SVD the SVD is randomised with power iterations (Halko et al. 2011, arXiv:0909.4061). name:
-    seed of its random directions.
+    If both sides are larger than FULL_SVD, the SVD is randomised with power iterations (Halko et al. 2011,
+    arXiv:0909.4061). name: text that the seed of its random directions depends on.
     """
     ins, outs = matrix.shape
     if min(ins, outs) <= FULL_SVD:
@@ -480,7 +488,9 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
 def _with_others(
     settings: Adapter, changed: dict[str, float], tuned: ModelFiles, model: Model
 ) -> tuple[dict[str, dict[str, np.ndarray]], Adapter]:
-    """Return (nodes, settings) that store the parameters in `changed` in full, with the tuned values."""
+    """Return (nodes {"weight"} by path, adapter settings) that store the parameters at the paths in `changed`
+    in full, with the tuned model's values.
+    """
     modules = {path for path in changed if not path.endswith("_bias")}
     if "embed" in modules and "head" not in model.specs:
         modules.add("head")  # which follows the table in the tuned model
@@ -496,7 +506,9 @@ def _with_others(
 
 
 def _lines(changed: dict[str, float], saved: bool) -> list[str]:
-    """Return a line about changed parameters without a pair, or []. saved: if the adapter stores them."""
+    """Return a line about changed parameters without a pair, or []. changed: norm of the change by path, as a
+    fraction of the base's norm. saved: whether the adapter stores them.
+    """
     if not changed:
         return []
     named = ", ".join(f"{path} by {100 * change:.2g} %" for path, change in changed.items())

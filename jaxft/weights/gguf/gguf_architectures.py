@@ -69,12 +69,12 @@ class Architecture:
     GGUF name to Hugging Face name. interleaved: whether the rows of q and k are permuted for rope over
     neighbouring dimensions (LlamaModel.permute of the converter). norms_plus_one: whether 1 is added to the
     weights of all norms, as for Gemma, which multiplies by 1 + weight where llama.cpp multiplies by the
-    weight. biases: modules that have a bias.
+    weight. biases: GGUF names of the modules that have a bias.
 
     reads: metadata keys in addition to ALWAYS_READ that change what llama.cpp computes. tables: rope tensors
-    that llama.cpp loads; it refuses a file with others. local_theta: metadata key of rope's theta in layers
-    with windows, whose frequencies are not scaled; None if all layers have the same rope. local_attn_factor:
-    whether rope.scaling.attn_factor applies in layers with windows.
+    that llama.cpp loads; it refuses a file with further ones. local_theta: metadata key of rope's theta in
+    layers with windows, whose frequencies are not scaled; None if all layers have the same rope.
+    local_attn_factor: whether rope.scaling.attn_factor applies in layers with windows.
     """
 
     model_type: str
@@ -129,7 +129,7 @@ def architecture_of(header: GgufHeader) -> Architecture:
     if name not in ARCHITECTURES or experts:
         what = f"{name[:60]!r}" + (f" with {experts} experts" if experts else "")
         raise ValueError(
-            f"{header.path}: GGUF architecture {what} is not supported; supported ones: "
+            f"{header.path}: GGUF architecture {what} is not supported; use a model of a supported one, see "
             "python scripts/help.py models"
         )
     return ARCHITECTURES[name]
@@ -178,7 +178,7 @@ class StoredAs(NamedTuple):
 
 
 def stored_as(architecture: Architecture, name: str, heads: int, kv_heads: int) -> StoredAs:
-    """Return how a tensor's values are stored. name: its Hugging Face name. heads, kv_heads: of the model."""
+    """Return how a tensor's values are stored. name: the tensor's Hugging Face name. heads: query heads."""
     ordered = {"q_proj": heads, "k_proj": kv_heads} if architecture.interleaved else {}
     module = name.rpartition(".")[0].rpartition(".")[2]
     return StoredAs(ordered.get(module), architecture.norms_plus_one and name.endswith("norm.weight"))
@@ -196,7 +196,9 @@ def kv_head_count(header: GgufHeader) -> int:
 
 
 def _count_in_all_layers(header: GgufHeader, name: str) -> int:
-    """Return a number of heads, which some files state per layer. Raises ValueError if layers differ."""
+    """Return the number of heads at the key `name`, which some files state per layer. Raises ValueError if
+    layers differ.
+    """
     key = header.key(name)
     if isinstance(header.metadata.get(key), list):
         counts = header.array(key, int) or []

@@ -161,14 +161,14 @@ def _one_rope(header: GgufHeader, sizes: Sizes, **others: Any) -> dict[str, Any]
 
 
 def _window(header: GgufHeader, default: int = 0) -> int | None:
-    """Return the number of keys in a layer's window, None without windows, which some files state as 0."""
+    """Return the number of keys in a layer's window; None without windows, which some files state as 0."""
     return header.optional(header.key(WINDOW), default) or None
 
 
 def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
-    """Return config.json's layer_types. The metadata state whether each layer has a window, or a period n, by
-    default `period`: every n-th layer has full attention, the others windows
-    (llama_hparams::set_swa_pattern).
+    """Return config.json's layer_types. The metadata either list whether each layer has a window, or state a
+    period (by default `period`): then the last layer of each period has full attention, and all others have
+    windows (llama_hparams::set_swa_pattern).
     """
     key = header.key("attention.sliding_window_pattern")
     if isinstance(header.metadata.get(key), list):
@@ -240,7 +240,7 @@ def _default_rope(theta: float) -> dict[str, Any]:
 
 
 def _phi3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """Read Phi-3's settings; its config.json has the length before scaling outside rope_scaling."""
+    """Read Phi-3's settings; its config.json has original_max_position_embeddings outside rope_scaling."""
     length = header.required(header.key("context_length"), int)
     original = header.optional(header.key("rope.scaling.original_context_length"), length)
     scaling = rope_scaling(header, sizes.rotated)
@@ -320,7 +320,7 @@ def architecture_for(config: ModelConfig) -> str:
 
 
 def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
-    """Return the metadata of a model's architecture, and the tables of its rope by tensor name."""
+    """Return (metadata that states a model's architecture, tables of rope divisors by tensor name)."""
     if not isinstance(config, DenseConfig):
         raise TypeError(f"expected a DenseConfig, got {type(config).__name__}")
     name, hf = architecture_for(config), model_types.config_to_hf(config)
@@ -344,7 +344,9 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
 
 
 def context_notes(config: ModelConfig) -> list[str]:
-    """Return warnings if llama.cpp computes the same only up to some length, or with some context size."""
+    """Return warnings if llama.cpp computes the same log-probs as jaxft only for texts up to some length, or
+    only with some context size.
+    """
     assert isinstance(config, DenseConfig)  # checked by config_fields
     name, rope, notes = architecture_for(config), config.rope, []
     exact, original = _exact_context(name, config), rope.original_max_positions or 0
@@ -367,7 +369,9 @@ def _window_fields(name: str, hf: dict[str, Any]) -> list[Field]:
 
 
 def _pattern_fields(name: str, hf: dict[str, Any], period: int) -> list[Field]:
-    """Return metadata of the layers with windows; [] for llama.cpp's default, all but each period's last."""
+    """Return the metadata that states which layers have windows; [] without windows, or if they are in all
+    layers but each `period`-th, which is llama.cpp's default for the architecture. hf: a config.json.
+    """
     windowed = [kind == "sliding_attention" for kind in hf["layer_types"]]
     if not hf.get("sliding_window") or windowed == [i % period < period - 1 for i in range(len(windowed))]:
         return []

@@ -131,7 +131,7 @@ class _Cursor:
         return self.take(self.number("<Q")).decode("utf-8")
 
     def texts(self, count: int) -> list[str]:
-        """Read strings without a call for each value: a tokenizer has a hundred thousand."""
+        """Read `count` strings without a call for each: a tokenizer has a hundred thousand."""
         data, at, end, texts = self.data, self.at, len(self.data), []
         for _ in range(count):
             start = at + 8
@@ -169,7 +169,7 @@ class _Cursor:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read metadata and tensor table of a GGUF file. path: of a split file, any part; all parts are read.
+    """Read metadata and tensor table of a GGUF file. path: the file; any part of a split file, to read all.
 
     Raises ValueError for an invalid or incomplete file, FileNotFoundError for a part that is missing.
     """
@@ -261,12 +261,12 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
     for _ in range(count):
         name, rank = cursor.name(), cursor.number("<I")
         if rank > 4:
-            raise ValueError(f"tensor {name[:100]} has {rank} dimensions")
+            raise ValueError(f"tensor {name[:100]} has {rank} dimensions, more than 4")
         dims = struct.unpack(f"<{rank}Q", cursor.take(8 * rank))
         listed.append((name, dims, cursor.number("<I"), cursor.number("<Q")))
     align = metadata.get("general.alignment", 32)
     if type(align) is not int or align < 1:
-        raise ValueError(f"its alignment is {align}")
+        raise ValueError(f"its general.alignment is {align}, expected a whole number above 0")
     start = -(-cursor.at // align) * align
     tensors = {}
     for name, dims, code, offset in listed:
@@ -279,7 +279,7 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
         info = GgufTensor(path, kind.name, shape, shape[-1] // block * size, start + offset)
         end = info.offset + math.prod(shape[:-1]) * info.row_bytes
         if shape[-1] % block or end > total:
-            raise ValueError(f"tensor {name} {shape} ends at byte {end}, the file has {total}")
+            raise ValueError(f"tensor {name} {shape} of {kind.name} does not fit in {total} bytes")
         if name in tensors:
             raise ValueError(f"tensor {name} is in it twice")
         tensors[name] = info
@@ -352,7 +352,9 @@ def write_gguf_file(
                 with errors_name(f"{path}: not written: tensor {tensor.name}"):
                     raw = np.ascontiguousarray(tensor.fetch())
                 if raw.dtype != np.uint8 or raw.size != tensor.size:
-                    raise ValueError(f"{tensor.name}: expected {tensor.size} bytes, got {raw.nbytes}")
+                    raise ValueError(
+                        f"{tensor.name}: expected {tensor.size} bytes, got {raw.nbytes}; correct its fetch()"
+                    )
                 file.seek(int(at))
                 file.write(raw.reshape(-1).data)
         publish(part, path)

@@ -67,7 +67,7 @@ def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = 
 
 
 class Trials(NamedTuple):
-    """Trial scales: the i-th of `number` maps the largest value to the code levels + start + i * step."""
+    """Trial scales: the i-th of `number` maps the largest value to FittedType.levels + start + i * step."""
 
     start: float
     step: float
@@ -79,8 +79,9 @@ class FittedType:
     """How a GGUF type is fitted and packed.
 
     blocks: number of values in a block and in a sub-block. levels: the largest code of types with a minimum;
-    other types have codes from -levels to levels - 1. offset: whether the type has a minimum. trials: without
-    and with importances. pack: returns the bytes of blocks from the arrays that the fit returns.
+    other types have codes from -levels to levels - 1. offset: whether the type has a minimum. trials: trial
+    scales for a fit without and with importances. pack: returns the bytes of blocks from the arrays that the
+    fit returns.
     """
 
     blocks: tuple[int, int]
@@ -118,7 +119,7 @@ def _fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) 
 def _chunks(
     values: np.ndarray, importance: np.ndarray | None, count: int, block: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
-    """Yield (blocks [count, block], their importances or None, number of blocks that are not padding)."""
+    """Yield (`count` blocks of `block` values, importances or None, number of blocks without padding)."""
     blocks = values.reshape(-1, block)
     per_row = values.shape[-1] // block
     of_row = None
@@ -153,8 +154,9 @@ def _fit_offset(
     trials: Trials,
     nested: bool,
 ) -> tuple[Array, ...]:
-    """Fit x by scale * code + minimum in N blocks of S sub-blocks. Return codes, and scales and minima as
-    float16; for `nested`, where minima are at most 0, the result of _nested_offset.
+    """Fit x by scale * code + minimum in N blocks of S sub-blocks, with codes from 0 to levels. Return
+    (codes, float16 scales, float16 minima); if nested, minima are at most 0, and _nested_offset makes the
+    result.
     """
     w = _weights(x, importance)
     low = x.min(-1)
@@ -195,9 +197,9 @@ def _fit_offset(
 
 
 def _nested_offset(x: Array, w: Array, scale: Array, base: Array, levels: int) -> tuple[Array, ...]:
-    """Quantise the scales and minima of sub-blocks to 6-bit multiples of a float16 per block: of the nearest
-    multiples and their neighbours, the pair with the smallest error. Return codes, 6-bit scales, 6-bit
-    minima, and the float16 of each.
+    """Quantise scales and minima (`base`) of sub-blocks [N, S] to 6-bit multiples of two float16 per block:
+    of the nearest multiples and their neighbours, the pair with the smallest error. x: values [N, S, E]. w:
+    weights of their errors. Return (codes, 6-bit scales, 6-bit minima, float16 of scales, of minima).
     """
 
     def six_bits(numbers: Array) -> tuple[Array, Array, Array]:
@@ -231,8 +233,8 @@ def _fit_symmetric(
     trials: Trials,
     nested: bool,
 ) -> tuple[Array, ...]:
-    """Fit x by scale * code in N blocks of S sub-blocks, codes from -levels to levels - 1. Return codes +
-    levels, the 8-bit scales of sub-blocks if nested, and the float16 scale of each block.
+    """Fit x by scale * code in N blocks of S sub-blocks, with codes from -levels to levels - 1. Return (codes
+    + levels, float16 scales); if nested, (codes + levels, 8-bit scales of sub-blocks, float16 per block).
     """
     w = jnp.square(x) if importance is None else importance if nested else _weights(x, importance)
     index = jnp.abs(x).argmax(-1, keepdims=True)
@@ -368,8 +370,8 @@ LAST_FALLBACK = "F16"
 
 @dataclass(frozen=True)
 class MixtureModel:
-    """The properties of a model that determine the types of its tensors in a mixture. architecture: in GGUF.
-    tied: whether the embedding is also the head. weighted: whether inputs have importances.
+    """The properties of a model that determine the types of its tensors in a mixture. architecture: its GGUF
+    name. tied: whether the embedding is also the head. weighted: whether inputs have importances.
     """
 
     architecture: str
@@ -395,7 +397,7 @@ def mixture_named(name: str) -> str:
 
 def tensor_kind(name: str, shape: tuple[int, ...], mixture: str, model: MixtureModel) -> str:
     """Return the type of a tensor: F32 for a vector; for a matrix the type that the mixture chooses, or a
-    fallback if the inputs are not a multiple of that type's block. name: in GGUF. mixture: a key of MIXTURES.
+    fallback if the inputs are not a multiple of that type's block. name: GGUF name. mixture: key of MIXTURES.
     """
     if len(shape) < 2:
         return "F32"

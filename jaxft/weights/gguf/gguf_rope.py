@@ -30,7 +30,7 @@ def shortest(value: float) -> float:
 
 
 def decimal_field(header: GgufHeader, name: str, default: float) -> float:
-    """Return a number of the architecture's metadata as its shortest decimal."""
+    """Return the architecture's metadata `name`, by default `default`, as its shortest decimal."""
     return shortest(header.optional(header.key(name), default))
 
 
@@ -60,7 +60,7 @@ def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise ValueError(
             f"{header.path}: rope scaling {kind[:60]!r} is not supported; jaxft reads none, linear, yarn, "
-            "longrope and Llama 3's scaling"
+            "longrope and Llama 3's scaling; use the model's Hugging Face folder"
         )
     _check_keys(header, kind)
     if kind == "yarn":

@@ -36,7 +36,7 @@ Decoded = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 class BlockFormat:
     """The conversion of a GGUF type to a QTensor with the same values.
 
-    kind: of the QTensor. sub_block: inputs that share a scale. scale_dtype: dtype of scales and offsets;
+    kind: the QTensor's kind. sub_block: inputs that share a scale. scale_dtype: dtype of scales and offsets;
     products of a float16 and a 6 or 8-bit number are exact in float32. bits: bits of a code in the file, if a
     code of the QTensor has more; else None.
 
@@ -192,7 +192,9 @@ def _read(tensor: GgufTensor, heads: int | None, plus_one: bool, index: Index) -
 
 
 def _quantised(tensor: GgufTensor, format: BlockFormat | None, heads: int | None) -> QuantisedTensor:
-    """Return a quantised weight. format: None if no QTensor has its values; then it is read dequantised."""
+    """Return a quantised weight. format: None if no QTensor has its values; then it is read dequantised.
+    heads: see _rows_in_file.
+    """
     (outs, ins), method = tensor.shape, f"GGUF {tensor.kind}"
     if format is None:
         read, reason = partial(_read_expanded, tensor, heads), "no packed form has its values"
@@ -262,7 +264,7 @@ def raw_bytes(tensor: GgufTensor) -> np.ndarray:
 
 
 def _read_bytes(tensor: GgufTensor, rows: Any, columns: slice) -> np.ndarray:
-    """Read some bytes of some rows of a tensor [rows, bytes per row]. rows: a slice, or their numbers."""
+    """Read the bytes `columns` of `rows` of a tensor [rows, bytes per row]. rows: a slice, or row numbers."""
     if isinstance(rows, np.ndarray) and (np.diff(rows) == 1).all():
         rows = slice(rows[0], rows[-1] + 1) if len(rows) else slice(0)  # three times as fast
     shape = (math.prod(tensor.shape[:-1]), tensor.row_bytes)
@@ -270,8 +272,8 @@ def _read_bytes(tensor: GgufTensor, rows: Any, columns: slice) -> np.ndarray:
 
 
 def _rows_in_file(tensor: GgufTensor, heads: int | None) -> np.ndarray:
-    """Return for each row of the Hugging Face tensor its row number in the file. heads: of q or k, where
-    llama.cpp interleaves the two halves of each head; None for tensors in the same order.
+    """Return for each row of the Hugging Face tensor its row number in the file. heads: number of heads of q
+    or k, where llama.cpp interleaves the two halves of each head; None for tensors in the same order.
     """
     count = math.prod(tensor.shape[:-1])
     rows = np.arange(count)

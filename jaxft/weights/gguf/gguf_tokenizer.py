@@ -127,7 +127,7 @@ def _apply_pre_tokenizer(tokenizer: Any, pre: PreTokenizer) -> None:
 def build_tokenizer(header: GgufHeader) -> Any:
     """Build a transformers PreTrainedTokenizerFast with the file's special tokens and chat template.
 
-    Raises ValueError for a vocabulary of another type, an unknown pre-tokenizer and invalid metadata.
+    Raises ValueError for a tokenizer that is not BPE, an unknown pre-tokenizer and invalid metadata.
     """
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
@@ -296,7 +296,9 @@ def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str
 
 
 def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list[str]) -> Any:
-    """Return the post-processor that adds BOS and EOS tokens, as the metadata state or llama.cpp defaults."""
+    """Return the post-processor that adds BOS and EOS tokens if the metadata state so, else as llama.cpp does
+    by default. ids: ids of "bos" and "eos". tokens: all tokens by id.
+    """
     from tokenizers import processors
 
     starts = header.required("tokenizer.ggml.model", str) == "llama" or _pre_tokenizer_of(header).bos
@@ -409,7 +411,9 @@ def _begins_with_space(tokenizer: Any) -> bool:
 
 
 def _pre_name(tokenizer: Any, whole_words: bool) -> str:
-    """Return llama.cpp's name of the pre-tokenizer that splits SPLIT_PROBES as this tokenizer does."""
+    """Return llama.cpp's name of the pre-tokenizer with this `whole_words` that splits SPLIT_PROBES as the
+    tokenizer does. Raises ValueError if there is none.
+    """
     from tokenizers import Tokenizer, models
 
     def pieces(core: Any) -> list[list[str]]:
@@ -435,7 +439,9 @@ def _pre_name(tokenizer: Any, whole_words: bool) -> str:
 
 
 def _special_fields(tokenizer: Any, ends: Sequence[int], rows: int) -> list[Field]:
-    """Return the metadata of special tokens, of adding BOS and EOS to texts, and of chat templates."""
+    """Return the metadata of special tokens, of adding BOS and EOS to texts, and of chat templates. ends,
+    rows: as in tokenizer_fields.
+    """
     eos = tokenizer.eos_token_id
     others = [end for end in ends if end != eos and end < rows]
     eos = others.pop(0) if eos is None and others else eos

@@ -196,7 +196,7 @@ def save_gguf_adapter(
 def encoded(
     tensor: TensorToWrite, stored: StoredAs, kind: str, importance: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the bytes of a tensor in a GGUF file, of type `kind`. importance: see tensor_bytes."""
+    """Return a tensor as bytes of GGUF type `kind`. stored: from stored_as. importance: see tensor_bytes."""
     values = np.asarray(tensor.fetch(), np.float32)
     values = values + np.float32(1) if stored.plus_one else values
     values = permute_heads(values, stored.heads) if stored.heads else values
@@ -214,7 +214,9 @@ def _kept_fields(source: GgufHeader) -> list[Field]:
 
 
 def _kept_kind(source: GgufHeader, name: str, changed: bool) -> str:
-    """Return the type of a tensor in the source file; a head that is not in it gets the embedding's type."""
+    """Return the type of a tensor in the source file; a head that is not in it gets the embedding's type.
+    Raises ValueError if the tensor's values are `changed` and jaxft does not write this type.
+    """
     tensor = source.tensors.get(name) or source.tensors["token_embd.weight"]
     if changed and tensor.kind not in WRITTEN_TYPES:
         raise ValueError(
@@ -371,7 +373,9 @@ def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dic
 
 
 def _tables(architecture: Architecture, kind: str) -> tuple[str, str]:
-    """Return the names of the tables that divide the frequencies of short and long texts, if in the file."""
+    """Return the names of two tensors that divide the rope frequencies of short and of long texts, if the
+    file has them. kind: the file's rope scaling type.
+    """
     longrope = kind == "longrope" or FREQUENCIES not in architecture.tables
     return (SHORT, LONG) if longrope else (FREQUENCIES, FREQUENCIES)
 

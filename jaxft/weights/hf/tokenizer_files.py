@@ -270,7 +270,7 @@ def _total_growth(steps: list[dict[str, Any]]) -> float:
 
 
 def _literal(step: dict[str, Any]) -> str:
-    """Return the text that a step replaces; "" for a regular expression, and for other steps."""
+    """Return the text that a Replace step looks for; "" for a regular expression, and for other steps."""
     pattern = step.get("pattern")
     literal = pattern.get("String") if isinstance(pattern, dict) else None
     return literal if isinstance(literal, str) else ""

@@ -155,8 +155,8 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
 
 
 def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
-    """Return an adapter's configuration with lm_head added to the list that has the embeddings,
-    modules_to_save or target_modules.
+    """Return an adapter's configuration with lm_head added to modules_to_save or to target_modules, whichever
+    lists the embeddings.
     """
     saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
     if isinstance(saved, list) and any(is_saved(str(name), TABLE_MODULE) for name in saved):
@@ -362,7 +362,7 @@ def _first_pair(
 
 
 def _no_first_pair(where: Path, init: str, tensor: Tensor, rank: int, scale: float) -> FirstPair:
-    """Return zeros in place of _first_pair, without a base, if only an adapter's settings are needed."""
+    """Return zeros where _first_pair needs a base: for callers that use only an adapter's settings."""
     ins, outs = tensor.values
     return np.zeros((ins, rank), np.float32), np.zeros((rank, outs), np.float32)
 

@@ -185,7 +185,7 @@ def ranked_modules(layouts: Mapping[str, PairRanks], model: Model) -> dict[Tenso
 
 
 def with_patterns(default: Adapter, layouts: Mapping[str, PairRanks], model: Model) -> Adapter:
-    """Return settings that declare pairs of these ranks and alphas, by path. default: all other settings."""
+    """Return `default` with settings that declare pairs with the ranks and alphas in `layouts`, by path."""
     ranked, base = ranked_modules(layouts, model), model.specs.get("base", model.specs)
     targets = tuple(dict.fromkeys(tensor.path.rpartition("/")[2] for tensor in ranked))
     modules = base_modules(spec_paths(base), model.weight_names)
@@ -224,9 +224,9 @@ def _declared(
 ) -> Adapter:
     """Return `default` with the ranks and alphas of the modules in `ranked`, and limited to these modules.
 
-    selected: layer of every module that the targets select, by the names that patterns match. If the targets
-    select more modules than `ranked` has, layers_to_transform limits them or, where layers cannot,
-    exclude_modules lists the others.
+    selected: for every module that the targets select, by its names, the number of its layer, None outside
+    layers. If the targets select more modules than `ranked` has, layers_to_transform limits them, or
+    exclude_modules lists the other modules if no choice of layers is right.
     """
     wanted = {tensor.module: tensor for tensor in ranked}
     limits = {layer for (name, *_), layer in selected.items() if name in wanted and layer is not None}
@@ -250,8 +250,9 @@ def _patterns(
 ) -> Iterator[tuple[str, Number]]:
     """Yield (pattern, value) for the modules whose value, a rank or an alpha, is not the default.
 
-    A pattern matches only modules with the same value. It is a module's name inside its layer, so that it
-    matches all layers, or the same with any number in place of numbers in it; else the full name.
+    A pattern matches only modules with the same value. It is the most general of these that does: the
+    module's name inside its layer (for all layers) with any number in place of numbers in it, that name as it
+    is, the full name. names: names of each module that patterns match.
     """
     patterns = {tensor: tensor.module for tensor, value in values.items() if value != default}
     for number in (r"\g<0>", r".\\d+."):
@@ -271,7 +272,7 @@ class Modules(NamedTuple):
     """The parameters that an adapter trains in full, in addition to LoRA pairs.
 
     nodes: {"weight"} or {"rows"} by path. settings: values of nn.adapters.lora.Adapter's fields by name.
-    used: names of their tensors in the files.
+    used: names of the parameters' tensors in the files.
     """
 
     nodes: dict[str, dict[str, np.ndarray]]

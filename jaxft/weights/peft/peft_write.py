@@ -116,7 +116,9 @@ def _in_full(tensor: TensorToWrite, prefix: str) -> TensorToWrite:
 
 
 def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:
-    """Convert adapter_config.json to PEFT's type TRAINABLE_TOKENS, for an adapter with only token rows."""
+    """Convert adapter_config.json to PEFT's type TRAINABLE_TOKENS, for an adapter with only token rows, in
+    the embedding table and, for `with_head`, in the head.
+    """
     ids = config["trainable_token_indices"]
     common = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version")
     return {

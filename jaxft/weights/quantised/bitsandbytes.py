@@ -55,7 +55,7 @@ class _Weight4Bit(NamedTuple):
 
 
 def _open_4bit(files: SafetensorsFiles, name: str, kind: str) -> QuantisedTensor:
-    """Open a 4-bit weight in the smallest layout that represents it."""
+    """Open a 4-bit weight in the smallest layout that represents it. kind: nf4 or fp4."""
     state = _read_state(files, name + STATE + kind)
     (outs, ins), block, nested = state["shape"], state["blocksize"], "nested_offset" in state
     weight = _Weight4Bit(files, name, outs, ins, -(-outs * ins // block), state)
@@ -98,7 +98,7 @@ def _decode_4bit(weight: _Weight4Bit, layout: QTensor, index: Index) -> dict[str
 
 
 def _read_floats(weight: _Weight4Bit, table: np.ndarray, index: Index = ()) -> np.ndarray:
-    """Dequantise a weight that no QTensor represents; returns all of it, [in, out], whatever the index."""
+    """Dequantise a weight that no QTensor represents, all of it, [in, out]. table: values of the 16 codes."""
     count = weight.outs * weight.ins
     pairs = _read_bytes(weight, (-(-count // 2),))
     codes = np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[:count]

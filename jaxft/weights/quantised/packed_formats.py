@@ -72,8 +72,9 @@ class Grouping(NamedTuple):
 def _read_grouped(
     files: SafetensorsFiles, stem: str, layout: QTensor, how: Grouping, index: Index
 ) -> dict[str, Any]:
-    """Read the QTensor arrays of values `(code - zero) * scale`. In an affine4 layout the offset is -zero *
-    scale, exact in float32. Raises ValueError for an int4 layout unless all zeros are 8.
+    """Read the part at `index` of the weight `stem`.weight, with values `(code - zero) * scale`, as a
+    QTensor's arrays by name. In an affine4 layout the offset is -zero * scale, exact in float32. Raises
+    ValueError for an int4 layout unless all zeros are 8.
     """
     grid, rows = layout.scale.shape, ff.array_index(layout, "scale", index)
     codes = read_eights(files, f"{stem}.qweight", layout.shape, how.axis, index, how.order)
@@ -109,7 +110,9 @@ def write_grouped(name: str, layout: QTensor, how: Grouping) -> list[ff.WrittenT
 
 
 def group_size(where: str, settings: ff.QuantConfig) -> int | None:
-    """Return how many inputs share a scale, None for all. Raises ValueError unless codes have 4 bits."""
+    """Return how many inputs share a scale by a GPTQ or AWQ quantization_config, None if all do. Raises
+    ValueError unless codes have 4 bits.
+    """
     bits = settings.get("bits", settings.get("w_bit"))
     group = settings.get("group_size", settings.get("q_group_size", -1))
     if bits != 4:
@@ -201,7 +204,8 @@ def _write_gptq(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
 
 def _config_gptq(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig:
     """Return GPTQ's quantization_config. GPTQModel and vLLM read the modules that are not quantised from
-    `dynamic`, transformers (optimum) reads the quantised ones from modules_in_block_to_quantize.
+    `dynamic`, transformers (optimum) reads the quantised ones from modules_in_block_to_quantize. plain,
+    packed: see FileFormat.
     """
     names = [name for name in plain if name != "lm_head"]
     skipped: dict[str, Any] = {
@@ -293,12 +297,14 @@ def _open_fp8(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
 
 
 def not_read(where: str, weights: str, readable: str) -> ValueError:
-    """Return the error for a model with `weights` that jaxft does not read. readable: what it reads."""
+    """Return the error for a model with `weights` that jaxft does not read. readable: those that it reads."""
     return ValueError(f"{where}: {weights}, but jaxft reads {readable}; use the model's unquantised weights")
 
 
 def block_sizes(where: str, name: str, value: Any) -> tuple[int, int]:
-    """Return a setting (outputs, inputs). Raises ValueError unless it is a pair of positive integers."""
+    """Return the setting `name` as (outputs, inputs) of a block. Raises ValueError unless its value is a pair
+    of positive integers.
+    """
     sizes = tuple(value) if isinstance(value, list | tuple) else ()
     if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
         raise ValueError(
@@ -311,7 +317,9 @@ def block_sizes(where: str, name: str, value: Any) -> tuple[int, int]:
 def _scaled_weights(
     files: SafetensorsFiles, format: str, kind: str, ending: str, blocks_of: BlocksOf
 ) -> ff.Weights:
-    """Open all weights whose scales have names with this ending. kind: fp8, int8 or int4."""
+    """Open all weights of a format whose scales have names with this ending. kind: fp8, int8 or int4.
+    blocks_of(outputs, inputs): returns the numbers (outputs, inputs) that share a scale.
+    """
     static = next((name for name in files.tensors if name.endswith(STATIC_SCALES)), None)
     if static:
         raise not_read(files.where, f"{static} is a calibrated scale of activations", "dynamic ones")
@@ -339,7 +347,8 @@ def _scaled_weight(
     grid = -(-outs // rows), -(-ins // columns)
     if given.dtype not in FLOATS.values():
         raise ValueError(
-            f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}; convert it"
+            f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}; use the model's "
+            "unquantised weights"
         )
     alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
     if given.shape not in alike:
@@ -448,7 +457,9 @@ def _write_compressed(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
 
 
 def _config_compressed(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig:
-    """Return the quantization_config; fp8 quantises activations too, per token, int8 and int4 do not."""
+    """Return the quantization_config; fp8 quantises activations too, per token, int8 and int4 do not. plain,
+    packed: see FileFormat.
+    """
     numbers = _numbers(quant.kind)
     grouped = {"strategy": "group", "group_size": quant.block} if quant.block else {"strategy": "channel"}
     token = {**numbers, "strategy": "token", "dynamic": True}

@@ -142,7 +142,7 @@ def written_format(layouts: Mapping[str, QTensor], requested: str | None = None)
 
 
 def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
-    """Return why a weight cannot be written in a format; "" if it can. path: of the parameter."""
+    """Return why the parameter at `path` cannot be written in a format, and a remedy; "" if it can."""
     ins, outs = q.shape[-2:]
     if q.kind not in format.kinds:
         return f"its weights are {' or '.join(format.kinds)}, not {q.kind}; quantise to {format.kinds[0]}"
@@ -152,7 +152,7 @@ def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
         return f"transformers loads no head in the layout of {format.name}; leave the head out of the targets"
     if q.kind == "int4" and (ins % format.int4_multiples[0] or outs % format.int4_multiples[1]):
         sizes = " and ".join(map(str, format.int4_multiples))
-        return f"{path} has {ins} inputs and {outs} outputs, which must be multiples of {sizes}"
+        return f"{path} has {ins} inputs and {outs} outputs, not multiples of {sizes}; use another format"
     return ""
 
 
