@@ -67,7 +67,8 @@ class ScoredRollout(NamedTuple):
 class TrainingRollout:
     """A rollout from which training batches are built: rows of all prompts, without weights.
 
-    policy_mask: episodes (or pairs) that the policy is trained on. scored: episodes that have a score.
+    number: the rollout's number, from 0. policy_mask: episodes (or pairs) that the policy is trained on.
+    scored: episodes that have a score.
     """
 
     number: int
@@ -277,7 +278,8 @@ class PromptSource:
     """The prompts of a run as a source whose batches are the prompts alone; see data.source.Source. `bind`
     returns the source that samples episodes for them.
 
-    most_evaluated: held-out prompts that an evaluation reads, None for all.
+    shards: number of devices among which the mesh divides rows. most_evaluated: held-out prompts that an
+    evaluation reads, None for all.
     """
 
     data: Rollouts
