@@ -582,8 +582,7 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(
-            "target_kl ends a rollout's passes early, but here a rollout has one step. Raise data.passes, or "
-            "omit target_kl."
+            "target_kl ends a rollout early, which here has one step. Raise data.passes, or omit target_kl."
         )
     example = example_rollout(data.group, data.rules.reward_weights, facts)
     check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)
@@ -592,8 +591,7 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
     """Return whether log-probs are recomputed with the training program after sampling.
 
-    That is not necessary for a single on-policy update without reference or critic, as the ratio is 1, nor
-    for a ratio to the sampler.
+    A single on-policy update without reference or critic has the ratio 1; a ratio to the sampler needs none.
     """
     scored = objective.facts.reference != "none" or objective.facts.critic
     if data.rules.ratio_to_sampler:
