@@ -267,10 +267,11 @@ def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Arr
 
 @dataclass(frozen=True)
 class Engine:
-    """Compiled programs, by their sizes: the rows of the state first, then
+    """Compiled programs of an engine. empty: returns a state without completions.
 
-    start: prompts per call, tokens per prompt. extend: rows per call, tokens per row. decode: slots that are
-    read of each row's cached keys, and of each prompt's. keep: rows of the next state.
+    The other programs are stored by their sizes: rows of the state, then for start: prompts per call, tokens
+    per prompt; extend: rows per call, tokens per row; decode: slots that are read of each row's cached keys,
+    and of each prompt's; keep: rows of the next state.
     """
 
     decoding: Decoding

@@ -71,9 +71,10 @@ class Running:
     """A completion in a row of the engine. Tokens are counted from its first one, given ones included.
 
     slot: prompt slot. size: tokens of its prompt. limit: the count at which the present turn ends. text: all
-    tokens, with the prompt. first: index of the token that is sampled with random number 0. begun: index of
-    the present turn's first sampled token. seen, count: number of tokens before the last Session.step, and
-    now. given: tokens to append. finish: why the turn ended; None while it is in progress.
+    tokens, with the prompt. constraint: state of its grammar, None without one. first: index of the token
+    that is sampled with random number 0. begun: index of the present turn's first sampled token. seen, count:
+    number of tokens before the last Session.step, and now. given: tokens to append. finish: why the turn
+    ended; None while it is in progress. error: what failed, or "".
     """
 
     episode: int

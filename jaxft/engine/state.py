@@ -126,7 +126,7 @@ def first_device(mesh: Mesh | None) -> Any:
 
 
 def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
-    """Return the numbers of rows for which programs are compiled: `rows`, half of it, and so on.
+    """Return for how many rows programs are compiled: at most three numbers, each half of the last.
 
     On several devices only `rows`: another number would move cached keys between devices.
     """

@@ -8,7 +8,8 @@ zoo.py: losses side by side on exact toys, as one page
 
 Studies:
 study.py: the declaration of a study, decided before training
-halving.py: runs a study: trials as arrays in one compiled program, successive halving, then every seed
+halving.py: runs a study: successive halving of the trials of each loss, then every seed
+trial_arrays.py: trials as arrays, so that one compiled program trains any trial
 results.py: the results of a study: comparisons (their statistics: report/statistics.py), curves, sensitivity
 appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
 verify.py: checks of a record, and a step computed again to the bit

@@ -24,7 +24,7 @@ from jaxft.objectives.metrics import HELD_OUT
 from jaxft.objectives.pair import ACCURACY, MARGIN
 from jaxft.report.charts import Panel, draw
 from jaxft.report.document import html_page
-from jaxft.report.sections import escaped, flat_values, folded, html_table, record_table, section
+from jaxft.report.html_elements import escaped, flat_values, folded, html_table, record_table, section
 from jaxft.report.statistics import paired_difference
 from jaxft.runs import metric_names as names
 

@@ -14,17 +14,14 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float
 
 from jaxft import tree
 from jaxft.batch import TrainState, widened
@@ -32,16 +29,11 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
-from jaxft.lab.loss_evaluation import loss_knobs
-from jaxft.lab.study import LossTrial, SearchedLoss, Study, check_declared, declare, digest_of
-from jaxft.nn.param import Specs
-from jaxft.objectives.logprobs import LanguageModel
+from jaxft.lab.study import LossTrial, Study, check_declared, declare, digest_of
+from jaxft.lab.trial_arrays import make_set_trial, plain_run, run_of
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
-from jaxft.objectives.objective import Objective, Outputs
-from jaxft.objectives.pair import ACCURACY, CHOSEN_REWARD, MARGIN, REJECTED_REWARD, declaration
+from jaxft.objectives.pair import ACCURACY, MARGIN
 from jaxft.objectives.preference import preference
-from jaxft.optim.optimizer import Optim, make_rule
-from jaxft.optim.rules import UpdateRule
 from jaxft.runs import folder as runfolder
 from jaxft.runs import manifest
 from jaxft.runs.checkpoint import Checkpoints
@@ -57,12 +49,12 @@ from jaxft.runs.metrics_log import (
 from jaxft.runs.settings.setting_values import describe
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.logs.clock import Clock
-from jaxft.train.multi_adapter import LOSS_KNOBS, compile_sweep
+from jaxft.train.multi_adapter import compile_sweep
 from jaxft.train.programs import start
-from jaxft.train.settings import Run, Scoring, steps_between
+from jaxft.train.settings import steps_between
 from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprints, widest_shape
 from jaxft.train.sweep import Sweep
-from jaxft.tree import Aux, Metrics, Params
+from jaxft.tree import Params
 from jaxft.weights.hf.complete_folders import files_sha256
 
 DECLARATION, LEDGER, EVALUATIONS = "declaration.json", "study.jsonl", "evaluations.jsonl"
@@ -534,130 +526,3 @@ def read_evaluations(path: Path) -> list[PairsEvaluation]:
         metrics = {name: number(x) for name, x in entry["metrics"].items()}
         evaluations.append(PairsEvaluation(entry["step"], metrics, rows))
     return evaluations
-
-
-# Trials as arrays: the learning rate and the knobs are part of a train state, so that one compiled program
-# trains any trial of a loss
-
-
-class TrialRate(NamedTuple):
-    """A trial's learning rate divided by the recipe's."""
-
-    factor: Float[Array, ""]
-
-
-def run_of(study: Study, label: str, seed: int) -> Run:
-    """Return the run of a loss: the study's recipe with this loss and seed, and with a trial's numbers in its
-    state (see make_set_trial) instead of its settings.
-
-    Rewards are log-prob ratios to the reference in nats, whatever the beta of the loss.
-    """
-    recipe, first = study.recipe, study.trials_of(label)[0]
-    return replace(
-        recipe,
-        name=study.name,
-        objective=partial(searched, loss=study.losses[label], trial=first),
-        optim=replace(
-            recipe.optim, optimizer=partial(with_rate, optim=recipe.optim), b1=None, b2=None, eps=None,
-            optimizer_kwargs=(),
-        ),
-        loop=replace(recipe.loop, eval_fraction=None, store=None),
-        samples=0,
-        scoring=Scoring(),
-        general=None,
-        data=replace(recipe.data, seed=seed, split_seed=recipe.data.seed_of_split),
-        seed=seed,
-    )  # fmt: skip
-
-
-def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
-    """Return the run that trains the same as a trial, with the trial's loss, knobs, learning rate and seed as
-    settings. The rewards of a loss with a state are in units of its beta.
-    """
-    run, loss = run_of(study, label, seed), study.losses[label]
-    beta = trial.knobs.get("beta", own_beta(loss)) if declaration(loss.fn).init else 1.0
-    return replace(
-        run,
-        objective=partial(preference, loss=partial(loss.fn, **trial.knobs), beta=beta),
-        optim=replace(study.recipe.optim, lr=trial.lr),
-    )
-
-
-def own_beta(loss: SearchedLoss) -> float:
-    """Return the default beta of a loss; 1 for a loss without beta."""
-    default = loss_knobs(loss.fn).get("beta", (None, 1.0))[1]
-    return float(default) if isinstance(default, int | float) else 1.0
-
-
-def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
-    """Return the preference objective of a loss whose searched knobs are scalars in aux["knobs"]. trial:
-    their first values. If the loss has a state that it updates from logged rewards, as BCO has, it gets them
-    in units of its beta.
-    """
-
-    def with_knobs(knobs: Mapping[str, Any]) -> Objective:
-        return preference(model, partial(loss.fn, **knobs), beta=1.0)
-
-    plain = with_knobs(trial.knobs)
-
-    def loss_of(evaluated: bool, outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
-        objective = with_knobs(aux[LOSS_KNOBS])
-        return (objective.for_evaluation() if evaluated else objective).loss(outputs, aux)
-
-    def init(trainable: Params, at_base: bool) -> Aux:
-        return {**plain.init(trainable, at_base), LOSS_KNOBS: _arrays(trial.knobs)}
-
-    def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
-        beta = aux[LOSS_KNOBS].get("beta", own_beta(loss))
-        own = {
-            name: replace(metrics[name], total=beta * metrics[name].total)
-            for name in (CHOSEN_REWARD, REJECTED_REWARD)
-            if name in metrics
-        }
-        return plain.update(aux, trainable, {**metrics, **own})
-
-    whole = partial(loss_of, False), partial(loss_of, True)
-    return plain._replace(loss=whole[0], eval_loss=whole[1], init=init, update=update)
-
-
-def _arrays(knobs: Mapping[str, float]) -> dict[str, Array]:
-    return {name: jnp.asarray(value, jnp.float32) for name, value in knobs.items()}
-
-
-def with_rate(schedule: optax.Schedule, specs: Specs, weight_decay: float, *, optim: Optim) -> UpdateRule:
-    """Return the recipe's update rule, with updates multiplied by the TrialRate in the optimizer state."""
-    rule = make_rule(optim, schedule, specs)
-    return rule._replace(transform=optax.chain(rule.transform, scale_by_trial_rate()))
-
-
-def scale_by_trial_rate() -> optax.GradientTransformation:
-    """Multiply updates by the factor in this transformation's state."""
-
-    def init(params: Params) -> TrialRate:
-        return TrialRate(jnp.ones((), jnp.float32))
-
-    def update(updates: Params, state: TrialRate, params: Params | None = None) -> tuple[Params, TrialRate]:
-        return jax.tree.map(lambda x: x * state.factor.astype(x.dtype), updates), state
-
-    return optax.GradientTransformation(init, update)
-
-
-def make_set_trial(study: Study) -> Callable[[TrainState, LossTrial], TrainState]:
-    """Return `set_trial(state, trial)`, which writes a trial's learning rate and knobs into a state."""
-    lr = study.recipe.optim.lr
-
-    def put(value: float, like: Array) -> Array:
-        return jax.device_put(jnp.asarray(value, like.dtype), like.sharding)
-
-    def is_rate(x: Any) -> bool:
-        return isinstance(x, TrialRate)
-
-    def set_trial(state: TrainState, trial: LossTrial) -> TrainState:
-        def rate(x: Any) -> Any:
-            return TrialRate(put(trial.lr / lr, x.factor)) if is_rate(x) else x
-
-        knobs = {name: put(trial.knobs[name], like) for name, like in state.aux[LOSS_KNOBS].items()}
-        opt_state = jax.tree.map(rate, state.opt_state, is_leaf=is_rate)
-        return replace(state, opt_state=opt_state, aux={**state.aux, LOSS_KNOBS: knobs})
-
-    return set_trial

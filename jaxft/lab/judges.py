@@ -72,7 +72,9 @@ class FunctionJudge:
 
 @dataclass(frozen=True)
 class RewardJudge:
-    """A reward model: a classifier with one label, or an adapter with a head; the higher reward wins."""
+    """A reward model: a classifier with one label or, with `adapter`, the base `ref` of an adapter with a
+    head; the higher reward wins. max_length: most tokens of a prompt with its answer.
+    """
 
     name: str
     ref: str
@@ -110,8 +112,9 @@ class ModelJudge:
 class ServerJudge:
     """A model behind an OpenAI-compatible server, asked in both orders at temperature 0.
 
-    url: up to and including /v1. Replies are stored in a file, so that a judgement that was interrupted
-    continues, and a repeated one costs nothing. The key is read from OPENAI_API_KEY and stored nowhere.
+    url: up to and including /v1. pause: seconds before a failed request is sent again the first time. Replies
+    are stored in a file, so that an interrupted judgement continues, and a repeated one costs nothing. The
+    key is read from OPENAI_API_KEY and stored nowhere.
     """
 
     url: str
@@ -268,7 +271,9 @@ class ModelAnswers(NamedTuple):
 
 
 class JudgedPrompts(NamedTuple):
-    """Prompts by name: strings or lists of messages, with the columns of their rows."""
+    """Prompts by name, with the columns of their rows. texts: strings or lists of messages. named: whether a
+    column has the names.
+    """
 
     texts: dict[str, Any]
     columns: dict[str, dict[str, Any]]
@@ -276,7 +281,9 @@ class JudgedPrompts(NamedTuple):
 
 
 class BenchmarkRow(NamedTuple):
-    """A row of a reward benchmark: every chosen answer should win against every rejected one."""
+    """A row of a reward benchmark: every chosen answer should win against every rejected one. subset: name of
+    the part of the benchmark to which it belongs.
+    """
 
     name: str
     subset: str

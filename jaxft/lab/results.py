@@ -119,7 +119,7 @@ class LossOutcome:
 
 @dataclass(frozen=True)
 class MatchedKL:
-    """A comparison where both policies have the same KL. p: adjusted for all comparisons at a KL.
+    """A comparison where both policies have the same KL. p: its p-value, adjusted for all such comparisons.
 
     same_length: the comparison with prompts weighted so that longer and shorter chosen responses count the
     same; None if all chosen responses are longer, or all shorter. length_p: its adjusted p-value.
@@ -148,8 +148,8 @@ class MatchedKL:
 @dataclass(frozen=True)
 class Duel:
     """A comparison of two losses. difference: the second minus the first. p, equivalence_p: adjusted for all
-    duels of the study (Holm). matched: comparisons from low to high KL. diverged: number of diverged runs by
-    loss; the seeds of these runs are left out.
+    duels of the study (Holm). matched: comparisons from low to high KL. margin: see Study. diverged: number
+    of diverged runs by loss; the seeds of these runs are left out.
     """
 
     one: str

@@ -54,7 +54,7 @@ from jaxft.objectives.losses.ranking_losses import RATING
 from jaxft.objectives.pair import declaration
 from jaxft.report.charts import COLOURS
 from jaxft.report.document import html_page
-from jaxft.report.sections import escaped, folded, html_table, section
+from jaxft.report.html_elements import escaped, folded, html_table, section
 
 BETAS = tuple(10.0 ** (k / 2) for k in range(-3, 4))  # times a loss's own beta
 FLIPS = (0.0, 0.1, 0.2, 0.3, 0.4)

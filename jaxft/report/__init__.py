@@ -5,6 +5,7 @@ compare.py: the table that compares runs, on the page and in the terminal (its c
 document.py: `jaxft report`, one HTML page, its curves as JSON
 ranking.py: which of several runs is best: seeds together, differences on the same held-out rows
 run_files.py: the files of a run's folder that it shows
-sections.py: sections of the page and the HTML that they are made of, the reliability diagram of decisions
+sections.py: sections of the page, the reliability diagram of decisions
+html_elements.py: HTML that pages are made of: tables, records, folded parts, coloured tokens
 statistics.py: paired comparisons over seeds and prompts: intervals, tests, sample sizes
 """

@@ -26,8 +26,9 @@ from jaxft.report.charts import (
     side_label,
     smoothing_factor,
 )
+from jaxft.report.html_elements import escaped
 from jaxft.report.run_files import RunFiles, folders_of_runs, read_run
-from jaxft.report.sections import escaped, reliability_section
+from jaxft.report.sections import reliability_section
 from jaxft.runs.folder import SUMMARY
 from jaxft.runs.metrics_log import COMPLETIONS
 from jaxft.runs.terminal import printable_message

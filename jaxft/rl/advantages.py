@@ -407,3 +407,13 @@ def _checked_weights(
             f"{x.shape[-1]} rewards need as many weights, got {len(w)}. Set one weight for each reward."
         )
     return x, w
+
+
+def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
+    """Raise ValueError if all advantages are 0 because each is relative to a group of one."""
+    valid = scores[has_score(scores)]
+    if group == 1 and valid.max() > valid.min() and not advantages.any():
+        raise ValueError(
+            "data.group=1: advantages relative to a group of one are all 0. "
+            "Use data.group of at least 2, or another estimate."
+        )

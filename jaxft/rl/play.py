@@ -186,7 +186,8 @@ def rollout(
 @dataclass
 class _Episode:
     """An episode in progress. start: None before it has a row. answered: number of turns that the environment
-    has answered. asked: number of messages in its prompt. chat, state, asked: only on the first process.
+    has answered. stopped: whether the last turn ended with a stop token. asked: number of messages in its
+    prompt. chat, state, asked: only on the first process.
     """
 
     number: int
@@ -237,8 +238,9 @@ class _Decision(NamedTuple):
     """The next action of an episode, decided on the first process; all values are JSON.
 
     do: "start", "extend", "wait" (for its score) or "end". ids: token ids of a prompt or of the environment's
-    reply. reward: reward of the last turn. rewards: see _Scored. fault: (kind, text) of a fault that excludes
-    the episode. faults: (kind, text) of faults that do not.
+    reply. reward: reward of the last turn. rewards: see _Scored. done: whether the environment has ended the
+    episode. fault: (kind, text) of a fault that excludes the episode. faults: (kind, text) of faults that do
+    not. messages: new messages of the conversation.
     """
 
     number: int
@@ -293,8 +295,8 @@ class _Rollout:
             self.calls.submit(episode.number, work)
 
     def _decisions(self, wait: bool) -> list[_Decision]:
-        """Return decisions about the calls that have ended, the same on all processes. wait: for one at
-        least.
+        """Return what to do after the calls that have ended, the same on all processes. wait: for at least
+        one.
         """
 
         def on_first() -> list[Any]:

@@ -31,7 +31,7 @@ from jaxft.distributed import processes
 from jaxft.nn.attention.layer_attention import AttentionLayers, varies_with_length
 from jaxft.objectives.intervals import prompt_means
 from jaxft.objectives.objective import Objective, Scores, same_batch
-from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, PerToken, has_score, update_moments
+from jaxft.rl.advantages import GroupLengths, GroupMask, PerToken, check_advantages, has_score, update_moments
 from jaxft.rl.environments.environment import Environment, EnvironmentClass, environment_of
 from jaxft.rl.estimators import RolloutScores, example_rollout
 from jaxft.rl.play import EpisodeLimits, Play
@@ -67,7 +67,8 @@ class ScoredRollout(NamedTuple):
 class TrainingRollout:
     """A rollout from which training batches are built: rows of all prompts, without weights.
 
-    policy_mask: episodes (or pairs) that the policy is trained on. scored: episodes that have a score.
+    number: the rollout's number, from 0. policy_mask: episodes (or pairs) that the policy is trained on.
+    scored: episodes that have a score.
     """
 
     number: int
@@ -277,7 +278,8 @@ class PromptSource:
     """The prompts of a run as a source whose batches are the prompts alone; see data.source.Source. `bind`
     returns the source that samples episodes for them.
 
-    most_evaluated: held-out prompts that an evaluation reads, None for all.
+    shards: number of devices among which the mesh divides rows. most_evaluated: held-out prompts that an
+    evaluation reads, None for all.
     """
 
     data: Rollouts
@@ -519,22 +521,20 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
     """Return the number of steps, the counts and the fingerprints of a source of rollouts."""
     longest, rows = prompts.longest_prompt(train, eval_prompts), train.split.rows
     rollouts = max(1, -(-int(1e9 * (data.epochs or 1) * len(train)) // int(1e9 * data.batch)))
+    plural = "s" if data.steps_per_rollout > 1 else ""
     summary = (
         f"{len(train)} prompts of at most {longest} tokens, {len(eval_prompts)} held out, {rows.dropped} "
         f"dropped as too long; a rollout of {data.batch} x {data.group} completions of at most "
-        f"{data.max_new} tokens is used for {data.steps_per_rollout} "
-        f"step{'s' * (data.steps_per_rollout > 1)}{train.split.left_out}"
+        f"{data.max_new} tokens is used for {data.steps_per_rollout} step{plural}{train.split.left_out}"
     )
     if tokenizer.eos_token_id is None:
         summary += (
-            "; the tokenizer has no end token: unless the model or its template has one, completions end at "
-            "data.max_new"
+            "; the tokenizer has no end token: the model's, the template's or data.max_new ends completions"
         )
     out = [] if data.rules.train_on_truncated else ["completions truncated at data.max_new"]
     out += [] if data.rules.filter is None else ["completions that the filter leaves out"]
     learned = "100.0 % of the tokens of completions are learned"
-    if out:
-        learned = f"all tokens of completions are learned, except in {' and '.join(out)}"
+    learned = f"all tokens of completions are learned, except in {' and '.join(out)}" if out else learned
     fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
     stats = SourceStats(
         examples=len(train),
@@ -582,28 +582,16 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(
-            "target_kl ends a rollout's passes early, but here a rollout has one step. Raise data.passes, or "
-            "omit target_kl."
+            "target_kl ends a rollout early, which here has one step. Raise data.passes, or omit target_kl."
         )
     example = example_rollout(data.group, data.rules.reward_weights, facts)
     check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)
 
 
-def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
-    """Raise ValueError if all advantages are 0 because each is relative to a group of one."""
-    valid = scores[has_score(scores)]
-    if group == 1 and valid.max() > valid.min() and not advantages.any():
-        raise ValueError(
-            "data.group=1: advantages relative to a group of one are all 0. "
-            "Use data.group of at least 2, or another estimate."
-        )
-
-
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
     """Return whether log-probs are recomputed with the training program after sampling.
 
-    That is not necessary for a single on-policy update without reference or critic, as the ratio is 1, nor
-    for a ratio to the sampler.
+    A single on-policy update without reference or critic has the ratio 1; a ratio to the sampler needs none.
     """
     scored = objective.facts.reference != "none" or objective.facts.critic
     if data.rules.ratio_to_sampler:

@@ -129,7 +129,7 @@ def _question(text: str, number: int, item: Any) -> Question:
 
 
 def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoice, ...]:
-    """Check a question's list of choices (key "value") or levels (key "label"), the field `field`."""
+    """Return a question's choices (key "value") or levels (key "label"). where, field: place, for errors."""
     if not isinstance(items, list):
         raise ApiError(400, f"{where}: {field} must be a list of objects with a {key}", "questions")
     options, types = [], (str, bool) if key == "value" else str

@@ -371,7 +371,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Envelope:
-    """The fields that all chunks of a response share. top: as in ChoiceSettings."""
+    """The fields that all chunks of a response share. chat: whether the request was for a chat rather than a
+    text completion. top: as in ChoiceSettings.
+    """
 
     id: str
     created: int

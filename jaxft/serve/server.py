@@ -462,7 +462,9 @@ async def _whole(e: Envelope, generation: Generation, request: Any) -> dict[str,
 
 
 async def _events(e: Envelope, generation: Generation, usage: bool) -> AsyncIterator[str]:
-    """Yield the server-sent events of a streamed response. An error is an event, since the status is sent."""
+    """Yield the server-sent events of a streamed response. An error becomes an event, because the status has
+    been sent. usage: whether the last event has the usage.
+    """
     begun = set[int]()
     try:
         async for piece in generation.pieces():

@@ -50,8 +50,8 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The state of a chat. active: the names of the one or two models that respond. most_new: the most that
-    /set max_new may set.
+    """The state of a chat. active: the names of the one or two models that respond. most_new: the largest
+    value that /set max_new accepts. system: the system message, "" for none. done: whether the user has left.
     """
 
     models: dict[str, ServedModel]

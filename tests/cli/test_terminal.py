@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxft.report.sections import escaped
+from jaxft.report.html_elements import escaped
 from jaxft.runs import terminal
 from jaxft.runs.terminal import printable_line, printable_message, printable_text
 

@@ -10,7 +10,6 @@ import pytest
 from pair_batches import laid, random_pairs
 from tiny_model import tiny
 
-from jaxft.lab.halving import searched
 from jaxft.lab.study import LogRange, LossTrial, SearchedLoss
 from jaxft.lab.training_gradients import (
     ShortTraining,
@@ -20,6 +19,7 @@ from jaxft.lab.training_gradients import (
     make_held_out_loss,
     with_source_weights,
 )
+from jaxft.lab.trial_arrays import searched
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.attention import VARIABLE
 from jaxft.objectives.losses.preference_losses import dpo

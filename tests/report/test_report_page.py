@@ -16,8 +16,8 @@ from jaxft.objectives.intervals import wilson
 from jaxft.report import charts, document, sections
 from jaxft.report.charts import COLOURS
 from jaxft.report.document import DARK_COLOURS, curves_json, thinned, write_report
+from jaxft.report.html_elements import record_table, token_view
 from jaxft.report.run_files import folders_of_runs
-from jaxft.report.sections import record_table, token_view
 from jaxft.runs.run_texts import joint_alarms
 
 MEGABYTES_3 = 3_000_000

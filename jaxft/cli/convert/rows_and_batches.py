@@ -238,7 +238,7 @@ def _trl(draft: Draft) -> None:
 
 
 def _rows_of_code(draft: Draft) -> None:
-    """Convert the options that python_files.row_options reads: eval_dataset, test_split_seed, dataset.*"""
+    """Convert the options that python_rows.row_options reads: eval_dataset, test_split_seed, dataset.*"""
     held = draft.take("eval_dataset")
     if held is not None and isinstance(held.value, Mapping):
         count = held.value.get("max_samples")

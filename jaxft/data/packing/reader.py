@@ -35,25 +35,20 @@ from jaxft.data.progress import RowProgress
 from jaxft.data.row_settings import RowSettings, TemplateSettings
 from jaxft.data.rows import format_choice
 from jaxft.data.rows.conversation import PLAIN, other_columns
-from jaxft.data.rows.dataset_rows import Listing, check_rows, list_chunks
+from jaxft.data.rows.dataset_rows import Listing, check_rows, list_chunks, sampled
 from jaxft.data.rows.example import Example, ParsedRow, has_placeholder
 from jaxft.data.rows.format_choice import ChosenFormat, ColumnCounts, Formats, parse_rows
 from jaxft.data.rows.formats import formats_of
 from jaxft.data.rows.invalid import InvalidRow, InvalidRows, Tally, valid
-from jaxft.data.rows.remote import is_remote
 from jaxft.data.rows.row_files import (
     ROW_CHUNK_BYTES,
     Chunk,
     Row,
-    in_windows,
     loaded,
-    spread_chunks,
-    spread_rows,
 )
 from jaxft.distributed.threads import cores
 
 MapChunks = Callable[[Callable[..., Any], Iterable[Chunk]], Iterator[Any]]
-LEAST_PARTS = 32  # chunks that a sample is spread over, if there are as many
 SMALL_DATASET = 8  # chunks; up to here one process is faster, because further ones take time to start
 
 
@@ -140,7 +135,7 @@ class Reader:
         """
         settings, how = self.settings, self.how
         listing = list_chunks(ref, self.used, settings.sample_by).first(settings.max_samples)
-        listing = listing if how.only is None else row_alone(listing, how.only)
+        listing = listing if how.only is None else listing.only(how.only)
         content = (listing.digest, listing.labels, *([] if how.sample is None else [how.sample]))
         version, extras = (self.task.name, self.task.version), self.task.extras(settings)
         key = files.content_key(content, self.tokenizer, version, astuple(settings))
@@ -236,42 +231,10 @@ class Reader:
             )
             lines += [f"columns that are not read: {', '.join(unread)}"] if unread else []
             lines += filter(None, [self.formats[format.name].note(self.settings)])
-        notes = [*listing.notes, *(f"{_name(listing)}: {note}" for note in lines)]
+        notes = [*listing.notes, *(f"{listing.name}: {note}" for note in lines)]
         examples = [example for row in parsed for example in row.examples.values()]
         checked = (check(examples, self.tokenizer, self.settings.template) for check in self.task.checks)
         return (*(f"note: {line}" for line in notes), *chain.from_iterable(checked))
-
-
-def row_alone(listing: Listing, name: str) -> Listing:
-    """Return a dataset that has only the row with this name, or no row."""
-
-    def chunks() -> Iterator[Chunk]:
-        for chunk in listing.chunks():
-            rows = [row for row in chunk.rows() if Path(row.name).name == name]  # an error has the folder too
-            yield from [loaded(rows, chunk.label)] if rows else []
-
-    return replace(listing, digest=f"{listing.digest} {name}", chunks=chunks, rows=None)
-
-
-def sampled(ref: str, listing: Listing, count: int, progress: bool = False) -> tuple[Listing, int | None]:
-    """Return a dataset of `count` rows at even distances of a larger one, and the number of all rows.
-
-    If only reading the rows can count them, all are read. Of files on the network, the first `count` rows are
-    read, and the number of all rows is None. progress: see Tokenising.
-    """
-    if is_remote(ref):
-        return listing.first(count), None
-    if listing.rows is None:
-        with RowProgress(f"reading {_name(listing)}", None, progress) as shown:
-            rows, total = spread_rows(listing.chunks(), count, shown.add)
-        chunks = [*in_windows(rows, listing.folder or listing.labels[0])]
-        size = listing.size * len(rows) // max(1, total)
-        return replace(listing, size=size, chunks=lambda: iter(chunks), rows=len(rows)), total
-    if listing.rows <= count:
-        return listing, listing.rows
-    parts = spread_chunks([*listing.chunks()], count, LEAST_PARTS)
-    size = listing.size * count // listing.rows
-    return replace(listing, size=size, chunks=lambda: iter(parts), rows=count), listing.rows
 
 
 def _tokenise(ref: str, listing: Listing, reader: Reader, add: Callable[[ChunkColumns], None]) -> StoredFacts:
@@ -285,7 +248,7 @@ def _tokenise(ref: str, listing: Listing, reader: Reader, add: Callable[[ChunkCo
     with start_workers(worker_count(how.workers, listing.size), reader) as run:
         format, chunks, rows = _format_of(ref, listing, reader, run)
         doing = "tokenising" if how.sample is None else "measuring the lengths of"
-        with RowProgress(f"{doing} {_name(listing)}", rows, how.progress) as progress:
+        with RowProgress(f"{doing} {listing.name}", rows, how.progress) as progress:
             for done in run(partial(tokenise_chunk, format=format), chunks):
                 progress.add(done.rows + done.unreadable)
                 invalid.merge(done.invalid)
@@ -327,7 +290,7 @@ def _format_of(
     chunks = list[Chunk]()
     if listing.size <= ROW_CHUNK_BYTES:
         chunks = [loaded([*chunk.rows()], chunk.label) for chunk in listing.chunks()]
-    with RowProgress(f"reading {_name(listing)}", listing.rows, reader.how.progress) as progress:
+    with RowProgress(f"reading {listing.name}", listing.rows, reader.how.progress) as progress:
         for counted in run(count_chunk, chunks or listing.chunks()):
             before = invalid.total
             invalid.merge(counted.invalid)
@@ -336,10 +299,6 @@ def _format_of(
             progress.add(counted.rows + invalid.total - before)
     check_rows(ref, total, invalid.total, invalid)
     return reader.format_of(counts, ref), chunks or listing.chunks(), total + invalid.total
-
-
-def _name(listing: Listing) -> str:
-    return listing.labels[0] if len(listing.labels) == 1 else f"{len(listing.labels)} files"
 
 
 # ---- invalid rows in the cache file

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
+from jaxft.data.progress import RowProgress
 from jaxft.data.rows import row_files
 from jaxft.data.rows.invalid import InvalidRows, attempt
 from jaxft.data.rows.remote import RemoteFile, is_remote, remote_batches, remote_files
@@ -37,6 +38,7 @@ ROW_SUFFIXES = (".jsonl", ".json", *CSV_SUFFIXES, ".parquet")
 SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
 SPLITS = "dataset_dict.json"  # of a folder with a dataset for each split, as DatasetDict.save_to_disk writes
 SAVED = ("dataset_info.json", "state.json")  # of a folder that Dataset.save_to_disk has written
+LEAST_PARTS = 32  # chunks that a sample is spread over, if there are as many
 _EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 
 
@@ -64,6 +66,21 @@ class Listing:
             return self
         rows = None if self.rows is None else min(self.rows, most)
         return replace(self, chunks=lambda: row_files.first_chunks(self.chunks(), most), rows=rows)
+
+    def only(self, name: str) -> "Listing":
+        """Return the listing of the row with this name, or of no row."""
+
+        def chunks() -> Iterator[Chunk]:
+            for chunk in self.chunks():
+                rows = [row for row in chunk.rows() if Path(row.name).name == name]  # an error has the folder
+                yield from [row_files.loaded(rows, chunk.label)] if rows else []
+
+        return replace(self, digest=f"{self.digest} {name}", chunks=chunks, rows=None)
+
+    @property
+    def name(self) -> str:
+        """The file's name, or how many files there are."""
+        return self.labels[0] if len(self.labels) == 1 else f"{len(self.labels)} files"
 
 
 def find_data(ref: str) -> Path | None:
@@ -124,6 +141,27 @@ def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
     unreadable = invalid.total if invalid else 0
     check_rows(ref, len(rows), unreadable, invalid or InvalidRows(None))
     return rows
+
+
+def sampled(ref: str, listing: Listing, count: int, progress: bool = False) -> tuple[Listing, int | None]:
+    """Return a dataset of `count` rows at even distances of a larger one, and the number of all rows.
+
+    If only reading the rows can count them, all are read. Of files on the network, the first `count` rows are
+    read, and the number of all rows is None. progress: whether to show it.
+    """
+    if is_remote(ref):
+        return listing.first(count), None
+    if listing.rows is None:
+        with RowProgress(f"reading {listing.name}", None, progress) as shown:
+            rows, total = row_files.spread_rows(listing.chunks(), count, shown.add)
+        chunks = [*row_files.in_windows(rows, listing.folder or listing.labels[0])]
+        size = listing.size * len(rows) // max(1, total)
+        return replace(listing, size=size, chunks=lambda: iter(chunks), rows=len(rows)), total
+    if listing.rows <= count:
+        return listing, listing.rows
+    parts = row_files.spread_chunks([*listing.chunks()], count, LEAST_PARTS)
+    size = listing.size * count // listing.rows
+    return replace(listing, size=size, chunks=lambda: iter(parts), rows=count), listing.rows
 
 
 def check_rows(ref: str, readable: int, unreadable: int, invalid: InvalidRows) -> None:

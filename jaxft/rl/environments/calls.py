@@ -41,11 +41,11 @@ class _Interrupt(BaseException):
 
 @dataclass
 class Task:
-    """Work of an episode, which its thread does in several calls, one after the other, each with the
-    time-out.
+    """Work of an episode, which its thread does in several calls; each may take `timeout` seconds.
 
     number: the episode's number. began: time at which the current call began, None before the first. awaited:
-    the future of an async function's result. result: the work's result, or its exception.
+    the future of an async function's result. has_slot: whether it counts as one of the calls at once. result:
+    the work's result, or its exception.
     """
 
     number: int
@@ -83,8 +83,8 @@ class Task:
             raise
 
     def object(self, make: Callable[[], T], close: Callable[[T], Any] | None = None) -> T:
-        """Return the object that make() made in this thread: in the first call, also for later episodes of
-        the thread. close: called with the object when the thread ends.
+        """Return this thread's object of make(). The first call makes it; later calls, also those of later
+        episodes in the thread, return the same one. close: called with it when the thread ends.
         """
         objects = self.worker.objects
         if make not in objects:

@@ -157,18 +157,13 @@ class HarnessBackend:
 
     def notes(self) -> list[str]:
         """Return lines about requests that were changed."""
-        notes = []
-        if self.truncated:
-            notes.append(
-                f"{_are(self.truncated, 'request')} longer than the {self.length} tokens that the model "
-                "reads; the start of the context is left out"
-            )
-        if self.without_system:
-            notes.append(
-                f"{_are(self.without_system, 'prompt')} without the system message, which the chat template "
-                "rejects"
-            )
-        return notes
+        changes = {
+            f"{_are(self.truncated, 'request')} longer than the {self.length} tokens that the model reads; "
+            "the start of the context is left out": self.truncated,
+            f"{_are(self.without_system, 'prompt')} without the system message, which the chat template "
+            "rejects": self.without_system,
+        }
+        return [line for line, count in changes.items() if count]
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
         """Return token ids. special: whether with the tokenizer's special tokens, such as BOS; None is with
