@@ -20,7 +20,7 @@ from jaxft.nn.tensor_names import ModuleNames, WeightNames, is_listed, is_name, 
 
 class PairRanks(NamedTuple):
     """Ranks and alphas of the LoRA pairs of a stacked parameter: one for each of its kernels, in the order of
-    np.ndindex(lead_shape(spec)); both are 0 for a kernel without a pair. Without a stack there is one of each.
+    np.ndindex(lead_shape(spec)); both are 0 for a kernel without a pair. Without a stack, one of each.
     """
 
     ranks: tuple[int, ...]
