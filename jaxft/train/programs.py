@@ -142,7 +142,8 @@ def _check_dropout(run: Run, objective: Objective) -> None:
     if run.adapter and not run.start and run.adapter.dropout and not objective.facts.dropout:
         raise ValueError(
             f"adapter.dropout={run.adapter.dropout}: "
-            "its log-probs are compared with the sampler's, which has no dropout. Set adapter.dropout=0."
+            "this objective compares log-probs with the sampler's, which has no dropout. "
+            "Set adapter.dropout=0."
         )
 
 

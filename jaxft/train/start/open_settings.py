@@ -436,7 +436,7 @@ class Fit:
 def activation_bytes(model: Model, remat: RematPolicy) -> int:
     """Estimate the bytes that all layers store of each token for the backward pass; 0 if it is not known.
 
-    In a mixture of experts, it counts every expert for every token.
+    Weights that only some tokens use (MoE) are counted for every token.
     """
     c, saved = model.config, REMAT[remat].saved
     if not isinstance(c, DenseConfig):
