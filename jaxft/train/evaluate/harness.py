@@ -121,7 +121,7 @@ def generation_config_notes(ref: str) -> list[str]:
 
 
 def before_stops(text: str, stops: Sequence[str]) -> str:
-    """Return the text up to the first stop string that is in it."""
+    """Return the text truncated at each of the stop strings in turn, as in the hf backend."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text
