@@ -378,8 +378,8 @@ def main() -> int:
     if args.steps < 1:
         raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to skip training")
     if args.zoo:
-        others = [name for name, x in vars(args).items() if x != parser.get_default(name)]
-        unread = [f"--{name.replace('_', '-')}" for name in others if name not in ("zoo", "loss", "out")]
+        given = [name for name, x in vars(args).items() if x != parser.get_default(name)]
+        unread = [f"--{name.replace('_', '-')}" for name in given if name not in ("zoo", "loss", "out")]
         if unread:
             raise ValueError(
                 f"--zoo trains nothing and reads --loss and --out; leave out {', '.join(unread)}"

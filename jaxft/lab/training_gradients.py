@@ -2,7 +2,8 @@
 
 A few steps of training are one differentiable function of the numbers that govern them. Its gradient says
 how each of them would change the held-out loss (Maclaurin, Duvenaud & Adams 2015, arXiv:1502.03492), and
-following it finds weights of sources (Ren et al. 2018, arXiv:1803.09050).
+following it finds weights of sources (Ren et al. 2018, arXiv:1803.09050). Adam's steps jump where a gradient
+changes its sign, so at a high learning rate the gradient says little about larger changes: use a low one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -121,17 +122,16 @@ def make_held_out_loss(training: ShortTraining) -> Callable[[TrainingNumbers], F
 
 def held_out_gradient(training: ShortTraining, numbers: TrainingNumbers) -> TrainingNumbers:
     """Return the gradient of make_held_out_loss. Further calls with the same functions compile nothing."""
-    t = training
-    arrays = t.trainable, t.frozen, t.aux, t.batches, t.held_out
-    return _gradient((t.objective, t.held_out_objective, t.rule), arrays, numbers)
+    names = ("trainable", "frozen", "aux", "batches", "held_out")
+    arrays = {name: x for name, x in training._asdict().items() if name in names}
+    absent: dict[str, Any] = dict.fromkeys(names)
+    return _gradient(training._replace(**absent), arrays, numbers)
 
 
 @partial(jax.jit, static_argnums=0)
-def _gradient(functions: Any, arrays: Any, numbers: TrainingNumbers) -> TrainingNumbers:
+def _gradient(functions: ShortTraining, arrays: dict[str, Any], numbers: TrainingNumbers) -> TrainingNumbers:
     """The parameters are arguments: a base among the constants of a program takes minutes to compile."""
-    objective, held_out_objective, rule = functions
-    training = ShortTraining(objective, held_out_objective, *arrays, rule)
-    return jax.grad(make_held_out_loss(training))(numbers)
+    return jax.grad(make_held_out_loss(functions._replace(**arrays)))(numbers)
 
 
 def fit_source_weights(training: ShortTraining, rounds: int = 20, rate: float = 0.5) -> list[list[float]]:
@@ -211,6 +211,7 @@ def _with_knobs(parts: Prepared, loss: Callable[..., Array], knobs: Mapping[str,
     """The recipe's objective with another loss, whose knobs are read in aux["knobs"]."""
 
     def of(knobs: Mapping[str, Any]) -> Objective:
-        return partial(parts.run.objective, loss=partial(loss, **knobs))(parts.model)
+        make: Callable[..., Objective] = parts.run.objective
+        return make(parts.model, loss=partial(loss, **knobs))
 
     return of(knobs)._replace(loss=lambda outputs, aux: of(aux[LOSS_KNOBS]).loss(outputs, aux))
