@@ -3,11 +3,11 @@
 `batch: Annotated[int, at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`,
 `optimizer: Annotated[Callable, ShortNames.of(OPTIMIZERS)]` for `optim.optimizer=muon`.
 
-A text among the annotation's marks is the setting's name in a file, such as "rms_norm_eps".
+A string in Annotated[...] is the setting's name in a file, such as "rms_norm_eps".
 
-`check_bounds` checks types, bounds and choices when a section is constructed; `jaxft settings` and `--help`
-show them. This file imports neither jax nor the functions that have short names, so the shell's completion
-can read it.
+A dataclass of settings calls `check_bounds` when it is constructed, which checks types, bounds and choices;
+`jaxft settings` and `--help` show them. This file imports neither jax nor the functions that have short
+names, so that the shell's tab completion can import it quickly.
 """
 
 import functools
@@ -24,7 +24,7 @@ INT32 = 2**31 - 1  # the largest number of 32 bits, in which steps and seconds a
 
 @dataclass(frozen=True)
 class Bounds:
-    """An interval of numbers. open_least, open_most: the end itself is outside. No number may be infinite."""
+    """An interval of finite numbers. open_least, open_most: `least` or `most` itself is outside."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -53,7 +53,7 @@ class Bounds:
 
 
 def _short(number: float) -> str:
-    """Format a number: 2^24 - 1 as that."""
+    """Format a number for a message: 16777215 as 2^24 - 1, 0.5 as 0.5."""
     power = round(math.log2(number + 1)) if 2**10 < number < 2**53 else 0
     return f"2^{power} - 1" if power and number == 2**power - 1 else f"{number:g}"
 
@@ -88,7 +88,7 @@ POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # float32 counts smal
 
 @dataclass(frozen=True)
 class Choices:
-    """The texts that a setting accepts; None is written none."""
+    """The texts that a setting accepts; for a setting that may be None, the user writes none."""
 
     known: tuple[str | None, ...]
 
@@ -99,14 +99,14 @@ def one_of(known: Iterable[str | None]) -> Choices:
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:
-    """Return the texts that an annotation declares as its choices, () for none."""
+    """Return the texts that an annotation allows by `one_of`; () if it has no `one_of`."""
     marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
     texts = next((mark.known for mark in marks if isinstance(mark, Choices)), ())
     return tuple("none" if text is None else text for text in texts)
 
 
 def bounds_of(kind: Any) -> Bounds | None:
-    """Return the bounds that an annotation declares, None without any."""
+    """Return the bounds in an annotation such as Annotated[int, at_least(1)]; None if it has none."""
     marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
     return next((mark for mark in marks if isinstance(mark, Bounds)), None)
 
@@ -124,8 +124,10 @@ CHECKED_TYPES = (*TYPE_TEXTS, list, tuple, dict)  # other objects, such as array
 
 @dataclass(frozen=True)
 class _Kind:
-    """A setting's annotation. name: the setting's name, as users write it. members: the types of its union.
-    choices: all allowed values, None if the annotation does not list them.
+    """The parsed annotation of a setting.
+
+    name: the setting's name, as users write it. members: the types that it allows, such as (int, NoneType)
+    for int | None. choices: all allowed values; None if the annotation does not list them.
     """
 
     name: str
@@ -147,7 +149,7 @@ class _Kind:
         return cls(name, members, choices, bounds_of(kind))
 
     def expected(self, value: Any) -> str:
-        """Return what is expected in place of a value, "" if it is allowed."""
+        """Return the end of an error about a value, such as "expected at least 1"; "" if it is allowed."""
         if self.choices is not None:
             known = [str(choice).lower() for choice in self.choices]
             known_types = {type(choice) for choice in self.choices}  # 1 == True
@@ -167,7 +169,7 @@ class _Kind:
 
 
 def _has_type(value: Any, member: Any) -> bool:
-    """Return whether a plain value has a type: whole numbers are numbers, true and false are not."""
+    """Return whether a value has a type: an int is a float too, a bool is only a bool."""
     if isinstance(value, bool):
         return member is bool
     return isinstance(value, int | float if member is float else member)
@@ -209,9 +211,10 @@ def name_of(fn: Callable) -> str:
 
 
 class ShortNames(NamedTuple):
-    """Part of the annotation of a setting that is a function: (short name, package.module:name) pairs.
+    """The short names of the functions that a setting accepts: (short name, package.module:name) pairs, put
+    into its annotation.
 
-    or_dict: whether a dict of functions by name is a value too.
+    or_dict: whether the setting also accepts a dict of functions by name.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -219,12 +222,12 @@ class ShortNames(NamedTuple):
 
     @classmethod
     def of(cls, names: Mapping[str, str], or_dict: bool = False) -> "ShortNames":
-        """Return the pairs of a table."""
+        """Return the ShortNames of a dict from short names to package.module:name."""
         return cls(tuple(names.items()), or_dict)
 
 
 def _in(module: str, names: str) -> dict[str, str]:
-    """Return short name -> package.module:name of functions of a module. names: divided by spaces."""
+    """Return {name: "module:name"} for the functions of a module whose names are listed with spaces."""
     return {name: f"{module}:{name}" for name in names.split()}
 
 

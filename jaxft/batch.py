@@ -22,9 +22,9 @@ class Tokens:
 
     In a train step the arrays have a leading microbatch axis and are sharded over rows; an objective sees one
     microbatch. They are NumPy arrays in sources, jax arrays in programs and ShapeDtypeStructs where only
-    shapes matter. The shift by one happens here: `read[b, m]` is the position at which the model is read,
-    `targets[b, m]` the token that follows it. `token_weights` sums to 1 over the whole optimizer batch (0
-    marks padding), so that an objective sums and never averages.
+    shapes matter. The shift by one happens here: `read[b, m]` is a position in the row whose logits are used
+    (a read position), `targets[b, m]` the token that follows it. `token_weights`, the weights of the targets'
+    losses, sum to 1 over the whole optimizer batch (0 marks padding): objectives sum and never average.
     """
 
     ids: Int[Any, "B T"]
@@ -37,17 +37,18 @@ class Tokens:
     sources: Int[Any, "B M"] | None = None  # where each target's row is from, an index of source_names
     source_names: tuple[str, ...] = static(default=())
     packed: bool = static(default=True)  # a row may have several segments, or padding before its first token
-    max_length: ClassVar[int] = 0  # as in Pairs
-    sampled_length: ClassVar[None] = None  # as in Rollout
+    max_length: ClassVar[int] = 0  # see Pairs
+    sampled_length: ClassVar[None] = None  # see Rollout
 
 
 @struct
 class Decisions(Tokens):
-    """Rows of tokens that are read where a choice is made: a read position is a decision.
+    """Rows of tokens with decisions: read positions (see Tokens) at which the dataset gives the probability
+    of each of several next tokens, the choices.
 
-    `targets[b, m]` is the token of the most probable choice. `choices[b, m, c]` is the token of choice c as
-    an index of `tokens`, -1 for none; `probabilities[b, m, c]` is its probability in the row, which sums to 1
-    over the choices. `token_weights` are the decisions'.
+    `targets[b, m]` is the token of the most probable choice. `choices[b, m, c]` is the token of choice c, as
+    an index into `tokens`; -1 if the decision has fewer choices. `probabilities[b, m, c]` is the probability
+    of choice c in the dataset; they sum to 1 over c. `token_weights[b, m]` is the weight of a decision.
     """
 
     choices: Int[Any, "B M C"] = None
@@ -57,13 +58,14 @@ class Decisions(Tokens):
 
 @struct
 class Pairs:
-    """Responses to the same prompt that are compared, packed into rows; a pair never spans two rows.
+    """Pairs of preference data, packed into rows: a prompt and the responses to it that a loss compares.
 
-    A row has P slots. A slot has one prompt and A responses, named by `kinds`: ("chosen", "rejected") and
-    perhaps a third. With `branches` a prompt is stored once and its responses do not attend to one another;
-    without, each response is a segment that starts with the prompt. Per-token fields are indexed by response
-    id, so that objectives do not depend on the layout. `pair_weights` sums to 1 over the whole optimizer
-    batch; 0 marks an empty slot. A missing response has length 0.
+    A row has P slots for pairs; a pair is never split over two rows. A slot has one prompt and A responses,
+    named by `kinds`: ("chosen", "rejected") and perhaps a third. With `branches` a prompt is stored once and
+    its responses do not attend to one another; without, each response is a segment that starts with the
+    prompt. `responses` assigns each read position (see Tokens) to a response, so that objectives do not
+    depend on the layout. `pair_weights` sum to 1 over the whole optimizer batch; 0 marks an empty slot. A
+    missing response has length 0.
     """
 
     ids: Int[Any, "B T"]
@@ -74,8 +76,8 @@ class Pairs:
     responses: Int[Any, "B M"]  # response id of a read position: slot * A + kind; P * A marks padding
     offsets: Int[Any, "B M"]  # 0, 1, ... within the response
     lengths: Int[Any, "B P A"]  # tokens of each response, end-of-turn token included
-    last: Int[Any, "B P A"]  # row position of its last token, where a score is read; 0 if missing
-    mean_lengths: Float[Any, "B P A"]  # mean over the optimizer batch's responses of that kind
+    last: Int[Any, "B P A"]  # position in the row of its last token, whose score a reward model reads
+    mean_lengths: Float[Any, "B P A"]  # mean length of the optimizer batch's responses of that kind
     pair_weights: Float[Any, "B P"]
     index: Int[Any, "B P"]  # the pair's index in the source, -1 for an empty slot
     columns: dict[str, Float[Any, "B P"]]  # further numbers of the rows, such as margin
@@ -91,12 +93,12 @@ class Pairs:
 
 @struct
 class Rollout:
-    """Completions of prompts, packed into rows; a prompt is stored once for its group.
+    """Sampled completions, packed into rows; a prompt is stored once for all of its completions in the row.
 
-    A row has A slots for completions, of one prompt or several. Each weight array sums to 1 over the whole
-    optimizer batch (unless a weight rule of rl/ says otherwise) and is 0 at positions without that loss.
-    A completion may be an episode of several turns: tokens that the policy did not sample, such as a tool's
-    output, are in the row but have no read position.
+    A row has A slots for completions, of one prompt or several. The three `*_weights` multiply the losses of
+    tokens: each array sums to 1 over the whole optimizer batch (some rules of rl/token_weights.py change
+    that) and is 0 at positions without its loss. A completion may be an episode of several turns: tokens that
+    the policy did not sample, such as a tool's output, are in the row but have no read position (see Tokens).
     """
 
     ids: Int[Any, "B T"]
@@ -113,7 +115,7 @@ class Rollout:
     values: Float[Any, "B M"] | None = None  # the critic's at sampling
     returns: Float[Any, "B M"] | None = None  # the critic's targets
     value_weights: Float[Any, "B M"] | None = None
-    observation_weights: Float[Any, "B M"] | None = None  # of tokens that were given, padding otherwise
+    observation_weights: Float[Any, "B M"] | None = None  # of tokens from the environment, padding otherwise
     branches: Int[Any, "B T"] | None = None
     last: Int[Any, "B A"] | None = None  # row position of the last sampled token, where a reward is read
     # most tokens of a completion; fixes the angles of dynamic and longrope
@@ -124,8 +126,8 @@ class Rollout:
 
 @struct
 class TrainState:
-    """Everything a run needs to resume. `bad` counts non-finite steps: [in total, consecutive ones up to this
-    step].
+    """Everything a run needs to resume. `bad` counts the steps whose loss, gradient norm or update was not
+    finite: [all such steps of the run, those without a finite step since].
     """
 
     step: Int[Any, ""]
@@ -136,9 +138,7 @@ class TrainState:
 
 
 def count_reads(batch: Any) -> int:
-    """Return the number of positions of a Tokens, Pairs or Rollout at which the model is read, without
-    padding.
-    """
+    """Return the number of read positions (see Tokens) of a Tokens, Pairs or Rollout, without padding."""
     if isinstance(batch, Tokens):
         return int((batch.token_weights != 0).sum())
     slots = batch.lengths.shape[-1] * (batch.lengths.shape[-2] if isinstance(batch, Pairs) else 1)
@@ -152,7 +152,7 @@ def without_fields(batch: T, names: tuple[str, ...]) -> T:
 
 
 def widened(batch: Any, like: Any) -> Any:
-    """Return a batch of NumPy arrays padded with empty tokens and slots to the shapes of `like`."""
+    """Pad a batch of NumPy arrays with padding tokens, read positions and slots to the shapes of `like`."""
     wide = jax.tree.map(
         lambda x, s: np.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), batch, like
     )
@@ -167,7 +167,7 @@ def widened(batch: Any, like: Any) -> Any:
 
 
 def _relabel(batch: Any, wide: Any, old: int, new: int) -> Any:
-    """Return response ids in the shape of `wide`, with the padding id `old` replaced by `new`."""
+    """Return `batch.responses` padded like `wide`, with the padding's id changed from `old` to `new`."""
     responses, rows, reads = (
         np.full_like(wide.responses, new),
         batch.responses.shape[-2],

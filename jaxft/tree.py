@@ -47,7 +47,11 @@ def paths(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, 
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested dicts of nodes by path, as `paths` lists them."""
+    """Return nested dicts from {path: leaf}: the inverse of `paths` for a tree of dicts.
+
+    >>> nested({"q/a": 1, "q/b": 2})
+    {'q': {'a': 1, 'b': 2}}
+    """
     out: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *above, last = path.split("/")
@@ -77,9 +81,9 @@ def _prefixes(path: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class BoundedPattern:
-    """A regular expression from a setting or a file.
+    """A regular expression from a setting or a file, whose matching time is limited.
 
-    name: of the setting, for messages. dotall: a dot matches line ends too.
+    name: the setting's name, for error messages. dotall: a dot matches line ends too.
     """
 
     pattern: str
@@ -87,8 +91,8 @@ class BoundedPattern:
     dotall: bool = False
 
     def fullmatch(self, text: str) -> bool:
-        """Whether the whole text matches. Raises ValueError if this takes longer than MATCH_SECONDS, as
-        nested repetitions such as (a+)+ may.
+        """Return whether the whole text matches. Raises ValueError if matching takes more than MATCH_SECONDS,
+        which nested repetitions such as (a+)+ can cause.
         """
         try:
             flags = regex_package.DOTALL if self.dotall else 0
@@ -101,7 +105,10 @@ class BoundedPattern:
 
 
 def regex(pattern: str, name: str, dotall: bool = False) -> BoundedPattern:
-    """Compile a regular expression. Raises ValueError that names the setting if it is malformed."""
+    """Check a regular expression and return it as a BoundedPattern.
+
+    name: the setting's name, for errors. Raises ValueError if the expression is malformed.
+    """
     try:
         regex_package.compile(pattern)
     except (regex_package.error, OverflowError, RecursionError) as e:
@@ -115,8 +122,8 @@ def mask_by_path(tree: Any, pattern: str, setting: str = "pattern") -> Mask:
     """Return a mask: True for each leaf whose path, or the path of a node above it, fully matches the regular
     expression.
 
-    setting: the pattern's name in errors. Raises ValueError if nothing matches, with the nearest paths: a
-    mask is never silently empty.
+    setting: the pattern's name in errors. Raises ValueError if nothing matches; the error lists the paths
+    that are most similar to the pattern.
 
     >>> mask_by_path({"q": {"w": 0.0, "a": 1.0, "b": 2.0}}, ".*/[ab]")
     {'q': {'a': True, 'b': True, 'w': False}}
@@ -131,7 +138,8 @@ def mask_by_path(tree: Any, pattern: str, setting: str = "pattern") -> Mask:
 
 
 def partition(tree: Any, mask: Mask) -> tuple[Any, Any]:
-    """Split a tree into leaves where the mask is True and where it is False; the others are None.
+    """Split a tree into two of the same structure: one has the leaves where the mask is True, the other one
+    the leaves where it is False, and each has None for the leaves of the other.
 
     >>> params = {"q": {"w": 0.0, "a": 1.0, "b": 2.0}}
     >>> trainable, frozen = partition(params, mask_by_path(params, ".*/[ab]"))

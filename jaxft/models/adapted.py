@@ -5,13 +5,13 @@ without bias, which is score.weight [1, D] in Hugging Face classifiers with one 
 reward model in training are {"base", "adapter", "score"}. A policy's run can have further models on the same
 base, each with its adapter and head under its name: {"base", "adapter", "critic": {"adapter", "score"}}.
 `view` returns the parameters of one of them. If the policy's adapter changes the base (PiSSA, OLoRA, LoftQ,
-QERA), these models see that base together with the adapter as it is at step 0, "initial_adapter", which is
-frozen: with the residual base alone they would compute something else.
+QERA), the further models use the changed base together with "initial_adapter", a frozen copy of the adapter
+at step 0, which together are the unchanged base.
 
-The second, frozen model is a teacher, or a reference policy with separate weights. Its parameters are named
-"teacher": {"base", "adapter"}, without "base" if it shares the run's. A teacher that is the run's base
-without an adapter has no parameters and takes no memory. An objective reads it as it reads the run's model,
-with the same parameters and log-probs of both in one pass over the heads:
+The second, frozen model is a teacher, or a reference policy with separate weights. Its parameters are
+"teacher": {"base", "adapter"}, without "base" if it shares the run's base. A teacher that is the run's base
+without an adapter has no parameters and takes no memory. An objective calls it like the run's model, with the
+parameters of the run, and can compute the log-probs of both in one pass over the heads:
 
     heads = [HeadInput(one, params, one.hidden(params, batch)[0]) for one in (model, model.teacher)]
     student, teacher = read_logps_of_heads(heads, (batch.read, batch.targets))
@@ -46,9 +46,9 @@ class HeadSettings:
     """Settings of a critic or reward model that shares the base of a run.
 
     adapter: its LoRA settings, None for a head without an adapter. start: a PEFT folder or a run's folder
-    from which adapter and head are loaded; None initialises both. trained: False freezes both. weights: a
-    checkpoint that replaces the shared base and is trained in full, without an adapter; the head is loaded
-    from it if it has one.
+    from which adapter and head are loaded; None initialises both. trained: False freezes adapter and head.
+    weights: a checkpoint that replaces the shared base and is trained in full, without an adapter; its scalar
+    head is loaded if it has one.
     """
 
     adapter: Adapter | None = None
@@ -59,15 +59,16 @@ class HeadSettings:
     def __post_init__(self) -> None:
         if self.weights is not None and (self.adapter or self.start or not self.trained):
             raise ValueError(
-                f"a head with weights={self.weights} trains a full model; omit adapter, start and trained"
+                f"a head with weights={self.weights} trains a full model; leave out its adapter, start and "
+                "trained"
             )
 
 
 def scores(params: Params, h: Float[Array, "... D"]) -> Float[Array, "..."]:
     """Return `h @ params["score"]`, computed in float32 or wider for any dtype of h.
 
-    The heads of Several models are [K, D, 1], and the rows of h are K groups of equal size, as in
-    nn.matmul.linear.
+    If "score" is a Several, with the heads [K, D, 1] of K models, the rows of h are K groups of equal size,
+    one for each head.
     """
     wide, highest = accumulation_dtype(h.dtype), jax.lax.Precision.HIGHEST
     score, h = params["score"], h.astype(wide)
@@ -110,7 +111,7 @@ def _no_text(*_: Any, **__: Any) -> Any:
 
 
 def head_spec(model: Model) -> ParamSpec:
-    """Declare a scalar head for a model of this width."""
+    """Return the spec of a scalar head for a model of this width."""
     return ParamSpec((model.config.width, 1), ("table_width", "score"), INIT)
 
 
@@ -150,17 +151,16 @@ def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
 
 @struct
 class Viewed:
-    """The name of the critic or reward model whose parameters a tree has. It has no leaves."""
+    """The name of the critic or reward model to which parameters belong, as a pytree without leaves."""
 
     name: str = static()
 
 
 def view(params: Params, name: str) -> Params:
-    """Return the parameters of the critic, reward model or teacher `name`: its own, and the shared base
-    unless it has a base of its own. The entry "viewed" names the model, so that the run's model applies the
-    settings of its adapter.
+    """Return the parameters {"base", "adapter", "score", "viewed"} of the critic, reward model or teacher
+    `name`, from the parameters of a run. "viewed" is its name, which selects its adapter settings.
 
-    The adapter of a model on the shared base also contains the pairs of "initial_adapter", if there are any.
+    Unless it has its own base, "base" is the run's, and the pairs of "initial_adapter" are part of "adapter".
     """
     viewed = {"base": params["base"], **params[name], "viewed": Viewed(name)}
     if "base" in params[name] or INITIAL_ADAPTER not in params:
@@ -169,9 +169,8 @@ def view(params: Params, name: str) -> Params:
 
 
 def shares_base(head: Any) -> bool:
-    """Whether the specs under a head's name are of a further model on the policy's base.
-
-    The head of the model itself is one leaf.
+    """Return whether an entry of Model.heads is a further model on the policy's base; not a scalar head of
+    the model itself, which is one spec, and not a model with its own base.
     """
     return isinstance(head, dict) and "base" not in head
 
@@ -186,12 +185,12 @@ def as_checkpoint(model: Model) -> Model:
 
 
 def adapted(model: Model, settings: Adapter | None) -> Model:
-    """Return the model over {"base", "adapter", **heads}, with "initial_adapter" if the adapter changes the
-    base and heads share it. Without "adapter" in the parameters it is the base model.
+    """Return the model over parameters {"base", "adapter", **heads}, with "initial_adapter" if the adapter
+    changes a base that heads share. For parameters without "adapter" it is the base model.
 
-    Parameters that `view` returns have the adapter of that critic or reward model, with its dropout and
-    its tokens. A teacher's functions take the whole tree as well. Raises ValueError if the adapter includes
-    the language model head of a model with a scalar head.
+    For parameters that `view` returns, it uses the adapter settings of the viewed model. The functions of its
+    teacher take the run's parameters. Raises ValueError if the adapter changes the language model head, but
+    the model has a scalar head instead.
     """
 
     def attached(params: Any) -> Any:
@@ -216,8 +215,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
 
 
 def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> Model:
-    """Return the model as functions of parameters with these specs. base(params): the parameters that the
-    given model reads.
+    """Return the model with functions that take parameters with these specs and pass base(params) to the
+    functions of the given model.
     """
 
     def on_whole(fn: Callable) -> Callable:
@@ -229,8 +228,8 @@ def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> M
 
 
 def adapted_like(model: Model, adapter: Params) -> Model:
-    """Return the model over {"base", "adapter"}, for an adapter without settings: one of several of equal
-    shapes, see nn/adapters/lora_rows.py.
+    """Return the model over {"base", "adapter"} for an adapter without settings, one of those that
+    nn.adapters.lora_rows.of_equal_shapes returns.
     """
     return replace(
         adapted(model, None), specs={"base": model.specs, "adapter": specs_like(model.specs, adapter)}
@@ -238,9 +237,8 @@ def adapted_like(model: Model, adapter: Params) -> Model:
 
 
 def adapted_by_row(model: Model) -> Model:
-    """Return the model over {"base", "stack", "rows"}: in generation, row i has adapter rows[i] of the stack.
-
-    See lora_rows.py. Without a stack it is the base model. Its specs are the base's.
+    """Return the model over {"base", "stack", "rows"}: in generation, row i uses adapter rows[i] of the stack
+    (see lora_rows.py). Without "stack" it is the base model. Its specs are the base's.
     """
 
     def attached(params: Params) -> Params:
@@ -255,9 +253,9 @@ class Teacher:
 
     start: a PEFT folder or a run's folder from which its adapter is loaded. adapter: the settings of that
     adapter. weights: the checkpoint of a separate base (see weights.hf.hub); None shares the run's base.
-    model: the architecture of `weights`. quant: how `weights` are stored; None for the compute dtype.
+    model: the Model of `weights`. quant: how `weights` are stored; None for the compute dtype.
 
-        Teacher()  # the base
+        Teacher()  # the run's base
         Teacher(weights="org/large", model=model_for("org/large"), quant=Quant("nf4"))
     """
 
@@ -274,8 +272,8 @@ class Teacher:
             raise ValueError("teacher.weights and teacher.model belong together; set both or neither")
         if self.quant and self.weights is None:
             raise ValueError(
-                f"teacher.quant={self.quant.kind} needs teacher.weights, because this teacher shares the "
-                "run's base, whose storage the setting quant decides; set it, or remove teacher.quant"
+                f"teacher.quant={self.quant.kind} needs teacher.weights: this teacher shares the run's base, "
+                "which the setting quant quantises; set teacher.weights, or remove teacher.quant"
             )
         if self.quant and self.quant.calibrate:
             raise ValueError("teacher.quant.calibrate: only the run's own base is calibrated; leave it out")
@@ -287,7 +285,7 @@ class Teacher:
 
 
 def with_teacher(model: Model, teacher: Teacher | None) -> Model:
-    """Return the model with a teacher, whose parameters are named "teacher"; itself if teacher is None."""
+    """Return the model with a teacher, whose parameters are at "teacher"; `model` if teacher is None."""
     if teacher is None:
         return model
     second = adapted(teacher.model or model, teacher.adapter)

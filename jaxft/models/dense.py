@@ -1,4 +1,4 @@
-"""The model around the layers of every dense decoder family, and functions that compute parts of layers.
+"""Build the Model of a dense decoder family from its layers; functions that compute usual parts of layers.
 
 A family (llama.py, qwen.py, ...) declares a `DecoderSpec`: its parameters, their names in Hugging Face
 files, the attention settings of each layer, and the functions that compute the layers of its stacks; most
@@ -72,8 +72,8 @@ ACTIVATION_FUNCTIONS: dict[Activation, Callable[[Array], Array]] = {
 @dataclass(frozen=True)
 class LayerSpec:
     """A layer of a stack's blocks. layer: the function that computes it. mixer(config, attention settings of
-    these layers): how it mixes tokens. name: the key of its parameters in the stack's, if a block has several
-    layers.
+    these layers) -> its Mixer. name: the key of its parameters in the stack's parameters; "" if a block has
+    one layer.
     """
 
     layer: LayerFunction
@@ -83,7 +83,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class StackSpec:
-    """A stack of equal blocks of layers. name: key of its parameters [blocks, ...] in the model's."""
+    """A stack of `blocks` equal blocks of layers. name: the key of its parameters in the model's tree."""
 
     name: str
     blocks: int
@@ -109,16 +109,16 @@ class DecoderSpec:
 
 
 def with_attention(config: DenseConfig, attention: AttentionLayers) -> Mixer:
-    """The `mixer` of layers with attention."""
+    """Return the Mixer of layers with attention, as a LayerSpec's `mixer`."""
     return attention_mixer(attention, config.kv_heads)
 
 
 def one_stack(
     specs: Specs, names: WeightNames, layer: LayerFunction, attention: AttentionLayers, **more: Any
 ) -> DecoderSpec:
-    """Return the DecoderSpec of a family whose layers are all computed by one function with attention.
+    """Return the DecoderSpec of a family whose layers all have attention and are computed by one function.
 
-    more: fields of DecoderSpec.
+    more: further fields of the DecoderSpec.
     """
     stack = StackSpec("layers", len(attention.layout), (LayerSpec(layer, with_attention),))
     return DecoderSpec(specs, names, (stack,), attention, **more)
@@ -126,7 +126,7 @@ def one_stack(
 
 @dataclass(frozen=True)
 class Decoder:
-    """An architecture, its compute options, and its layers, built with these options."""
+    """A DecoderSpec, the compute options, and the layers that are built with these options."""
 
     options: ForwardOptions
     architecture: DecoderSpec
@@ -142,7 +142,7 @@ def dense_model(
     attention_settings: AttentionSettings = AttentionSettings(),
 ) -> Model:
     """Build the Model of an architecture. dtype, remat, residual: see ForwardOptions. attention_settings:
-    their soft cap is replaced by the architecture's.
+    choose a kernel; the soft cap is the architecture's.
     """
     settings = replace(attention_settings, softcap=architecture.attention.settings.softcap)
     layers = replace(architecture.attention, settings=settings)
@@ -186,8 +186,8 @@ def _stacks(options: ForwardOptions, architecture: DecoderSpec, attention: Atten
 
 
 def _numbered(specs: Specs, stacks: Stacks) -> Specs:
-    """Return the specs with the numbers of their layers in the model, if there are several stacks, or several
-    layers in a block.
+    """Set the `numbers` of stacked specs (see ParamSpec), unless the model has one stack of blocks of one
+    layer and the default, 0, 1, ..., is right.
     """
     if len(layers_of(stacks)) == 1:
         return specs
@@ -210,8 +210,9 @@ def _embed(d: Decoder, params: Params, ids: Int[Array, "B T"]) -> Array:
 
 
 def _one_layer(f: ForwardOptions, compute: LayerFunction, specs: Specs) -> Layer:
-    """Return a layer's function for nn/stack.py. It gathers the layer's parameters, adds to the residual
-    stream in float32 or wider, and rounds that once, to its own dtype.
+    """Wrap `compute` as a layer function for nn/stack.py, which first gathers the layer's parameters.
+
+    `compute` gets the residual stream in float32 or wider; its result is rounded once, to the stream's dtype.
     """
 
     def layer(p: Params, h: Array, mix: Mix, key: Array | None) -> tuple[Array, Extras]:
@@ -234,8 +235,9 @@ def hidden(
     neftune: float = 0.0,
     observe: Observe | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerOutputs]:
-    """Return the hidden states after the final norm, in the compute dtype, and the layers' outputs. neftune:
-    alpha of the noise that is added to the (scaled) embeddings if there is a key.
+    """Return the hidden states after the final norm, in the compute dtype, and the layers' outputs.
+
+    See Model.hidden. neftune: alpha of the noise that is added to the embeddings if there is a key.
     """
     check_context_divides(tokens.ids.shape[1])
     layers = d.options.config.layers
@@ -250,8 +252,8 @@ def hidden(
 
 
 def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[Array, "P T D"], PromptKeys]:
-    """Return hidden states [P, T, D] of P left-padded prompts of T tokens, and their cached arrays. new: the
-    most tokens of a completion.
+    """Return the hidden states [P, T, D] of P left-padded prompts of T tokens, and their cache. new: the
+    maximum number of tokens of a completion.
     """
     h = _embed(d, params, tokens.ids)
     h, parts = run_stacks(d.stacks, h, params, lambda _, mixer: mixer.prompts(tokens, new, h.dtype))
@@ -261,7 +263,7 @@ def prefill(d: Decoder, params: Params, tokens: Batch, new: int) -> tuple[Float[
 def extend(
     d: Decoder, params: Params, cache: Cache, chunk: GivenChunk
 ) -> tuple[Float[Array, "r C D"], Cache]:
-    """Process C given tokens in each of r rows. Return hidden states [r, C, D] and the cache with them."""
+    """Append up to C given tokens to each of r rows. Return their hidden states [r, C, D] and the cache."""
     h = _embed(d, params, chunk.ids)
     h, rows = run_stacks(d.stacks, h, params, lambda i, mixer: mixer.chunk(cache.part(i), chunk, h.dtype))
     return _final_norm(d, params, h), replace(cache, rows=rows)
@@ -270,7 +272,7 @@ def extend(
 def decode(
     d: Decoder, params: Params, cache: Cache, ids: Int[Array, " R"], at: NextToken
 ) -> tuple[Float[Array, "R D"], Cache]:
-    """Process one token in each of R rows. Return hidden states [R, D] and the cache with it."""
+    """Append one token to each of R rows. Return their hidden states [R, D] and the cache."""
     h = _embed(d, params, ids[:, None])
     h, rows = run_stacks(d.stacks, h, params, lambda i, mixer: mixer.token(cache.part(i), at, h.dtype))
     return _final_norm(d, params, h)[:, 0], replace(cache, rows=rows)
@@ -279,8 +281,8 @@ def decode(
 def empty_cache(
     d: Decoder, prompts: tuple[int, int], rows: int, new: int, stored: CacheFormat = "compute"
 ) -> Cache:
-    """Return an empty cache. prompts: (number of prompts, token slots of each). rows: number of rows, with
-    `new` token slots each.
+    """Return an empty cache. prompts: (number of prompts, token slots of a prompt). rows: the number of rows,
+    each with slots for `new` tokens. stored: the format of keys and values.
     """
     parts = [one.mixer.empty(prompts, (rows, new), d.options.dtype, stored) for one in layers_of(d.stacks)]
     of_prompts, of_rows = zip(*parts, strict=True)
@@ -305,8 +307,8 @@ def self_attention(
 ) -> tuple[Float[Array, "B T D"], Extras]:
     """Compute attention with its four projections. Return its output and the extras of `attend`.
 
-    keys: the dropout keys of q, k, v and o; None disables dropout. norms(p, q [B, T, H, E], k [B, T, K, E]):
-    applied to queries and keys before rope.
+    keys: the dropout keys of q, k, v and o; None disables dropout. norms(p, q [B, T, H, E], k [B, T, K, E])
+    -> (q, k), applied before rope.
     """
     B, T, _ = x_BTD.shape
     q = biased_linear(p, "q", x_BTD, keys[0]).reshape(B, T, c.heads, c.head_dim)
@@ -317,7 +319,7 @@ def self_attention(
 
 
 def attention_output(p: Params, o_BTHE: Float[Array, "B T H E"], key: Any) -> Float[Array, "B T D"]:
-    """Apply the output projection to the attended heads."""
+    """Apply the output projection to the heads' attention outputs. key: for an adapter's dropout, or None."""
     B, T, H, E = o_BTHE.shape
     o = biased_linear(p, "o", o_BTHE.reshape(B, T, H * E), key)
     return saveable(constrain(o, "rows", "time", "act_width"), "o")
@@ -355,7 +357,7 @@ def head_norms(c: DenseConfig, dtype: DTypeLike) -> Callable:
 
 
 def llama_specs(c: DenseConfig) -> dict[str, Any]:
-    """Declare Llama's parameters."""
+    """Return the specs of Llama's parameters."""
     L, D, F, V = c.layers, c.width, c.mlp, c.vocab
     Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
     specs = {
@@ -383,7 +385,7 @@ def llama_specs(c: DenseConfig) -> dict[str, Any]:
 
 
 def qkv_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Declare the biases of the q, k and v projections."""
+    """Return the specs of the biases of the q, k and v projections."""
     Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
     return {
         "q_bias": ParamSpec((c.layers, Q), ("layers", "heads"), full(0.0), c.heads),
@@ -393,12 +395,12 @@ def qkv_biases(c: DenseConfig) -> dict[str, ParamSpec]:
 
 
 def attention_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Declare the biases of the q, k, v and o projections."""
+    """Return the specs of the biases of the q, k, v and o projections."""
     return qkv_biases(c) | {"o_bias": ParamSpec((c.layers, c.width), ("layers", "norm"), full(0.0))}
 
 
 def mlp_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Declare the biases of the gate, up and down projections."""
+    """Return the specs of the biases of the gate, up and down projections."""
     L, D, F = c.layers, c.width, c.mlp
     return {
         "gate_bias": ParamSpec((L, F), ("layers", "mlp"), full(0.0)),
@@ -408,7 +410,7 @@ def mlp_biases(c: DenseConfig) -> dict[str, ParamSpec]:
 
 
 def with_biases(specs: dict[str, Any], c: DenseConfig, attention: bool, mlp: bool) -> dict[str, Any]:
-    """Return `specs` with biases added to attention, to the MLP, or to both."""
+    """Return `specs` with biases in the projections of attention, of the MLP, or of both."""
     layers = dict(specs["layers"])
     if attention:
         layers["attn"] = layers["attn"] | attention_biases(c)
@@ -444,8 +446,8 @@ LLAMA_NAMES: WeightNames = {
 
 
 def names_of(specs: Specs, others: WeightNames | None = None) -> WeightNames:
-    """Return the Hugging Face name of every parameter in `specs`. others: names that the family adds to
-    Llama's, or has in place of them.
+    """Return the Hugging Face name of every parameter in `specs`. others: the names, by path, that Llama does
+    not have or that differ from Llama's.
     """
     names = LLAMA_NAMES | (others or {})
     return {path: names[path] for path in spec_paths(specs)}

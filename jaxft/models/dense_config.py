@@ -23,10 +23,10 @@ ACTIVATIONS: dict[str, Activation] = {
 class DenseConfig:
     """Sizes and settings of a dense decoder. Families add their own fields in subclasses.
 
-    heads * head_dim may differ from width. tied: the embedding is also the head. rope: rope of all layers; in
-    families with a second one, of the layers with full attention. max_positions: tokens of the longest row.
-    activation: the gated MLP's activation; gelu is exact, gelu_tanh its tanh approximation. Raises ValueError
-    for a value out of range.
+    heads * head_dim may differ from width. mlp: the MLP's hidden size. tied: the embedding is also the head.
+    rope: of all layers; in families with a second rope, of the layers with full attention. max_positions:
+    the maximum number of tokens of a row. activation: the gated MLP's; gelu is exact, gelu_tanh its tanh
+    approximation. Raises ValueError for a value out of range.
     """
 
     vocab: Size
@@ -59,8 +59,8 @@ class DenseConfig:
 
 @dataclass(frozen=True)
 class WindowConfig(DenseConfig):
-    """Sizes of a model whose layers may have a sliding window. window: keys that layers of type
-    "sliding_attention" attend to. layer_types: () for full attention in all layers.
+    """Sizes of a model whose layers may have a sliding window. window: the number of keys that a query
+    attends to in layers of type "sliding_attention". layer_types: () for full attention in all layers.
     """
 
     window: int | None = None
@@ -98,11 +98,11 @@ class ConfigFormat:
     """Differences of one family's config.json from other dense families'.
 
     fixed: settings that would change the arithmetic, each with the only supported value; exports write them.
-    defaults: the family's defaults where they differ from DEFAULTS; rope_theta may have one value per layer
-    type. more: further settings with their defaults, each a field of the family's config by the same name.
-    activation: the name of the setting for the MLP's activation. partial_rope: whether rope may rotate
-    only a part of each head. local_theta: for families with one rope per layer type, the setting in which
-    transformers 4 has the theta of sliding attention (see ropes_from_hf).
+    defaults: the family's defaults of settings where they differ from DEFAULTS; rope_theta may have one value
+    per layer type. more: settings that only this family has, with their defaults; each is also the name of a
+    field of its config. activation: the name of the setting for the MLP's activation. partial_rope: whether
+    rope may rotate only a part of each head. local_theta: for families with one rope per layer type, the
+    setting in which transformers 4 has the theta of sliding attention (see ropes_from_hf).
     """
 
     model_type: str
@@ -118,8 +118,8 @@ class ConfigFormat:
 def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     """Return the fields of a DenseConfig from the dict of a config.json, as transformers 4 or 5 writes it.
 
-    With form.local_theta the result also has local_rope, the Rope of sliding attention. Raises ValueError
-    that names a missing or unsupported setting.
+    With form.local_theta the result also has local_rope, the Rope of sliding attention. Raises ValueError for
+    a missing or unsupported setting.
     """
     if hf.get("model_type", form.model_type) != form.model_type:
         raise ValueError(
@@ -164,10 +164,10 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
 
 
 def token_ids(value: Any, name: str, vocab: int) -> list[int]:
-    """Return the token ids of a setting in a JSON file: one, a list of them, or null. name: the setting, for
-    errors.
+    """Return the token ids of a setting in a JSON file, whose value may be an id, a list of ids or null.
 
-    Raises ValueError for an id that a vocabulary of this size does not have.
+    name: the setting's name, for errors. vocab: the vocabulary's size. Raises ValueError for an id outside of
+    it.
     """
     ids = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     for token in ids:
@@ -208,7 +208,8 @@ def _activation(name: Any, key: str) -> Activation:
 
 
 def fields_to_hf(c: DenseConfig, form: ConfigFormat, local_rope: Rope | None = None) -> dict[str, Any]:
-    """Return the dict of a config.json, with rope settings that transformers 4 and 5 both read.
+    """Return the dict of the config.json for a config, with rope settings that transformers 4 and 5 both
+    read.
 
     local_rope: the Rope of sliding attention, for a family with form.local_theta.
     """
@@ -246,8 +247,8 @@ def fields_to_hf(c: DenseConfig, form: ConfigFormat, local_rope: Rope | None = N
 
 
 def read_layer_types(hf: Mapping[str, Any], default: Sequence[str]) -> tuple[str, ...]:
-    """Return the type of each layer, from config.json or the family's default. Raises ValueError if the list
-    does not have one known type per layer.
+    """Return the type of each layer, from config.json's layer_types or the family's default. Raises
+    ValueError unless the list has one known type per layer.
     """
     types = hf.get("layer_types")
     if types is None:
@@ -326,10 +327,10 @@ Settings = dict[str, Any]
 def rope_from_hf(hf: Settings, max_positions: int, theta: float = 10000.0) -> Rope:
     """Return the Rope that transformers uses for a config.json.
 
-    max_positions: its max_position_embeddings, which is also the original length if no setting states that.
-    theta: the family's default of rope_theta. Precedence: rope_scaling, rope_parameters, the top level, the
-    defaults. Raises ValueError for missing or unsupported settings, and for contradictory ones, since it is
-    unknown which of them the model was trained with.
+    max_positions: its max_position_embeddings; also the original length (see Rope) if no setting states it.
+    theta: the family's default of rope_theta. If a setting is in several places, the first of these counts:
+    rope_scaling, rope_parameters, the top level, the defaults. Raises ValueError for missing or unsupported
+    settings, and if places contradict each other, since it is unknown which one the model was trained with.
     """
     groups = {name: _group(hf.get(name), name) for name in ROPE_GROUPS}
     groups["config.json"] = {name: hf[name] for name in TOP_LEVEL_ROPE if hf.get(name) is not None}
@@ -433,10 +434,11 @@ def _rope(groups: dict[str, Settings], max_positions: int, theta: float) -> Rope
 
 
 def _merged(groups: dict[str, Settings], theta: float) -> Settings:
-    """Return the settings in effect: first the first non-empty group's, then the top level of config.json
-    (the last group), then the defaults.
+    """Return the rope settings in effect: from the first group that is not empty, then from the last one (the
+    top level of config.json), then the defaults.
 
-    Raises ValueError if another group contradicts them, or if a value has a wrong type.
+    groups: settings by place in config.json. Raises ValueError if another group contradicts the result, or if
+    a value has a wrong type.
     """
     for where, group in groups.items():
         for name, value in group.items():
@@ -467,9 +469,8 @@ def _check_value(name: str, value: Any, where: str) -> None:
 
 
 def extended_positions(rope: Rope, max_positions: int) -> int:
-    """Return the most tokens of a row for a model with max_position_embeddings=max_positions.
-
-    yarn and dynamic extend the original length by `factor` if that is more than max_positions.
+    """Return the maximum number of tokens of a row: max_positions (the model's max_position_embeddings), or
+    with yarn and dynamic the original length times `factor` if that is more.
     """
     if rope.kind not in ("yarn", "dynamic") or rope.original_max_positions is None:
         return max_positions
@@ -488,7 +489,7 @@ def ropes_to_hf(ropes: Mapping[str, Rope], max_positions: int, model_type: str) 
 
 
 def _parameters(rope: Rope, max_positions: int) -> Settings:
-    """Return the object rope_parameters of transformers 5, without settings that have their default."""
+    """Return transformers 5's object rope_parameters for a Rope, without settings that have their default."""
     if rope.kind == "none":
         raise ValueError(
             "rope_parameters of config.json cannot describe a layer without RoPE; build the model with a "

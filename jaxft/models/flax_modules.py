@@ -27,9 +27,9 @@ Linen:
     state = flax.training.train_state.TrainState.create(
         apply_fn=module.apply, params=variables["params"], tx=optax.adamw(1e-5))
 
-There loaded weights are `{"params": loaded}` in place of `variables`. Pass only trainable ones to optax
-(`optax.partition`, or `tree.partition` before the gradient): an adapter's `scale` and a quantised base cannot
-be updated. `rngs={"dropout": key}` enables dropout.
+To use loaded weights, pass `{"params": loaded}` in place of `variables`. Pass only trainable parameters to
+optax (`optax.partition`, or `tree.partition` before the gradient): an adapter's `scale` and a quantised base
+cannot be updated. `rngs={"dropout": key}` enables dropout.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ from jaxft.tree import Params
 
 @dataclass(frozen=True, eq=False)
 class StaticModel:
-    """A Model as a static attribute of an nnx Module, which must be hashable. Two are equal if they wrap the
-    same Model object.
+    """A hashable wrapper of a Model, for a static attribute of an nnx Module. Two wrappers are equal if they
+    wrap the same Model object.
     """
 
     model: Model
@@ -70,7 +70,8 @@ class NnxModel(nnx.Module):
 
     params: the model's parameters; None initialises them in `param_dtype`, bit-equal to
     `init_params(model.specs, rngs.params(), param_dtype)`. rngs: a stream `dropout` (or a default stream)
-    enables dropout, which `eval()` disables and `train()` enables again. Raises ValueError if both are None.
+    enables dropout; `eval()` disables it, `train()` enables it again. Raises ValueError if params and rngs
+    are None.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class NnxModel(nnx.Module):
         self.deterministic = False
 
     def __call__(self, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> Float[Array, "B T V"]:
-        """Return the logits of every position, in float32 or wider. rngs: for dropout; None uses those passed
-        at construction.
+        """Return the logits of every position, in float32 or wider. rngs: for dropout; None uses the rngs
+        that were passed at construction.
         """
         model, params = self.static.model, self.tree()
         return model.logits(model.head(params), model.hidden(params, tokens, self._dropout_key(rngs))[0])

@@ -25,9 +25,7 @@ from jaxft.tree import LayerOutputs, Params
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """The sizes that code outside models/ reads. A family's config is a frozen dataclass with these and its
-    own fields.
-    """
+    """The sizes that code outside models/ reads. A family's config is a frozen dataclass with more fields."""
 
     @property
     def vocab(self) -> int:
@@ -59,7 +57,7 @@ class ModelConfig(Protocol):
 
     @property
     def max_positions(self) -> int:
-        """Tokens of the longest row."""
+        """The maximum number of tokens of a row."""
 
 
 def no_scalar_head(params: Params, h: Array) -> Array:
@@ -75,28 +73,28 @@ class Model:
     specs: ParamSpec tree of all parameters.
     weight_names: names of the tensors in Hugging Face files by path; see nn/tensor_names.py.
     attention: rope, window and soft cap of each layer.
-    stacks: the layers, see nn/stack.py, where run_layer computes a single one.
+    stacks: the layers, see nn/stack.py, whose run_layer computes one layer.
     dtype, residual: dtype of the computation, and of the residual stream between layers.
     hidden(params, tokens, key=None, neftune=0.0, observe=None) -> (h [B, T, D] after the final norm, outputs
         of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and NEFTune's noise, whose alpha is
-        neftune; None disables both. outputs: by name, [L, B, ...], {} for dense models; with the
-        values [L, ...] of observe(h before, h after a layer) -> {name: value}.
+        neftune; None disables both. The outputs are {name: [L, B, ...]}, {} for dense models; observe(h
+        before, h after a layer) -> {name: value} adds its values, [L, ...].
     embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
-    prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the most tokens of
-        a completion.
-    extend(params, cache, chunk) -> (h [r, C, D], cache): a chunk of given tokens per row; chunk: GivenChunk.
-    decode(params, cache, ids [R], at) -> (h [R, D], cache): one token per row; at: NextToken.
-    empty_cache((prompts, slots), rows, new, stored="compute") -> a Cache without any tokens.
+    prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the maximum number
+        of tokens of a completion.
+    extend(params, cache, chunk) -> (h [r, C, D], cache): append given tokens to rows; chunk: GivenChunk.
+    decode(params, cache, ids [R], at) -> (h [R, D], cache): append one token to each row; at: NextToken.
+    empty_cache((prompts, token slots of a prompt), rows, new, stored="compute") -> a Cache without tokens.
     forward_flops(tokens, context, read=None) -> floating point operations of a forward pass over texts of
         `context` tokens each; read: how many tokens have logits, all by default.
-    heads: ParamSpecs in addition to base and adapter: scalar heads, and models that share the base.
-    head_adapters: settings of the adapters of models that share the base, by name in `heads`.
+    heads: ParamSpecs of a run's parameters besides base and adapter: scalar heads, and further models
+        (critics, reward models) by name.
+    head_adapters: the adapter settings of these further models, by the same names.
     scores(params, h [..., D]) -> [...] in float32 or wider, by the scalar head `params["score"]`; raises
         ValueError if there is none.
-    generates: whether it generates text; if not, head, logits, prefill, extend and decode
-        raise ValueError.
+    generates: whether it generates text; if False, head, logits, prefill, extend and decode raise ValueError.
     teacher: a second, frozen language model over the same parameter tree, which an objective may read; None
         without one (see models/adapted.py).
     """
@@ -144,9 +142,10 @@ class ForwardOptions(Generic[Config]):
 def forward_options(
     config: Config, dtype: Any, remat: RematPolicy, residual: Any = None
 ) -> ForwardOptions[Config]:
-    """Check the options of a family's builder. Raises ValueError for an unknown remat policy.
+    """Return the ForwardOptions of a family's builder. Raises ValueError for an unknown remat policy.
 
-    residual: None is float32 or wider; bfloat16 halves what a layer stores of it, and rounds once per layer.
+    residual: None for float32 or wider; bfloat16 halves the memory of layers' inputs, and rounds the stream
+    once per layer.
     """
     check_remat(remat)
     residual = accumulation_dtype(dtype) if residual is None else jnp.dtype(residual)
@@ -166,9 +165,9 @@ def dense_flops(
     context: float,
     read: int | None = None,
 ) -> float:
-    """Return the FLOPs of a dense decoder's forward pass over `tokens` tokens: kernels of the layers, causal
-    attention within each layer's window, and the head for `read` tokens (all by default). A multiply-add
-    counts as two.
+    """Return the FLOPs of a dense decoder's forward pass over `tokens` tokens in texts of `context` tokens:
+    kernels of the layers, causal attention within each layer's window, and the head for `read` tokens (all by
+    default). A multiply-add counts as two.
     """
     kernels = [spec for spec in spec_paths(specs).values() if "layers" in spec.axes and kernel(spec)]
     windows = [attention.kinds[kind].window for kind in attention.layout if kind is not None]

@@ -1,5 +1,5 @@
-"""The family of each `model_type` in config.json, and what config.json says beyond it: the text decoder of
-multimodal checkpoints, and the error that names the parts of an unsupported model that jaxft lacks.
+"""The family of each `model_type` in config.json; the text decoder of multimodal checkpoints; and the error
+for an unsupported model, which names the parts of it that jaxft lacks.
 
 To add a family, write its file next to llama.py and add a row to FAMILIES.
 """
@@ -22,8 +22,8 @@ class Family:
 
     config: the class of its configs. form: how its config.json differs from other families'. build(config,
     **options of dense_model) -> Model. presets: configs by checkpoint name. read(hf, form) -> the fields of a
-    config, from the dict of a config.json; it raises ValueError that names a missing or unsupported setting.
-    write(config, form) -> the dict of a config.json.
+    config as a dict, from the dict of a config.json; it raises ValueError for a missing or unsupported
+    setting. write(config, form) -> the dict of a config.json.
     """
 
     config: type
@@ -34,11 +34,11 @@ class Family:
     write: Callable[[Any, ConfigFormat], dict[str, Any]] = fields_to_hf
 
     def from_hf(self, hf: dict[str, Any]) -> ModelConfig:
-        """Parse the dict of a config.json."""
+        """Return the config for the dict of a config.json; see `read` for its errors."""
         return self.config(**self.read(hf, self.form))
 
     def to_hf(self, config: Any) -> dict[str, Any]:
-        """Return the dict of a config.json."""
+        """Return the dict of the config.json for a config."""
         return self.write(config, self.form)
 
 
@@ -104,12 +104,15 @@ FAMILIES: dict[str, Family] = {
 
 
 def preset_config(ref: str) -> ModelConfig | None:
-    """Return the config of a preset checkpoint name; None for another name."""
+    """Return the config of a checkpoint name that is a preset of a family; None for other names."""
     return next((f.presets[ref] for f in FAMILIES.values() if ref in f.presets), None)
 
 
 def preset(ref: str, **options: Any) -> Model | None:
-    """Build the model of a preset checkpoint name; None for another name. options: see Family.build."""
+    """Build the model of a checkpoint name that is a preset of a family; return None for other names.
+
+    options: see Family.build.
+    """
     for family in FAMILIES.values():
         if ref in family.presets:
             return family.build(family.presets[ref], **options)
@@ -117,8 +120,8 @@ def preset(ref: str, **options: Any) -> Model | None:
 
 
 def family_of(hf_config: dict[str, Any]) -> Family:
-    """Return the family of a config.json. Raises ValueError for an unsupported model_type, with the parts of
-    such models that jaxft lacks.
+    """Return the family of a config.json. Raises ValueError for an unsupported model_type; the error names
+    the parts of the model that jaxft lacks.
     """
     kind = hf_config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -127,7 +130,7 @@ def family_of(hf_config: dict[str, Any]) -> Family:
 
 
 def is_tied(config: ModelConfig) -> bool:
-    """Whether the config ties the head to the embedding."""
+    """Return whether the language model head is tied to the embedding."""
     return isinstance(config, DenseConfig) and config.tied
 
 
@@ -136,20 +139,24 @@ WITHOUT_CLASSIFIER = ("granite", "cwm", "internlm3", "iquestcoder", "vaultgemma"
 
 
 def has_classifier(config: ModelConfig) -> bool:
-    """Whether transformers has a sequence classifier for this family, to load its reward models."""
+    """Return whether transformers has a sequence classifier for this family, which can load jaxft's reward
+    models; True for a config of no family.
+    """
     has_family = any(type(config) is family.config for family in FAMILIES.values())
     return not has_family or config_to_hf(config)["model_type"] not in WITHOUT_CLASSIFIER
 
 
 def with_vocab(model: Model, vocab: int) -> Model:
-    """Return the base model with an embedding table of `vocab` rows."""
+    """Return the Model of the same family and config, but with an embedding table of `vocab` rows. Only its
+    dtype is kept of the options of `model`.
+    """
     family = next(family for family in FAMILIES.values() if type(model.config) is family.config)
     config: Any = model.config
     return family.build(replace(config, vocab=vocab), dtype=model.dtype)
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Return a config as the dict of a config.json."""
+    """Return the dict of the config.json for a config of any family."""
     family = next(family for family in FAMILIES.values() if type(config) is family.config)
     return family.to_hf(config)
 
@@ -199,8 +206,8 @@ LAYER_KINDS = re.compile(r"linear_attention|.*conv|mamba.*|recurrent|gated_delta
 
 
 def missing_parts(hf: Mapping[str, Any]) -> list[str]:
-    """Return the parts of a config.json's model that jaxft lacks, as noun phrases; [] if its settings show
-    none.
+    """Return the parts that a model needs and jaxft lacks, such as "mixture-of-experts layers", by the
+    settings in its config.json; [] if they show none.
     """
     kind = str(hf.get("model_type"))
     shown = [name for name, value in _flat(hf) if value not in (None, False, 0, "", [], {})]
@@ -230,13 +237,13 @@ def _other(hf: Mapping[str, Any], kind: str, shown: list[str]) -> list[str]:
 
 
 def _flat(hf: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Return the settings at the top level and those in attn_config and ffn_config."""
+    """Return the (name, value) settings of a config.json: at its top level, in attn_config and ffn_config."""
     inner = [hf.get(name) for name in ("attn_config", "ffn_config")]
     return [*hf.items(), *(item for group in inner if isinstance(group, Mapping) for item in group.items())]
 
 
 def refusal(hf: Mapping[str, Any], implemented: list[str]) -> str:
-    """Return the error for a config.json whose model_type is not one of those `implemented`."""
+    """Return the error for a config.json whose model_type is not in `implemented`."""
     kind, parts = hf.get("model_type"), missing_parts(hf)
     line = f"model_type {kind!r:.60} is not supported"
     if kind is None:
@@ -262,9 +269,9 @@ def refusal(hf: Mapping[str, Any], implemented: list[str]) -> str:
 class TextPart:
     """The text decoder of one multimodal model_type.
 
-    decoders: model_types that text_config may have, each with the model_type of the equal text-only model;
-    the first is for a text_config without a model_type. prefix: what the names of the decoder's modules begin
-    with in transformers' class. tied: whether the head is the embedding if the config.json does not state it.
+    decoders: {model_type that text_config may have: model_type of the equal text-only model}; the first one
+    is for a text_config without a model_type. prefix: the beginning of the names of the decoder's modules in
+    transformers' class. tied: whether the head is tied to the embedding if the config.json does not state it.
     flat: whether older files have the decoder's settings at the top level. ignored: settings that
     transformers applies in the text-only model but not in the multimodal one.
     """
@@ -343,14 +350,14 @@ HEAD_PREFIXES = ("lm_head.", "score.")
 
 
 def text_part(hf: Mapping[str, Any]) -> TextPart | None:
-    """Return the text decoder of a config.json's multimodal model; None for a text model."""
+    """Return the TextPart of a multimodal model's config.json; None for a text model."""
     kind = hf.get("model_type")
     return TEXT_PARTS.get(kind) if isinstance(kind, str) else None
 
 
 def text_config(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return the config.json of a multimodal checkpoint's text decoder. The config.json of a text model is
-    returned unchanged.
+    """Return the config.json of a multimodal checkpoint's text decoder as a text-only model. The config.json
+    of a text model is returned unchanged.
 
     Raises ValueError if text_config is missing or not supported.
     """
@@ -361,7 +368,10 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
     if text is None and part.flat and "hidden_size" in hf:
         text = {name: value for name, value in hf.items() if not name.startswith(("model_type", "vision_"))}
     if not isinstance(text, dict):
-        raise ValueError(f"config: model_type {kind!r} needs an object text_config, got {text!r:.80}")
+        raise ValueError(
+            f"config: model_type {kind!r} needs an object text_config with the settings of its text decoder, "
+            f"got {text!r:.80}; add it"
+        )
     decoder = text.get("model_type", next(iter(part.decoders)))
     if decoder not in part.decoders:
         raise ValueError(f"config: text_config of this {kind!r}: {_refused(text, part)}")
@@ -397,7 +407,9 @@ def _defaults(decoder: str, text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_plain_rope(text: dict[str, Any]) -> dict[str, Any]:
-    """Return settings without M-RoPE's sections of positions, which for text are all the same position."""
+    """Remove M-RoPE's settings from a text_config: its three positions of a token are equal in a text, so
+    that it is plain rope.
+    """
     out = dict(text)
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(text.get(name), dict):
@@ -407,8 +419,9 @@ def _with_plain_rope(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def decoder_prefix(names: Iterable[str]) -> str | None:
-    """Return the prefix of the decoder's tensors in the files of a model or of an adapter on it; None if no
-    name is the decoder's.
+    """Return the prefix that the text decoder's tensors have in a multimodal model's files, or an adapter's.
+
+    names: of all tensors in the files. None if none of them is the decoder's.
     """
     names = list(names)
     plain = ("model.layers.", "model.embed_tokens.", "model.norm.")  # as in Qwen2-VL's first files
@@ -417,8 +430,8 @@ def decoder_prefix(names: Iterable[str]) -> str | None:
 
 
 def text_tensor(name: str, prefix: str) -> str | None:
-    """Return a tensor's name in the text-only model; None for a tensor that is not part of the decoder.
-    prefix: see decoder_prefix.
+    """Return the text-only model's name for a tensor of a multimodal model; None for a tensor that is not
+    part of the text decoder. prefix: see decoder_prefix.
     """
     if name.startswith(prefix) and not name.startswith("model.visual."):
         return f"model.{name.removeprefix(prefix)}"
@@ -427,5 +440,5 @@ def text_tensor(name: str, prefix: str) -> str | None:
 
 
 def full_name(name: str, prefix: str) -> str:
-    """Return the name of a tensor or a module of the decoder in the multimodal model."""
+    """Invert text_tensor: return the multimodal model's name for a text-only model's tensor or module."""
     return f"{prefix}{name.removeprefix('model.')}" if name.startswith("model.") else name

@@ -36,11 +36,11 @@ from jaxft.tree import Params
 
 
 def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Return rows of the table [V, D], rounded to `dtype`; a quantised table is dequantised after the
-    look-up.
+    """Return the embeddings of tokens: rows of the table [V, D], rounded to `dtype`.
 
-    On a mesh the table is gathered once along fsdp and context, and its gradient is reduced once. The table
-    may have an adapter, rows of some tokens, or another table in its place.
+    A quantised table is dequantised after the look-up. On a mesh the table is gathered once along fsdp and
+    context, and its gradient is reduced once. The table may have an adapter (Adapted), trained rows of some
+    tokens (TokenRows), or be replaced by a trained table (Replaced).
     """
     if isinstance(table, Replaced):
         return embed(table.weight, ids, dtype)
@@ -72,7 +72,9 @@ _take.defvjp(lambda table, ids, dtype: (_take(table, ids, dtype), (table, ids)),
 
 
 def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Return the term that a table's adapter, or with `rows` the adapter of each row, adds to embeddings."""
+    """Return the embeddings that a table's LoRA adapter adds: its own, or, if `table.rows` assigns an adapter
+    to each row of ids, that adapter's.
+    """
     if table.rows is None:
         a = sharding.constrain(table.a, None, "rank")
         low = _take(a, ids, dtype) * table.scale.astype(dtype)
@@ -85,7 +87,7 @@ def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> 
 def with_token_rows(
     h: Float[Array, "B T D"], table: TokenRows, ids: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Return embeddings in which tokens with a trained row have that row."""
+    """Return the embeddings `h` of `ids`, with the trained rows of the table for the tokens that have one."""
     order = np.argsort(table.ids)
     ordered = jnp.asarray(np.asarray(table.ids)[order], ids.dtype)
     at = jnp.minimum(jnp.searchsorted(ordered, ids), len(order) - 1)
@@ -97,7 +99,8 @@ def neftune_noise(
     key: Key[Array, ""], segments: Int[Array, "B T"], width: int, alpha: float
 ) -> Float[Array, "B T D"]:
     """Return NEFTune's noise (Jain et al. 2024, arXiv:2310.05914): uniform in [-1, 1] times
-    `alpha / sqrt(L D)`, with L the number of tokens of the example that a token belongs to; 0 at padding.
+    `alpha / sqrt(L D)`, where L is the number of tokens in the token's example (segment) and D is `width`; 0
+    at padding.
     """
     B, T = segments.shape
     counts = jax.vmap(lambda row: jnp.zeros(T + 1, jnp.int32).at[row].add(1))(segments)
@@ -138,7 +141,7 @@ _embed_spread.defvjp(lambda table, ids, dtype: (_embed_spread(table, ids, dtype)
 def embed_tokens(
     table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike, residual: DTypeLike
 ) -> Float[Array, "B T D"]:
-    """Return the start of the residual stream: embeddings, rounded to the compute dtype, as `residual`."""
+    """Return the embeddings that start the residual stream: rounded to `dtype`, then cast to `residual`."""
     h = embed(table, sharding.constrain(ids, "rows", "time"), dtype).astype(residual)
     return sharding.constrain(h, "rows", "time", "act_width")
 
@@ -146,27 +149,28 @@ def embed_tokens(
 def rms_norm(
     x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: DTypeLike
 ) -> Float[Array, "... D"]:
-    """Return `x / sqrt(mean(x^2) + eps) * weight`, computed in x's dtype (at least float32), as `out`."""
+    """Return `x / sqrt(mean(x^2) + eps) * weight` in the dtype `out`, computed in float32 or wider."""
     wide = x.astype(accumulation_dtype(x.dtype))
     scale = jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + jnp.asarray(eps, wide.dtype))
     return (wide * scale * to_rank(weight.astype(wide.dtype), x.ndim)).astype(out)
 
 
 def to_rank(x: Float[Array, "..."], rank: int) -> Float[Array, "..."]:
-    """Add leading axes of size 1, as NumPy's rank promotion does implicitly."""
+    """Add leading axes of size 1 until x has `rank` axes, as NumPy's broadcasting does implicitly."""
     return jnp.expand_dims(x, range(rank - x.ndim))
 
 
 def gated(gate: Array, up: Array, activation: Callable[[Array], Array] = jax.nn.silu) -> Array:
-    """Return `activation(gate) * up`, computed in float32 or wider."""
+    """Return `activation(gate) * up`, computed in float32 or wider, in the dtype of `gate`."""
     wide = accumulation_dtype(gate.dtype)
     return (activation(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
 
 
 def biased_linear(p: Params, name: str, x: Float[Array, "... I"], key: Array | None) -> Float[Array, "... O"]:
-    """Return `x @ p[name]`, plus the bias `p[name_bias]` if the family declares one.
+    """Return `x @ p[name]`, plus the bias `p["{name}_bias"]` if the family declares one.
 
-    It is added in float32 or wider, so that its gradient, a sum over all tokens, has this precision.
+    The bias is added in float32 or wider, so that its gradient, a sum over all tokens, has this precision.
+    key: for dropout of an adapter's input, or None.
     """
     y, bias = linear(x, p[name], key), p.get(f"{name}_bias")
     if bias is None:
@@ -178,7 +182,7 @@ def biased_linear(p: Params, name: str, x: Float[Array, "... I"], key: Array | N
 def gated_mlp(
     p: Params, x_BTD: Float[Array, "B T D"], keys: Any, activation: Callable[[Array], Array] = jax.nn.silu
 ) -> Float[Array, "B T D"]:
-    """`down(activation(gate(x)) * up(x))`; keys: three dropout keys, or None for each."""
+    """Return `down(activation(gate(x)) * up(x))`. keys: three keys for the adapters' dropout, or Nones."""
     gate = saveable(
         sharding.constrain(biased_linear(p, "gate", x_BTD, keys[0]), "rows", "time", "mlp"), "gate"
     )
@@ -187,13 +191,13 @@ def gated_mlp(
 
 
 def split_keys(key: Array | None, count: int) -> Any:
-    """Split a random key into `count`, or return as many Nones."""
+    """Split a random key into `count` keys; without a key, return `count` Nones."""
     return (None,) * count if key is None else jax.random.split(key, count)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def saveable(x: Array, name: str) -> Array:
-    """Name an activation for remat: policies that save `name` keep it, as raw bits. Returns x."""
+    """Return x, named for remat: policies that save `name` store it for the backward pass, as raw bits."""
     return x
 
 
@@ -205,9 +209,10 @@ saveable.defvjp(_saveable_fwd, lambda name, _, g: (g,))
 
 
 def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Return logits in float32 or wider, from `head` [D, V] or, tied, from `embed` [V, D].
+    """Return the logits of hidden states h in float32 or wider, by the matrix `head` [D, V] or, with a tied
+    head, by the table `embed` [V, D].
 
-    The adapter of a tied head is an Adapted `head` without a weight.
+    params: has one or both of them. The adapter of a tied head is an Adapted `head` whose weight is None.
     """
     head = params.get("head")
     w = head.weight if isinstance(head, Adapted) else head
@@ -228,7 +233,7 @@ def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array,
 
 
 def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"], head: Adapted) -> Array:
-    """Add to the logits of each row those of its adapter of the head."""
+    """Add to the base's logits the term of each row's adapter. head: its leaves start with the axis B."""
     low = batched_dot(group_rows(h, len(head.a)), head.a.astype(h.dtype), (1, 0), h.dtype)
     low = low * head.scale.astype(h.dtype)[:, None, None]
     logits = logits + batched_dot(low, head.b.astype(h.dtype), (1, 0), logits.dtype).reshape(logits.shape)
@@ -236,15 +241,15 @@ def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"
 
 
 def _head_matmul(h: Float[Array, "... D"], w: Weight, transposed: bool) -> Float[Array, "... V"]:
-    """Return logits by a table [V, D] (`transposed`) or a head [D, V], of which rows may be replaced."""
+    """Return logits by a table [V, D] (`transposed`) or a head [D, V], with its trained rows if any."""
     if not isinstance(w, TokenRows):
         return matmul(h, w, transposed, True)
     return matmul(h, w.weight, transposed, True).at[..., np.asarray(w.ids)].set(matmul(h, w.rows, True, True))
 
 
 def base_table(table: Weight) -> Weight:
-    """Return the table that a tied head reads: adapters of the table and its replacement do not change it,
-    replaced rows do.
+    """Return the table that a tied head reads: without the table's adapter, and the base's in place of one
+    that is trained in full; trained rows of tokens remain.
     """
     if isinstance(table, Adapted):
         return table.weight
@@ -252,7 +257,7 @@ def base_table(table: Weight) -> Weight:
 
 
 def head_params(params: dict[str, Weight]) -> dict[str, Weight]:
-    """Return the subtree that lm_head reads: the head, or for a tied one the table and the adapter on it."""
+    """Return the part of `params` that lm_head reads: "head"; if tied, "embed" and an adapter's "head"."""
     head = params.get("head")
     tied = head is None or (isinstance(head, Adapted) and head.weight is None)
     table = {"embed": base_table(params["embed"])} if tied and "embed" in params else {}
@@ -260,10 +265,10 @@ def head_params(params: dict[str, Weight]) -> dict[str, Weight]:
 
 
 def head_of_tokens(head: dict[str, Weight], ids: Int[Array, " U"]) -> dict[str, Weight]:
-    """Return the head of U tokens alone: from it, the logits function of a model returns [..., U].
+    """Return a language model head for U tokens only: with it, lm_head returns logits [..., U].
 
-    head: what lm_head reads. Only these tokens' rows of a table, and columns of a matrix, are read. ids: each
-    token once.
+    head: the result of head_params. ids: the tokens, each once. Only their rows of the table, or their
+    columns of the matrix, are read.
     """
     part = {}
     if "embed" in head:
@@ -280,7 +285,7 @@ def _rows(table: Weight, ids: Int[Array, " U"]) -> Float[Array, "U D"]:
 
 
 def _columns(w: Weight, ids: Int[Array, " U"]) -> Weight:
-    """Return the columns [D, U] of a head [D, V]."""
+    """Return the columns [D, U] of the tokens `ids` in a head [D, V]."""
 
     def last(x: Array | None) -> Array | None:
         return None if x is None else jnp.take(x, ids, axis=-1)

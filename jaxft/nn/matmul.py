@@ -1,9 +1,9 @@
 """Matmuls with plain, quantised and LoRA-adapted weights, and their backward passes.
 
-Contractions accumulate in float32 or wider, in the way that is fastest on the device; 16-bit floats that are
-stacked or concatenated are raw bits, which XLA's CPU compiler does not widen. Frozen E4M3 weights are
-multiplied in FP8 on devices that have such matmuls. A tap on a weight collects its inputs while a layer is
-traced, so that the layer can return values computed from them.
+Contractions accumulate in float32 or wider, in the way that is fastest on the device. XLA's CPU compiler
+converts 16-bit floats to float32 when they are stacked or concatenated, so they are stacked as raw bits.
+Frozen E4M3 weights are multiplied in FP8 on devices that have FP8 matmuls. A tap on a weight collects the
+inputs of its matmuls while a layer is traced, so that the layer can return values computed from them.
 """
 
 import math
@@ -49,8 +49,8 @@ def wide_dot(x: Array, w: Array, dims: Any) -> Array:
 
 
 def wide_einsum(spec: str, x: Array, y: Array, widen: bool = True) -> Array:
-    """jnp.einsum with the result in the accumulation dtype. widen=False: for operands that are not to be
-    copied in float32.
+    """jnp.einsum with the result in the accumulation dtype. widen=False: never copy the operands to float32,
+    as _widened does on some CPUs.
     """
     wide = accumulation_dtype(x.dtype)
 
@@ -61,9 +61,9 @@ def wide_einsum(spec: str, x: Array, y: Array, widen: bool = True) -> Array:
 
 
 def _widened(product: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
-    """Apply a product to 16-bit floats converted to float32 on a CPU that does not multiply them itself.
+    """Return `product(x, y)`; on a CPU without 16-bit matmuls, convert 16-bit x and y to float32 first.
 
-    The products of single elements are exact in float32 either way.
+    With either, products of single elements are exact in float32.
     """
     if x.dtype.itemsize != 2 or cpu_has_bfloat16_matmuls():
         return product(x, y)
@@ -85,7 +85,7 @@ def from_bits(x: Array, dtype: DTypeLike) -> Array:
 
 
 def concat_bits(parts: Sequence[Array], axis: int) -> Array:
-    """Concatenate arrays of one dtype, 16-bit floats as raw bits, which XLA's CPU compiler doesn't widen."""
+    """Concatenate arrays of one dtype, 16-bit floats as raw bits: XLA's CPU compiler would widen them."""
     return from_bits(jnp.concatenate([to_bits(x) for x in parts], axis), parts[0].dtype)
 
 
@@ -96,10 +96,11 @@ Weight = Any  # Array | QTensor | Adapted | InputTap
 
 
 def dot(x: Array, w: Array, contract: tuple[int, int], out: DTypeLike) -> Array:
-    """Contract one axis of each, accumulated in float32 or wider, and cast to `out`.
+    """Contract axis contract[0] of x with axis contract[1] of w, accumulated in float32 or wider; return
+    dtype `out`.
 
-    With tensor parallelism the cast comes before the reduction over devices, which halves its bytes for
-    16-bit floats.
+    With tensor parallelism each device's result is cast to `out` before the sum over devices: with 16-bit
+    floats this halves the bytes that they exchange.
     """
     dims = (((contract[0] % x.ndim,), (contract[1] % w.ndim,)), ((), ()))
     if sharding.mesh_has("tensor"):
@@ -113,7 +114,9 @@ def expand(w: Weight, dtype: DTypeLike) -> Array:
 
 
 def expand_after(w: Weight, x: Array) -> Array:
-    """expand in the dtype of x, after x: XLA would otherwise dequantise many weights at once."""
+    """Return a weight as a plain array in the dtype of x. It is dequantised only once x has been computed:
+    XLA would otherwise dequantise the weights of many layers at once.
+    """
     if isinstance(w, QTensor) and w.kind != "bits":
         w, _ = jax.lax.optimization_barrier((w, x))
     return expand(w, x.dtype)
@@ -127,16 +130,18 @@ def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "
 
 
 def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
-    """Return `g @ w^T` in dtype `out`: the gradient of `times` by its input, in FP8 where `times` is."""
+    """Return `g @ w^T` in dtype `out`, in FP8 if `times` is: the gradient of `times` with respect to x."""
     if multiplies_in_fp8(w):
         return times_transposed_in_fp8(g, w).astype(out)
     return dot(g, expand_after(w, g), (-1, 1), out)
 
 
 def gather_layer(layer: Any, axes: Any) -> Any:
-    """Gather the quantised weights and adapters of a layer along fsdp and context; axes: of each weight.
+    """Gather the quantised weights and adapters of a layer over the mesh axes fsdp and context. Plain weights
+    are unchanged.
 
-    Without this the partitioner gathers quantised weights after dequantising them. It handles plain weights.
+    axes: a tree like `layer` with the names of each weight's axes. Without this XLA's partitioner gathers a
+    quantised weight after dequantising it, which moves more bytes; plain weights it gathers well.
     """
     return jax.tree.map(
         gather_weight, layer, axes, is_leaf=lambda x: isinstance(x, QTensor | Adapted | InputTap)
@@ -166,9 +171,9 @@ def _flat(x: Array) -> Array:
 def outer(x: Float[Array, "*N I"], g: Float[Array, "*N O"], out: DTypeLike) -> Float[Array, "I O"]:
     """Return `x^T g`, the gradient of a weight: the sum over N of outer products, accumulated as in dot.
 
-    XLA's CPU compiler runs a 16-bit matmul that contracts the first axis of both operands at about half its
-    rate. There the smaller of x and (g and the result) is transposed first, in blocks of rows: a plain
-    transpose would be folded into the matmul.
+    XLA's CPU compiler reaches about half its usual rate in a 16-bit matmul that contracts the first axis of
+    both operands. On a CPU either x, or both g and the result, are therefore transposed, whichever has fewer
+    elements. The transposition goes by blocks of rows, since XLA would fold a plain one into the matmul.
     """
     lead = tuple(range(x.ndim - 1))
     if sharding.is_multi_device():  # flattening sharded axes would move data between devices
@@ -199,13 +204,13 @@ def _transpose(x: Float[Array, "N M"]) -> Float[Array, "M N"]:
 def matmul(
     x: Float[Array, "... I"], w: Weight, transposed: bool = False, wide: bool = False
 ) -> Float[Array, "... O"]:
-    """Return `x @ w` in the dtype of x, accumulated in float32 or wider; `wide` returns the accumulation
-    dtype.
+    """Return `x @ w` in the dtype of x or, if `wide`, in the dtype of the accumulation: float32 or wider.
 
     w is [I, O], or [O, I] if `transposed`. A QTensor is dequantised here and again in the backward pass, so
-    that no dequantised copy is a residual; or it is multiplied in FP8 (multiplies_in_fp8), but not for a
-    `wide` result: logits keep their precision. The cotangent is cast to x's dtype before both matmuls (the
-    fast path of every backend), and the gradient of a weight has the precision of the accumulator.
+    that no dequantised copy is stored in between; or it is multiplied in FP8 (multiplies_in_fp8), but not if
+    `transposed` or `wide`, so that logits keep their precision. In the backward pass the cotangent is cast to
+    x's dtype before both matmuls (the fast path of every backend); a weight's gradient is accumulated like
+    the result.
     """
     if not (transposed or wide):
         return times(x, w, x.dtype)
@@ -236,12 +241,12 @@ matmul.defvjp(_matmul_fwd, _matmul_bwd)
 def lora_matmul(
     x: Float[Array, "... I"], dropped: Float[Array, "... I"], w: Weight, a: Array, b: Array, scale: Array
 ):
-    """`x @ w + scale * (dropped @ a) @ b` as one matmul `[x, s dropped a] @ [w; b]` (Hu et al. 2021,
-    2106.09685).
+    """Return `x @ w + scale * (dropped @ a) @ b` (LoRA, Hu et al. 2021, arXiv:2106.09685), computed as one
+    matmul `[x, scale dropped a] @ [w; b]` where that is faster.
 
-    dropped: x after dropout. w: [I, O] or a QTensor. scale is frozen: it has no gradient. If w is multiplied
-    in FP8, or x has one token per row ([..., 1, I], in decoding), the adapter's matmuls are separate ones in
-    the dtype of x.
+    dropped: x after dropout. w: [I, O] or a QTensor. scale has no gradient. If w is multiplied in FP8, the
+    mesh has tensor parallelism, or x has one token per row ([..., 1, I], in decoding), the matmuls with w and
+    with b are separate.
     """
     return _lora_fwd(x, dropped, w, a, b, scale)[0]
 
@@ -279,7 +284,7 @@ def _lora_bwd(residuals, g):
 
 
 def _low(x: Float[Array, "... R"]) -> Array:
-    """Keep the rank axis unsharded: it is so short that sharding it moves more than it saves."""
+    """Return x with its rank axis unsharded: the axis is so short that sharding it would cost more time."""
     return sharding.constrain(x, *(None,) * (x.ndim - 1), "rank")
 
 
@@ -290,8 +295,8 @@ def _input_gradients_joined(g, w, b):
 
 
 def _input_gradients(g, w, b):
-    """Return `g w^T` and `g b^T` by two matmuls: where these run at full rate, concatenating and splitting
-    cost time and memory.
+    """Return `g w^T` and `g b^T` by two matmuls, which saves the copies of the joined one; for devices that
+    run the two at their full rate.
     """
     return times_transposed(g, w, g.dtype), dot(g, b.astype(g.dtype), (-1, 1), g.dtype)
 
@@ -302,7 +307,7 @@ lora_matmul.defvjp(_lora_fwd, _lora_bwd)
 def batched_dot(
     x: Float[Array, "K ..."], w: Float[Array, "K ..."], contract: tuple[int, int], out: DTypeLike
 ) -> Array:
-    """`dot` of K pairs of matrices; axes are counted without K."""
+    """Return `dot(x[k], w[k], contract, out)` for each k, stacked along K."""
     dims = (((contract[0] + 1,), (contract[1] + 1,)), ((0,), (0,)))
     return wide_dot(x, w, dims).astype(out)
 
@@ -314,13 +319,13 @@ def multi_lora_matmul(
 ) -> Float[Array, "KB ... O"]:  # fmt: skip
     """lora_matmul with K adapters: the rows of x are K equal groups, one for each adapter.
 
-    All rows share one matmul with the base; low-rank parts are added in the precision of the accumulator.
+    All rows share one matmul with the base weight; the adapters' terms are added in float32 or wider.
     """
     return _loras_fwd(x, dropped, w, a, b, scale)[0]
 
 
 def group_rows(x: Float[Array, "KB ... I"], count: int) -> Float[Array, "K N I"]:
-    """Return rows that are K equal groups with an axis of the groups."""
+    """Reshape x, whose rows are `count` = K equal groups, to [K, N, I]; N counts the tokens of a group."""
     return x.reshape(count, x.size // (count * x.shape[-1]), x.shape[-1])
 
 
@@ -349,7 +354,7 @@ multi_lora_matmul.defvjp(_loras_fwd, _loras_bwd)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Inverted dropout; the identity without a key or with rate 0."""
+    """Set a fraction `rate` of x to 0 at random and divide the rest by 1 - rate; without a key return x."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -357,11 +362,12 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Float[Array, "... O"]:
-    """Return `x @ w` for a plain, quantised or LoRA-adapted weight [I, O]; key: for dropout of the adapter's
-    input.
+    """Return `x @ w` for a plain, quantised or LoRA-adapted weight [I, O].
 
-    With an axis over K adapters the rows of x are K equal groups, one for each. With `rows` [B], row i of x
-    has adapter rows[i]. A weight with a `gain`, which is for inference, has no dropout.
+    key: for dropout of the adapter's input; None for no dropout. A weight may have several adapters (see
+    lora.Adapted): if its leaves have an axis over K adapters, the rows of x are K equal groups, one for each;
+    if it has `rows` [B], row i of x uses adapter rows[i]. If it has a `gain`, as in inference, nothing is
+    dropped.
     """
     if isinstance(w, InputTap):
         w.tapped.inputs[w.name] = x
@@ -386,7 +392,7 @@ def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Flo
 
 
 class Tapped:
-    """The inputs that taps collect while a layer is traced."""
+    """The matmul inputs that the taps on weights (InputTap) collect while a layer is traced."""
 
     def __init__(self) -> None:
         self.inputs: dict[str, Float[Array, "... I"]] = {}
@@ -411,8 +417,8 @@ class InputTap:
 
 
 def with_taps(params: Params, paths: Collection[str]) -> tuple[Params, Tapped]:
-    """Return parameters with taps, named by path, on the weights at `paths`, and the Tapped that collects
-    their inputs.
+    """Put a tap on each weight at `paths`. Return the parameters with taps, and the Tapped that collects the
+    inputs of these weights by path.
     """
     tapped = Tapped()
 
@@ -446,15 +452,15 @@ def _on_device() -> bool:
 
 
 def is_scaled_by_channel(w: QTensor) -> bool:
-    """Whether a weight has E4M3 numbers with a scale per output channel."""
+    """Return whether a weight is stored in fp8 (E4M3) with one scale per output channel."""
     return w.kind == "fp8" and w.block is None
 
 
 def multiplies_in_fp8(w: Any) -> bool:
-    """Whether matmuls with a weight run in FP8, or emulate it, on the devices of the ambient mesh.
+    """Return whether matmuls with a weight run in FP8, or emulate it, on the devices of the ambient mesh.
 
-    Weights with a scale per block of inputs never do: scales along the contracted axis cannot be applied to
-    the result.
+    False for weights with a scale per block of inputs: such scales vary along the contracted axis, so they
+    cannot be applied to the result of a matmul.
     """
     if not isinstance(w, QTensor) or not is_scaled_by_channel(w):
         return False
@@ -468,14 +474,14 @@ def times_in_fp8(x: Float[Array, "*N I"], w: QTensor) -> Float[Array, "*N O"]:
 
 
 def times_transposed_in_fp8(g: Float[Array, "*N O"], w: QTensor) -> Float[Array, "*N I"]:
-    """Return `g @ w^T` in float32 or wider, with the rows of `g * scale of w` rounded to COTANGENT."""
+    """Return `g @ w^T` in float32 or wider, with the rows of `g * (scales of w)` rounded to COTANGENT."""
     wide = g.astype(accumulation_dtype(g.dtype))
     rounded, scale = round_rows(wide * _channel_scales(w, wide), COTANGENT)
     return _product(rounded, w, 1, g.dtype) * scale
 
 
 def _channel_scales(w: QTensor, like: Array) -> Array:
-    """Return w's scales [1, O] with the rank and dtype of another array."""
+    """Return w's scales, one per output channel, as [1, ..., 1, O] with the rank and dtype of `like`."""
     return w.scale.reshape(*(1,) * (like.ndim - 1), w.scale.shape[-1]).astype(like.dtype)
 
 
@@ -491,11 +497,12 @@ def round_rows(x: Float[Array, "*N I"], dtype: DTypeLike) -> tuple[Array, Float[
 
 
 def _product(rounded: Array, w: QTensor, contracted: int, dtype: DTypeLike) -> Array:
-    """Contract the last axis of FP8 numbers with an axis of w's codes, in float32 or wider.
+    """Return the matmul of FP8 numbers with w's codes, before scales are applied, in float32 or wider.
 
-    dtype: of the activations. With bfloat16 activations the product is bfloat16 too, which halves its memory
-    traffic and, where the contracted axis is sharded, the bytes of its reduction; float16 has too small a
-    range. Emulation multiplies the same numbers in bfloat16 or wider, which represents them exactly.
+    rounded: FP8 numbers; their last axis is contracted with axis `contracted` of the codes. dtype: of the
+    activations. With bfloat16 activations the matmul's output is rounded to bfloat16, which halves its bytes
+    in memory and between devices; float16 has too small a range for this. Devices without FP8 matmuls
+    multiply the same numbers in bfloat16 or wider, which represents them exactly.
     """
     wide, kept = accumulation_dtype(dtype), jnp.dtype(dtype)
     kept = kept if kept == jnp.bfloat16 else wide

@@ -52,11 +52,11 @@ def full(value: float) -> Init:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, a logical axis for each dimension (see sharding.AXES) and its initialiser.
+    """One parameter: its shape, the logical name of each axis (see sharding.AXES) and its initialiser.
 
     heads: number of heads along its "heads" or "kv_heads" axis; a mesh shards that axis between heads only.
-    For the outputs of fused projections: the number that tensor parallelism must divide. numbers: which
-    layers of the model are along its "layers" axis, see layer_numbers.
+    For the outputs of a fused projection: the number that mesh.tensor must divide. numbers: the numbers, in
+    the model, of the layers that are stacked along its "layers" axis; None for 0, 1, ... (layer_numbers).
 
     >>> up = ParamSpec((2, 8, 32), ("layers", "width", "mlp"), fan_in(8))
     >>> count_params({"up": up}), kernel(up).lead
@@ -71,11 +71,14 @@ class ParamSpec:
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
-            raise ValueError(f"a spec of shape {self.shape} needs {len(self.shape)} axes, got {self.axes}")
+            raise ValueError(
+                f"a spec of shape {self.shape} needs {len(self.shape)} axis names, got {self.axes}; pass one "
+                "name per dimension"
+            )
 
 
 class KernelAxes(NamedTuple):
-    """The names of a kernel's axes: `lead` that it is stacked along, inputs and outputs."""
+    """The names of a kernel's axes. lead: the axes along which it is stacked; ins: inputs; outs: outputs."""
 
     lead: tuple[str, ...]
     ins: str
@@ -83,7 +86,7 @@ class KernelAxes(NamedTuple):
 
     @property
     def is_router(self) -> bool:
-        """Whether it chooses experts; transformers has no linear layer for this."""
+        """Whether the kernel is a router, which scores experts; in transformers it is no linear layer."""
         return self.outs == "expert_scores"
 
 
@@ -98,8 +101,8 @@ def lead_shape(spec: ParamSpec) -> tuple[int, ...]:
 
 
 def kernel(spec: ParamSpec) -> KernelAxes | None:
-    """Return the axes of a parameter that is a matrix, stacked or not; None for a vector, as of a norm, and
-    for several values of each channel, as of a depthwise convolution.
+    """Return the axes of a parameter that is a matrix or a stack of matrices; None for other parameters, such
+    as a norm's vector or a depthwise convolution's [channel, tap].
 
     >>> kernel(ParamSpec((2, 8, 4, 6), ("layers", "experts", "width", "mlp"), full(0.0)))
     KernelAxes(lead=('layers', 'experts'), ins='width', outs='mlp')
@@ -110,18 +113,21 @@ def kernel(spec: ParamSpec) -> KernelAxes | None:
 
 
 def map_stack(fn: Callable, lead: Sequence[int], *stacks: Any) -> Any:
-    """Apply a function to each parameter of stacks with these lead axes, one after another."""
+    """Apply `fn(*parameters)` to the parameters at each index of stacked arrays, one index after another.
+
+    lead: the sizes of the axes along which the arrays are stacked. Returns the stacked results.
+    """
     return jax.lax.map(lambda one: map_stack(fn, lead[1:], *one), stacks) if lead else fn(*stacks)
 
 
 def is_spec(x: Any) -> bool:
-    """Whether a node is a ParamSpec: the `is_leaf` of tree functions over specs."""
+    """Return whether a node is a ParamSpec. Pass it as `is_leaf` to tree functions over specs."""
     return isinstance(x, ParamSpec)
 
 
 def layer_numbers(spec: ParamSpec) -> range:
-    """Return the numbers in the model of the layers along a parameter's "layers" axis: 0, 1, ... unless the
-    spec has `numbers`, as in models with several stacks. Empty without that axis.
+    """Return the numbers, in the model, of the layers that are stacked along a parameter's "layers" axis:
+    `spec.numbers`, or 0, 1, ... if it is None. Without a "layers" axis the range is empty.
     """
     sizes = dict(zip(spec.axes, spec.shape, strict=True))
     return range(sizes.get("layers", 0)) if spec.numbers is None else spec.numbers
@@ -147,24 +153,24 @@ def init_params(specs: Specs, key: jax.Array, dtype: DTypeLike = jnp.float32) ->
 
 
 def sharding_of(spec: ParamSpec, mesh: Mesh, path: str) -> Any:
-    """Return the NamedSharding of a parameter. Raises ValueError that names `path` if it doesn't fit the
-    mesh.
+    """Return the NamedSharding of a parameter. path: its name in errors. Raises ValueError if an axis cannot
+    be sharded over the mesh.
     """
     return sharding.array_sharding(mesh, spec.axes, spec.shape, path, spec.heads)
 
 
 def shardings(specs: Specs, mesh: Mesh) -> Any:
-    """Return the NamedSharding of every parameter."""
+    """Return a tree like `specs` with the NamedSharding of every parameter."""
     return tree.map_with_path(lambda path, s: sharding_of(s, mesh, path), specs, is_leaf=is_spec)
 
 
 def count_params(specs: Specs) -> int:
-    """Return the number of parameters."""
+    """Return the number of elements of all parameters."""
     return sum(math.prod(s.shape) for s in spec_paths(specs).values())
 
 
 def path_hash(path: str) -> int:
-    """Return a 32-bit hash of a path."""
+    """Return a 32-bit hash of a path, the same in every process."""
     h = 2166136261  # FNV-1a: stable across processes, unlike hash()
     for byte in path.encode():
         h = ((h ^ byte) * 16777619) & 0xFFFFFFFF

@@ -30,21 +30,21 @@ HOST_CHUNK = 1 << 18  # elements that a thread quantises at a time
 
 @dataclass(frozen=True)
 class Quant:
-    """Storage of the frozen base: the settings of QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
+    """Quantisation of the frozen base weights, as in QLoRA (Dettmers et al. 2023, arXiv:2305.14314).
 
     kind: int8 or fp8 (E4M3; both with a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and
     for affine4 an offset, per `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ,
-    GGUF or scripts/quantize.py), without rounding again. double: quantise the scales of nf4 and fp4 to 8 bits
-    too. block: inputs that share a scale; block and double default to the usual values of the kind. targets:
-    "all-linear" (every linear layer of the blocks) or a regular expression over parameter paths, which may
-    match embed and head too; norms are never quantised. fp8_matmul: whether fp8 weights are multiplied in FP8
-    (see nn.matmul); by default where the device has such matmuls, true emulates them on other devices, false
-    dequantises the weights on all.
+    GGUF or scripts/quantize.py), without rounding again. block: the number of consecutive inputs that share a
+    scale. double: quantise the scales of nf4 and fp4 to 8 bits too. None for block or double is the kind's
+    usual value. targets: "all-linear" (every linear layer of the blocks) or a regular expression over
+    parameter paths, which may match embed and head too; norms are never quantised. fp8_matmul: how fp8
+    weights are multiplied (see nn.matmul). None: in FP8 on devices with FP8 matmuls; true: in FP8, emulated
+    on other devices; false: dequantised first, on all devices.
 
     calibrate: round the layers' weights so that their outputs change least on some rows (see
     calibrated_base.py): "run" for the run's own training rows, or a file, a folder or a hub dataset.
-    calibrate_tokens: how many tokens of these rows. codes: the name of the calibrated codes in the cache,
-    which a run sets.
+    calibrate_tokens: how many tokens of these rows are used. codes: the file name of the calibrated weights
+    in jaxft's cache; a run sets it, users do not.
     """
 
     kind: str = "nf4"
@@ -71,15 +71,15 @@ class Quant:
 
     @classmethod
     def parse(cls, kind: QuantKind) -> "Quant | None":
-        """Return the settings of a kind with its usual block and scales; None for "none"."""
+        """Return the Quant of a kind, with the kind's usual block and double; None for "none"."""
         return None if kind == "none" else cls(kind)
 
 
 def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quant | None:
-    """Return the quantisation of `kind`; with kind=None, the one in a run's record (config.json).
+    """Return the Quant of `kind`; with kind=None, the Quant that a run's config.json, `record`, has.
 
-    None for a record whose adapter.init is one of RESIDUAL_INITS: that run quantised a changed base, and its
-    exported adapter is for the unquantised base.
+    With kind=None, return None if the record has no quantisation, or if its adapter.init is one of
+    RESIDUAL_INITS: that run quantised a changed base, and its exported adapter is for the unquantised base.
     """
     if kind is not None:
         return Quant.parse(kind)
@@ -95,9 +95,9 @@ def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quan
 
 
 def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
-    """Return (block, double) with the usual values of the kind for None.
+    """Return (block, double), with None replaced by the kind's usual value.
 
-    Raises ValueError for an unknown kind, and for a setting that the kind doesn't have.
+    Raises ValueError for an unknown kind, an odd block, and a block or double that the kind does not allow.
     """
     if kind == CHECKPOINT:
         if block is not None or double is not None:
@@ -122,17 +122,18 @@ def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[in
 class QTensor:
     """A frozen weight [..., I, O] that is dequantised where it is used.
 
-    kind "bits": a 16-bit float stored as raw uint16. Dequantising it is free, and XLA's CPU compiler would
-    convert a whole scan-stacked bfloat16 weight to float32 (measured: 3.8 GB for SmolLM2-135M). The other
-    kinds are FORMATS: the I inputs form N blocks of `block` (the last may be shorter; None: one block), and
-    the weight is `decode(code) * scale + offset`, computed in float32 and rounded to `dtype`.
+    kind: "bits", or a name in quant_formats.FORMATS. "bits" is a 16-bit float stored as raw uint16, which
+    costs nothing to convert; XLA's CPU compiler would convert a whole scan-stacked bfloat16 weight to float32
+    (measured: 3.8 GB for SmolLM2-135M). In the other kinds the I inputs form N blocks of `block` (the last
+    may be shorter; None: one block), and the weight is `decode(code) * scale + offset`, computed in float32
+    and rounded to `dtype`.
 
-    codes: uint8 [..., I/2, O], two per byte with the first in the high bits; of int8 and fp8 [..., I, O],
-    int8 or the bits of E4M3 numbers as uint8.
-    scale: [..., N, O], float, or uint8 if outer and mean are given (see quant_formats.encode_scales).
-    offset: [..., N, O], for affine4. outer: [..., S] and mean: [...], of quantised scales. index: int32
-    [..., I], the block of each input if blocks are not runs of inputs (GPTQ's act-order). fp8_matmul: see
-    Quant.
+    codes: uint16 for "bits"; int8 or, for fp8, uint8 (the bits of E4M3 numbers), [..., I, O]; for 4-bit kinds
+    uint8 [..., I/2, O], two codes per byte, the first in the high bits.
+    scale: [..., N, O], float, or uint8 if the scales are quantised. outer [..., S], mean [...]: what
+    quant_formats.encode_scales returns with quantised scales. offset: [..., N, O], for affine4. index: int32
+    [..., I], the block of each input, where a block's inputs are not consecutive (GPTQ's act-order).
+    fp8_matmul: see Quant.
     """
 
     codes: Any
@@ -157,7 +158,7 @@ LIKE_WEIGHT = ("codes", "scale", "offset")  # arrays with the axes of the weight
 
 
 def shardings_of(q: QTensor, whole: Any) -> QTensor:
-    """Return the sharding of each array of a QTensor whose weight has the NamedSharding `whole`."""
+    """Return q with a NamedSharding in place of each array, for a weight with the NamedSharding `whole`."""
 
     def place(name: str, x: Any) -> Any:
         if name not in LIKE_WEIGHT:
@@ -170,7 +171,7 @@ def shardings_of(q: QTensor, whole: Any) -> QTensor:
 
 
 def is_paired(kind: str) -> bool:
-    """Whether two codes share a byte."""
+    """Return whether a kind has 4-bit codes, of which two share a byte."""
     return kind in FORMATS and FORMATS[kind].bits == 4
 
 
@@ -180,7 +181,7 @@ def is_qtensor(x: Any) -> bool:
 
 
 def bits_per_param(q: Any) -> float:
-    """Return the stored bits per parameter, scales included."""
+    """Return how many bits a weight (an array or a QTensor) stores per parameter, scales included."""
     count = np.prod(q.shape, dtype=np.int64)
     return 8 * sum(x.size * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(q)) / max(1, int(count))
 
@@ -188,9 +189,11 @@ def bits_per_param(q: Any) -> float:
 def quantize(
     weight: Any, kind: str, block: int | None = None, double: bool | None = None, scale: Any = None
 ) -> QTensor:
-    """Quantise a weight [..., I, O]. A numpy array gives numpy leaves, bit-equal to a jax array's.
+    """Quantise a weight [..., I, O]. A NumPy weight gives a QTensor of NumPy arrays, with the same bits as a
+    jax array.
 
-    block, double: see Quant. scale: the result of `scales` for the full weight, if this is a part of it.
+    kind: see QTensor. block, double: see Quant. scale: the scales to use; None computes them. If `weight` is
+    a part of a larger weight, pass the result of `scales` for the larger one.
     Raises ValueError for an unknown kind or a dtype that it cannot store, for an odd I with 4-bit codes, and
     (outside jit) for NaN, infinities and magnitudes of 2^80 and above.
 
@@ -235,14 +238,12 @@ def scales(weight: np.ndarray, kind: str, block: int | None = None) -> Float[np.
 
 
 def _columns(weight: Any) -> int:
-    """Return how many output channels a thread of the host processes at a time, so that their floats fit in
-    cache.
-    """
+    """Return how many output channels a host thread quantises at a time, so that they fit in its cache."""
     return max(1, HOST_CHUNK // math.prod(weight.shape[:-1]))
 
 
 def _encoded(weight: Any, kind: str, block: int, scale: Any) -> tuple[Any, Any, Any]:
-    """Return (packed codes, scales, offsets) of a weight. scale: its scales; None computes them."""
+    """Return (packed codes, scales, offsets or None) of a weight. scale: its scales; None computes them."""
     *lead, ins, outs = weight.shape
     step = _columns(weight)
     if isinstance(weight, np.ndarray) and step < outs:
@@ -265,21 +266,21 @@ def _stored_scale(x: Any, format: qf.Format) -> Any:
 
 
 def dequantize(q: QTensor) -> Float[Array, "*L I O"]:
-    """Return the weight in its own dtype."""
+    """Return the weight as a plain array of dtype `q.dtype`."""
     if q.kind == "bits":
         return jax.lax.bitcast_convert_type(q.codes, q.dtype)
     return _decoded(q, qf.unpack(q.codes) if is_paired(q.kind) else q.codes, partial(_per_input, q))
 
 
 def _per_input(q: QTensor, x: Array) -> Array:
-    """Repeat a number per block for each of its inputs."""
+    """Repeat the entries of x, one per block, for each input of the block: [..., N, O] to [..., I, O]."""
     if q.index is not None:
         return jnp.take_along_axis(x, q.index[..., None], axis=-2)
     return qf.repeat_blocks(x, q.block or q.shape[-2], q.shape[-2])
 
 
 def grid(q: QTensor) -> tuple[Float[Array, "*L I O"], Float[Array, "*L I O"] | None]:
-    """Return the scale and the offset (or None) of every element in float32."""
+    """Return the scale and the offset (None without offsets) of every element of the weight, in float32."""
     scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
     offset = None if q.offset is None else _per_input(q, q.offset.astype(jnp.float32))
     return _per_input(q, scale.astype(jnp.float32)), offset
@@ -297,7 +298,7 @@ def take_rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
 
 
 def _decoded(q: QTensor, codes: Array, per_input: Callable[[Array], Array]) -> Array:
-    """Return the weight of unpacked codes; per_input repeats a number per block to their shape."""
+    """Return the weight of unpacked codes. per_input: repeats scales, one per block, to the codes' shape."""
     scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
     value = FORMATS[q.kind].decode(codes) * per_input(scale.astype(jnp.float32))
     if q.offset is not None:

@@ -39,11 +39,12 @@ FP4_BOUNDS = np.array(
 
 
 def dynamic_code(signed: bool = True) -> Float[np.ndarray, "256"]:
-    """Return bitsandbytes' 8-bit dynamic code (Dettmers 2015, arXiv:1511.04561), ascending.
+    """Return the 256 values of bitsandbytes' 8-bit dynamic code (Dettmers 2015, arXiv:1511.04561), ascending.
 
-    Each power of ten 10^-6 .. 1 has twice as many values as the one below it: the means of neighbours among
-    equally spaced points from 0.1 to 1, which torch.linspace computes from both ends with fused multiply-adds
-    in float32. Without a sign there is one bit more.
+    For each power of ten 10^-6 .. 1 the values are 10^k times the midpoints between equally spaced points
+    from 0.1 to 1; each power has twice as many values as the power below it. The points are computed as
+    torch.linspace computes them (from both ends, with fused multiply-adds in float32). Unsigned codes have
+    twice as many points.
     """
     low, values = np.float32(0.1), [0.0, 1.0]
     for i in range(7):
@@ -66,7 +67,7 @@ DYNAMIC_BOUNDS = (DYNAMIC[:-1] + DYNAMIC[1:]) * np.float32(0.5)
 
 
 def _inverse(scale: Array) -> Array:
-    """Return 1 / scale, finite where a block is all zeros."""
+    """Return 1 / scale; a finite number where the scale is 0, as in a block of zeros."""
     xp = scale.__array_namespace__()
     return np.float32(1.0) / xp.maximum(scale, np.float32(2.0**-120))
 
@@ -77,7 +78,7 @@ def _largest(x: Array) -> Array:
 
 
 def _above(x: Array, bounds: np.ndarray) -> Array:
-    """Count the bounds that x is above, as uint8."""
+    """Return how many of the bounds each element of x exceeds, as uint8."""
     xp = x.__array_namespace__()
     count = xp.zeros_like(x, dtype=np.uint8)
     for bound in bounds:
@@ -86,17 +87,17 @@ def _above(x: Array, bounds: np.ndarray) -> Array:
 
 
 def scale_largest(x: Float[Array, "*L N block O"]) -> Scales:
-    """Scale of nf4 and fp4: the largest magnitude of the block."""
+    """Return the scale of nf4 and fp4, the largest magnitude of each block; no offset."""
     return _largest(x), None
 
 
 def nearest_nf4(x: Array, scale: Array, offset: None) -> Array:
-    """Code of the nearest NF4 level times the scale."""
+    """Return the nf4 codes: of the level that is nearest to `x / scale`."""
     return _above(x * _inverse(scale), NF4_BOUNDS)
 
 
 def nearest_fp4(x: Array, scale: Array, offset: None) -> Array:
-    """Code of the nearest FP4 level (a sign, two exponent bits, one fraction bit) times the scale."""
+    """Return the fp4 codes (sign, two exponent bits, fraction bit): of the level nearest to `x / scale`."""
     xp, scaled = x.__array_namespace__(), x * _inverse(scale)
     nth = _above(xp.abs(scaled), FP4_BOUNDS)
     code = nth ^ ((nth & np.uint8(2)) << np.uint8(1))  # ascending 0 .. 7 are the codes 0, 1, 6, 7, 4, 5, 2, 3
@@ -104,59 +105,62 @@ def nearest_fp4(x: Array, scale: Array, offset: None) -> Array:
 
 
 def scale_int8(x: Float[Array, "*L N block O"]) -> Scales:
-    """Scale of int8: the largest magnitude / 127."""
+    """Return the scale of int8, the largest magnitude of each block / 127; no offset."""
     return _largest(x) * np.float32(1 / 127), None
 
 
 def nearest_int8(x: Array, scale: Array, offset: None) -> Array:
-    """Code of int8: `x / scale` rounded to -127 .. 127."""
+    """Return the int8 codes: `x / scale` rounded to -127 .. 127."""
     xp = x.__array_namespace__()
     return xp.clip(xp.rint(x * _inverse(scale)), -127, 127).astype(np.int8)
 
 
 def scale_fp8(x: Float[Array, "*L N block O"]) -> Scales:
-    """Scale of fp8: the largest magnitude / 448, which becomes the largest number of E4M3."""
+    """Return the scale of fp8, the largest magnitude of each block / 448 (E4M3's maximum); no offset."""
     return _largest(x) * (np.float32(1) / E4M3_LARGEST), None
 
 
 def nearest_fp8(x: Array, scale: Array, offset: None) -> Array:
-    """Code of fp8: the bits of `x / scale` rounded to E4M3, half to even."""
+    """Return the fp8 codes: the bits of `x / scale` rounded to E4M3, half to even."""
     xp = x.__array_namespace__()
     scaled = xp.clip(x * _inverse(scale), -E4M3_LARGEST, E4M3_LARGEST)
     return scaled.astype(E4M3).view(np.uint8)
 
 
 def scale_int4(x: Float[Array, "*L N block O"]) -> Scales:
-    """Scale of int4: the largest magnitude / 7, rounded up to bfloat16."""
+    """Return the scale of int4, the largest magnitude of each block / 7 rounded up to bfloat16; no offset."""
     return _rounded_up(_largest(x) * np.float32(1 / 7)), None
 
 
 def nearest_int4(x: Array, scale: Array, offset: None) -> Array:
-    """Code of int4: `x / scale` rounded to -7 .. 7, plus 8."""
+    """Return the int4 codes: `x / scale` rounded to -7 .. 7, plus 8."""
     xp = x.__array_namespace__()
     return (xp.clip(xp.rint(x * _inverse(scale)), -7, 7) + np.float32(8)).astype(np.uint8)
 
 
 def scale_affine4(x: Float[Array, "*L N block O"]) -> Scales:
-    """Scale and offset of affine4: (max - offset) / 15 rounded up, the minimum rounded down, in bfloat16."""
+    """Return the scale and the offset of affine4 for each block, as bfloat16 values in float32.
+
+    offset: the minimum, rounded down. scale: (maximum - offset) / 15, rounded up.
+    """
     xp = x.__array_namespace__()
     offset = _rounded_down(xp.min(x, axis=-2, keepdims=True))
     return _rounded_up((xp.max(x, axis=-2, keepdims=True) - offset) * np.float32(1 / 15)), offset
 
 
 def nearest_affine4(x: Array, scale: Array, offset: Array) -> Array:
-    """Code of affine4: `(x - offset) / scale` rounded to 0 .. 15."""
+    """Return the affine4 codes: `(x - offset) / scale` rounded to 0 .. 15."""
     xp = x.__array_namespace__()
     return xp.clip(xp.rint((x - offset) * _inverse(scale)), 0, 15).astype(np.uint8)
 
 
 def _rounded_up(x: Array) -> Array:
-    """Round non-negative float32 values up to bfloat16, in float32."""
+    """Round non-negative float32 values up to a bfloat16 value; the result is float32."""
     return ((x.view(np.uint32) + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def _rounded_down(x: Array) -> Array:
-    """Round float32 values of any sign down to bfloat16, in float32."""
+    """Round float32 values of any sign down to a bfloat16 value; the result is float32."""
     xp = x.__array_namespace__()
     toward_zero = (x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
     return xp.where(x < 0, -_rounded_up(xp.abs(x)), toward_zero)
@@ -168,10 +172,10 @@ def look_up(codes: Integer[Array, "..."], table: np.ndarray) -> Float[Array, "..
 
 
 def by_bits(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
-    """Return `table[codes]` by selecting halves of the table, bit by bit.
+    """Return `table[codes]`: each bit of a code selects a half of what is left of the table.
 
-    The last selection uses integer operations with scalars: `jnp.where` of two scalars makes arrays of them,
-    which XLA hoists out of a scan and stores, 16 of a weight's size in float32 (compiled for an H100).
+    The last selection is integer arithmetic, not `jnp.where` of two scalars: XLA would make arrays of these
+    and move them out of a scan over layers, 16 float32 arrays of a weight's size (compiled for an H100).
     """
     levels = table.view(np.int32)
     lowest = -(codes & np.uint8(1)).astype(jnp.int32)  # all bits or none
@@ -189,7 +193,7 @@ def by_bits(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."
 def level(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
     """Return `table[codes]` for a table of 16 levels.
 
-    A look-up is faster on a CPU. On other backends selections dequantise in one kernel, whereas a look-up
+    On a CPU `look_up` is faster. On other backends `by_bits` dequantises in one kernel, whereas a look-up
     writes the unpacked codes to memory (compiled for an H100).
     """
     return jax.lax.platform_dependent(
@@ -198,10 +202,11 @@ def level(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
 
 
 def encode_scales(absmax: Float[Array, "*L N O"]) -> tuple[UInt8[Array, "*L N O"], Float[Array, "*L S"], Any]:
-    """Quantise scales: subtract their mean, then the dynamic code in groups of 256 with a scale each.
+    """Quantise the scales of a weight to 8 bits (bitsandbytes' nested quantisation).
 
-    This is bitsandbytes' nested quantisation. Groups follow its order: all blocks of an output channel, then
-    all blocks of the next. Returns (codes, group scales, mean).
+    Subtract their mean, then encode groups of 256 scales by `dynamic_code`, each group with one scale of its
+    own. Groups are formed in bitsandbytes' order: all blocks of an output channel, then all blocks of the
+    next channel. Returns (codes, group scales, mean).
     """
     xp = absmax.__array_namespace__()
     flat = absmax.swapaxes(-1, -2).reshape(*absmax.shape[:-2], -1)
@@ -218,7 +223,11 @@ def encode_scales(absmax: Float[Array, "*L N O"]) -> tuple[UInt8[Array, "*L N O"
 
 
 def _mean(x: Float[Array, "*L M"]) -> Any:
-    """Mean of non-negative numbers over the last axis, by halves: numpy and XLA sum in other orders."""
+    """Return the mean of non-negative numbers over the last axis, with the same bits in NumPy and XLA.
+
+    Their sums differ in the order of additions, so this adds the second half of the numbers to the first
+    half until one is left.
+    """
     xp, count = x.__array_namespace__(), x.shape[-1]
     half = 1 << max(0, (count - 1).bit_length())
     x = xp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, half - count)])
@@ -229,9 +238,11 @@ def _mean(x: Float[Array, "*L M"]) -> Any:
 
 
 def _rounded_alone(product: Array, positive: Array) -> Array:
-    """Return the float32 product, rounded before any following sum: XLA's CPU compiler would fuse the two.
+    """Return `product`, a float32 array, so that it is rounded before a sum uses it: XLA's CPU compiler would
+    fuse the multiplication and the sum.
 
-    It cannot look through integer operations, and doesn't know that the sign bit of `positive` is 0.
+    The result is `product` OR the sign bit of `positive`, which is 0. The compiler does not know this, and
+    does not fuse across integer operations.
     """
     return (product.view(np.uint32) | positive.view(np.uint32) & np.uint32(1 << 31)).view(np.float32)
 
@@ -253,10 +264,10 @@ class Format:
     """A number format of quantised weights.
 
     bits: bits of a code; two 4-bit codes share a byte. block: default number of inputs that share a scale,
-    None for all of a channel. double: whether scales are quantised too by default, None if they cannot be.
-    scale_dtype: stores scales and offsets exactly. scale: blocks of finite float32 -> (scales, offsets).
-    nearest: (float32 values, scales, offsets) -> codes. decode: codes -> float32 multiples of the scale.
-    code_dtype: dtype of the stored codes.
+    None for all inputs of an output channel. double: whether scales are quantised too by default, None if
+    they cannot be. scale_dtype: the dtype in which scales and offsets are stored. scale(blocks of finite
+    float32) -> (scales, offsets or None). nearest(float32 values, scales, offsets) -> codes. decode(codes) ->
+    float32 numbers; times the scale plus the offset, they are the weights. code_dtype: of the stored codes.
     """
 
     bits: int
@@ -276,7 +287,8 @@ def _as_float(codes: Array) -> Array:
 def e4m3(codes: UInt8[Array, "..."]) -> Array:
     """Return the E4M3 numbers whose bits are `codes`.
 
-    Stored as E4M3, XLA's CPU compiler would convert the stacked layers to a wider float at once.
+    Weights are stored as these bits, because XLA's CPU compiler would convert E4M3 weights of all layers to a
+    wider float at once.
     """
     return jax.lax.bitcast_convert_type(codes, E4M3)
 
@@ -306,8 +318,8 @@ def unpack(packed: UInt8[Array, "*L I2 O"]) -> UInt8[Array, "*L I O"]:
 
 
 def to_blocks(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]:
-    """Split the input axis into blocks; a short last block is padded with its last row, which changes no
-    extreme.
+    """Split the input axis into blocks. A short last block is padded with copies of its last row, which leave
+    its maximum and minimum unchanged.
     """
     xp = x.__array_namespace__()
     *lead, ins, outs = x.shape
@@ -318,7 +330,7 @@ def to_blocks(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]
 
 
 def repeat_blocks(scale: Float[Array, "*L N O"], block: int, ins: int) -> Float[Array, "*L I O"]:
-    """Repeat the number of each block for its inputs."""
+    """Repeat the scale of each block for the inputs of the block. ins: the number of inputs, I."""
     *lead, blocks, outs = scale.shape
     wide = jnp.broadcast_to(scale[..., None, :], (*lead, blocks, block, outs)).reshape(
         *lead, blocks * block, outs
@@ -327,15 +339,15 @@ def repeat_blocks(scale: Float[Array, "*L N O"], block: int, ins: int) -> Float[
 
 
 def as_zero_or_normal(x: Any) -> Any:
-    """Return float32 with magnitudes below SMALLEST set to zero."""
+    """Return x in float32, with magnitudes below SMALLEST set to zero."""
     xp = x.__array_namespace__()
     x = x.astype(np.float32)
     return xp.where(xp.abs(x) < SMALLEST, np.float32(0), x)
 
 
 def check_range(x: Any) -> None:
-    """Raise ValueError for NaN, infinity and magnitudes from LARGEST up, with their number and the first
-    position.
+    """Raise ValueError if a weight contains NaN, infinity or magnitudes of LARGEST and above; the error shows
+    how many, and the position of the first. Inside jit nothing is checked.
     """
     if isinstance(x, jax.core.Tracer):  # no values yet
         return

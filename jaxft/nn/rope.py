@@ -1,5 +1,5 @@
 """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864): the rotation, and the frequencies of every
-rope type of transformers. Pairs are (i, i + half) of a head's rotated dimensions, as in Hugging Face.
+rope type of transformers. Of a head's d rotated dimensions, i and i + d/2 are a pair, as in Hugging Face.
 
 The types `dynamic` and `longrope` use other frequencies for texts longer than the original length:
 - In training, the length is that of each example (`example_lengths`), not of its row, so a packed example has
@@ -46,15 +46,16 @@ USED: dict[RopeKind, tuple[str, ...]] = {
 class Rope:
     """The rotary position embedding of a model, or of some of its layers.
 
-    theta: base of the frequencies theta^(-2i/d).
+    theta: base of the frequencies theta^(-2i/d) of a head with d rotated dimensions.
+    original_max_positions: the model's context length before its rope was extended, in tokens.
     kind:
       default: these frequencies;
       linear: all frequencies divided by `factor`;
       dynamic: a larger theta for examples longer than original_max_positions (NTK-aware);
       llama3: low frequencies divided by `factor`; low_freq_factor and high_freq_factor bound the transition;
-      yarn: the same by arXiv:2309.00071; beta_fast, beta_slow and truncate bound the transition;
-      longrope: arXiv:2402.13753; each frequency divided by its number in short_factor or, for examples longer
-        than original_max_positions, in long_factor;
+      yarn: the same as arXiv:2309.00071 does it; beta_fast, beta_slow and truncate bound the transition;
+      longrope: arXiv:2402.13753; frequency i divided by short_factor[i] or, for examples longer than
+        original_max_positions, by long_factor[i];
       proportional: frequencies of the full head; those after the fraction `rotated` are 0;
       none: no rotation.
     rotated: fraction of a head's dimensions that are rotated, starting with the first.
@@ -114,7 +115,9 @@ class Rope:
             raise ValueError("config: rope_theta must be above 1 for rope type 'yarn', got 1")
         for name in ("short_factor", "long_factor"):
             if not all(0 < x < math.inf for x in getattr(self, name)):
-                raise ValueError(f"config: rope's {name} must be finite numbers above 0")
+                raise ValueError(
+                    f"config: rope's {name} must be finite numbers above 0, got {getattr(self, name)}"
+                )
         if self.kind == "longrope" and self.original_max_positions == 1:
             raise ValueError(
                 "config: original_max_position_embeddings must be above 1 for rope type 'longrope', got 1"
@@ -122,12 +125,12 @@ class Rope:
 
 
 def rotated_dims(rope: Rope, head_dim: int) -> int:
-    """Return the number of a head's dimensions that are rotated, two for each frequency."""
+    """Return how many dimensions of a head are rotated; each frequency rotates two."""
     return head_dim if rope.kind in ("proportional", "none") else int(head_dim * rope.rotated)
 
 
 def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
-    """Raise ValueError if a rope doesn't fit the head size, or if its angles overflow up to max_positions."""
+    """Raise ValueError if a rope doesn't fit the head size, or an angle up to max_positions overflows."""
     dims = rotated_dims(rope, head_dim)
     if dims % 2 or not dims:
         part = f"head_dim={head_dim}"
@@ -149,14 +152,14 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
         raise ValueError(
             f"config: rope's angles are not finite with rope_theta={rope.theta}, factor={rope.factor} and "
             f"{max_positions} positions; "
-            "use smaller ones"
+            "use smaller values"
         )
 
 
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return the frequencies, angles per position, as [d/2] in float64.
+    """Return the frequencies (radians per position) as [d/2] in float64, for d rotated dimensions.
 
-    For dynamic and longrope these are for examples up to the original length. kind none: zeros.
+    For dynamic and longrope: those of examples with up to original_max_positions tokens. kind none: zeros.
     """
     dims = rotated_dims(rope, head_dim)
     freqs = rope.theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
@@ -174,7 +177,7 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _long(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return longrope's frequencies beyond the original length; for other kinds the same as `frequencies`."""
+    """Return longrope's frequencies above original_max_positions; for other kinds those of `frequencies`."""
     freqs = frequencies(rope, head_dim)
     if rope.kind != "longrope":
         return freqs
@@ -191,8 +194,8 @@ def _llama3(rope: Rope, freqs: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, freqs: np.ndarray) -> np.ndarray:
-    """Divide by the factor the frequencies with fewer than beta_slow turns in the original length, keep
-    frequencies with more than beta_fast turns, and interpolate linearly in between.
+    """Return YaRN's frequencies. Frequencies with fewer than beta_slow turns in original_max_positions are
+    divided by the factor, those with more than beta_fast turns are kept, with a linear transition in between.
     """
     dims = 2 * len(freqs)
 
@@ -214,7 +217,7 @@ def _original(rope: Rope) -> int:
 
 
 def attention_scaling(rope: Rope) -> float:
-    """Return the factor on cos and sin: 1 except for yarn and longrope."""
+    """Return the factor by which cos and sin are multiplied: 1 except for yarn and longrope."""
     if rope.kind not in ("yarn", "longrope"):
         return 1.0
     if rope.attention_factor is not None:
@@ -228,7 +231,7 @@ def attention_scaling(rope: Rope) -> float:
 
 
 def needs_lengths(rope: Rope) -> bool:
-    """Whether the angles depend on the number of tokens (dynamic, longrope)."""
+    """Return whether the angles depend on the number of an example's tokens (dynamic, longrope)."""
     return rope.kind in ("dynamic", "longrope")
 
 
@@ -252,7 +255,8 @@ def rope_angles(
     """Return cos and sin of the angles at each position, [B, T, d/2] in float32 or wider for d rotated
     dimensions, times the attention factor (yarn, longrope).
 
-    lengths: tokens of each position's example; needed only if `needs_lengths(rope)`. kind none: 1 and 0.
+    lengths: for each position, the number of tokens of its example; needed only if `needs_lengths(rope)`.
+    kind none: cos is 1 and sin 0.
     """
     wide = accumulation_dtype(dtype)
     if rope.kind == "none":
@@ -273,7 +277,7 @@ def rope_angles(
 def _by_length(
     rope: Rope, head_dim: int, lengths: Int[Array, "B T"], freqs: Float[Array, " E2"]
 ) -> Float[Array, "B T E2"]:
-    """Return the frequencies for examples of these lengths. freqs: those up to the original length."""
+    """Return the frequencies for examples of these lengths. freqs: of examples up to the original length."""
     original, wide = _original(rope), freqs.dtype
     freqs = to_rank(freqs, 3)
     if rope.kind == "longrope":

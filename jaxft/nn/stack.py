@@ -38,11 +38,11 @@ def _nothing(carry: Any, values: Any) -> None:
 
 
 class Pass(NamedTuple):
-    """The token mixing of some layers in one pass over a model.
+    """The token mixing of L layers with the same Mixer, in one pass of a scan over layers.
 
-    mix(x, carry) -> the Mix of a layer. xs [L, ...]: a layer gets its entry as x. carry: passed from layer to
-    layer. In generation a layer's `Extras.cached` is (carry, value), and end(carry, values [L, ...]) -> the
-    cache after the pass, by default None.
+    mix(x, carry) -> the `mix` function that a layer calls. xs: arrays [L, ...]; layer i gets entry i as x.
+    carry: the value that the scan passes from layer to layer. In generation a layer's `Extras.cached` is (the
+    next carry, a value), and end(last carry, values [L, ...]) returns the cache after the pass.
     """
 
     mix: Callable[[Any, Any], Mix]
@@ -52,14 +52,14 @@ class Pass(NamedTuple):
 
 
 class Mixer(NamedTuple):
-    """The token mixing of layers and their part of a cache: attention (attention_mixer.py), or a recurrence.
+    """How layers mix tokens: attention (attention_mixer.py) or a recurrence, in training and in generation.
 
-    Training: rows(tokens, dtype) -> Pass over rows of texts. Generation, where `cache` has the parts of these
-    layers alone: prompts(tokens, new, dtype) -> Pass over left-padded prompts (segment 0 is padding), whose
-    end returns the prompts' part; new: the most tokens of a completion. token(cache, at, dtype) -> Pass over
-    one token of every row; chunk(cache, chunk, dtype) -> over some tokens of some rows; their ends return the
-    rows' part. empty((prompts, slots), (rows, tokens), dtype, stored) -> (prompts' part, rows' part) without
-    tokens.
+    Each function returns a Pass. For training, rows(tokens, dtype) is the pass over rows of texts. For
+    generation, with a cache of these layers only: prompts(tokens, new, dtype) is the pass over left-padded
+    prompts (segment 0 is padding), with up to `new` tokens per completion; its `end` returns the cache of the
+    prompts. token(cache, at, dtype) is the pass over one token of every row, chunk(cache, chunk, dtype) over
+    some tokens of some rows; their `end` returns the cache of the rows. empty((prompts, slots), (rows,
+    tokens), dtype, stored) returns the caches of prompts and of rows before any token.
     """
 
     rows: Callable[[Batch, DTypeLike], Pass]
@@ -71,8 +71,8 @@ class Mixer(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockLayer:
-    """A layer of a block. name: the key of its parameters among the block's; "" if it is the only layer.
-    numbers: its number in the model, for each block of the stack.
+    """A layer of a block. name: the key of its parameters in the block's parameters; "" if it is the only
+    layer. numbers: for each block of the stack, the number of this layer in the model.
     """
 
     layer: Layer
@@ -87,8 +87,8 @@ class BlockLayer:
 
 @dataclass(frozen=True)
 class Stack:
-    """Equal blocks of layers that one scan runs. name: key of its parameters [blocks, ...] in the model's
-    parameters.
+    """Blocks with the same layers, which one scan runs. name: the key of the stack's parameters, arrays
+    [blocks, ...], in the model's parameters.
     """
 
     name: str
@@ -104,14 +104,16 @@ Stacks = tuple[Stack, ...]
 
 
 def layers_of(stacks: Stacks) -> list[BlockLayer]:
-    """Return the layers of all stacks' blocks, in the order of a cache's parts."""
+    """Return the BlockLayers of all stacks: stack after stack, in each the layers of its block. A cache has
+    one part for each of them, in this order.
+    """
     return [layer for stack in stacks for layer in stack.layers]
 
 
 @dataclass(frozen=True)
 class LayerPlace:
-    """The place of a layer in a model: the path of its stacked parameters, its part of a block, the block's
-    number.
+    """The place of a layer in a model. path: of the stacked parameters. layer: its BlockLayer. index: the
+    index of its block in the stack, and so of its parameters in the stacked arrays.
     """
 
     path: str
@@ -119,14 +121,14 @@ class LayerPlace:
     index: int
 
     def specs(self, specs: Any) -> Any:
-        """Return the part of a model's specs that is this layer's."""
+        """Return the subtree at `path` of a model's specs, which are stacked over blocks."""
         for name in self.path.split("/"):
             specs = specs[name]
         return specs
 
 
 def layer_places(stacks: Stacks) -> list[LayerPlace]:
-    """Return the place of every layer of a model, in their order."""
+    """Return the place of every layer of a model, in the order of the layers' numbers."""
     places = {
         number: LayerPlace("/".join(filter(None, (stack.name, layer.name))), layer, index)
         for stack in stacks
@@ -144,11 +146,11 @@ RematPolicy = Literal["offload", "pairs", "full", "attention", "projections", "n
 
 @dataclass(frozen=True)
 class Remat:
-    """The arrays that a block stores for its backward pass.
+    """A remat policy: the arrays that a block of layers stores for its backward pass.
 
-    saved: checkpoint names that are stored in addition to the block's input; None stores everything. blocks:
-    number of successive blocks of which only the first one's input is stored. offload: inputs go to the
-    host's pinned memory.
+    saved: names (jax.ad_checkpoint.checkpoint_name) of arrays that are stored in addition to the block's
+    input; None stores everything. blocks: the input of every blocks-th block only is stored. offload: inputs
+    are stored in the host's pinned memory.
     """
 
     saved: tuple[str, ...] | None
@@ -169,7 +171,7 @@ REMAT: dict[RematPolicy, Remat] = {
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Options of a pass over rows: the remat policy, and values to observe between layers."""
+    """Options of a pass over rows. observe(h before a layer, h after it) -> further outputs of the layer."""
 
     remat: RematPolicy
     observe: Observe | None = None
@@ -177,9 +179,10 @@ class RowOptions:
 
 @struct
 class LayerMean:
-    """A mean that a layer outputs and objectives log, as two sums over each row, [B].
+    """A mean that a layer outputs and objectives log, such as a fraction of zeros.
 
-    numbers: the layers' numbers in the model, after the outputs of several layers are stacked.
+    total, weight: sums over each row, [B]; the mean is sum(total) / sum(weight). numbers: set once the
+    outputs of several layers are stacked: the numbers of these layers in the model.
     """
 
     total: Any
@@ -188,7 +191,7 @@ class LayerMean:
 
 
 def check_remat(policy: str) -> None:
-    """Raise ValueError for a name that is not in REMAT."""
+    """Raise ValueError for a name of a remat policy that is not in REMAT."""
     if policy not in REMAT:
         raise ValueError(f"unknown remat={policy!r}; use one of {', '.join(get_args(RematPolicy))}")
 
@@ -201,11 +204,12 @@ def scan_stacks(
     keys: Array | None,
     options: RowOptions,
 ) -> tuple[Float[Array, "B T D"], LayerOutputs]:
-    """Return the residual stream after all layers, and their outputs, each stacked over the layers that have
-    it [L, ...]; differentiable under the remat policy.
+    """Return the residual stream after all layers, and the layers' outputs by name, each stacked over the
+    layers that have it, [L, ...].
 
-    params: the model's; a stack's may be FusedLayers, which the backward pass updates. tokens: Tokens, Pairs
-    or Rollout. keys: a random key per layer for dropout, or None.
+    params: of the model; in place of a stack's parameters, FusedLayers are updated by the backward pass.
+    tokens: Tokens, Pairs or Rollout. keys: a random key per layer for dropout, or None. options: among them
+    the remat policy of the backward pass.
     """
     by_layer: list[tuple[range, LayerOutputs]] = []
     for stack in stacks:
@@ -218,7 +222,7 @@ def scan_stacks(
 
 
 def _block(stack: Stack, passes: Sequence[Pass], options: RowOptions) -> Callable:
-    """Return the scan's body over rows: `(h, (params, (keys, xs))) -> (h, outputs of each layer)`."""
+    """Return the body of a scan over a stack's blocks: `(h, (params, (keys, xs))) -> (h, outputs)`."""
     offload = REMAT[options.remat].offload
 
     def block(h: Array, x: Any) -> tuple[Array, list[LayerOutputs]]:
@@ -237,7 +241,7 @@ def _block(stack: Stack, passes: Sequence[Pass], options: RowOptions) -> Callabl
 def _scan(
     stack: Stack, passes: Sequence[Pass], options: RowOptions, h: Array, params: Any, xs: Any
 ) -> tuple[Array, Any]:
-    """Run a stack's blocks over rows under a remat policy."""
+    """Run a stack's blocks over rows under a remat policy. Return h and the outputs, stacked over blocks."""
     block, remat, policy = _block(stack, passes, options), options.remat, REMAT[options.remat]
     if isinstance(params, FusedLayers):
         if remat != "full":
@@ -281,8 +285,9 @@ def _of_layers(x: Array, numbers: range) -> Array:
 
 
 def _joined(by_layer: Sequence[tuple[range, LayerOutputs]]) -> LayerOutputs:
-    """Return the outputs of all layers by name, joined over stacks and layers of a block in the order of the
-    model's layers.
+    """Return the outputs by name, each stacked over all layers that have it, in the order of the layers.
+
+    by_layer: for each BlockLayer its numbers and its outputs, stacked over blocks.
     """
     joined: LayerOutputs = {}
     for name in dict.fromkeys(name for _, outputs in by_layer for name in outputs):
@@ -299,9 +304,9 @@ def _joined(by_layer: Sequence[tuple[range, LayerOutputs]]) -> LayerOutputs:
 def run_layer(
     layer: BlockLayer, h_BTD: Float[Array, "B T D"], params: Params, tokens: Batch, index: Array
 ) -> tuple[Float[Array, "B T D"], LayerOutputs]:
-    """Return the residual stream after one layer, and the layer's outputs.
+    """Return the residual stream after one layer, and the layer's outputs by name.
 
-    params: its parameters, without the stacked axis. index: number of its block in the stack.
+    params: of this layer, without the stacked axis. index: of its block in the stack.
     """
     rows = layer.mixer.rows(tokens, h_BTD.dtype)
     xs = jax.tree.map(lambda x: jnp.asarray(x)[index], rows.xs)
@@ -315,10 +320,10 @@ def run_layer(
 def run_stacks(
     stacks: Stacks, h: Float[Array, "R T D"], params: Params, pass_of: Callable[[int, Mixer], Pass]
 ) -> tuple[Float[Array, "R T D"], tuple[Any, ...]]:
-    """Return the residual stream of new tokens after all layers, and the parts of the cache, one for each
-    layer of a block.
+    """Return the residual stream of new tokens after all layers, and the parts of the cache in the order of
+    layers_of(stacks).
 
-    pass_of(index of the part, mixer): returns the Pass of the layers with this part.
+    pass_of(i, mixer): returns the Pass of the layers with part i, for example mixer.token(...).
     """
     parts: list[Any] = []
     for stack in stacks:
@@ -347,7 +352,7 @@ FLOATS_OF_SIZE: dict[int, Any] = {1: jnp.float8_e4m3fn, 2: jnp.float16, 4: jnp.f
 
 
 class CallCount:
-    """Counts the uses of FusedLayers in a forward pass: their cotangents are correct for exactly one use."""
+    """The number of times that a forward pass uses FusedLayers; their results are correct only if it is 1."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -357,14 +362,14 @@ class CallCount:
 class FusedLayers:
     """The layers of a model in a train step that updates each layer as soon as its gradient is known.
 
-    The backward pass of `fused_scan` returns results in place of cotangents: for `layers` and `state` their
-    updated values, for `squares` (zero) the gradients' sum of squares.
+    The backward pass of `fused_scan` returns results in place of gradients: for `layers` and `state` the
+    updated values, for `squares` (pass 0) the sum of squares of all gradients.
 
-    layers: a tree with the trainable leaves [L, ...], in which `pick` finds the layers. frozen: the other
-    leaves of the layers, None for a trainable one. state: the optimizer state, [L, ...], integers as
-    `float_bits`, since only floats have cotangents. update: (gradients of a layer of `layers`, their norm,
-    (that layer, its state), i) -> ((layer, state), the norm, NaN for an update that is not finite). calls:
-    counts the uses of these layers.
+    layers: a tree with the trainable leaves [L, ...]; pick(layers) returns the stack's parameters, None for a
+    frozen leaf. frozen: the frozen leaves [L, ...], None for a trainable one. state: the optimizer state,
+    arrays [L, ...], integers as `float_bits`, since only floats have gradients. update: (gradients of layer
+    i, their norm, (the layer, its state), i) -> ((layer, state), norm), with norm NaN if the update is not
+    finite. calls: counts the uses of these layers.
     """
 
     layers: Any
@@ -377,7 +382,7 @@ class FusedLayers:
 
 
 def unfused(params: Any) -> Any:
-    """Replace FusedLayers by plain layers, for a forward pass that doesn't train them."""
+    """Replace every FusedLayers in `params` by plain parameters, for a forward pass without gradients."""
 
     def node(x: Any) -> Any:
         return tree.combine(x.pick(x.layers), x.frozen) if isinstance(x, FusedLayers) else x
@@ -386,7 +391,7 @@ def unfused(params: Any) -> Any:
 
 
 def float_bits(x: Array) -> Array:
-    """Return integers as floats with the same bits, which are never computed with; floats unchanged."""
+    """Return an integer array as floats with the same bits, only for storage; a float array unchanged."""
     if jnp.issubdtype(x.dtype, jnp.floating):
         return x
     return jax.lax.bitcast_convert_type(x, FLOATS_OF_SIZE[x.dtype.itemsize])
@@ -398,20 +403,20 @@ def from_float_bits(x: Array, like: Any) -> Array:
 
 
 def layer_at(x: Any, i: Array) -> Any:
-    """Return layer i of stacked leaves."""
+    """Return the tree of layer i, from leaves [L, ...]."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), x)
 
 
 def put_layer(x: Any, layer: Any, i: Array) -> Any:
-    """Return stacked leaves with layer i replaced, in place where possible."""
+    """Return a tree of leaves [L, ...] with layer i replaced, in place where possible."""
     return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, i, 0), x, layer)
 
 
 def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any) -> tuple[Array, Any]:
     """Return `jax.lax.scan(body, h, (layers, more))`; its backward pass recomputes each layer and updates it.
 
-    The forward pass stores the layers' inputs. The backward pass carries parameters and state and updates
-    them in place.
+    The forward pass stores the input of each layer. The backward pass updates parameters and optimizer state
+    in place, from the last layer to the first. c: the layers. more: arrays [L, ...] without gradients.
     """
     c.calls.count += 1
     count = jax.tree.leaves(c.layers)[0].shape[0]

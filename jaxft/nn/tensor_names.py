@@ -2,8 +2,8 @@
 select modules.
 
 A family declares one template for each parameter, such as `model.layers.{i}.mlp.gate_proj.weight`: {i} is the
-number of the layer, {x} the number of the expert. Along an axis without a field in the template, the files
-have one tensor for all. No other code fills in templates; see weights/tensors.py for a model's tensors.
+number of the layer, {x} the number of the expert. If a template has no {x}, the files store all experts in
+one tensor. Only this file fills in templates; weights/tensors.py lists a model's tensors.
 
 A module has two full names: in Hugging Face files (model.layers.3.self_attn.q_proj), and by its path
 (layers.3.attn.q). A pattern of an adapter's settings selects a module by either, as in PEFT.
@@ -25,10 +25,10 @@ ModuleNames = tuple[str, ...]  # of one module, by any of which a setting may na
 
 
 class TensorName(NamedTuple):
-    """The name of a parameter in Hugging Face files.
+    """The template of a parameter's name in Hugging Face files.
 
-    transposed: whether they store [out, in]. part: the parameter's number among the parameters that share the
-    tensor, side by side along their outputs; None for a tensor of its own.
+    transposed: whether the files store [out, in]. part: if the files store several parameters side by side
+    along the outputs of one tensor (a fused projection), the place of this parameter: 0, 1, ...; else None.
     """
 
     template: str
@@ -37,7 +37,7 @@ class TensorName(NamedTuple):
 
     @property
     def module(self) -> str:
-        """The template of the module's name."""
+        """The template of the module's name: the parameter's without .weight or .bias."""
         return self.template.removesuffix(".weight").removesuffix(".bias")
 
     @property
@@ -46,11 +46,13 @@ class TensorName(NamedTuple):
         return self.module.rpartition("{i}.")[2]
 
     def axes(self, spec: ParamSpec) -> tuple[str, ...]:
-        """Return the leading axes of the parameter along which the files have a tensor each."""
+        """Return the parameter's axes, "layers" or "experts", that the files split into one tensor each."""
         return tuple(axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in self.template)
 
     def is_linear(self, spec: ParamSpec) -> bool:
-        """Whether each kernel of the parameter is the weight of one linear layer and nothing else."""
+        """Return whether each matrix of the parameter is the weight of one linear layer in the files, neither
+        a part of a fused tensor nor one of several in it.
+        """
         return self.transposed and self.part is None and self.axes(spec) == lead_axes(spec)
 
 
@@ -59,11 +61,10 @@ TIED_HEAD = TensorName(f"{HEAD_MODULE}.weight", True)  # of a model whose names 
 
 
 class Module(NamedTuple):
-    """A module that a parameter belongs to, or its part at an index along the parameter's leading axes.
+    """The module of one parameter, or of one layer or expert of a stacked parameter.
 
     name: in Hugging Face files, such as model.layers.3.mlp.gate_proj. path_name: from the parameter's path,
-    such as layers.3.mlp.gate. Both have the number of the layer in the model. layer: this number, None
-    outside layers.
+    such as layers.3.mlp.gate. layer: the number of the layer in the model, 3 here; None outside layers.
     """
 
     name: str
@@ -77,8 +78,9 @@ class Module(NamedTuple):
 
 
 def modules_of(path: str, spec: ParamSpec, names: WeightNames) -> list[Module]:
-    """Return the module of a parameter at each index along its leading axes, in row-major order. A parameter
-    without a tensor in the files is named like its path.
+    """Return the modules of a stacked parameter: one per layer and expert, in row-major order.
+
+    path, spec: of the parameter. A parameter that is not in `names` is named like its path, a head "lm_head".
     """
     path_template = _path_template(path, spec)
     template = names[path].module if path in names else HEAD_MODULE if path == "head" else path_template
@@ -89,8 +91,10 @@ def modules_of(path: str, spec: ParamSpec, names: WeightNames) -> list[Module]:
 
 
 def numbers_at(spec: ParamSpec, axes: tuple[str, ...]) -> dict[tuple[int, ...], dict[str, int]]:
-    """Return the fields of a template, i (the layer's number in the model) and x (the expert's), at each
-    index along some of a parameter's leading axes, in row-major order.
+    """Return the values for a template's fields at each index along `axes`, in row-major order.
+
+    axes: some of the axes "layers" and "experts" with which the parameter starts. A value is, for example,
+    {(0, 2): {"i": 0, "x": 2}}: i is the layer's number in the model, x the expert's.
     """
     fields = [(NAME_FIELDS[axis], layer_numbers(spec) if axis == "layers" else None) for axis in axes]
     return {
@@ -103,8 +107,8 @@ def numbers_at(spec: ParamSpec, axes: tuple[str, ...]) -> dict[tuple[int, ...], 
 
 
 def _path_template(path: str, spec: ParamSpec) -> str:
-    """Return a path as the template of a name: the layer's number follows the name of the stack, an expert's
-    number the name of its module.
+    """Return the template of a name from a parameter's path, such as layers.{i}.mlp.{x}.gate: {i} follows the
+    stack's name, {x} stands before the last name.
     """
     axes, (*above, last) = lead_axes(spec), path.split("/")
     stack = [*above[:1], *(["{i}"] if "layers" in axes else [])]
@@ -115,8 +119,8 @@ SCORE_MODULES = ("score", "classifier")  # heads of sequence classifiers; peft a
 
 
 def matches_module(pattern: str, names: ModuleNames, setting: str) -> bool:
-    """Whether a regular expression matches a module's name, or the end of it after a dot, as keys of PEFT's
-    rank_pattern do.
+    """Return whether a regular expression matches one of a module's names, or the end of a name after a dot,
+    as for the keys of PEFT's rank_pattern. setting: the expression's name in errors.
     """
     compiled = _compiled(rf"(.*\.)?({pattern})", setting)
     return any(map(compiled.fullmatch, names))
@@ -126,27 +130,29 @@ _compiled = functools.cache(tree.regex)  # a model may have 20,000 modules
 
 
 def is_name(text: str) -> bool:
-    """Whether a setting is a module's name, and not a regular expression: words with dots between them."""
+    """Return whether a text is a module's name (words with dots between them), not a regular expression."""
     return re.fullmatch(r"\w+(\.\w+)*", text) is not None
 
 
 def is_saved(listed: str, module: str) -> bool:
-    """Whether an entry of modules_to_save selects a module by its Hugging Face name, as in PEFT: the name of
-    the module, or of a module that contains it, ends with the entry ("mlp" selects all layers of the MLP).
+    """Return whether an entry of modules_to_save selects a module by its Hugging Face name, as in PEFT: the
+    name of the module, or of a module that contains it, ends with the entry ("mlp" selects what is in mlp).
     """
     parts = module.split(".")
     return any(".".join(parts[: n + 1]).endswith(listed) for n in range(len(parts)))
 
 
 def name_ends(names: ModuleNames) -> list[str]:
-    """Return a module's names and all their ends after a dot: a.b.c, b.c and c."""
+    """Return a module's names and all their ends after a dot: for a.b.c these are a.b.c, b.c and c."""
     parts = [name.split(".") for name in names]
     return [".".join(one[n:]) for one in parts for n in range(len(one))]
 
 
 def is_listed(listed: str | Collection[str], names: ModuleNames, setting: str) -> bool:
-    """Whether a regular expression matches a module's whole name, or a list contains the end of it, as PEFT's
-    target_modules and exclude_modules do. Long lists are sets.
+    """Return whether `listed` selects a module, as PEFT's target_modules and exclude_modules do.
+
+    listed: a regular expression for a whole name, or names, of which one must be the module's name or the end
+    of it after a dot; pass a set if there are many. setting: the setting's name in errors.
     """
     if isinstance(listed, str):
         return any(map(_compiled(listed, setting).fullmatch, names))
@@ -156,9 +162,10 @@ def is_listed(listed: str | Collection[str], names: ModuleNames, setting: str) -
 def values_by_pattern(
     patterns: Sequence[tuple[str, float]], modules: Sequence[ModuleNames], setting: str
 ) -> list[float | None]:
-    """Return the value of the first pattern that matches each module, None where none does.
+    """Return for each module the value of the first pattern that matches it, None if no pattern does.
 
-    Raises ValueError for a pattern that matches no module, or only modules that an earlier one matches.
+    patterns: (regular expression, value) pairs; see matches_module. setting: their name in errors. Raises
+    ValueError for a pattern that matches no module, or only modules that earlier patterns match.
     """
     values: list[float | None] = [None] * len(modules)
     for number, (pattern, value) in enumerate(patterns):
@@ -167,7 +174,9 @@ def values_by_pattern(
             near = tree.nearest(
                 pattern, list(dict.fromkeys(names[0].rpartition(".")[2] for names in modules))
             )
-            raise ValueError(f"{setting}: {pattern!r} matches no adapted module; near: {', '.join(near)}")
+            raise ValueError(
+                f"{setting}: {pattern!r} matches no adapted module; similar names: {', '.join(near)}"
+            )
         new = [i for i in hits if values[i] is None]
         if not new:
             earlier = next(p for p, _ in patterns[:number] if matches_module(p, modules[hits[0]], setting))

@@ -1,7 +1,9 @@
 """Alarms and summaries of a run, computed from its logged metrics alone.
 
-An alarm function is a fold over the entries of metrics.jsonl, so that a run that was killed and resumed
-raises the same alarms.
+An alarm function is called with each entry of metrics.jsonl in order and with the memory that it returned for
+the entry before, so that a run that was killed and resumed raises the same alarms. In the functions of this
+file, memory: {} before the first entry. entry: {metric: value}. n: the finite metrics of an entry. last:
+whether it is the last entry of a finished run.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +39,7 @@ Entry: TypeAlias = dict[str, Any]  # of metrics.jsonl; null stands for a value t
 
 
 class Alarms(NamedTuple):
-    """The meaning of a log entry: memory for the next entry ({} before the first), messages, and alarms."""
+    """The result of an alarm function for a log entry: memory for the next entry, messages, and alarms."""
 
     memory: Memory
     messages: list[str]
@@ -69,17 +71,16 @@ FAULTS_RAISED, FAULTS_NOT_A_NUMBER = "reward_faults/raised", "reward_faults/not_
 
 
 def training_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Alarms of any run that learns from rows."""
+    """Return the alarms of any run that learns from rows: skipped steps, and gradients of 0."""
     return run_alarms(
         {"skipped": check_skipped_steps, "no gradient": check_zero_gradient}, memory, entry, last
     )
 
 
 def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Alarms of a preference run.
+    """Return the alarms of a preference run for a log entry.
 
-    beta: of rewards that are beta times the log-ratio to a reference, None for other rewards. last: whether
-    the entry is the finished run's.
+    beta: the factor of rewards that are beta times the log-ratio to a reference; None for other rewards.
     """
     checks: dict[str, AlarmCheck] = {
         "first loss": check_first_loss,
@@ -94,7 +95,7 @@ def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bo
 
 
 def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Alarms of a run that learns from rollouts."""
+    """Return the alarms of a run that learns from rollouts."""
     checks = {
         "faults": check_reward_faults,
         "idle": check_idle_steps,
@@ -105,8 +106,8 @@ def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
 
 
 def run_alarms(checks: Mapping[str, AlarmCheck], memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Run several checks, each with a separate memory, and report held-out losses that are not finite and
-    loss spikes.
+    """Return the alarms of several named checks, each with its own memory. Also report held-out losses that
+    are not finite, and loss spikes.
     """
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
     memory, messages, alarms = {**memory}, [], []
@@ -124,9 +125,7 @@ def run_alarms(checks: Mapping[str, AlarmCheck], memory: Memory, entry: Entry, l
 
 
 def check_first_loss(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Compare the loss before the first update, when the policy equals the reference, with its theoretical
-    value.
-    """
+    """Compare the loss before the first update with its theoretical value for policy = reference."""
     prefix = HELD_OUT if n["step"] == 0 else ""
     loss, theory = n.get(prefix + LOSS), n.get(prefix + LOSS_AT_REFERENCE)
     if n["step"] > 1 or loss is None or theory is None:
@@ -147,8 +146,8 @@ def check_first_loss(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_falling_logp(beta: float | None, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report that the log-prob of chosen responses falls: of held-out ones since step 0, of training ones
-    below the reference's.
+    """Detect a falling log-prob of chosen responses: of held-out ones since step 0, of training ones relative
+    to the reference. beta: as in preference_alarms.
     """
     memory, depths = {"reported": 0.0, **memory}, []
     held_out = HELD_OUT + CHOSEN_LOGP
@@ -178,14 +177,15 @@ def check_falling_logp(beta: float | None, memory: Memory, n: FloatMetrics, last
 
 
 def _falls(curve: list[float], points: int) -> bool:
-    """Whether each of the last points of a curve is below the one before."""
+    """Return whether the last `points` values of a curve fall, each below the one before."""
     return len(curve) >= points and all(a > b for a, b in pairwise(curve[-points:]))
 
 
 def _add_to_window(memory: Memory, value: float) -> tuple[Memory, float]:
-    """Add a logged value. Return the depth below 0 if windows keep falling and it exceeds the noise, else 0.
+    """Add a value to a window of WINDOW_STEPS values. Return the new memory, and how far the mean of the
+    window is below 0 if the means keep falling and this exceeds the noise; else 0.
 
-    The noise is the scatter inside of windows, with the newest ones weighted most.
+    The noise is estimated from the scatter of values inside of windows, of which the newest count most.
     """
     values = [*memory.get("window", []), value]
     if len(values) < WINDOW_STEPS:
@@ -200,8 +200,8 @@ def _add_to_window(memory: Memory, value: float) -> tuple[Memory, float]:
 
 
 def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Detect overfitting: the held-out accuracy is below its best at two evaluations in a row, and the margin
-    above its value at that best.
+    """Detect overfitting: at two evaluations in a row the held-out accuracy is below its best value, and the
+    margin above its value at that evaluation.
     """
     accuracy, margin = n.get(HELD_OUT + ACCURACY), n.get(HELD_OUT + MARGIN)
     if accuracy is None or margin is None:
@@ -251,7 +251,7 @@ def check_all_ties(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -
 
 
 def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report steps with a non-finite loss, gradient or update: the first, and each time they have doubled."""
+    """Report steps with a non-finite loss, gradient or update: the first, and each doubling of the count."""
     total, reported = memory.get("total", 0) + n.get(SKIPPED, 0), memory.get("reported", 0)
     if total < max(1, REPEAT * reported):
         return Alarms({"total": total, "reported": reported}, [], [])
@@ -263,7 +263,7 @@ def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_loss_spikes(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report steps that optim.skip_spikes skipped: the first, and each time they have doubled."""
+    """Report steps that optim.skip_spikes skipped: the first, and each doubling of their number."""
     if LOSS_SPIKES not in n:
         return Alarms(memory, [], [])
     steps = n["step"] - memory.get("step", 0)  # of this entry, which has their mean
@@ -341,7 +341,9 @@ def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> 
 
 
 def _report_streak(memory: Memory, bad: bool, text: str) -> Alarms:
-    """Raise an alarm after IDLE_STEPS bad steps in a row, and each time that the streak has doubled."""
+    """Return an alarm after IDLE_STEPS bad logged steps in a row, and each time that this streak doubles.
+    text: the alarm, with {streak} for the number of steps.
+    """
     streak = memory.get("streak", 0) + 1 if bad else 0
     if streak != memory.get("next", IDLE_STEPS):
         return Alarms({**memory, "streak": streak}, [], [])
@@ -349,15 +351,15 @@ def _report_streak(memory: Memory, bad: bool, text: str) -> Alarms:
 
 
 def length_baseline(n: Mapping[str, Any]) -> tuple[float, str] | None:
-    """Return the held-out accuracy of the better rule that reads only lengths, and which it is: "longer" or
-    "shorter".
+    """Return the better held-out accuracy of two rules, to prefer the longer or the shorter response, and the
+    rule, "longer" or "shorter"; None if the metrics lack it. n: metrics.
     """
     longer = n.get(HELD_OUT + LONGER_WINS)
     return None if longer is None else max((longer, "longer"), (1 - longer, "shorter"))
 
 
 def preference_summary(first: Entry, last: Entry, starts_tied: bool = True) -> list[str]:
-    """Summarise a preference run in lines of text. first, last: each metric's first and newest value.
+    """Return lines that summarise a preference run. first, last: each metric's first and newest value.
     starts_tied: whether the policy starts as the reference, if there is one.
     """
     lines = []
@@ -382,12 +384,12 @@ def preference_summary(first: Entry, last: Entry, starts_tied: bool = True) -> l
 
 
 def has_numbers(entry: Mapping[str, Any], *names: str) -> bool:
-    """Whether an entry has a finite value for every name."""
+    """Return whether an entry has a finite value for every name."""
     return all(isinstance(entry.get(name), int | float) for name in names)
 
 
 def length_note(last: Mapping[str, Any]) -> str:
-    """The accuracy of the better length rule, as the end of a line; empty if it is unknown."""
+    """Return a sentence part with the accuracy of the better rule of length_baseline; "" if it is unknown."""
     guess = length_baseline(last)
     return f"; always preferring the {guess[1]} response gives {guess[0]:.2f}" if guess else ""
 
@@ -411,7 +413,9 @@ def _length_lines(last: Entry) -> list[str]:
 
 
 def _label_line(fraction: float, error: float) -> str:
-    """Format the estimate of flipped labels. An untrained model disagrees with half of the labels."""
+    """Return a line about flipped labels. fraction, error: see metrics.LabelNoise. An untrained model
+    disagrees with half of the labels, so a fraction of UNTRAINED and above is no estimate.
+    """
     percent = f"{100 * fraction:.0f} %"
     if fraction >= UNTRAINED:
         return (
@@ -427,7 +431,7 @@ def _label_line(fraction: float, error: float) -> str:
 
 
 def accuracy_text(name: str, entry: Mapping[str, Any]) -> str:
-    """An accuracy with its interval and its number of pairs."""
+    """Return the metric `name`, an accuracy, as text with its interval and its number of pairs."""
     return fraction_text(entry[name], entry.get(name + PAIR_COUNT))
 
 
@@ -446,6 +450,6 @@ def accuracy_change(name: str, first: Entry, last: Entry, ties: bool = False) ->
 
 
 def change(name: str, first: Entry, last: Entry, digits: int) -> str:
-    """A metric before and after training, as text."""
+    """Return a metric before and after training, as text with this number of decimal places."""
     before, after = first.get(name), f"{last[name]:.{digits}f}"
     return f"{before:.{digits}f} before, {after} after" if isinstance(before, float) else after

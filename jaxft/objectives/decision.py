@@ -1,7 +1,7 @@
 """Decisions: the probabilities of given choices at one position, trained by a proper scoring rule.
 
-A proper scoring rule is least, in expectation, for the true probabilities (Gneiting & Raftery 2007,
-doi:10.1198/016214506000001437), so a model that is trained by one is calibrated as far as its rows tell.
+The expected value of a proper scoring rule is smallest for the true probabilities (Gneiting & Raftery 2007,
+doi:10.1198/016214506000001437), so training by one makes a model's probabilities match those in its rows.
 """
 
 from collections.abc import Callable
@@ -40,14 +40,14 @@ DecisionLoss = Callable[[PerChoice, PerChoice], Float[Array, "..."]]
 
 
 def cross_entropy(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
-    """`-sum_c q_c log p_c`: the logarithmic score (Good 1952) in expectation over labels of probability q."""
+    """`-sum_c q_c log p_c`: the expected logarithmic score (Good 1952) of labels with probabilities q."""
     return -jnp.sum(q * log_p, -1)
 
 
 def log_score(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
-    """`sum_c q_c log(q_c / p_c)`: cross_entropy minus its least value, so that it is 0 where p = q.
+    """`sum_c q_c log(q_c / p_c)`: cross_entropy minus its smallest possible value, so that it is 0 for p = q.
 
-    It has the gradient of cross_entropy; where one choice is certain, the two are equal.
+    Its gradient is cross_entropy's. If q is 1 for one choice, the two are equal.
     """
     return jnp.sum(q * (jnp.log(jnp.where(q > 0, q, 1)) - log_p), -1)
 
@@ -65,8 +65,9 @@ def brier(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
 
 
 def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]) -> Float[Array, "B M C"]:
-    """Return the log-softmax over the choices of each decision. choices: indices into U, -1 for no
-    choice, whose logit is NONE.
+    """Return the log-softmax over the choices of each decision.
+
+    logits: of U tokens. choices: indices into the axis U; -1 for no choice, which gets the logit NONE.
     """
     of_choices = jnp.take_along_axis(logits, jnp.maximum(choices, 0), axis=-1)
     return jax.nn.log_softmax(jnp.where(choices >= 0, of_choices, jnp.asarray(NONE, of_choices.dtype)), -1)
@@ -74,9 +75,8 @@ def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]
 
 @struct
 class Outputs:
-    """The forward pass of a batch: log-probabilities of the choices, and the probabilities in the rows.
-
-    weight: of each decision; 0 marks padding.
+    """The forward pass of a batch. log_p: the model's log-probabilities of the choices. q: the dataset's
+    probabilities. weight: of each decision; 0 marks padding.
     """
 
     log_p: Float[Array, "B M C"]
@@ -90,12 +90,12 @@ class Outputs:
 def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Objective:
     """`sum_d w_d loss(log p_d, q_d)` over decisions d, with p the softmax over the logits of the choices.
 
-    Only the choices' part of the head is computed, not the vocabulary's. loss: cross_entropy, brier,
-    log_score, or another function of log p [..., C] and q [..., C] that returns [...].
+    Only logits of tokens that are choices are computed. loss: cross_entropy, brier, log_score, or another
+    function of log p [..., C] and q [..., C], the probabilities in the rows, that returns [...].
 
-    Metrics, over decisions of equal weight: accuracy (the most probable choice is the row's most probable
-    one), log_loss (cross_entropy), brier, ece (see metrics.CalibrationError; a prediction is as right as the
-    row's probability of the predicted choice) and entropy of p in nats.
+    Metrics, over decisions of equal weight: accuracy (p and q have the same most probable choice), log_loss
+    (cross_entropy), brier, ece (metrics.CalibrationError, where `correct` is q of the predicted choice) and
+    entropy of p in nats.
 
     The loss of a decision between two choices, of which the first is right; only `forward` reads the model:
 
@@ -128,7 +128,7 @@ def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Object
 
 
 def _metrics(outputs: Outputs, losses: Float[Array, "B M"] | None) -> Metrics:
-    """Return the metrics of all decisions; with `losses`, the values of each of them too."""
+    """Return the metrics of a batch. With `losses`, [B, M], also return PerRow values of each decision."""
     log_p, q = outputs.log_p, outputs.q
     used = (outputs.weight > 0) & (jnp.sum(q, -1) > 0)  # rows that are only scored have no probabilities
     top = jnp.argmax(log_p, -1)[..., None]

@@ -25,15 +25,15 @@ class Interval(NamedTuple):
         return f"[{self.low:.{digits}f}, {self.high:.{digits}f}]"
 
     def has(self, value: float) -> bool:
-        """Whether a value is inside."""
+        """Return whether a value is inside."""
         return self.low <= value <= self.high
 
 
 class Paired(NamedTuple):
     """The mean difference of two models on the same rows.
 
-    rows: number of rows. p: p-value of the sign test, None if the values are not fractions. distinguishable:
-    the difference is unlikely to be chance.
+    rows: number of rows. interval: of the difference. p: p-value of the sign test; None if the models' values
+    are not all 0, 1 or 1/2.
     """
 
     rows: int
@@ -43,7 +43,7 @@ class Paired(NamedTuple):
 
     @property
     def distinguishable(self) -> bool:
-        """Whether p < 0.05, or without p whether the interval excludes 0."""
+        """Whether the difference is unlikely to be chance: p < 0.05 or, without p, an interval without 0."""
         return not self.interval.has(0) if self.p is None else self.p < 1 - LEVEL
 
     def text(self, unit: str = "rows") -> str:
@@ -58,15 +58,18 @@ def wilson(fraction: float, count: float) -> Interval:
 
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). E. B. Wilson 1927, Probable
     inference, the law of succession, and statistical inference, JASA 22, 209-212. It stays within [0, 1] and
-    covers well for small counts (Brown, Cai & DasGupta 2001, Statistical Science 16, 101-133). Of values
-    between 0 and 1 that are not all 0 or 1, such as ties that count 1/2, it is somewhat too wide.
+    covers well for small counts (Brown, Cai & DasGupta 2001, Statistical Science 16, 101-133). If trials have
+    values between 0 and 1, such as ties that count 1/2, it is somewhat too wide.
 
-    Returns [NaN, NaN] for NaN, such as the accuracy of a model whose outputs are not finite.
+    Returns [NaN, NaN] for NaN, such as the accuracy of a model whose outputs are not finite. Raises
+    ValueError for other fractions outside [0, 1], and for a count of 0.
     """
     if math.isnan(fraction):
         return Interval(math.nan, math.nan)
     if count <= 0 or not 0 <= fraction <= 1:
-        raise ValueError(f"a fraction must be in [0, 1] and its count above 0, got {fraction} of {count}")
+        raise ValueError(
+            f"wilson needs a fraction in [0, 1] of a count above 0, got fraction={fraction}, count={count}"
+        )
     square = NORMAL**2
     centre = fraction + square / (2 * count)
     half = NORMAL * math.sqrt(fraction * (1 - fraction) / count + square / (4 * count**2))
@@ -78,8 +81,8 @@ def sign_test(wins: int, losses: int) -> float:
     """Return the two-sided p-value that wins and losses are equally likely: min(1, 2 P(X <= min(wins,
     losses))), X ~ Binomial(wins + losses, 1/2).
 
-    For two models on the same rows this is McNemar's exact test (McNemar 1947, Psychometrika 12, 153-157):
-    only the rows count on which one model is right and the other wrong.
+    For two models on the same rows this is McNemar's exact test (McNemar 1947, Psychometrika 12, 153-157).
+    Count only the rows on which one model is right and the other one wrong.
     """
     n, least = wins + losses, min(wins, losses)
     tail = sum(math.exp(_log_choose(n, k) - n * math.log(2)) for k in range(least + 1))
@@ -94,9 +97,9 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
     """Return the interval of the mean of independent values: mean -+ t s / sqrt(n), where s is their standard
     deviation and t the 97.5 % quantile of Student's distribution with n - 1 degrees of freedom.
 
-    weights: of a weighted mean m = sum w x / sum w, such as losses of rows weighted by their tokens. Then s
+    weights: for a weighted mean m = sum w x / sum w, such as losses of rows weighted by their tokens; then s
     is the deviation of the linearised values w (x - m) / mean(w) (Cochran 1977, Sampling Techniques, 6.3).
-    Infinite for fewer than two values.
+    The interval is infinite for fewer than two values.
     """
     x = np.asarray(values, np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
@@ -119,7 +122,7 @@ def interval_of(values: Sequence[float]) -> Interval:
 
 
 def prompt_means(scores: Float[np.ndarray, "n G"]) -> list[float]:
-    """Return the mean score of each prompt's completions that have one (not NaN); NaN if none has."""
+    """Return for each prompt the mean of its completions' scores without NaN; NaN if all are NaN."""
     return [math.nan if np.isnan(group).all() else float(np.nanmean(group)) for group in scores]
 
 
@@ -140,7 +143,10 @@ def _are_wins(values: Sequence[float]) -> bool:
 def paired_means(
     first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
 ) -> Paired:
-    """Return mean(second) - mean(first) over the same rows, with mean_interval of their differences."""
+    """Return mean(second) - mean(first) over the same rows, with the mean_interval of the rows' differences.
+
+    weights: of the rows.
+    """
     differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     w = np.ones_like(differences) if weights is None else np.asarray(weights, np.float64)
     mean = float((w * differences).sum() / w.sum())
@@ -164,9 +170,7 @@ def paired_fractions(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def fraction_text(fraction: float, count: float | None, unit: str = "pairs") -> str:
-    """Return a fraction with its interval and the number of pairs or other units; the fraction alone where
-    that is unknown.
-    """
+    """Return a fraction as text, with its interval and count of units if the count is not None."""
     if not count:
         return f"{fraction:.2f}"
     return f"{fraction:.2f} {wilson(fraction, count).text(2)} of {count:,.0f} {unit}"

@@ -24,7 +24,7 @@ from jaxft.tree import LayerOutputs, Params, struct
 
 
 class TokenValues(Protocol):
-    """The part of logprobs.LogProbs that a loss reads, one number per token."""
+    """The fields of LogProbs that a TargetLoss reads, one number per token."""
 
     @property
     def logp(self) -> Float[Array, "..."]:
@@ -32,11 +32,11 @@ class TokenValues(Protocol):
 
     @property
     def lse(self) -> Float[Array, "..."] | None:
-        """Log-sum-exp of the logits; None where no loss of the forward pass needs it."""
+        """Log-sum-exp of the logits; None if the loss of the forward pass does not need it."""
 
     @property
     def mean_logit(self) -> Float[Array, "..."] | None:
-        """Mean of the logits over the vocabulary; None as for lse."""
+        """Mean of the logits over the vocabulary; None if the loss of the forward pass does not need it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class TargetLoss:
         check_bounds(self)
         if self.dft and self.label_smoothing:
             raise ValueError(
-                f"dft=true and label_smoothing={self.label_smoothing} are two losses; set label_smoothing=0"
+                f"dft=true and label_smoothing={self.label_smoothing} are different losses; set "
+                "label_smoothing=0 or dft=false"
             )
 
     @property
@@ -73,7 +74,7 @@ class TargetLoss:
         return self == CROSS_ENTROPY
 
     def value(self, lp: TokenValues) -> Float[Array, "..."]:
-        """Return the loss of each token from its logprobs.LogProbs."""
+        """Return the loss of each token from its LogProbs."""
         s, loss = self.label_smoothing, -lp.logp
         if self.dft:
             loss = jax.lax.stop_gradient(jnp.exp(lp.logp)) * loss
@@ -84,7 +85,7 @@ class TargetLoss:
     def slope(
         self, p: Float[Array, "... V"], targets: Int[Array, "..."], lp: TokenValues
     ) -> Float[Array, "... V"]:
-        """Return d value / d logits. p: the softmax of the logits."""
+        """Return the gradient of the loss with respect to the logits. p: the softmax of the logits."""
         s = self.label_smoothing
         at_target = jax.lax.broadcasted_iota(targets.dtype, p.shape, p.ndim - 1) == targets[..., None]
         slope = p - at_target.astype(p.dtype)
@@ -96,7 +97,9 @@ class TargetLoss:
 
 
 def _given(x: Float[Array, "..."] | None) -> Float[Array, "..."]:
-    """Return x. Raises ValueError for None: a sweep's forward pass follows its first member."""
+    """Return x, a field of LogProbs. Raises ValueError for None: all members of a sweep have one forward
+    pass, which computes the fields that the first member's loss needs.
+    """
     if x is None:
         raise ValueError(
             "a sweep member sets label_smoothing or z_loss, but the sweep's first member does not, and all "
@@ -143,7 +146,9 @@ class LanguageModel(Protocol):
 
 
 class HeadInput(NamedTuple):
-    """A head that a pass reads, with the hidden states at the read positions."""
+    """A model's head as input of a pass over heads. params: of the model. h: hidden states at the positions
+    whose log-probs are computed.
+    """
 
     model: LanguageModel
     params: Params
@@ -154,9 +159,9 @@ class HeadInput(NamedTuple):
 class LogProbs:
     """Log-prob and related values of each target token, in float32 or wider.
 
-    logp has a gradient; entropy, lse (log-sum-exp of the logits) and mean_logit (over the vocabulary) if they
-    are in token_logps' `graded`. top1 (is the target the most likely token) and log_sum_p2 (log sum_v p_v^2)
-    have none.
+    lse: log-sum-exp of the logits. mean_logit: over the vocabulary. top1: 1 if the target is the most likely
+    token, else 0. log_sum_p2: log sum_v p_v^2. A field has a gradient only if it is in the argument `graded`
+    of token_logps; top1 and log_sum_p2 never have one.
     """
 
     logp: Float[Array, "B M"]
@@ -174,14 +179,14 @@ def token_logps(
     targets: Int[Array, "B M"],
     graded: Graded = ("logp",),
 ) -> LogProbs:
-    """Log-probs of `targets` under the model's head, in chunks along M.
+    """Return the LogProbs of `targets` under the model's head, computed in chunks along M.
 
-    The gradient of a token's log-prob with respect to its hidden state, `W[target] - sum_v p_v W[v]`, does
-    not depend on the loss, so it is computed in the forward pass while the chunk's logits exist, and the
-    backward pass has no matmul for it. The gradient of the head, where it is trained, recomputes each chunk
-    once. On a mesh the head is gathered along fsdp once per pass, and each block of rows accumulates its own
-    gradient, so that the head's gradient is reduced once. graded: the fields of LogProbs with a gradient;
-    each costs the forward pass one more matmul with the head.
+    graded: the fields of LogProbs that get a gradient; each costs the forward pass one more matmul with the
+    head. The gradient of a token's log-prob with respect to its hidden state, `W[target] - sum_v p_v W[v]`,
+    does not depend on the loss. It is computed in the forward pass while the chunk's logits exist, so that
+    the backward pass needs no matmul for it. If the head is trained, its gradient recomputes each chunk once.
+    On a mesh the head is gathered along fsdp once per pass. Each block of rows accumulates a gradient of the
+    head, and these are summed once.
     """
     return logps_of_heads([HeadInput(model, params, h_BMD)], targets, graded)[0]
 
@@ -189,10 +194,10 @@ def token_logps(
 def logps_of_heads(
     heads: Sequence[HeadInput], targets: Int[Array, "B M"], graded: Graded = ("logp",)
 ) -> tuple[LogProbs, ...]:
-    """token_logps of several heads, chunk by chunk in one pass: a model that is trained, then frozen models
-    such as a reference or a teacher, whose log-probs have no gradient.
+    """Return the LogProbs of `targets` under each of several heads, chunk by chunk in one pass.
 
-    Width and vocabulary of the heads may differ.
+    heads: of the trained model, then of frozen models, such as a reference or a teacher, whose log-probs get
+    no gradient. Their widths and vocabularies may differ. graded: see token_logps.
     """
     plan, pad = _plan(heads, graded)
     (head, h), *frozen = [(one.model.head(one.params), _padded(one.h, pad)) for one in heads]
@@ -208,9 +213,9 @@ def weighted_loss(
     weights: Float[Array, "B M"],
     loss: TargetLoss = CROSS_ENTROPY,
 ) -> tuple[Float[Array, ""], LogProbs]:
-    """Return (sum of weights * the loss of each token, LogProbs without gradient).
+    """Return (the sum of the tokens' losses times `weights`, LogProbs without gradient).
 
-    Unlike token_logps it knows the loss, so it also computes the head's gradient while a chunk's logits
+    Since it knows the loss, unlike token_logps, it computes the head's gradient too while a chunk's logits
     exist, and the backward pass recomputes nothing.
     """
     plan, pad = _plan([HeadInput(model, params, h_BMD)], ("logp",))
@@ -228,10 +233,8 @@ class HeadPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The static arguments of a pass over heads, chunk by chunk.
-
-    heads: only the first may be trained. count: number of chunks. graded: the fields of LogProbs that have a
-    gradient. loss: the loss of weighted_loss.
+    """The static arguments of a pass over heads. heads: only the first one may be trained. count: the number
+    of chunks. graded: see token_logps. loss: of weighted_loss.
     """
 
     heads: tuple[HeadPlan, ...]
@@ -251,7 +254,7 @@ class ChunkPlan:
 
 
 def _plan(heads: Sequence[HeadInput], graded: Graded) -> tuple[ChunkPlan, int]:
-    """Return (plan, the number of positions to add so that all chunks are equal)."""
+    """Return the plan of a pass, and how many positions to append to h so that chunks have equal size."""
     B, M, _ = heads[0].h.shape
     plans, per_position = [], 0  # logits on a device, of the largest vocabulary
     for model, params, h in heads:
@@ -270,7 +273,7 @@ def _padded(x: Array, pad: int) -> Array:
 
 
 def _axes(specs: Specs, head: Params) -> Axes:
-    """The logical axes of each leaf of the head; () for leaves of a packed weight with other dimensions."""
+    """Return the logical axes of each leaf of a head; () for quantised leaves without the weight's axes."""
 
     def axes_of(spec: ParamSpec, leaf: Any) -> list[tuple[str, ...]]:
         return [spec.axes if name in ("", *LIKE_WEIGHT) else () for name in tree.paths(leaf)]
@@ -281,7 +284,7 @@ def _axes(specs: Specs, head: Params) -> Axes:
 
 
 def _gather(head: Params, axes: Axes, dtype: DTypeLike) -> Params:
-    """Return the head gathered for matmuls in `dtype`: rounded to `dtype`, moved and cast back."""
+    """Gather the head over devices for matmuls in `dtype`: round it to `dtype`, move it, and cast it back."""
     leaves, structure = jax.tree.flatten(head)
 
     def gather(x: Array, a: tuple[str, ...]) -> Array:
@@ -333,38 +336,38 @@ def _gathered(plan: ChunkPlan, heads: FrozenHeads) -> list[Params]:
 
 
 def _inputs(plan: ChunkPlan, h: Array, frozen: FrozenHeads, targets: Array) -> tuple[Array, ...]:
-    """The hidden states of every head and the targets, by chunk."""
+    """Return the hidden states for every head, then the targets, each divided into chunks."""
     return tuple(_chunks(x, plan.count) for x in (h, *(other for _, other in frozen), targets))
 
 
 def _read_each(
     plans: Sequence[HeadPlan], heads: Sequence[Params], states: Sequence[Array], targets: Array
 ) -> tuple[LogProbs, ...]:
-    """The log-probs of a chunk under each head."""
+    """Return the LogProbs of a chunk under each head."""
     each = zip(plans, heads, states, strict=True)
     return tuple(_read(p.logits(head, x), targets)[0] for p, head, x in each)
 
 
 def _slope(p: Array, targets: Array) -> Array:
-    """d logp / d logits = onehot(target) - p."""
+    """Return d logp / d logits = onehot(target) - p."""
     return (jax.lax.broadcasted_iota(targets.dtype, p.shape, p.ndim - 1) == targets[..., None]).astype(
         p.dtype
     ) - p
 
 
 def _entropy_slope(p: Array, targets: Array) -> Array:
-    """d entropy / d logits = -p (log p + entropy); p log p goes to 0 with p."""
+    """Return d entropy / d logits = -p (log p + entropy), where p log p is 0 for p = 0."""
     log_p = jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1)), 0)
     return -p * (log_p - jnp.sum(p * log_p, -1, keepdims=True))
 
 
 def _lse_slope(p: Array, targets: Array) -> Array:
-    """d lse / d logits = p."""
+    """Return d lse / d logits = p."""
     return p
 
 
 def _mean_slope(p: Array, targets: Array) -> Array:
-    """d mean_logit / d logits = 1 / V."""
+    """Return d mean_logit / d logits = 1 / V."""
     return jnp.full_like(p, 1 / p.shape[-1])
 
 
@@ -405,11 +408,11 @@ def _chunked_bwd(plan: ChunkPlan, residuals, g):
 
 
 def _accumulators(head, axes, h, trained):
-    """(leaves of the gathered head, its structure, the float leaves that are `trained`, zeros for their
-    gradients).
+    """Return (leaves of the gathered head, its tree structure, its float leaves that are `trained`, zeros to
+    which their gradients are added).
 
-    The gradients are summed over chunks in float32 or wider. They have a leading axis, one entry per block of
-    rows on a mesh.
+    The gradients are summed over chunks in float32 or wider. They have a leading axis over the blocks of rows
+    into which a mesh divides a batch.
     """
     leaves, structure = jax.tree.flatten(_gather(head, axes, h.dtype))
     floats = [w if t and jnp.issubdtype(w.dtype, jnp.floating) else None for w, t in zip(leaves, trained)]
@@ -429,7 +432,7 @@ def _filled(structure, leaves, floats):
 
 
 def _by_block(fn, *chunk):
-    """Map fn over [blocks, rows of a block], so that each part of a mesh accumulates its own gradient."""
+    """Apply fn to each block of rows of a chunk, so that each part of a mesh accumulates its own gradient."""
     blocks = num_shards(("read_rows",), chunk[0].shape[:1])
     if blocks == 1:  # without vmap: XLA's CPU compiler sums over [1, rows, M, V] at 5 % of the speed
         return jax.tree.map(lambda x: x[None], fn(*chunk))

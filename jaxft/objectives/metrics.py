@@ -1,4 +1,4 @@
-"""Metrics that add: steps, microbatches and evaluation batches are summed, and only the log divides."""
+"""Metrics as sums, which are added over steps, microbatches and evaluation batches, divided for the log."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -27,7 +27,7 @@ Stored: TypeAlias = (
 
 @struct
 class Sum:
-    """A weighted mean as its two sums; `total / weight` is computed once, by the log.
+    """A weighted mean, stored as two sums: its value is total / weight.
 
     >>> Sum.of(jnp.array([1.0, 2.0, 6.0]), jnp.array([True, True, False])).total.item()
     3.0
@@ -45,10 +45,10 @@ class Sum:
 
 @struct
 class WinRate:
-    """The fraction of pairs that are won, of which a tie counts 1/2; no value where all pairs are ties.
+    """The fraction of pairs that are won, where a tie counts 1/2; None if all pairs are ties.
 
-    sums: [won, tied, pairs]. TRL counts a tie as lost, so that a policy that equals its reference has
-    accuracy 0; here it has none.
+    sums: [won, tied, all pairs]. TRL counts a tie as lost, so that a policy that equals its reference has an
+    accuracy of 0; here it has no accuracy.
     """
 
     sums: Stored
@@ -69,7 +69,7 @@ class WinRate:
 
 @struct
 class PerRow:
-    """A value of each held-out row, in their order; only evaluation computes one. weights: 0 for no row."""
+    """A value for each held-out row, in the order of the rows; only in evaluation. weights: 0 for padding."""
 
     values: Stored
     weights: Stored
@@ -83,14 +83,14 @@ class PerRow:
 
 @struct
 class PerLayer:
-    """A Sum for each layer of a model, [L]; logged as NAME/0, NAME/1, ... by the numbers of the layers."""
+    """A Sum for each layer of a model, [L], logged as NAME/0, NAME/1, ...; numbers: of the layers."""
 
     total: Stored
     weight: Stored
     numbers: tuple[int, ...] = static()
 
     def layers(self, name: str) -> "dict[str, Sum]":
-        """Return the layers' Sums by the names that they are logged with."""
+        """Return a Sum for each layer, by its logged name; `name` is the metric's."""
         digits, weight = len(str(max(self.numbers))), np.broadcast_to(self.weight, self.total.shape)
         sums = zip(self.numbers, self.total, weight, strict=True)
         return {f"{name}/{number:0{digits}d}": Sum(total, w) for number, total, w in sums}
@@ -98,21 +98,21 @@ class PerLayer:
 
 @struct
 class Max:
-    """The largest value over all parts that are added."""
+    """A metric whose sum over parts of a batch is the largest value."""
 
     value: Stored
 
 
 @struct
 class Min:
-    """The smallest value over all parts that are added."""
+    """A metric whose sum over parts of a batch is the smallest value."""
 
     value: Stored
 
 
 @struct
 class Correlation:
-    """Pearson's correlation of two quantities, as sums [n, x, y, xx, yy, xy]."""
+    """Pearson's correlation of two quantities x and y, stored as the sums of [1, x, y, xx, yy, xy]."""
 
     sums: Stored
 
@@ -139,8 +139,9 @@ class CalibrationError:
     """The expected calibration error of predictions with a confidence (Guo et al. 2017, arXiv:1706.04599,
     eq. 3): `sum_b n_b / n |accuracy_b - confidence_b|`.
 
-    b: CALIBRATION_BINS bins of equal width; bin i has the confidences above i / 15 and up to (i + 1) / 15.
-    sums: number of predictions, sum of their confidences, sum of how right they are, for each bin: [3, 15].
+    b: 15 bins (CALIBRATION_BINS) of equal width; bin i has confidences above i / 15 and up to (i + 1) / 15.
+    sums [3, 15]: for each bin the count of predictions, the sum of confidences, the sum of `correct` (see
+    of).
     """
 
     sums: Stored
@@ -149,8 +150,8 @@ class CalibrationError:
     def of(
         confidence: Float[Array, "..."], correct: Float[Array, "..."], where: Bool[Array, "..."]
     ) -> "CalibrationError":
-        """Return the error of the predictions where a mask is True. correct: 1 or 0, or with soft labels the
-        probability of the predicted choice.
+        """Return the error of the predictions where a mask is True. correct: 1 for a right one, 0 for a wrong
+        one; with soft labels, the label's probability of the predicted choice.
         """
         at = jnp.ceil(confidence * CALIBRATION_BINS).astype(jnp.int32) - 1
         at = jnp.where(where, jnp.clip(at, 0, CALIBRATION_BINS - 1), CALIBRATION_BINS).ravel()
@@ -165,13 +166,12 @@ class CalibrationError:
 
 @struct
 class LabelNoise:
-    """The fraction of wrong labels, estimated from margins: counts of pairs by [won or lost, size of the
-    margin].
+    """The fraction of wrong labels among pairs, estimated from a model's margins.
 
-    Among the pairs that a model is most certain of, those with a negative margin mostly have wrong labels.
+    Of the pairs with the largest |margin|, those with a negative margin (lost) mostly have wrong labels.
     With r the rank of a pair by |margin|, from 0 to 1, and w = max(r - IGNORED_FRACTION, 0), the estimate is
     sum_lost w / sum w. It needs pairs that the model was not trained on, and is too high for a model that is
-    certain and wrong.
+    certain and wrong. counts: number of pairs by [won or lost, bin of |margin|].
     """
 
     counts: Stored
@@ -191,11 +191,11 @@ class LabelNoise:
         return float((lost * weight).sum() / weight.sum()) if self.counts.sum() >= 24 else None
 
     def error(self) -> float | None:
-        """The standard error of value() as an estimate of these n pairs' fraction p: sqrt(p (1 - p) (1 / k -
-        1 / n)).
+        """Return the standard error of value() as an estimate of the fraction p of these n pairs:
+        sqrt(p (1 - p) (1 / k - 1 / n)).
 
-        k = (sum w)^2 / sum w^2 is the effective number of pairs. p is taken as (p k + 1) / (k + 2), so that
-        it is above 0.
+        k = (sum w)^2 / sum w^2 is the effective number of pairs. In place of p the formula has (p k + 1) /
+        (k + 2), so that the error is not 0 for p = 0.
         """
         fraction, (_, weight), n = self.value(), self._lost_and_weight(), self.counts.sum()
         if fraction is None:
@@ -205,7 +205,7 @@ class LabelNoise:
         return float(np.sqrt(p * (1 - p) * (1 / k - 1 / n)))
 
     def _lost_and_weight(self) -> tuple[Stored, Stored]:
-        """(fraction of lost pairs, weight of all pairs) for each size of the margin."""
+        """Return (fraction of lost pairs, weight of all pairs) for each bin of |margin|."""
         total = self.counts.sum(0)
         rank = (total.cumsum() - total / 2) / max(total.sum(), 1)
         return self.counts[1] / np.maximum(total, 1), total * np.maximum(rank - IGNORED_FRACTION, 0)
@@ -217,7 +217,7 @@ def mean_losses(
     sources: Int[Any, "*n"] | None,
     names: tuple[str, ...],
 ) -> Metrics:
-    """Return the weighted mean of loss values, over all rows and over each source; see losses_by_source."""
+    """Return the weighted mean of loss values over all rows, and over each source (see losses_by_source)."""
     total = jnp.sum(jnp.where(weights > 0, weights * values, 0))
     return {LOSS: Sum(total, jnp.sum(weights)), **losses_by_source(values, weights, sources, names)}
 
@@ -228,9 +228,9 @@ def losses_by_source(
     sources: Int[Any, "*n"] | None,
     names: tuple[str, ...],
 ) -> Metrics:
-    """Return the weighted mean of loss values over each source of rows, `loss/NAME`; nothing for one source.
+    """Return the weighted mean of loss values over each source of rows, as `loss/NAME`; {} for one source.
 
-    sources: an index of `names` for each value.
+    sources: for each value the index of its source in `names`.
     """
     if sources is None:
         return {}
@@ -242,12 +242,12 @@ def losses_by_source(
 
 
 def by_row(outputs: LayerOutputs) -> LayerOutputs:
-    """Return the outputs of a model's layers [L, B, ...] as [B, L, ...], as objectives' outputs have them."""
+    """Transpose the outputs of a model's layers from [L, B, ...] to [B, L, ...]."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), outputs)
 
 
 def layer_metrics(outputs: LayerOutputs) -> Metrics:
-    """Return the means over rows that layers report (LayerMean, by row) as metrics."""
+    """Return the metrics of each layer from its LayerMeans. outputs: from by_row."""
     means = {name: x for name, x in outputs.items() if isinstance(x, LayerMean)}
     return {name: PerLayer(jnp.sum(x.total, 0), jnp.sum(x.weight, 0), x.numbers) for name, x in means.items()}
 
@@ -257,7 +257,7 @@ Metric = Sum | PerLayer | WinRate | PerRow | Max | Min | Correlation | Calibrati
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
-    """Combine the metrics of two parts of a batch, other than per-row values (see join_rows)."""
+    """Add the metrics of two parts of a batch, by name. They have no per-row values (see join_rows)."""
     return {name: _add(a[name], b[name]) for name in a}
 
 
@@ -271,15 +271,13 @@ def _add(a: Any, b: Any) -> Metric:
 
 
 def join_rows(parts: Sequence[Metrics]) -> Metrics:
-    """Concatenate the per-row values (PerRow) of several parts, in their order. The parts have no other
-    metrics.
-    """
+    """Concatenate the per-row values (PerRow) of parts of a batch, in order. parts: have no other metrics."""
     # the last axis: in a sweep the first one is over members
     return jax.tree.map(lambda *x: np.concatenate(x, -1), *parts)
 
 
 def neutral(like: Metrics) -> Metrics:
-    """Return metrics that `add` leaves without effect, with the shapes and dtypes of `like`."""
+    """Return metrics m with add(x, m) = x, with the shapes and dtypes of `like`."""
 
     def neutral_of(m: Any) -> Metric:
         if isinstance(m, (*SUMS, PerRow)):
@@ -291,7 +289,7 @@ def neutral(like: Metrics) -> Metrics:
 
 
 def by_layer(metrics: Metrics) -> Metrics:
-    """Replace each PerLayer by a Sum for each layer, on the host."""
+    """Replace each PerLayer by one Sum per layer, by its logged name; for metrics on the host."""
     out: Metrics = {}
     for name, m in metrics.items():
         out |= m.layers(name) if isinstance(m, PerLayer) else {name: m}
@@ -299,7 +297,7 @@ def by_layer(metrics: Metrics) -> Metrics:
 
 
 def as_ties(metrics: Metrics) -> Metrics:
-    """Count all pairs as ties in the metrics: their margins differ only by rounding."""
+    """Count all pairs as ties, for a policy that equals its reference: margins are rounding errors."""
 
     def tied(m: Any) -> Any:
         if isinstance(m, WinRate):
@@ -311,9 +309,8 @@ def as_ties(metrics: Metrics) -> Metrics:
 
 
 def as_floats(metrics: Metrics) -> dict[str, float]:
-    """Divide: return each metric as a number, and an estimate's standard error as `name_error`.
-
-    A mean over nothing, and an accuracy of ties alone, is left out.
+    """Return each metric as a number (a Sum as total / weight), and a LabelNoise's standard error as
+    `name_error`. Metrics without a value, such as a mean over nothing, are left out.
     """
     out = {}
     for name, m in by_layer(jax.device_get(metrics)).items():
@@ -329,7 +326,7 @@ def as_floats(metrics: Metrics) -> dict[str, float]:
 
 
 def pair_counts(metrics: Metrics) -> FloatMetrics:
-    """Return the number of pairs of each accuracy, by the accuracy's name with PAIR_COUNT at its end."""
+    """Return the number of pairs behind each accuracy, by the accuracy's name + PAIR_COUNT."""
     counts = {name: m.sums[2] for name, m in metrics.items() if isinstance(m, WinRate)}
     return {name + PAIR_COUNT: float(count) for name, count in jax.device_get(counts).items() if count}
 
@@ -342,23 +339,19 @@ class Count(NamedTuple):
 
 
 def count_of(metrics: Mapping[str, float], name: str) -> Count | None:
-    """Return the number of pairs or prompts behind a fraction, by the fraction's name; None for another
-    metric.
-    """
+    """Return the number of pairs or prompts behind the metric `name`; None if it is not a fraction."""
     counts = ((metrics.get(name + suffix), suffix.removeprefix("_")) for suffix in (PAIR_COUNT, PROMPT_COUNT))
     return next((Count(number, unit) for number, unit in counts if number), None)
 
 
 def without_count(name: str) -> str:
-    """Strip the suffix of a count's name, which leaves the name of its fraction; other names stay as they
-    are.
-    """
+    """Return the name of a fraction from the name of its count; another name unchanged."""
     return name.removesuffix(PAIR_COUNT).removesuffix(PROMPT_COUNT)
 
 
 def row_values(metrics: Metrics) -> dict[int, FloatMetrics]:
-    """Return the per-row values of an evaluation, {position of the row: {name: value}}. WEIGHT is the weight
-    of the row's loss among all rows.
+    """Return the per-row values of an evaluation, {position of the row: {name: value}}; WEIGHT is the name of
+    the weight of the row's loss.
     """
     rows: dict[int, FloatMetrics] = {}
     for name, m in jax.device_get(metrics).items():

@@ -2,8 +2,8 @@
 
 An objective is a function `(model, ...) -> Objective` in a file of this folder. The train step, evaluation,
 rollouts and sweeps use nothing else. `forward` runs the model over a batch and `loss` turns its outputs into
-a loss and metrics; every other member has a neutral default. An objective is linear in the batch's weights
-and takes no mean over the batch.
+a loss and metrics; every other member has a neutral default. A loss is a sum of terms times the batch's
+weights, never a mean over the batch.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ ReferenceKind = Literal["none", "start", "moving", "precomputed", "teacher"]
 
 
 class Scores(NamedTuple):
-    """Values that a rollout records before it is trained on: per read position [B, M] in programs, per
-    sampled token [n, S] on the host. None for a value that the objective does not have.
+    """Values that are computed for a rollout before the run trains on it: [B, M] at read positions in
+    programs, [n, S] at sampled tokens on the host. None for values that the objective does not compute.
     """
 
     logps: Float[Any, "B M"] | None = None  # of the policy
@@ -39,17 +39,17 @@ class Facts:
     reference: the reference policy: "start" is the policy at step 0, "moving" a copy in aux that follows the
         policy, "precomputed" the policy at step 0 with its log-probs in the batch, "teacher" the run's
         teacher.
-    teacher: the loss reads the run's teacher in another way (see models/adapted.py).
-    starts_tied: rewards compare the policy with what it is at step 0, so that the pairs of the first step are
-        ties, whatever their rounding.
+    teacher: the loss uses the run's teacher (see models/adapted.py), not as a reference.
+    starts_tied: rewards compare the policy with the policy at step 0, so that all pairs of the first step are
+        ties, apart from rounding.
     dropout: whether the policy may be trained with dropout.
-    noise: the training loss is random without dropout too: it needs `forward`'s key.
+    noise: the training loss is random even without dropout, so that `forward` needs a key.
     temperature: the sampling temperature that its log-probs assume, None for any.
     kl_in_rewards: the KL penalty is subtracted from the rewards, and aux["kl_coef"] is its coefficient.
-    critic: `score` returns values, and a batch carries returns and value weights.
-    freezes_policy: some batches leave the policy unchanged; `frozen_policy` says which.
-    observations: a batch carries weights of tokens that the policy was given (see policy.echo).
-    target_kl: approximate KL beyond which rollouts stop training the policy until the next one (see
+    critic: `score` returns values, and a batch has returns and value weights.
+    freezes_policy: some batches leave the policy unchanged, those for which `frozen_policy` is True.
+    observations: a batch has weights for tokens that the policy did not sample (see policy.echo).
+    target_kl: approximate KL above which the rest of a rollout does not train the policy (see
         policy.with_target_kl).
     """
 
@@ -73,12 +73,11 @@ def no_summary(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
 
 
 class Report(NamedTuple):
-    """The lines that the log and the model card print about a run, computed on the host from logged metrics
+    """Functions that report on a run in the log and the model card, on the host and from logged metrics
     alone.
 
-    alarms(memory, entry, last) -> Alarms folds over the entries of metrics.jsonl; last: whether the entry is
-    the finished run's. summary(first, last) -> lines about the whole run, from each metric's first and newest
-    value.
+    alarms(memory, entry, last) -> Alarms is called with each entry of metrics.jsonl in order, see alarms.py.
+    summary(first, last) -> lines about the full run, from each metric's first and newest value.
     """
 
     alarms: Callable[[dict[str, Any], dict[str, Any], bool], Alarms] = training_alarms
@@ -115,16 +114,16 @@ class Objective(NamedTuple):
 
     forward(params, batch, key, aux) -> outputs of the forward passes, from which loss and metrics are
         computed; key: for dropout, or None. loss(outputs, aux) -> (loss, metrics).
-    init(trainable, at_base) -> aux, the objective's own state at step 0; at_base: the policy at step 0 is the
+    init(trainable, at_base) -> aux, the objective's state at step 0; at_base: the policy at step 0 is the
         base without its adapter, or with a frozen one, so that a reference needs no copy.
     update(aux, trainable, metrics) -> aux after an optimizer step.
-    score(params, batch, aux) -> Scores. frozen_policy(batch) -> whether the step leaves the policy's own
+    score(params, batch, aux) -> Scores. frozen_policy(batch) -> whether the step leaves the policy's
         parameters and their optimizer state unchanged (if facts.freezes_policy). batch_spec(batch) -> the
         batch, of arrays or shapes, with every field that a training batch has.
-    eval_loss: the loss of held-out rows, perhaps with values of single rows among its metrics, None for
-        `loss`; eval_one_pass: the one_pass of eval_loss. text: the objective that evaluates general
-        text, None for this one. one_pass(params, batch, key, aux) -> (loss, metrics): the same result as
-        loss(forward(...)) at less cost; None to compute it so.
+    eval_loss: `loss` for held-out rows, with PerRow metrics; None to use `loss`. one_pass(params, batch, key,
+        aux) -> (loss, metrics): the same as loss(forward(...)), but faster; None if there is no faster way.
+        eval_one_pass: one_pass with eval_loss. text: the objective that evaluates general text; None for this
+        one.
 
     A forward pass of a linear model and its squared error, summed with the weights of the batch:
 
@@ -162,7 +161,7 @@ class Objective(NamedTuple):
         return self.loss(self.forward(params, batch, key, aux), aux)
 
     def for_evaluation(self) -> "Objective":
-        """Return the objective for held-out rows: `eval_loss`, if it has one, replaces `loss`."""
+        """Return the objective with `eval_loss`, if it has one, as its `loss`, to evaluate held-out rows."""
         if self.eval_loss is None:
             return self
         return self._replace(loss=self.eval_loss, one_pass=self.eval_one_pass)

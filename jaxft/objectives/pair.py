@@ -36,24 +36,18 @@ from jaxft.tree import Metrics, struct
 
 
 def require(ok: Any, message: str) -> None:
-    """Raise ValueError(message) if `ok` is False. A traced value (a sweep's setting inside a program) is not
-    checked.
-    """
+    """Raise ValueError(message) if `ok` is False. A traced `ok`, from a sweep's setting, is not checked."""
     if not isinstance(ok, jax.core.Tracer) and not ok:
         raise ValueError(message)
 
 
 def capped(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Cap an exponent where exp stays finite: at 80, in float16 at 11 (TRL's caps). No gradient above the
-    cap.
-    """
+    """Cap x so that exp(x) stays finite: at 80, in float16 at 11 (TRL's caps). No gradient above the cap."""
     return jnp.minimum(x, 11.0 if x.dtype == jnp.float16 else 80.0)
 
 
 def square(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return x^2 with |x| clipped where the square stays finite, at half the root of the dtype's largest
-    number.
-    """
+    """Return x^2, with |x| clipped at half the square root of the dtype's maximum: the square is finite."""
     limit = float(jnp.finfo(x.dtype).max) ** 0.5 / 2
     return jnp.square(jnp.clip(x, -limit, limit))
 
@@ -70,10 +64,10 @@ def logistic(x: Float[Array, "..."], label_smoothing: float | Array = 0.0) -> Fl
 
 
 def log1mexp(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return log(1 - exp(x)) for x <= 0, constant above -1e-12, where the true value goes to minus infinity.
+    """Return log(1 - exp(x)) for x <= 0; constant above -1e-12, where the true value goes to minus infinity.
 
-    expm1 near 0 and log1p far below lose no digits; they change over at -log 2, and each sees only arguments
-    in its own range.
+    Without loss of digits: it is log(-expm1(x)) from -log 2 on, log1p(-exp(x)) below. Each gets only
+    arguments in its range, so that gradients are finite.
 
     >>> round(float(log1mexp(jnp.log(jnp.asarray(0.25)))), 3) == round(float(jnp.log(jnp.asarray(0.75))), 3)
     True
@@ -95,7 +89,7 @@ LossState = Mapping[
 
 @struct
 class Response:
-    """One kind of response of each pair. `present` is 0 in empty slots and where a row lacks the response."""
+    """The responses of one kind, such as "chosen", one per pair. present: 1, or 0 if the slot has none."""
 
     logp: Float[Array, "B P"]  # log pi(response | prompt), summed over its tokens
     reference: Float[Array, "B P"] | None  # the same of the reference policy; None in a run without one
@@ -105,7 +99,7 @@ class Response:
 
     @property
     def ratio(self) -> Float[Array, "B P"]:
-        """log pi(response) - log pi_ref(response). Raises ValueError in a run without a reference."""
+        """The log-ratio log pi(response) - log pi_ref(response). Raises ValueError without a reference."""
         if self.reference is None:
             raise ValueError(
                 "this loss reads the reference's log-probs, but the objective has no reference. "
@@ -115,14 +109,14 @@ class Response:
 
     @property
     def mean(self) -> Float[Array, "B P"]:
-        """Log-prob per token."""
+        """Mean log-prob of the response's tokens."""
         return self.logp / self.length
 
 
 @struct
 class PairTokens:
-    """The responses' tokens in the order of the batch. A loss may rely on `response` and `position` alone,
-    never on the order.
+    """The responses' tokens, at the read positions of the batch. A loss finds a token's place by `response`
+    and `position`; it must not rely on the order of tokens in the arrays.
     """
 
     logp: Float[Array, "B M"]
@@ -156,11 +150,11 @@ class PairBatch:
         return self.responses["rejected"]
 
     def total(self, x: Float[Array, "B M"]) -> dict[str, Float[Array, "B P"]]:
-        """Sum a per-token quantity over each response."""
+        """Sum values per token over the tokens of each response; return the sums by kind of response."""
         return response_sums(x, self.tokens.response, tuple(self.responses), self.weight.shape[1])
 
     def spread(self, x: dict[str, Float[Array, "B P"]]) -> Float[Array, "B M"]:
-        """Repeat a value per response at each of its tokens (0 at padding)."""
+        """Repeat a value per response, by kind of response, at each of its tokens (0 at padding)."""
         stacked = jnp.stack([x[kind] for kind in self.responses], -1)
         flat = stacked.reshape(stacked.shape[0], stacked.shape[1] * stacked.shape[2])
         padded = jnp.pad(flat, ((0, 0), (0, 1)))
@@ -170,7 +164,9 @@ class PairBatch:
 def response_sums(
     x: Float[Array, "B M"], response: Int[Array, "B M"], kinds: tuple[str, ...], slots: int
 ) -> dict[str, Float[Array, "B P"]]:
-    """Sum x over the tokens of each response of each slot."""
+    """Sum x over the tokens of each response; return the sums by kind. response: id of each token's response,
+    slot * len(kinds) + kind; padding has a larger one.
+    """
     count = slots * len(kinds)
     member = (response[:, :, None] == jnp.arange(count, dtype=response.dtype)[None, None]).astype(x.dtype)
     sums = jnp.einsum("bm,bma->ba", x, member, precision=jax.lax.Precision.HIGHEST)
@@ -184,7 +180,7 @@ def pair_batch(
     log_sum_p2: Float[Array, "B M"],
     reference: Float[Array, "B M"] | None,
 ) -> PairBatch:
-    """Arrange log-probs at the read positions by pair and response."""
+    """Return the PairBatch of a batch from log-probs at its read positions. log_sum_p2: see LogProbs."""
     chex.assert_equal_shape([logp, log_sum_p2, batch.responses])
     slots, dtype = batch.pair_weights.shape[1], logp.dtype
     sums = response_sums(logp, batch.responses, batch.kinds, slots)
@@ -212,15 +208,15 @@ def same_state(state: LossState, metrics: Metrics) -> LossState:
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A preference loss with its declared facts. A plain function counts as one with the defaults.
+    """A preference loss, a function fn(pair, ...) -> [B, P], with facts that the objective must know. For a
+    plain function they have their defaults.
 
-    fn(pair, ...) -> [B, P]. coupled: the value of a pair depends on the batch's other pairs (sorts, batch
-    means, running statistics). Such a loss is fn(pair, state, ...); it is called once per optimizer step with
-    the pairs of all microbatches and mesh parts together, so that accumulation is exact, and slots of weight
-    0 must not influence it. state starts as `init`, and `update(state, metrics)` returns the next one after a
-    step, from the metrics of the whole batch. eval_state(state) -> the state that the loss of held-out pairs
-    gets. reads_reference: the loss reads `ratio` or `reference`, so that
-    the objective needs a reference policy.
+    coupled: the value of a pair depends on the batch's other pairs (sorts, batch means, running statistics).
+    Such a loss is fn(pair, state, ...). It is called once per optimizer step with the pairs of all
+    microbatches and devices together, so that accumulation is exact; slots of weight 0 must not influence it.
+    init, update(state, metrics of the full batch) -> the state at step 0, and the state after a step.
+    eval_state(state) -> the state for the loss of held-out pairs. reads_reference: the loss reads `ratio` or
+    `reference`, so that the objective needs a reference policy.
     """
 
     fn: Callable[..., Array]
@@ -231,8 +227,8 @@ class PreferenceLoss:
     eval_state: Callable[[Any], LossState] = dict
 
     def __call__(self, pair: PairBatch, *args: Any, state: LossState | None = None, **knobs: Any) -> Array:
-        """Return a value per pair. Raises ValueError for a coupled loss without state, so that no caller
-        hides the coupling.
+        """Return the loss of each pair. Raises ValueError for a coupled loss without `state`: its caller must
+        be declared as coupled too.
         """
         if not self.coupled:
             return self.fn(pair, *args, **knobs)
@@ -246,24 +242,25 @@ class PreferenceLoss:
 
 @dataclass(frozen=True)
 class Claims:
-    """Properties that the author of a loss claims, as part of its return annotation. The loss bench checks
-    them, see lab/exact_toys.py for their names.
+    """Properties that the author of a loss claims in its return annotation; jaxft.lab checks them. See
+    lab/exact_toys.py for their names.
 
         def mine(pair, beta: float = 0.1) -> Annotated[PairLoss, Claims.of("difference", "calibrated")]: ...
 
-    They hold for all values of knobs that are numbers, and for the default of a knob that is a function.
+    They hold for all values of the loss's numeric parameters (knobs), and for the default of a parameter that
+    is a function.
     """
 
     names: tuple[str, ...]
 
     @classmethod
     def of(cls, *names: str) -> "Claims":
-        """Return the claims of these names."""
+        """Return Claims with these names."""
         return cls(names)
 
 
 def claims_of(loss: Callable[..., Array]) -> tuple[str, ...]:
-    """Return the names of the claims of a loss; none if a knob of it is set to another function."""
+    """Return the names of the claims of a loss; () if one of its parameters is set to another function."""
     fn = declaration(loss).fn
     if isinstance(fn, partial | PreferenceLoss):
         return claims_of(fn)
@@ -296,35 +293,33 @@ def coupled(
 
 
 def reference_free(fn: Callable[..., Array]) -> PreferenceLoss:
-    """Declare a loss `fn(pair, ...)` that reads no log-probs of a reference, so that the objective needs
-    none.
-    """
+    """Declare a loss `fn(pair, ...)` that reads no log-probs of a reference, so that none is needed."""
     return PreferenceLoss(fn, reads_reference=False)
 
 
 def declaration(loss: Callable[..., Array]) -> PreferenceLoss:
-    """Return the PreferenceLoss inside of any partials, or a plain function as one with the defaults."""
+    """Return the PreferenceLoss inside of partials; for a plain function, one with default facts."""
     while isinstance(loss, partial):
         loss = loss.func
     return loss if isinstance(loss, PreferenceLoss) else PreferenceLoss(loss)
 
 
 def loss_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Any:
-    """Call a loss with the pairs and, if it couples them, its state. The result's shape is not checked."""
+    """Call a loss with the pairs, and with its state if it is coupled. The result's shape is not checked."""
     return loss(pair, state=state) if declaration(loss).coupled else loss(pair)
 
 
 def loss_name(loss: Callable[..., Array]) -> str:
-    """The name of a loss's function."""
+    """Return the name of a loss's function."""
     fn = declaration(loss).fn
     return loss_name(fn) if isinstance(fn, partial | PreferenceLoss) else getattr(fn, "__name__", repr(fn))
 
 
 def loss_signature(loss: Callable[..., Array]) -> inspect.Signature:
-    """The signature of a loss as its caller sees it, without `state` and with the knobs that partials have
-    set as defaults.
+    """Return the signature of a loss for its caller: without `state`, and with the values that partials set
+    as defaults.
 
-    Raises TypeError if a partial sets a knob that the loss does not have.
+    Raises TypeError if a partial sets a parameter that the loss does not have.
     """
     if isinstance(loss, PreferenceLoss):
         signature = loss_signature(loss.fn)
@@ -343,8 +338,8 @@ def loss_signature(loss: Callable[..., Array]) -> inspect.Signature:
 
 
 def check_knobs(loss: Callable[..., Array]) -> None:
-    """Raise ValueError if a loss cannot be called with the pairs alone: an unknown knob is set, or one has no
-    value.
+    """Raise ValueError if a loss cannot be called with the pairs alone: a partial sets an unknown parameter
+    (knob), or a parameter has no value.
     """
     try:
         loss_signature(loss).bind("pair")
@@ -372,12 +367,12 @@ TIE_ROUNDING = 1e-5  # of a log-prob that two programs compute in float32
 
 
 def pair_metrics(pair: PairBatch, reward: Callable[[Response], Array]) -> Metrics:
-    """Means over pairs of equal weight: accuracy, margin, rewards and log-probs, and how margins relate to
-    length.
+    """Return metrics over pairs of equal weight: accuracy, margin, rewards, log-probs, and how margins depend
+    on lengths. reward(response) -> [B, P].
 
-    An accuracy counts a tie as 1/2, and does not exist where all pairs are ties (see WinRate), as before the
-    first step, when the policy is the reference. A tie has equal rewards, or both responses have the
-    reference's log-probs up to rounding.
+    An accuracy counts a tie as 1/2 and has no value if all pairs are ties (see WinRate), as before the first
+    step, when the policy is the reference. A pair is a tie if its rewards are equal, or if both responses
+    have the reference's log-probs up to rounding.
     """
     chosen, rejected = pair.chosen, pair.rejected
     used = pair.weight > 0
@@ -410,8 +405,8 @@ def pair_metrics(pair: PairBatch, reward: Callable[[Response], Array]) -> Metric
 
 
 def pair_values(pair: PairBatch, losses: Float[Array, "B P"], reward: Callable[[Response], Array]) -> Metrics:
-    """Return the loss of each pair; where it has both responses, its margin, and 1 if it is won, 0 if it is
-    lost and 1/2 for a tie.
+    """Return PerRow metrics of each pair: its loss and, if it has both responses, its margin and its accuracy
+    (1 if won, 0 if lost, 1/2 for a tie).
     """
     used = pair.weight > 0
     both = used & (pair.chosen.present > 0) & (pair.rejected.present > 0)
@@ -425,12 +420,12 @@ def pair_values(pair: PairBatch, losses: Float[Array, "B P"], reward: Callable[[
 
 
 def wins(margin: Float[Array, "B P"], tied: Bool[Array, "B P"]) -> Float[Array, "B P"]:
-    """Return 1 for a margin above 0, 1/2 for a tie, else 0."""
+    """Return 1/2 for a tie, 1 for another margin above 0, else 0."""
     return jnp.where(tied, 0.5, (margin > 0).astype(margin.dtype))
 
 
 def _is_reference(response: Response) -> Bool[Array, "B P"]:
-    """Whether a response's log-prob is the reference's up to rounding; False without a reference."""
+    """Return whether a response's log-prob is the reference's up to rounding; False without a reference."""
     if response.reference is None:
         return jnp.zeros(response.logp.shape, bool)
     return jnp.abs(response.logp - response.reference) <= TIE_ROUNDING * jnp.abs(response.reference)
@@ -444,12 +439,12 @@ def longer_wins(longer: Float[Array, "B P"], dtype: DTypeLike) -> Float[Array, "
 def pair_token_metrics(
     pair: PairBatch, mean_logit: Float[Array, "B M"], entropy: Float[Array, "B M"], top1: Float[Array, "B M"]
 ) -> Metrics:
-    """Means over tokens, TRL's: logits of chosen and rejected, entropy of both, top-1 accuracy of the chosen
-    one; and a KL.
+    """Return TRL's means over tokens (logits of chosen and of rejected responses, entropy of both, top-1
+    accuracy of chosen ones) and a KL.
 
     kl is the mean of exp(d) - 1 - d with d = log pi_ref - log pi at the chosen responses' tokens (Schulman
-    2020's k3). It is exact in expectation for tokens sampled from the policy, an indication on these, which
-    training makes likelier. At rejected tokens, which training makes unlikely, it would explode.
+    2020's k3). Its expectation is the KL only for tokens sampled from the policy, so here it is an
+    indication. Rejected tokens are left out: training makes them unlikely, and the value would explode.
     """
     kinds = tuple(pair.responses)
     used = {kind: jnp.where(pair.weight > 0, pair.responses[kind].present, 0) for kind in kinds}

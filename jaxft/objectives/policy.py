@@ -46,10 +46,10 @@ ValueFunction = Callable[[Params, Rollout, Array], Array]
 
 @dataclass(frozen=True)
 class Critic:
-    """A value function whose loss is added to the policy's, times `coef`.
+    """PPO's critic: a value function whose loss, times `coef`, is added to the policy's.
 
-    clip: how far from the values at sampling the predictions may move before the loss is clipped, None for no
-    clipping.
+    values(params, batch, h) -> the values, see value_function. clip: how far predictions may move from the
+    values at sampling before the loss is clipped, see value_loss; None for no clipping.
     """
 
     values: ValueFunction
@@ -63,10 +63,10 @@ class Critic:
 def value_function(
     hidden: Callable[[Params, Rollout, Array], Array], head: Callable[[Params, Array], Array]
 ) -> ValueFunction:
-    """Return the value function `head(params, h [N, m, D]) -> [N, m]` of hidden states.
+    """Return a function (params, batch, h) -> values at the read positions, [B, M].
 
-    hidden(params, batch, h [B, T, D] of the policy) -> [B, T, D] is a forward pass with another adapter, or
-    returns h.
+    hidden(params, batch, h [B, T, D] of the policy) -> the critic's hidden states [B, T, D]: a forward pass
+    with another adapter, or h itself. head(params, h [N, m, D]) -> values [N, m].
     """
 
     def values(params: Params, batch: Rollout, h_BTD: Float[Array, "B T D"]) -> Float[Array, "B M"]:
@@ -79,10 +79,10 @@ def value_function(
 def value_loss(
     values: Float[Array, "B M"], old: Float[Array, "B M"], returns: Float[Array, "B M"], clip: float | None
 ) -> tuple[Float[Array, "B M"], Bool[Array, "B M"]]:
-    """(`max((v - R)^2, (clip(v, v_old +- clip) - R)^2) / 2`, where the clipped term is the larger one); as in
-    TRL's PPO.
+    """Return (`max((v - R)^2, (clip(v, v_old +- clip) - R)^2) / 2`, whether the clipped term is the larger
+    one), as in TRL's PPO; with clip=None (`(v - R)^2 / 2`, False).
 
-    With clip=None `(v - R)^2 / 2`.
+    values: v. old: v_old, the values at sampling. returns: R.
     """
     plain = (values - returns) ** 2
     if clip is None:
@@ -92,7 +92,9 @@ def value_loss(
 
 
 def critic_loss(critic: Critic, values: Float[Array, "B M"] | None, batch: Rollout) -> tuple[Array, Metrics]:
-    """Return the critic's weighted loss and its metrics. Raises ValueError if the batch lacks a field."""
+    """Return the critic's weighted loss and its metrics. Raises ValueError if values, or a field of the batch
+    that the critic needs, is None.
+    """
     if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
         raise ValueError(
             "a critic needs values, returns and value_weights in the batch. Take batches from "
@@ -149,15 +151,15 @@ def policy(
     """`sum_t w_t (loss_t + beta KL_t - entropy H_t) + coef sum_t v_t L_t`, with policy weights w and value
     weights v.
 
-    loss: one of policy_losses.py's or your own.
+    loss: a function of policy_losses.py, or your own.
     beta: 0 for no penalty and no reference; another number is FixedKL(beta). A penalty needs the reference's
-        log-probs in the batch. KLInReward(...) is for a run whose rewards contain the KL. Its coefficient and
-        AdaptiveKL's are aux["kl_coef"].
+        log-probs in the batch. KLInReward(...) is for a run whose rewards contain the KL. The coefficient of
+        KLInReward and AdaptiveKL is stored in aux["kl_coef"].
     entropy: the coefficient of an entropy bonus, 0 for none.
     temperature: the sampling temperature; logits of policy and reference are divided by it.
 
     Metrics have the names of TRL's GRPO, or of TRL's PPO where GRPO has none. A logged loss is divided by the
-    sum of its weights, which is 1 unless the weight rule says otherwise.
+    sum of its weights, which is 1 for most rules of rl/token_weights.py.
 
     >>> from functools import partial
     >>> from jaxft.objectives.losses.policy_losses import clipped
@@ -180,7 +182,7 @@ def policy(
     def forward_with(
         params: Params, batch: Rollout, frozen: list[HeadInput]
     ) -> tuple[Outputs, list[LogProbs]]:
-        """The policy's outputs, and the log-probs under frozen heads."""
+        """Return the policy's Outputs, and the LogProbs of each of the frozen heads."""
         # Without dropout, so that log-probs are comparable with those at sampling (TRL's disable_dropout).
         h, layers = model.hidden(params, batch)
         heads, reads = [HeadInput(tempered, params, h), *frozen], (batch.read, batch.targets)
@@ -239,10 +241,11 @@ def policy(
 
 
 def with_target_kl(objective: Objective, target_kl: float) -> Objective:
-    """Add aux["approx_kl"]: the approximate KL of the newest step that trained the policy.
+    """Return the objective with early stopping at target_kl nats per token: once the approximate KL of the
+    newest step that trained the policy is above it, the rest of a rollout trains only the critic.
 
-    Once it is above target_kl nats per token, a rollout source trains only the critic on the rest of the
-    rollout. The entry is [sum, weight] of policy/approxkl_avg.
+    The KL is stored in aux["approx_kl"] as [sum, weight] of the metric policy/approxkl_avg, which the rollout
+    source reads.
     """
     require(target_kl > 0, f"target_kl={target_kl} nats. Use a number above 0, or none.")
 
@@ -262,14 +265,14 @@ def with_target_kl(objective: Objective, target_kl: float) -> Objective:
 def echo(
     model: LanguageModel, objective: Callable[[LanguageModel], Objective], coef: float = 0.1
 ) -> Objective:
-    """Add `-coef sum_t w_t log pi(x_t)` to a policy objective, over tokens x_t that the policy was given,
-    such as a tool's results. The observation weights w sum to 1 over an optimizer batch.
+    """Add `-coef sum_t w_t log pi(x_t)` to a policy objective, over tokens x_t that the policy did not
+    sample, such as a tool's results. The observation weights w sum to 1 over an optimizer batch.
 
     ECHO (Shrivastava et al. 2026, arXiv:2605.24517, where coef is 0.05): the policy learns what its actions
-    lead to, in the same forward pass and from failed episodes too. Text of the template around a result
-    counts as given. The loss is logged as loss/observation_avg.
+    lead to, in the same forward pass and from failed episodes too. The chat template's text around a result
+    is included. The loss is logged as loss/observation_avg.
     """
-    require(coef > 0, f"echo={coef} must be above 0, such as 0.1. Leave it out instead")
+    require(coef > 0, f"echo={coef} must be above 0; use for example 0.1, or leave it out")
     inner = objective(model)
 
     def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
@@ -296,12 +299,12 @@ def echo(
 
 
 def _has_no_policy_weight(batch: Rollout) -> Bool[Array, ""]:
-    """Whether no completion of the batch has a policy weight, so that only a critic is trained."""
+    """Return whether all policy weights of the batch are 0, so that only a critic is trained."""
     return jnp.all(batch.policy_weights == 0)
 
 
 def at_temperature(model: LanguageModel, temperature: float) -> LanguageModel:
-    """The model, and its teacher if it has one, with logits divided by the temperature."""
+    """Return the model, and its teacher if it has one, with logits divided by the temperature."""
     if temperature == 1:
         return model
 
@@ -314,8 +317,8 @@ def at_temperature(model: LanguageModel, temperature: float) -> LanguageModel:
 
 
 def policy_batch(outputs: Outputs) -> PolicyBatch:
-    """Arrange the outputs for a policy loss. A batch without `logps` was sampled by the current policy, and
-    its ratio is 1.
+    """Return the PolicyBatch for a policy loss. Without `logps` in the batch, old_logp is the current
+    log-probs without gradient, so that ratios are 1.
     """
     batch, dtype = outputs.batch, outputs.logp.dtype
     chex.assert_equal_shape([outputs.logp, batch.responses, batch.advantages, batch.policy_weights])
@@ -341,7 +344,7 @@ def policy_batch(outputs: Outputs) -> PolicyBatch:
 def _policy_terms(
     loss: PolicyLoss, penalty: Penalty | None, bonus: float, outputs: Outputs, aux: Aux
 ) -> tuple[Array, Metrics]:
-    """The policy's loss with KL penalty and entropy bonus, and its metrics."""
+    """Return the policy's loss with KL penalty and entropy bonus, and its metrics."""
     batch = policy_batch(outputs)
     weights = outputs.batch.policy_weights.astype(batch.logp.dtype)
 
@@ -374,7 +377,7 @@ def _policy_terms(
 
 
 def _checked_values(loss: PolicyLoss, batch: PolicyBatch) -> Float[Array, "B M"]:
-    """Return the loss's values. Raises ValueError with its name if it fails or returns another shape."""
+    """Return the loss of each token. Raises ValueError if the loss fails or does not return [B, M]."""
     name = loss_name(loss)
     try:
         values = loss(batch)
@@ -388,12 +391,13 @@ def _checked_values(loss: PolicyLoss, batch: PolicyBatch) -> Float[Array, "B M"]
 
 
 def _metrics(loss: PolicyLoss, batch: PolicyBatch, used: Bool[Array, "B M"]) -> Metrics:
-    """Return the distance to the sampling policy and the clipped fractions, over the tokens with a policy
-    weight, and the entropy over all tokens.
+    """Return metrics of the ratio to the sampling policy and of clipping, over the tokens with a policy
+    weight (`used`), and the entropy over all tokens.
 
-    clip_ratio counts the tokens that the loss clips, for any loss: those whose log-prob has no gradient
-    although their advantage isn't 0; low and high by the advantage's sign, as in TRL. low_min and high_max
-    are of single completions. val/ratio_var is the mean of (r - 1)^2, as the mean of r should be 1.
+    clip_ratio/* are fractions of clipped tokens. For any loss, a token is clipped if its log-prob has no
+    gradient although its advantage isn't 0: low if the advantage is negative, high if it is positive, as in
+    TRL. low_min and high_max are the extremes of one completion's fraction. val/ratio_var is the mean of
+    (r - 1)^2.
     """
     batch, used = jax.lax.stop_gradient(batch), used & (batch.mask > 0)
     slope = jax.grad(lambda logp: jnp.sum(jnp.where(used, loss(replace(batch, logp=logp)), 0)))(batch.logp)
@@ -420,8 +424,8 @@ def _metrics(loss: PolicyLoss, batch: PolicyBatch, used: Bool[Array, "B M"]) -> 
 
 
 def _init(penalty: Penalty | None, trainable: Params, at_base: bool) -> Aux:
-    """Return aux at step 0: a copy of the policy's own leaves unless the base is the reference, and the KL
-    coefficient.
+    """Return aux at step 0: a copy of the policy's trainable leaves, if the penalty's reference needs one,
+    and the KL coefficient, if it may change or is in the rewards. at_base: see Objective.init.
     """
     aux: dict[str, Any] = {}
     if penalty and penalty.reference == "start" and not at_base:
@@ -436,9 +440,7 @@ def _init(penalty: Penalty | None, trainable: Params, at_base: bool) -> Aux:
 
 
 def _update_coef(penalty: Penalty | None, aux: Aux, metrics: Metrics) -> Aux:
-    """Update an adaptive coefficient from the KL of the step's completions, except while the policy is
-    frozen.
-    """
+    """Return aux, with the coefficient updated from the step's KL if the step trained the policy."""
     if not isinstance(penalty, AdaptiveKL | KLInReward):
         return aux
     kl, updated = metrics[KL_PER_COMPLETION], metrics[POLICY_LOSS].weight != 0

@@ -1,8 +1,8 @@
 """The preference objective: a loss over pairs of responses, its reference policy and its metrics.
 
-`preference(model, loss=partial(dpo, beta=0.1))` is linear in the batch's pair weights. A coupled loss is not;
-the train step then computes it once from the log-probs of all microbatches, so that accumulation is still
-exact.
+`preference(model, loss=partial(dpo, beta=0.1))` is a sum over pairs, times their weights. If the loss couples
+the pairs of a batch (see PreferenceLoss), the train step computes it once from the log-probs of all
+microbatches, so that gradient accumulation is still exact.
 """
 
 from collections.abc import Callable
@@ -58,12 +58,12 @@ UNUSED = (
 
 @dataclass(frozen=True)
 class EMAReference:
-    """TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every `every` steps ref <- alpha policy + (1 -
-    alpha) ref.
+    """The moving reference of TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656): every `every` steps
+    ref <- alpha policy + (1 - alpha) ref.
 
-    The mean is taken over weights, for LoRA adapters over the products a b. The reference stores it with
-    twice the adapter's rank. The part of the newest update that this rank cannot hold is logged as
-    `reference_rank_error`, a fraction of the products' norm.
+    The mean is taken over weights; for LoRA adapters, over the products a b. It is stored as an adapter with
+    twice the rank. The part of the newest mean that does not fit into this rank is dropped; its norm, as a
+    fraction of the mean's, is logged as `reference_rank_error`.
     """
 
     alpha: Annotated[float, ABOVE_ZERO_TO_ONE] = 0.6
@@ -79,7 +79,7 @@ Reference = Literal["start", "precomputed", "teacher"] | EMAReference | None
 @struct
 class Outputs:
     """Outputs of the forward passes over a batch, from which loss and metrics are computed. Only `logp` has a
-    gradient.
+    gradient. reference: the reference's log-probs. Other arrays: see LogProbs.
     """
 
     logp: Float[Array, "B M"]
@@ -93,17 +93,17 @@ class Outputs:
 
 
 def implicit_reward(response: Response) -> Float[Array, "B P"]:
-    """log pi(response) - log pi_ref(response): DPO's implicit reward, divided by beta."""
+    """Return log pi(response) - log pi_ref(response): DPO's implicit reward, divided by beta."""
     return response.ratio
 
 
 def summed_logp(response: Response) -> Float[Array, "B P"]:
-    """log pi(response)."""
+    """Return log pi(response), summed over its tokens."""
     return response.logp
 
 
 def mean_logp(response: Response) -> Float[Array, "B P"]:
-    """log pi(response) / tokens, which SimPO and ORPO compare."""
+    """Return log pi(response), averaged over its tokens, which SimPO and ORPO compare."""
     return response.mean
 
 
@@ -120,15 +120,15 @@ def preference(
     reward: Callable[[Response], Array] = implicit_reward,
     extra: Callable[[PairBatch], dict[str, Array]] = no_extra_metrics,
 ) -> Objective:
-    """`sum_p w_p loss_p` over pairs, of any loss `(pair: PairBatch) -> [B, P]`: one of preference_losses.py's
-    or your own.
+    """Preference objective `sum_p w_p loss_p` over pairs p. loss: a function (pair: PairBatch) -> [B, P], of
+    preference_losses.py or your own.
 
     reference: "start" is the policy at step 0. It takes no memory if that is the base, as with a fresh
         adapter; otherwise aux stores a copy of the trainable leaves. "precomputed" reads log-probs that were
         computed once before the run; "teacher" is the run's second model (Run.teacher); EMAReference follows
         the policy; with None there is no reference.
     beta, reward: the metrics rewards/* are beta * reward(response). The loss has its own beta.
-    extra(pair): additional metrics by name, each [B, P], logged as means over the pairs.
+    extra(pair) -> further metrics {name: [B, P]}, logged as means over the pairs.
 
     >>> from functools import partial
     >>> from jaxft.objectives.losses.preference_losses import dpo
@@ -153,8 +153,8 @@ def preference(
     def logprobs(
         params: Params, batch: Pairs, key: Array | None, aux: Aux
     ) -> tuple[LogProbs, Array | None, LayerOutputs]:
-        """Return log-probs of the policy and, if the reference is a model that runs now, of the reference;
-        and the policy's layer outputs.
+        """Return the policy's LogProbs, the reference's log-probs (None if there is no reference, or they are
+        precomputed), and the policy's layer outputs.
         """
         h, layers = model.hidden(params, batch, key)
         heads = [HeadInput(model, params, h)]
@@ -237,7 +237,7 @@ def preference(
 def reference_head(
     model: LanguageModel, kind: ReferenceKind, trees: tuple[Params, Aux], batch: Batch
 ) -> HeadInput:
-    """Run the reference policy of a kind; its log-probs have no gradient. trees: (params, aux) of a step."""
+    """Run the reference policy without gradients; return its head and hidden states. trees: (params, aux)."""
     params, aux = trees
     if kind == "teacher":
         if model.teacher is None:
@@ -252,8 +252,8 @@ def reference_head(
 
 
 def reference_params(params: Params, aux: Aux) -> Params:
-    """Return the reference's parameters: the copy in aux, or else the base without the trained adapter (with
-    a frozen initial adapter, if the run has one).
+    """Return the reference's parameters: those in aux; without any, the base without the trained adapter, but
+    with the frozen "initial_adapter" if the run has one.
     """
     if "reference" in aux:
         return tree.combine(aux["reference"], stack.unfused(params))
@@ -262,8 +262,8 @@ def reference_params(params: Params, aux: Aux) -> Params:
 
 
 def _reference_copy(kind: ReferenceKind, trainable: Params, at_base: bool) -> Aux:
-    """aux for a reference that stays as at step 0. at_base: frozen parameters are enough for it, so no copy
-    is needed.
+    """Return aux with a copy of the policy at step 0, if the reference needs one. at_base: it needs none,
+    because the frozen parameters are that policy.
     """
     return {"reference": jax.tree.map(jnp.copy, trainable)} if kind == "start" and not at_base else {}
 
@@ -277,7 +277,7 @@ def _moving_reference(ema: EMAReference, trainable: Params) -> Aux:
 
 
 def _rank_error(aux: Aux) -> Metrics:
-    """The metric of a moving reference's newest update; {} without one."""
+    """Return the metric reference_rank_error of a moving reference; {} for other references."""
     if "rank_error" not in aux:
         return {}
     return {REFERENCE_RANK_ERROR: Sum(aux["rank_error"], jnp.ones_like(aux["rank_error"]))}
@@ -298,12 +298,15 @@ def _without_padding(batch: Pairs, arrays: Any) -> Any:
 
 def _precomputed(batch: Pairs) -> Float[Array, "B M"]:
     if batch.reference is None:
-        raise ValueError("the batch has no reference log-probs. Compute them first or set reference=start")
+        raise ValueError(
+            "reference=precomputed needs the reference's log-probs in the batch, which jaxft.train computes "
+            "before a run. Set reference=start, or fill the field Pairs.reference"
+        )
     return batch.reference
 
 
 def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossState) -> Float[Array, "B P"]:
-    """Return the loss's values. Raises ValueError with its name if it fails or returns another shape."""
+    """Return the loss of each pair. Raises ValueError if the loss fails or does not return [B, P]."""
     name = loss_name(loss)
     try:
         values = loss_values(loss, pair, state)
@@ -323,7 +326,7 @@ def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossStat
 
 
 def _at_reference(pair: PairBatch) -> PairBatch:
-    """Return the pairs with the reference's log-probs as the policy's."""
+    """Return the pairs with the policy's log-probs replaced by the reference's."""
 
     def at_reference(x: Any) -> Any:
         return replace(x, logp=x.reference)
@@ -333,7 +336,7 @@ def _at_reference(pair: PairBatch) -> PairBatch:
 
 
 def _update_reference(ema: EMAReference, aux: Aux, trainable: Params) -> Aux:
-    """The moving reference after a step, its count of steps, and the error of its newest update."""
+    """Return {"reference", "steps", "rank_error"}: the aux of a moving reference after a step."""
     steps, old = aux["steps"] + 1, aux["reference"]
 
     def updated() -> tuple[Params, Array]:
@@ -355,10 +358,9 @@ RANKS = 2  # rank of a blend, in ranks of the adapter
 
 
 def widened_pairs(params: Params) -> Params:
-    """Return the tree with the rank of every (a, b) pair multiplied by RANKS, padded with zeros: room for
-    blends.
+    """Pad every (a, b) pair of a tree with zeros to RANKS times its rank, so that `blend` can store a mean.
 
-    A pair that lacks one of its sides is left as it is. Raises ValueError for DoRA.
+    A pair of which a or b is None is left unchanged. Raises ValueError for DoRA.
     """
     if isinstance(params, dict) and params.get("magnitude") is not None:
         raise ValueError(
@@ -373,10 +375,11 @@ def widened_pairs(params: Params) -> Params:
 
 
 def blend(new: Params, old: Params, alpha: float) -> tuple[Params, Float[Array, ""]]:
-    """Return `alpha new + (1 - alpha) old`, for a LoRA pair of the products a b, and the relative error.
+    """Return `alpha new + (1 - alpha) old` of two trees (of LoRA pairs, the mean of the products a b) and its
+    relative error.
 
-    old: a tree of widened_pairs, whose ranks the result has. The error is the Frobenius norm of the parts
-    that all rank reductions dropped, divided by the norm of all blended products; float32, 0 without pairs.
+    old: a tree from widened_pairs; the result has its ranks. The error is the Frobenius norm of everything
+    that does not fit into these ranks, divided by the norm of all means of products; 0 without pairs.
     """
     squares: list[tuple[Array, Array]] = []
 
@@ -398,14 +401,16 @@ def blend(new: Params, old: Params, alpha: float) -> tuple[Params, Float[Array, 
 
 
 def _is_pair(node: Any) -> bool:
-    """Whether a node of a tree of parameters has both sides of a low-rank pair."""
+    """Return whether a node of a tree of parameters has both a and b of a low-rank pair."""
     return isinstance(node, dict) and node.get("a") is not None and node.get("b") is not None
 
 
 def _blended_pair(
     new: tuple[Array, Array], old: tuple[Array, Array], alpha: float
 ) -> tuple[Array, Array, Array, Array]:
-    """(a [..., I, R], b [..., R, O], squared norm of what was dropped, squared norm before), R of `old`."""
+    """Return (a [..., I, R], b [..., R, O], squared norm of the dropped part, squared norm of the full mean);
+    R is the rank of `old`.
+    """
     wide = np.promote_types(old[0].dtype, np.float32)
     a = jnp.concatenate([new[0].astype(wide), old[0].astype(wide)], -1)
     b = jnp.concatenate([alpha * new[1].astype(wide), (1 - alpha) * old[1].astype(wide)], -2)

@@ -1,8 +1,7 @@
-"""Log-probs, scores and logits of some tokens at the read positions, also on a mesh that shards the time axis
-of rows.
+"""Log-probs, scores and logits at read positions, the positions of a row whose outputs an objective needs.
 
-There every shard of a row reads its own hidden states: only the results, one number per read, move between
-devices.
+On a mesh that shards the time axis of rows, each shard reads its own hidden states: only the results, such as
+one log-prob per read position, move between devices.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,10 +28,11 @@ from jaxft.tree import Params, static, struct
 
 @struct
 class ReadSharding:
-    """The places of the read positions of B rows on a mesh that shards their time axis into C parts, of m
-    slots each.
+    """The assignment of M read positions per row to slots, on a mesh that shards the time axis of rows into C
+    parts (num_shards) with m slots each.
 
-    read_of: for each slot the number of its read, -1 for none. slot_of: for each read the number of its slot.
+    read_of: for each slot of a row the index m of its read position, -1 for an empty slot. slot_of: the
+    inverse, for each read position the index of its slot.
     """
 
     read_of: Int[Array, "B Cm"]
@@ -46,10 +46,10 @@ SPARE_SLOTS = 8
 
 
 def read_sharding(read: Int[Array, "B M"], length: int, max_responses: int = 2) -> ReadSharding | None:
-    """Assign the reads of rows of `length` tokens to slots; None if the mesh does not shard time.
+    """Assign the read positions of rows of `length` tokens to slots; None if the mesh does not shard time.
 
-    max_responses: how many responses at most share a prompt. The prompt's last position is read once for
-        each of them.
+    max_responses: the most responses that share a prompt. The prompt's last position is read for each of
+        them.
     """
     count = num_shards(("time",), (length,))
     if count == 1:
@@ -72,7 +72,9 @@ def read_sharding(read: Int[Array, "B M"], length: int, max_responses: int = 2) 
 def gather_read(
     h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"], sharding: ReadSharding | None
 ) -> Float[Array, "N m D"]:
-    """Hidden states at the read positions, without communication between rows or time shards."""
+    """Return the hidden states at the read positions, without communication between devices: [B, M, D]
+    without sharding, else [C B, m, D] by slot, see _by_shard.
+    """
     if sharding is None:
         return jnp.take_along_axis(h_BTD, read[:, :, None], axis=1)
     (B, T, D), count = h_BTD.shape, sharding.num_shards
@@ -84,13 +86,13 @@ def gather_read(
 
 
 def _to_slots(x: Shaped[Array, "B M"], sharding: ReadSharding) -> Shaped[Array, "B Cm"]:
-    """Move a value per read to its slot; 0 in empty slots."""
+    """Move the value of each read position to its slot; empty slots are 0."""
     gathered = jnp.take_along_axis(x, jnp.maximum(sharding.read_of, 0), axis=1)
     return jnp.where(sharding.read_of >= 0, gathered, jnp.zeros((), x.dtype))
 
 
 def _by_shard(x: Shaped[Array, "B Cm ..."], sharding: ReadSharding) -> Shaped[Array, "CB m ..."]:
-    """One row per time shard, so that rows are sharded as the devices are."""
+    """Reshape slots so that each time shard of a row is a row, and shard these rows over all devices."""
     B, size, *rest = x.shape
     split = jnp.moveaxis(x.reshape(B, sharding.num_shards, size // sharding.num_shards, *rest), 1, 0)
     axes = ("read_rows", "whole_time", *("act_width",) * len(rest))
@@ -98,7 +100,7 @@ def _by_shard(x: Shaped[Array, "B Cm ..."], sharding: ReadSharding) -> Shaped[Ar
 
 
 def _in_order(x: Shaped[Array, "CB m ..."], sharding: ReadSharding) -> Shaped[Array, "B M ..."]:
-    """Move a value per slot, or an array, to its read."""
+    """Invert _by_shard and _to_slots: move the value or array of each slot to its read position."""
     rows, size, *rest = x.shape
     joined = jnp.moveaxis(x.reshape(sharding.num_shards, rows // sharding.num_shards, size, *rest), 0, 1)
     flat = joined.reshape(rows // sharding.num_shards, sharding.num_shards * size, *rest)
@@ -112,14 +114,14 @@ def read_logits(
     read: Int[Array, "B M"],
     tokens: Int[Array, " U"],
 ) -> Float[Array, "B M U"]:
-    """Logits of some tokens at read positions, in float32 or wider. Only their part of the head is read."""
+    """Return the logits of `tokens` at read positions, in float32 or wider, by their part of the head."""
     return read_numbers(partial(model.logits, head_of_tokens(model.head(params), tokens)), h_BTD, read)
 
 
 def read_scores(
     model: LanguageModel, params: Params, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]
 ) -> Float[Array, "B M"]:
-    """The scalar head's output at read positions, in float32 or wider."""
+    """Return the scalar head's output at read positions, in float32 or wider."""
     if num_shards(("time",), (h_BTD.shape[1],)) > 1 and isinstance(params["score"], Several):
         raise ValueError(
             "several heads in one forward pass are not supported with mesh.context. Train one at a time"
@@ -133,7 +135,8 @@ def read_numbers(
     read: Int[Array, "B M"],
     max_responses: int = 2,
 ) -> Float[Array, "B M ..."]:
-    """Apply a function of hidden states, `head(h [N, m, D]) -> [N, m, ...]`, at read positions.
+    """Return `head(h)` for the hidden states h at read positions; head: a function [N, m, D] -> [N, m, ...].
+
     max_responses: see read_sharding.
     """
     sharding = read_sharding(read, h_BTD.shape[1], max_responses)
@@ -148,7 +151,7 @@ def read_logps(
     reads: tuple[Int[Array, "B M"], Int[Array, "B M"]],
     graded: Graded = ("logp",),
 ) -> LogProbs:
-    """token_logps at read positions. reads: positions and targets."""
+    """Return token_logps at read positions. reads: (read positions, targets)."""
     return read_logps_of_heads([HeadInput(model, params, h_BTD)], reads, graded)[0]
 
 
@@ -158,8 +161,8 @@ def read_logps_of_heads(
     graded: Graded = ("logp",),
     max_responses: int = 2,
 ) -> tuple[LogProbs, ...]:
-    """logps_of_heads at read positions. heads: with hidden states [B, T, D] of all positions. reads:
-    positions and targets; max_responses: see read_sharding.
+    """Return logps_of_heads at read positions. heads: their h are the hidden states [B, T, D] of all
+    positions. reads: (read positions, targets). max_responses: see read_sharding.
     """
     read, targets = reads
     sharding = read_sharding(read, heads[0].h.shape[1], max_responses)
@@ -177,7 +180,7 @@ def weighted_read_loss(
     reads: tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]],
     loss: TargetLoss,
 ) -> tuple[Float[Array, ""], LogProbs]:
-    """weighted_loss at read positions. reads: positions, targets and weights."""
+    """Return weighted_loss at read positions. reads: (read positions, targets, weights)."""
     read, targets, weights = reads
     sharding = read_sharding(read, h_BTD.shape[1])
     h = gather_read(h_BTD, read, sharding)

@@ -62,7 +62,7 @@ UNUSED = (
 
 
 def bradley_terry(chosen: Rewards, rejected: Rewards, margin: Rewards) -> Rewards:
-    """-log sigmoid(r_chosen - r_rejected - margin), a value per pair.
+    """`-log sigmoid(r_chosen - r_rejected - margin)` of each pair.
 
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1; with the margin of Touvron et al. 2023, arXiv:2307.09288, eq.
     2.
@@ -76,9 +76,7 @@ def bradley_terry(chosen: Rewards, rejected: Rewards, margin: Rewards) -> Reward
 
 @struct
 class Outputs:
-    """The forward pass of a batch: the reward of each response by its kind, the best kind first. batch: the
-    pairs without their tokens.
-    """
+    """The forward pass of a batch. rewards: by kind of response, best first. batch: pairs without tokens."""
 
     rewards: dict[str, Rewards]
     batch: Pairs
@@ -86,12 +84,12 @@ class Outputs:
 
     @property
     def chosen(self) -> Rewards:
-        """The reward of the best response."""
+        """The rewards of the best responses."""
         return self.rewards["chosen"]
 
     @property
     def rejected(self) -> Rewards:
-        """The reward of the worst response."""
+        """The rewards of the worst responses."""
         return self.rewards["rejected"]
 
 
@@ -104,16 +102,15 @@ def reward(
     """`sum_p w_p (loss(r_chosen, r_rejected, margin) + center (r_chosen + r_rejected)^2)`, linear in the
     pairs' weights.
 
-    model: with a scalar head, models.adapted.with_scalar_head's. A row with a ranking of K responses has the
-    mean of this over its pairs of unequal ratings (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
+    model: one with a scalar head, as models.adapted.with_scalar_head returns it. For a row with a ranking of
+    K responses, loss_p is the mean over its pairs of responses with unequal ratings (Ouyang et al. 2022,
+    arXiv:2203.02155, eq. 1).
 
-    margin: a column of the pairs, by how much the chosen response should be ahead; "score" for the
-        difference of their ratings, the columns score_chosen, score_rejected, ...; None for 0.
-    center: keeps rewards around 0 (Eisenstein et al. 2023, arXiv:2312.09244), as the rest of the loss depends
-        on differences alone; 0.01 is usual.
-    Metrics, TRL's names: loss, accuracy, margin and the smallest, mean and largest reward.
-
-    With a model for which `with_scalar_head` has made a head:
+    margin: by how much the chosen reward should be above the rejected one: a column of the pairs; "score" for
+        the difference of their ratings (columns score_chosen, score_rejected, ...); None for 0.
+    center: keeps rewards around 0 (Eisenstein et al. 2023, arXiv:2312.09244); without it the loss depends on
+        differences of rewards only. 0.01 is usual.
+    Metrics, by TRL's names: loss, accuracy, margin and the smallest, mean and largest reward.
 
         objective = reward(with_scalar_head(model), margin="score", center=0.01)
         loss, metrics = objective(params, batch, None, {})
@@ -148,7 +145,7 @@ def reward(
 
 
 def _mean_over_pairs(outputs: Outputs, of_two: Callable[[Outputs, str, str], Rewards]) -> Rewards:
-    """The mean of a value of two responses, better and worse, over the pairs that a row's ranking has."""
+    """Return the mean of `of_two(outputs, better kind, worse kind)` over the response pairs of each slot."""
     kinds, batch = tuple(outputs.rewards), outputs.batch
     if len(kinds) == 2:
         return of_two(outputs, *kinds)
@@ -165,7 +162,7 @@ def _mean_over_pairs(outputs: Outputs, of_two: Callable[[Outputs, str, str], Rew
 
 
 def _margin(batch: Pairs, margin: str | None, kinds: tuple[str, str]) -> Rewards:
-    """By how much the first of two kinds of responses should be ahead, see `reward`."""
+    """Return by how much the rewards of the first kind should be above the second's. margin: see `reward`."""
     if margin is None:
         return jnp.zeros_like(batch.pair_weights)
     if margin == "score":
@@ -175,7 +172,7 @@ def _margin(batch: Pairs, margin: str | None, kinds: tuple[str, str]) -> Rewards
 
 
 def margin_columns(margin: str | None) -> tuple[str, ...]:
-    """Return the columns of pairs that a margin needs, for data.extras; see `reward`."""
+    """Return the columns that the pairs need for this margin (see `reward`), to be listed in data.extras."""
     if margin == "score":
         return (RATING + "chosen", RATING + "rejected")
     return () if margin is None else (margin,)
@@ -191,7 +188,7 @@ def _column(batch: Pairs, name: str) -> Rewards:
 
 
 def _metrics(outputs: Outputs) -> Metrics:
-    """Means over pairs of equal weight; a tie counts 1/2 in the accuracy, see WinRate."""
+    """Return the metrics, over pairs of equal weight; a tie counts 1/2 in the accuracy, see WinRate."""
     chosen, rejected, batch = outputs.chosen, outputs.rejected, outputs.batch
     used = batch.pair_weights > 0
     margin = chosen - rejected
@@ -215,14 +212,16 @@ def _metrics(outputs: Outputs) -> Metrics:
 
 
 def _values(outputs: Outputs, losses: Rewards) -> Metrics:
-    """Return loss and margin of each pair, and 1 if it is won, 0 if it is lost and 1/2 for a tie."""
+    """Return PerRow metrics of each pair: loss, margin, and 1 if it is won, 0 if lost, 1/2 for a tie."""
     weight, margin = outputs.batch.pair_weights, outputs.chosen - outputs.rejected
     by_name = {LOSS: losses, MARGIN: margin, ACCURACY: wins(margin, margin == 0)}
     return {ROWS + name: PerRow.of(values, weight) for name, values in by_name.items()}
 
 
 def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Alarms of a reward run: non-finite steps, and a model that is no better than preferring one length."""
+    """Return the alarms of a reward model's run for a log entry (see alarms.py): non-finite steps, a gradient
+    of 0, only ties, and an accuracy no better than by preferring long or short responses.
+    """
     checks: dict[str, AlarmCheck] = {
         "skipped": check_skipped_steps,
         "no gradient": check_zero_gradient,
@@ -233,7 +232,7 @@ def reward_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
 
 
 def reward_summary(first: Entry, last: Entry) -> list[str]:
-    """Summarise a reward run in lines of text. first, last: each metric's first and newest value."""
+    """Return lines that summarise a reward model's run. first, last: each metric's first and newest value."""
     lines = []
     mean, low, high = (HELD_OUT + name for name in (MEAN_REWARD, MIN_REWARD, MAX_REWARD))
     correlation = HELD_OUT + MARGIN_LENGTH_CORRELATION
@@ -260,7 +259,9 @@ RIGHT_STEPS, WRONG_STEPS = "accuracy_right_steps", "accuracy_wrong_steps"
 
 @struct
 class StepOutputs:
-    """The forward pass of a batch: a score per step. labels: 1 for a right step, 0 for a wrong one."""
+    """The forward pass of a batch: a score per step of a solution. labels: 1 for a right step, 0 for a wrong
+    one. weight: 0 for padding.
+    """
 
     score: Float[Array, "B M"]
     labels: Int[Any, "B M"]
@@ -273,12 +274,12 @@ class StepOutputs:
 def process_reward(model: LanguageModel) -> Objective:
     """`sum_t w_t CE(label_t, sigmoid(score_t))` over the last tokens of steps, linear in the weights.
 
-    Lightman et al. 2023, arXiv:2305.20050. Data and loss are as in TRL's PRMTrainer, whose two logits of a
-    token are one score here, their difference.
+    Lightman et al. 2023, arXiv:2305.20050. Data and loss are as in TRL's PRMTrainer, which has two logits per
+    token; the score here is their difference.
 
-    model: with a scalar head, models.adapted.with_scalar_head's. A batch's `read` are the last tokens of
-    steps, and its `targets` their labels, 1 for right and 0 for wrong. Metrics: loss; accuracy, also of the
-    right and of the wrong steps alone, as most steps of a dataset are right.
+    model: one with a scalar head, as models.adapted.with_scalar_head returns it. In a batch (Tokens), `read`
+    has the positions of the steps' last tokens, and `targets` their labels, 1 for right and 0 for wrong.
+    Metrics: loss, and the accuracy of all steps, of right steps and of wrong steps.
 
     The loss of one right step with a score of 1; only `forward` reads the model:
 
@@ -306,7 +307,9 @@ def process_reward(model: LanguageModel) -> Objective:
 
 
 def _accuracies(outputs: StepOutputs, sign: Float[Array, "B M"]) -> Metrics:
-    """Fractions of the steps whose score has the sign of their label; a score of 0 counts 1/2."""
+    """Return the accuracies. A score above 0 predicts a right step; a score of 0 counts 1/2. sign: 1 for a
+    right step, -1 for a wrong one.
+    """
     used, agree = outputs.weight > 0, sign * outputs.score
     won = (agree > 0).astype(agree.dtype) + (agree == 0).astype(agree.dtype) / 2
     return {

@@ -126,7 +126,7 @@ def sft(
 
 
 def _graded(loss: TargetLoss) -> Graded:
-    """Return the fields of LogProbs whose gradient a loss needs."""
+    """Return the names of the LogProbs fields whose gradient a loss needs."""
     if loss.label_smoothing:
         return ("logp", "lse", "mean_logit")
     return ("logp", "lse") if loss.z_loss else ("logp",)
@@ -164,7 +164,7 @@ def _metrics(loss: Array, outputs: Outputs, token_loss: TargetLoss) -> Metrics:
 
 
 def _example_losses(outputs: Outputs) -> Metrics:
-    """Return the mean cross-entropy of each example, at position row * (T + 1) + its number in that row."""
+    """Return each example's mean cross-entropy as PerRow: example n >= 1 of row b is at b * (T + 1) + n."""
     B, slots = outputs.logp.shape[0], outputs.row_length + 1
     at = outputs.segments + slots * jnp.arange(B, dtype=outputs.segments.dtype)[:, None]
     loss, weight = (

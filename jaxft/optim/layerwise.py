@@ -1,6 +1,6 @@
-"""Updates of stacked layers one after the other, and of large matrices in blocks of rows, so that only one
-layer's updates are in memory; and a step that updates each layer inside the backward pass
-(optim.fused_backward), so that only one layer's gradients are.
+"""Updates that need less memory. optim.layerwise updates stacked layers one after the other, and large
+matrices in blocks of rows, so that only one layer's updates are in memory. optim.fused_backward updates each
+layer inside the backward pass, so that only one layer's gradients are in memory.
 """
 
 import math
@@ -37,13 +37,14 @@ PIECE = 1 << 24  # maximum number of elements of such a block
 
 
 class LayerParts(NamedTuple):
-    """A layerwise update in two parts, for a backward pass that updates a layer once its gradient exists.
+    """A layerwise update in two parts, stacked layers and other leaves, for a backward pass that updates a
+    layer once its gradient exists.
 
-    split(tree): ([leaves of each stack of layers], other leaves), None on the other sides. states(layers):
-    the optimizer state of each stack. update_layer(grads, opt_state, params, info): update one layer; layer i
-    of stack n rounds with `fold_in(layers_key(key, n), i)`.
-    update_rest(grads, opt_state, params, info): update the other leaves; the stacked ones and their state are
-    None in its result. check_layer, check_rest: `stays_finite` of these updates.
+    split(tree) -> ([the leaves of each stack of layers], other leaves), trees with None for all other leaves.
+    states(LayerwiseState.layers) -> the optimizer state of each stack. update_layer(grads, opt_state, params,
+    info): update one layer. layers_key(key, n) -> the key k of stack n; its layer i is rounded with
+    fold_in(k, i). update_rest(grads, opt_state, params, info): update the other leaves; stacked leaves and
+    their state are None in its result. check_layer, check_rest: stays_finite for these two updates.
     """
 
     split: Callable[[Params], tuple[list[Params], Params]]
@@ -67,10 +68,10 @@ class LayerwiseState(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerGroups:
-    """The groups of trainable leaves that a layerwise optimizer updates together.
+    """The groups into which a layerwise optimizer divides the trainable leaves.
 
-    stacks: a mask of the leaves of each stack of layers. large: paths of matrices without a layers axis that
-    are updated in blocks of rows.
+    stacks: for each stack of layers a mask of its leaves. large: paths of matrices without a layers axis that
+    are updated in blocks of rows. All other leaves are updated together.
     """
 
     stacks: tuple[Mask, ...]
@@ -78,9 +79,7 @@ class LayerGroups:
 
 
 def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
-    """Group the trainable leaves (`specs`: None where frozen). rowwise: whether rows may be updated
-    separately.
-    """
+    """Group the trainable leaves. specs: None for frozen leaves. rowwise: see UpdateRule."""
     large = [
         path
         for path, s in spec_paths(specs).items()
@@ -92,7 +91,7 @@ def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
 def init_layerwise(
     transform: optax.GradientTransformation, groups: LayerGroups, params: Params
 ) -> LayerwiseState:
-    """Return the optimizer state of each group; the state of stacked leaves is stacked too."""
+    """Return the optimizer state of each group; the state of stacked layers has the layers axis too."""
     if not jax.tree.leaves(
         params
     ):  # optax.tree_utils.tree_map_params passes one node in place of all parameters
@@ -108,7 +107,7 @@ def init_layerwise(
 def update_layerwise(
     parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
 ) -> Updated:
-    """Return (parameters, optimizer state) after updating the other leaves, then the layers one by one."""
+    """Return (parameters, optimizer state) after updating leaves without layers, then each layer in turn."""
     rest, rest_state = parts.update_rest(grads, opt_state, params, info)
     update, states = partial(_update_piece, parts.update_layer, info), list[OptState]()
     stacks = zip(parts.split(grads)[0], parts.split(params)[0], parts.states(opt_state.layers), strict=True)
@@ -199,13 +198,13 @@ def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups
 def no_layer_parts(
     update: Callable[[Grads, OptState, Params, StepInfo], Updated], check: UpdateCheck
 ) -> LayerParts:
-    """Build the parts of an update of all leaves at once: no leaf counts as stacked."""
+    """Return the LayerParts of an optimizer that updates all leaves at once: no leaf counts as stacked."""
 
     return LayerParts(lambda x: ([], x), lambda _: [], lambda key, _: key, update, update, check, check)
 
 
 def _stack_masks(specs: Specs) -> tuple[Mask, ...]:
-    """Return a mask of the leaves with a layers axis for each stack of layers. specs: None where frozen."""
+    """Return for each stack of layers a mask of its leaves. specs: None for frozen leaves."""
     stacks = {path: stack_of(path) for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
 
     def mask(stack: str) -> Mask:
@@ -215,7 +214,7 @@ def _stack_masks(specs: Specs) -> tuple[Mask, ...]:
 
 
 def _split_stacks(x: Params, masks: tuple[Mask, ...]) -> tuple[list[Params], Params]:
-    """Return the leaves of each stack, and the other leaves; None on the other sides."""
+    """Return (the leaves of each stack, other leaves): trees with None for all other leaves."""
     stacks = []
     for mask in masks:
         layers, x = tree.partition(x, mask)
@@ -234,7 +233,7 @@ def _states_of_stacks(state: OptState, masks: tuple[Mask, ...]) -> list[OptState
 
 
 def _split(groups: LayerGroups, x: Any) -> tuple[list[Any], Any, list[Any]]:
-    """Split a tree like the trainable parameters: (leaves of each stack, other leaves, each large matrix)."""
+    """Split a tree like the trainable parameters by group: (each stack, other leaves, each large matrix)."""
     stacks, others = _split_stacks(x, groups.stacks)
 
     def only(name: str) -> Any:
@@ -247,9 +246,7 @@ def _split(groups: LayerGroups, x: Any) -> tuple[list[Any], Any, list[Any]]:
 def _update_piece(
     update: Callable, info: StepInfo, grads: Grads, before: Updated, key: Key[Array, ""] | None
 ) -> Updated:
-    """Call `update` on a block of rows or layers, with (parameters, optimizer state) as one value and a
-    separate key.
-    """
+    """Call `update` on a layer or block of rows. before: (parameters, optimizer state). key: for rounding."""
     params, opt_state = before
     return update(grads, opt_state, params, info._replace(key=key))
 
@@ -257,12 +254,12 @@ def _update_piece(
 def _check_piece(
     check: UpdateCheck, info: StepInfo, piece: tuple[Grads, OptState, Params]
 ) -> Bool[Array, ""]:
-    """`check` with (gradients, optimizer state, parameters) as one value."""
+    """Call `check` on a layer or a block of rows. piece: (gradients, optimizer state, parameters)."""
     return check(*piece, info)
 
 
 def _all_pieces(check: Callable, pieces: Any, fine: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Whether `fine` and `check(piece)` for each index of the leaves' first axis."""
+    """Return whether `fine` is True and `check` is True for every index of the first axis of `pieces`."""
 
     def one(i: Array, fine: Array) -> Array:
         return fine & check(layer_at(pieces, i))
@@ -281,8 +278,8 @@ def _piece_by_piece(update: Callable, grads: Grads, before: Updated, key: Key[Ar
 
 
 def _rows_in_pieces(update: Callable, grads: Grads, before: Updated, key: Key[Array, ""] | None) -> Updated:
-    """Apply `_piece_by_piece` to blocks of rows of a large matrix; state without rows is the same for all
-    blocks. On a mesh update the matrix at once.
+    """Update a large matrix in blocks of rows by `_piece_by_piece`; on a mesh, all rows at once. State
+    without the axis of rows is the same for all blocks.
     """
     rows, pieces = jax.tree.leaves(grads)[0].shape[0], _row_pieces(grads)
     if sharding.is_multi_device():
@@ -310,7 +307,7 @@ def _has_rows(x: Array, rows: int) -> bool:
 
 
 def _divide_rows(rows: int, pieces: int, x: Array) -> Array:
-    """Divide the first axis of an array with rows into [pieces, rows of a piece]; repeat any other array."""
+    """Reshape an array [rows, ...] to [pieces, rows / pieces, ...]; repeat an array without rows."""
     if _has_rows(x, rows):
         return x.reshape(pieces, rows // pieces, *x.shape[1:])
     return jnp.repeat(x[None], pieces, 0)
@@ -339,13 +336,13 @@ def fused_step(
     batch: Batch,
     keys: tuple[Key[Array, ""], Key[Array, ""]],
 ) -> FusedStep:
-    """Compute the loss of a batch [1, rows, ...] and update every parameter on the way back.
+    """Compute the loss of a batch [1, rows, ...] and update every parameter in the backward pass.
 
-    parts: of the optimizer. keys: for the objective and for stochastic rounding. A non-finite loss changes
-    nothing. If only the gradient or the update of a layer is non-finite, that layer and the leaves without
-    layers stay unchanged; the other layers are updated. The norm of such a step is NaN. Raises ValueError
-    where no layers of the base are trained, for several microbatches, and for an objective that runs the
-    model more than once.
+    parts: of the optimizer. keys: (for the objective, for stochastic rounding). If the loss is not finite,
+    nothing changes. If only the gradient or update of a layer is not finite, that layer and the leaves
+    without layers stay unchanged, the other layers are updated, and the step's norm is NaN. Raises ValueError
+    if no layers of the base are trained, for several microbatches, and for an objective that runs the model
+    more than once.
     """
     check_fused(parts, state.trainable, jax.tree.leaves(batch)[0].shape[0])
     (stacks, rest), states = parts.split(state.trainable), parts.states(state.opt_state.layers)
@@ -399,7 +396,9 @@ def _layers_of_base(name: str, params: Params) -> Params:
 
 
 def check_fused(parts: LayerParts, trainable: Params, microbatches: int) -> None:
-    """Raise ValueError for several microbatches, or unless the trainable stacked leaves are base layers."""
+    """Raise ValueError if optim.fused_backward cannot be used: for several microbatches, if no layers are
+    trainable, or if other stacked leaves than the base's are.
+    """
     if microbatches != 1:
         raise ValueError(
             "optim.fused_backward updates a layer as soon as its gradient exists, "

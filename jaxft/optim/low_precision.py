@@ -31,10 +31,11 @@ POSITIVE_BOUNDS = (POSITIVE[:-1] + POSITIVE[1:]) * np.float32(0.5)
 
 @struct
 class Codes:
-    """A float32 array in blocks of 8 bits: `table[codes] * absmax of the block`.
+    """A float32 array stored in 8 bits per value: `table[code] * absmax of the block`, as in Dettmers et al.
+    2022, arXiv:2110.02861.
 
-    The format is from Dettmers et al. 2022, arXiv:2110.02861. codes: uint8 of the array's shape, sharded
-    like the array; absmax: float32 [rows, blocks].
+    codes: uint8 of the array's shape, sharded like the array. absmax: the largest magnitude of each block of
+    BLOCK values in a row.
     """
 
     codes: UInt8[Array, "..."]
@@ -42,8 +43,8 @@ class Codes:
 
 
 def _rows(shape: tuple[int, ...], stacked: int) -> tuple[int, int]:
-    """Return (rows, values per row) of an array; no block crosses rows. A row is the last axis, or all of one
-    of the stacked parameters if the last axis is shorter than a block.
+    """Return (number of rows, values per row) of an array; rows are divided into blocks. A row is the last
+    axis or, if that is shorter than a block, one of the `stacked` parameters.
     """
     total = math.prod(shape)
     last = shape[-1] if shape[-1] >= BLOCK else total // stacked
@@ -51,8 +52,8 @@ def _rows(shape: tuple[int, ...], stacked: int) -> tuple[int, int]:
 
 
 def encode_blocks(x: Float[Array, "..."], stacked: int, signed: bool) -> Codes:
-    """Return the nearest codes. stacked: number of parameters in the array, which share no block. signed:
-    whether values may be negative.
+    """Return the Codes nearest to x. stacked: how many parameters (layers) are stacked in x; no block
+    contains values of two. signed: whether values may be negative.
 
     >>> encode_blocks(jnp.ones((2, 256)), stacked=1, signed=True).absmax.tolist()
     [[1.0], [1.0]]
@@ -77,16 +78,14 @@ def encode_blocks(x: Float[Array, "..."], stacked: int, signed: bool) -> Codes:
 
 
 def encoded_zeros(shape: tuple[int, ...], stacked: int, signed: bool) -> Codes:
-    """Return `encode_blocks(jnp.zeros(shape), ...)` without computing it: XLA would spend seconds on constant
-    folding.
-    """
+    """Return encode_blocks(jnp.zeros(shape), ...) without computing it, which would take XLA seconds."""
     rows, size = _rows(shape, stacked)
     code = np.searchsorted(DYNAMIC_BOUNDS if signed else POSITIVE_BOUNDS, 0.0)
     return Codes(jnp.full(shape, code, jnp.uint8), jnp.zeros((rows, -(-size // BLOCK)), jnp.float32))
 
 
 def decode_blocks(c: Codes, stacked: int, signed: bool) -> Float[Array, "..."]:
-    """Return the values of the codes."""
+    """Invert encode_blocks: return the float32 values of the codes."""
     rows, size = _rows(c.codes.shape, stacked)
     scales = jnp.repeat(c.absmax, BLOCK, axis=-1, total_repeat_length=c.absmax.shape[1] * BLOCK)[:, :size]
     table = jnp.asarray(DYNAMIC if signed else POSITIVE)
@@ -105,7 +104,7 @@ class Adam(NamedTuple):
 def _adam(
     hyper: Adam, updates: Params, count: Array, moments: tuple[Params, Params]
 ) -> tuple[Params, Array, Params, Params]:
-    """Return (direction, count, mu, nu) of a step of Adam in float32."""
+    """Return (direction, count, mu, nu) after a step of Adam in float32. moments: (mu, nu) before."""
     b1, b2, eps = hyper
 
     def wide(x: Array) -> Array:
@@ -122,8 +121,8 @@ def _adam(
 def scale_by_adam_8bit(hyper: Adam, specs: Specs) -> optax.GradientTransformation:
     """optax.scale_by_adam with moments stored as Codes between steps, except for small leaves.
 
-    Each parameter of a stack has separate blocks. A step computes in float32; only the stored moments are
-    rounded.
+    Each layer of a stacked parameter has separate blocks. A step computes in float32; only the stored moments
+    are rounded.
     """
     stacked = {path: math.prod(lead_shape(s)) for path, s in spec_paths(specs).items()}
 
@@ -164,8 +163,8 @@ def scale_by_adam_8bit(hyper: Adam, specs: Specs) -> optax.GradientTransformatio
 def scale_by_adam_bf16(hyper: Adam) -> optax.GradientTransformation:
     """optax.scale_by_adam with moments in bfloat16, rounded stochastically so that small changes persist.
 
-    The random bits follow from the step, the leaf and its first value (the layers of a layerwise update have
-    the same step and leaf), so a resumed run has the same bits.
+    The key of the random bits is derived from the step, the leaf and its first value (which differs between
+    the layers of a layerwise update), so a resumed run has the same bits.
     """
 
     def rounded(moment: Params, count: Array, salt: int) -> Params:

@@ -1,7 +1,7 @@
 """The Optimizer type, its settings, how an optimizer is built from them, and the shardings of its state.
 
-Optimizers around others leave parameters unchanged in some steps: at loss spikes (skip_spikes), or the policy
-while heads, such as a critic, are updated (freezable).
+skip_spikes and freezable wrap an optimizer so that some steps leave parameters unchanged: all of them at a
+spike of the loss, or the policy's while heads, such as a critic, are updated.
 """
 
 import inspect
@@ -70,11 +70,11 @@ class Optimizer(NamedTuple):
     """Pure functions that turn gradients into new parameters.
 
     init(params) -> opt_state. check(grads, opt_state, params, info) -> whether the step and its update are
-    finite. update(grads, opt_state, params, info) -> (params, opt_state), unchanged if not `info.finite`,
-    which includes the result of `check`. schedule(step) -> learning rate. name: for messages and the model
-    card. layerwise: stacked layers are updated one after the other; fused_backward: inside the backward pass,
-    through `parts`. replicated: see UpdateRule. averaged(opt_state, params) -> the averaged parameters, which
-    are evaluated and exported; None: params themselves are.
+    finite; store the result in info.finite. update(grads, opt_state, params, info) -> (params, opt_state),
+    unchanged if info.finite is False. schedule(step) -> learning rate. name: for messages and the model card.
+    layerwise: stacked layers are updated one after the other; fused_backward: inside the backward pass, by
+    `parts`. replicated: see UpdateRule. averaged(opt_state, params) -> the averaged parameters, which are
+    evaluated and exported in place of params; None without averaging.
     """
 
     init: Callable[[Params], OptState]
@@ -112,17 +112,17 @@ class Optim:
     own. schedule_kwargs: the schedule's options, such as decay:0.1. warmup: number of steps with a rising
     learning rate, or below 1 their fraction of all steps. end: the schedule's last value as a fraction of lr.
     clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
-    leaf's updates are multiplied by the factor of the first pattern that matches it. lora_plus: learning rate
-    of the LoRA matrices b, as a multiple of the learning rate of a (LoRA+, Hayou et al. 2024,
-    arXiv:2402.12354; 16 in the paper), for those b that no pattern of lr_groups matches. As in PEFT, it
-    applies to an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on the embedding table has
-    1e-6. ema: decay of a moving average of the trained weights, which is evaluated and exported in their
-    place. skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard deviations
-    above the mean of the N steps before it, see skip_spikes. layerwise: update stacked layers one after the
-    other, so that only one layer's updates are in memory; results are the same, except for the random bits of
-    stochastic rounding. fused_backward: update layers inside the backward pass, so that only one layer's
-    gradient is in memory. It needs one microbatch per step and clip=none, since the global norm is known only
-    at the end; if a gradient or an update is not finite, the layers above it have been updated already.
+    leaf's updates are multiplied by the factor of the first pattern that matches its path. lora_plus:
+    learning rate of the LoRA matrices b, as a multiple of the learning rate of a (LoRA+, Hayou et al. 2024,
+    arXiv:2402.12354; 16 in the paper); patterns of lr_groups take precedence. As in PEFT, it also applies to
+    an adapter's vectors (DoRA's magnitudes, norms, biases), and a pair on the embedding table has the
+    learning rate 1e-6. ema: decay of a moving average of the trained weights, which is evaluated and exported
+    in their place. skip_spikes: (D, N) skips a step whose loss or gradient norm is more than D standard
+    deviations above the mean of the N steps before it, see skip_spikes. layerwise: update stacked layers one
+    after the other, so that only one layer's updates are in memory; results are the same, except for the
+    random bits of stochastic rounding. fused_backward: update layers inside the backward pass, so that only
+    one layer's gradient is in memory. It needs one microbatch per step and clip=none, since the global norm
+    is known only at the end. If the gradient of a layer is not finite, later layers are already updated.
     """
 
     lr: float = 2e-4
@@ -167,14 +167,14 @@ class Optim:
 
     @property
     def hyper(self) -> dict[str, float | None]:
-        """Hyper-parameters that override the optimizer's defaults."""
+        """The optimizer's keyword arguments: b1, b2 and eps if they are set, and optimizer_kwargs."""
         return {**self._adam, **dict(self.optimizer_kwargs)}
 
 
 def _check_ranges(o: Optim) -> None:
-    """Raise ValueError for a number that is out of range."""
+    """Raise ValueError for lr, warmup, lr_groups or skip_spikes out of range."""
     if not 0 <= o.lr < 3.4e38 or 0 < o.lr < 1.2e-38:
-        raise ValueError(f"optim.lr={o.lr} must be 0, or a float32 from 1.2e-38 to 3.4e38")
+        raise ValueError(f"optim.lr={o.lr} must be 0, or a number from 1.2e-38 to 3.4e38 (float32)")
     if o.warmup >= 1 and not (o.warmup < 2**31 and o.warmup == int(o.warmup)):
         raise ValueError(
             f"optim.warmup={o.warmup}: use a fraction of the steps, from 0 to below 1, or a whole number of "
@@ -193,7 +193,7 @@ def _check_ranges(o: Optim) -> None:
 
 
 def _check_optimizer(o: Optim) -> None:
-    """Raise ValueError unless the optimizer can be called with the settings."""
+    """Raise ValueError if the optimizer does not accept its hyper-parameters or the weight decay."""
     twice = [name for name, _ in o.optimizer_kwargs if name in o._adam]
     if twice:
         raise ValueError(
@@ -214,7 +214,7 @@ def _check_optimizer(o: Optim) -> None:
         ) from error
     if of_optax and o.weight_decay and not decays_by_mask(o.optimizer):
         raise ValueError(
-            f"optim.optimizer={name_of(o.optimizer)} takes no mask that exempts norms from weight decay; set "
+            f"optim.optimizer={name_of(o.optimizer)} has no `mask` to exempt norms from weight decay; set "
             f"optim.weight_decay=0, got {o.weight_decay}"
         )
 
@@ -257,7 +257,7 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
 
 
 def make_schedule(o: Optim, steps: int) -> optax.Schedule:
-    """Build the schedule of a run of `steps` steps. Raises ValueError for arguments that it does not take."""
+    """Build the schedule of a run of `steps` steps. Raises ValueError if it does not accept its arguments."""
     warmup = round(o.warmup * steps) if o.warmup < 1 else int(o.warmup)
     arguments = (o.lr, o.end, warmup, steps)
     try:
@@ -271,7 +271,7 @@ def make_schedule(o: Optim, steps: int) -> optax.Schedule:
 
 
 def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
-    """Return `o.lr_groups`, followed by groups for `o.lora_plus` if the parameters have LoRA matrices b."""
+    """Return (path pattern, factor) pairs: o.lr_groups, then for o.lora_plus if there are LoRA pairs."""
     paths = spec_paths(specs)
     if o.lora_plus is None or not any(map(LORA_B.fullmatch, paths)):
         return o.lr_groups
@@ -289,12 +289,12 @@ def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
 
 
 def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
-    """Return the averaging of the weights, None without one. Raises ValueError for settings that conflict."""
+    """Return the averaging of the weights, None for none. Raises ValueError for contradictory settings."""
     if rule.averaging is None:
         return None if o.ema is None else ema(o.ema)
     name = f"optim.optimizer={name_of(o.optimizer)}"
     if o.ema is not None:
-        raise ValueError(f"{name} already averages the weights, so optim.ema={o.ema} must be none")
+        raise ValueError(f"{name} already averages the weights; set optim.ema=none, got {o.ema}")
     if o.schedule is not constant_schedule:
         raise ValueError(
             f"{name} averages instead of lowering the learning rate; set optim.schedule=constant, got "
@@ -304,20 +304,20 @@ def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
 
 
 def takes_learning_rate(optimizer: Callable) -> bool:
-    """Whether a function has the signature of optax's optimizers, `(learning_rate, ...)`."""
+    """Return whether a function has the signature of optax's optimizers, `(learning_rate, ...)`."""
     return next(iter(inspect.signature(optimizer).parameters), "") == "learning_rate"
 
 
 def decays_by_mask(optimizer: Callable) -> bool:
-    """Whether an optimizer of optax takes a weight decay and a mask of the parameters that it applies to."""
+    """Return whether an optax optimizer has the arguments `weight_decay` and `mask` (which leaves decay)."""
     return {"weight_decay", "mask"} <= inspect.signature(optimizer).parameters.keys()
 
 
 def make_rule(o: Optim, schedule: optax.Schedule, specs: Specs) -> UpdateRule:
-    """Call `o.optimizer`. One of optax gets the schedule as its learning rate, decays matrices only, and
-    updates each layer as a separate parameter.
+    """Call `o.optimizer` and return its UpdateRule. An optax optimizer gets the schedule as its learning
+    rate, decays matrices only, and updates each layer as a separate parameter.
 
-    Raises ValueError if it is not an optimizer or cannot update parameters of these shapes.
+    Raises ValueError if the function is not an optimizer or cannot update parameters of these shapes.
     """
     name, of_optax = name_of(o.optimizer), takes_learning_rate(o.optimizer)
     masked: dict[str, object] = {"weight_decay": o.weight_decay, "mask": mask_of_matrices(specs)}
@@ -367,13 +367,13 @@ def from_optax(
 
 
 def _one_layer(s: ParamSpec) -> ParamSpec:
-    """Return the spec of one layer of a stacked parameter."""
+    """Return the spec of one layer of a parameter with a layers axis; another spec unchanged."""
     return replace(s, shape=s.shape[1:], axes=s.axes[1:]) if "layers" in lead_axes(s) else s
 
 
 @dataclass(frozen=True)
 class _Array:
-    """Path and shape of a state array; not a pytree, so that tree_map_params treats it as a leaf."""
+    """Path and shape of an array in an optimizer state, as a leaf for tree_map_params."""
 
     path: str
     shape: tuple[int, ...]
@@ -384,12 +384,11 @@ def state_shardings(
 ) -> OptState:
     """Return a tree of shardings like `opt_state`.
 
-    opt_state, params: ShapeDtypeStructs, params' with shardings. specs: of the parameters.
+    opt_state, params: trees of ShapeDtypeStructs, with shardings in params. specs: of the parameters.
 
-    State of a parameter is sharded as the parameter is if it has its shape, and stored in full on every
-    device if the optimizer declares its field as `replicated`. State of no parameter (counts: scalars, or one
-    for each parameter of a stack) is replicated. Raises ValueError for anything else, because a full copy on
-    every device would silently cost memory.
+    A state array with its parameter's shape has the parameter's sharding. Arrays in fields that the optimizer
+    declares as `replicated`, and counts (scalars, or one per layer of a stack) are stored in full on every
+    device. Raises ValueError for any other array, since a full copy on every device would cost memory.
     """
     everywhere = sharding.replicated(mesh)
     leads = {(), *map(lead_shape, spec_paths(specs).values())}
@@ -409,7 +408,7 @@ def state_shardings(
         )
 
     def of_copy(copy: Any, params: Params) -> Any:
-        """Shardings of a copy of the parameter tree; a leaf may be None or a node of several arrays."""
+        """Return the shardings of a state tree with one node per parameter: None, or one or more arrays."""
         return jax.tree.map(
             lambda param, part: jax.tree.map(lambda x: of_parameter(x, param), part), params, copy
         )
@@ -440,12 +439,11 @@ class FreezableState(NamedTuple):
 
 
 def freezable(make: Callable[[Specs], Optimizer], specs: Specs) -> Optimizer:
-    """Build an optimizer for the policy and one for the heads, so that freezing one touches nothing of the
-    other.
+    """Build an optimizer with separate states for the policy and for the heads, such as a critic's.
 
-    A step with `info.frozen` leaves the policy's parameters and all of its optimizer state unchanged, counts
-    included. Gradients are clipped by their global norm over policy and heads. make: builds an optimizer of
-    the leaves with a spec. specs: of all trainable leaves by top-level name.
+    A step with `info.frozen` updates only the heads: the policy's parameters and optimizer state, counts
+    included, are unchanged. Gradients are clipped by their global norm over policy and heads. make(specs)
+    builds the optimizer of the leaves with a spec. specs: of all trainable leaves, {top-level name: tree}.
     """
     policy_specs, head_specs = _split(specs)
     policy = make(policy_specs)
@@ -483,7 +481,7 @@ def freezable(make: Callable[[Specs], Optimizer], specs: Specs) -> Optimizer:
 
 
 def _split(params: Params) -> tuple[Params, Params]:
-    """(policy, heads) of a tree by top-level name, each with None in place of the other's leaves."""
+    """Split a tree by top-level name: (policy, heads), each with None for the leaves of the other."""
 
     def without(x: Any) -> Any:
         return jax.tree.map(lambda _: None, x)
@@ -495,7 +493,7 @@ def _split(params: Params) -> tuple[Params, Params]:
 
 
 def _join(policy: Params, heads: Params) -> Params:
-    """Undo _split."""
+    """Invert _split."""
     return {name: policy[name] if name in POLICY else heads[name] for name in policy}
 
 
@@ -503,8 +501,8 @@ BUFFERS = ("losses", "norms")  # fields that every device stores in full
 
 
 class SpikeState(NamedTuple):
-    """State of skip_spikes: the wrapped optimizer's state, losses and gradient norms of the last N finite
-    steps, and the number of finite steps and of skipped ones.
+    """State of skip_spikes. wrapped: the optimizer's. losses, norms: losses and gradient norms of the last N
+    finite steps. finite, skipped: number of finite steps, and of steps that were skipped as spikes.
     """
 
     wrapped: OptState
@@ -515,12 +513,12 @@ class SpikeState(NamedTuple):
 
 
 def skip_spikes(optimizer: Optimizer, deviations: float, steps: int) -> Optimizer:
-    """Return the optimizer with an update that changes nothing at a spike.
+    """Wrap an optimizer so that a step that is a spike changes nothing.
 
     A step is a spike if its loss or its gradient norm is more than `deviations` standard deviations above the
-    mean of the `steps` finite steps before it. These include spikes, so that after a lasting change steps are
-    soon taken again. The first steps // 2 steps are never spikes (as in OLMo-core's SkipStepOptimizer). Like
-    a non-finite step, a spike advances neither the learning rate nor the optimizer's count of updates.
+    mean of the `steps` finite steps before it. That mean includes earlier spikes, so that after a lasting
+    change steps are soon taken again. The first steps // 2 steps are never spikes (as in OLMo-core's
+    SkipStepOptimizer). A spike advances neither the learning rate nor the optimizer's count of updates.
     """
 
     def init(params: Params) -> SpikeState:
@@ -551,10 +549,10 @@ def skip_spikes(optimizer: Optimizer, deviations: float, steps: int) -> Optimize
 
 
 def _of_step(info: StepInfo) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return the loss and the gradient norm of a step in float32. Raises ValueError without a loss."""
+    """Return the loss and the gradient norm of a step in float32. Raises ValueError if info.loss is None."""
     if info.loss is None:
         raise ValueError(
-            "optim.skip_spikes needs the step's loss in StepInfo.loss, which is None; pass the loss"
+            "optim.skip_spikes needs the step's loss, but StepInfo.loss is None; pass the loss there"
         )
     return info.loss.astype(jnp.float32), info.norm.astype(jnp.float32)
 
@@ -562,7 +560,10 @@ def _of_step(info: StepInfo) -> tuple[Float[Array, ""], Float[Array, ""]]:
 def _is_above(
     x: Float[Array, ""], past: Float[Array, " N"], count: Int[Array, ""], deviations: float
 ) -> Bool[Array, ""]:
-    """Whether x is more than `deviations` sample standard deviations above the mean of the past values."""
+    """Return whether x is more than `deviations` sample standard deviations above the mean of past values.
+
+    count: how many finite steps there were; only min(count, N) of the past values are set.
+    """
     size = past.shape[0]
     used = jnp.minimum(count, size)
     is_known = jnp.arange(size, dtype=used.dtype) < used

@@ -31,10 +31,10 @@ class Averaging(NamedTuple):
 class UpdateRule(NamedTuple):
     """An optax transformation with facts about its updates and state.
 
-    rowwise: the update of a row depends on no other row, so that a large matrix may be updated in blocks of
-    rows. replicated: fields of its state that every device stores in full if their shape differs from their
-    parameter's (factored moments, scales); other fields of another shape are an error on a mesh, see
-    state_shardings. averaging: the average of a schedule-free optimizer; None for other optimizers.
+    rowwise: the update of a matrix's row depends on no other row, so that a large matrix may be updated in
+    blocks of rows. replicated: names of fields in its state that every device stores in full, for arrays that
+    do not have their parameter's shape (factored moments, scales); see optimizer.state_shardings. averaging:
+    of a schedule-free optimizer; None for other optimizers.
     """
 
     transform: optax.GradientTransformation
@@ -52,7 +52,7 @@ def adamw(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> UpdateRule:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with float32 moments; only matrices are decayed.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with float32 moments; weight decay of matrices only.
 
     >>> from jaxft.nn.param import ParamSpec, full
     >>> norm = ParamSpec((2,), ("width",), full(1.0))
@@ -78,8 +78,8 @@ def schedule_free_adamw(
     """Schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682): averaging in place of momentum and of a
     falling learning rate. The averaged weights are evaluated and exported.
 
-    It needs optim.schedule=constant, which has a warm-up. b1: interpolation between the base optimizer's
-    weights (0) and their average (1), at which gradients are taken; above 0.
+    It needs optim.schedule=constant, which has a warm-up. b1: gradients are taken at (1 - b1) times the base
+    optimizer's weights plus b1 times their average; above 0.
     """
     check_adam(b1, b2, eps)
     if b1 == 0:
@@ -92,8 +92,8 @@ def schedule_free_adamw(
 def adafactor(schedule: optax.Schedule, specs: Specs, weight_decay: float) -> UpdateRule:
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235): factored second moments, clipped updates.
 
-    Updates are clipped at RMS 1 per layer. The learning rate is absolute (no multiplication by the
-    parameter's scale) and there is no first moment.
+    The update of each layer is clipped to a root mean square of 1. The learning rate is absolute (not
+    multiplied by the parameter's scale), and there is no first moment.
     """
     one_layer = optax.chain(
         optax.scale_by_factored_rms(factored=True, decay_rate=0.8, min_dim_size_to_factor=128),
@@ -109,18 +109,18 @@ def check_adam(b1: float, b2: float, eps: float) -> None:
         if not 0 <= beta < 1:
             raise ValueError(f"optim.{name}={beta} is out of range; use 0 <= {name} < 1")
     if not 1e-37 < eps < 3.4e38:  # float32, in which the smallest numbers count as 0
-        raise ValueError(f"optim.eps must be above 0 and finite in float32, got {eps}; use one such as 1e-8")
+        raise ValueError(f"optim.eps must be above 0 and finite in float32, got {eps}; use for example 1e-8")
 
 
 def decay_mask(specs: Specs) -> Mask:
-    """Return which parameters have weight decay: matrices, also the embedding table and the head, and not
-    norms, biases and scalars.
+    """Return a mask of the parameters with weight decay: matrices, the embedding table and the head included;
+    no norms, biases and scalars.
     """
     return jax.tree.map(lambda s: kernel(s) is not None, specs, is_leaf=is_spec)
 
 
 def mask_of_matrices(specs: Specs) -> Callable[[Params], Any]:
-    """Return a function that maps parameters (None at some leaves) to their weight-decay mask."""
+    """Return a function for optax's `mask`, from parameters (some may be None) to their decay_mask."""
     decayed = tree.paths(decay_mask(specs))
     return lambda params: tree.map_with_path(lambda path, _: decayed[path], params)
 
@@ -128,7 +128,7 @@ def mask_of_matrices(specs: Specs) -> Callable[[Params], Any]:
 def with_decay(
     direction: optax.GradientTransformation, schedule: optax.Schedule, specs: Specs, weight_decay: float
 ) -> optax.GradientTransformation:
-    """Chain a direction, decoupled weight decay of matrices, and the negative learning rate."""
+    """Return the update -rate * (direction + weight_decay * weights of matrices), rate = schedule(step)."""
     return optax.chain(
         direction,
         optax.add_decayed_weights(weight_decay, mask_of_matrices(specs)),
@@ -150,8 +150,8 @@ class EmaState(NamedTuple):
 class ScheduleFreeState(NamedTuple):
     """State of schedule_free.
 
-    total: the sum of the updates' weights in the average. Also the base optimizer's weights (z in the paper)
-    and its state.
+    updates: number of updates. total: the sum of their weights in the average. z: the base optimizer's
+    weights. wrapped: its state.
     """
 
     updates: Int[Array, ""]
@@ -163,8 +163,8 @@ class ScheduleFreeState(NamedTuple):
 def ema(decay: float) -> Averaging:
     """Return the averaging `average_t = d average_(t-1) + (1 - d) weights_t`, in float32 or wider.
 
-    It starts from the weights at step 0, with `d = min(decay, t / (t + 9))`, so that they do not dominate the
-    average of a short run.
+    It starts from the weights at step 0. d = min(decay, t / (t + 9)) is small at first, so that these weights
+    do not dominate the average of a short run.
     """
 
     def wrap(transform: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -197,9 +197,9 @@ def ema(decay: float) -> Averaging:
 def schedule_free(b1: float, schedule: optax.Schedule) -> Averaging:
     """Return the averaging of schedule-free learning (Defazio et al. 2024, arXiv:2405.15682, algorithm 1).
 
-    `wrap` gets the base optimizer, which has no momentum. It updates z with the gradient at the trained
-    weights `y = (1 - b1) z + b1 x`, where x is the average of z over the steps, weighted by their squared
-    learning rates.
+    `wrap` gets the base optimizer, which has no momentum. The trained weights are y = (1 - b1) z + b1 x: the
+    base optimizer updates z with the gradient at y, and x is the average of z over the steps, weighted by
+    squared learning rates.
     """
 
     def wrap(transform: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -243,10 +243,10 @@ def schedule_free(b1: float, schedule: optax.Schedule) -> Averaging:
 
 
 def _states_of(kind: type, opt_state: OptState) -> list[Any]:
-    """Return the states of a type in an optimizer state.
+    """Return all states of the type `kind` in an optimizer state.
 
-    There is one, or one for each group of a layerwise or freezable optimizer, with None in place of the other
-    groups' parameters.
+    There is one, or one for each group of a layerwise or freezable optimizer, with None for the parameters of
+    other groups.
     """
     is_kind = partial(_is_instance, kind)
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
@@ -260,9 +260,9 @@ def _is_instance(kind: type, x: Any) -> bool:
 
 
 def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> optax.GradientTransformation:
-    """Apply a transformation to each parameter of a stack, such as to each layer's, separately.
+    """Apply a transformation separately to each layer of a stacked parameter (see param.LEAD_AXES).
 
-    Statistics of a full parameter (factored moments, block RMS) would otherwise mix the layers.
+    Otherwise statistics of a parameter (factored moments, root mean squares) would mix its layers.
     """
     leads = {path: lead_axes(spec) for path, spec in spec_paths(specs).items()}
     kinds = {path: (lead, stack_of(path) if "layers" in lead else "") for path, lead in leads.items()}
@@ -315,9 +315,7 @@ def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.G
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """Scale updates down to a global norm of at most `limit`. norm: the global norm if it is already
-    computed.
-    """
+    """Scale updates down to a global norm of at most `limit`. Pass `norm` to `update` if it is known."""
 
     def update(
         updates: Params, state: OptState, params: Params | None = None, *, norm: Array | None = None, **_: Any
@@ -330,9 +328,8 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformationExtraArgs:
 
 
 def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Cast 16-bit gradients and parameters to float32 for a transformation.
-
-    Its state and updates are then float32 as well.
+    """Wrap a transformation so that it gets 16-bit gradients and parameters cast to float32; its state and
+    updates are then float32 as well.
     """
     transform = optax.with_extra_args_support(transform)
 
@@ -373,8 +370,8 @@ def muon(
     their momentum. Embeddings, heads, norms and biases are updated by AdamW with b1=0.9 and b2=0.999.
 
     rms: root mean square of an update's elements (Liu et al. 2025, arXiv:2502.16982). 0.2 is near AdamW's, so
-    that AdamW's learning rates and weight decay suit both; it is `match_rms_adamw` of torch.optim.Muon. None
-    scales by sqrt(max(1, outputs / inputs)) as the original does, for learning rates near 0.02.
+    that AdamW's learning rates and weight decay can be used; it is `match_rms_adamw` of torch.optim.Muon.
+    None scales by sqrt(max(1, outputs / inputs)) as the original does, for learning rates near 0.02.
     """
     if not 0 <= momentum < 1:
         raise ValueError(f"optim.optimizer_kwargs=momentum:{momentum} is out of range; use 0 <= momentum < 1")
@@ -387,12 +384,12 @@ def muon(
 
 
 def _kind(spec: ParamSpec) -> str:
-    """Return "matrix" for a kernel of a layer, stacked or not; "other" for tables, heads and vectors."""
+    """Return "matrix" for parameters that Muon updates, the kernels of layers; "other" for the others."""
     return "matrix" if kernel(spec) and TABLE_AXES.isdisjoint(spec.axes) else "other"
 
 
 def scale_by_muon(momentum: float, rms: float | None) -> optax.GradientTransformation:
-    """Replace every gradient by Muon's update, a matrix for the last two axes of a leaf; see muon."""
+    """Replace every gradient by Muon's update (see muon) of the matrices in the last two axes of a leaf."""
 
     def init(params: Params) -> OptState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))

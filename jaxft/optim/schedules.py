@@ -77,7 +77,7 @@ def cosine_with_restarts_schedule(
 
 
 def promoting(schedule: optax.Schedule) -> optax.Schedule:
-    """Evaluate an optax schedule with standard dtype promotion, even if JAX is set to strict promotion."""
+    """Wrap a schedule to run with standard dtype promotion, even if JAX is set to strict promotion."""
 
     def learning_rate(step: Any) -> Array:
         with standard_promotion():
@@ -89,7 +89,7 @@ def promoting(schedule: optax.Schedule) -> optax.Schedule:
 def _after_warmup(lr: float, warmup: int, then: optax.Schedule) -> optax.Schedule:
     """Return a schedule of `lr * (k + 1) / warmup` at steps k = 0 .. warmup - 1, so that no step has rate 0.
 
-    `then` starts at the last of these steps.
+    Its step warmup - 1 is step 0 of the schedule `then`, which starts at lr.
     """
     if warmup < 2:
         return then
@@ -98,5 +98,5 @@ def _after_warmup(lr: float, warmup: int, then: optax.Schedule) -> optax.Schedul
 
 
 def _steps_after_peak(warmup: int, steps: int) -> int:
-    """Return the number of steps from the first at the full rate to the last of the run."""
+    """Return how many steps of the run follow the first step at the full rate; at least 1."""
     return max(1, steps - max(1, warmup))

@@ -22,8 +22,8 @@ class StepInfo(NamedTuple):
 
     norm: global norm of the gradients. finite: if False, parameters and optimizer state stay unchanged. key:
     for the stochastic rounding of bfloat16 parameters; None if there are none. frozen: if True, the policy
-    and its optimizer state stay unchanged, and without optimizer.freezable all others too; None for no
-    freezing. loss: loss of the step, for skip_spikes; None where no optimizer reads it.
+    and its optimizer state stay unchanged (with an optimizer that is not freezable, all parameters); None for
+    False. loss: of the step, for skip_spikes; None if no optimizer reads it.
     """
 
     norm: Float[Array, ""]
@@ -37,14 +37,14 @@ UpdateCheck = Callable[[Grads, OptState, Params, StepInfo], Bool[Array, ""]]
 
 
 def to_float32(x: Any) -> Any:
-    """Cast 16-bit floats to float32; leave wider ones as they are."""
+    """Cast the 16-bit floats of a tree to float32; other leaves are unchanged."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype.itemsize == 2 else x, x)
 
 
 def stochastically_rounded(x: Float[Array, "..."], key: Key[Array, ""]) -> Float[Array, "..."]:
-    """Round float32 to one of its two neighbours in bfloat16, the nearer more often: unbiased in expectation.
+    """Round float32 at random to one of the two nearest bfloat16 values, so that the expected value is x.
 
-    Random bits are added to the 16 bits that are dropped. Non-finite values are unchanged.
+    Random bits are added to the 16 bits that are then dropped. Non-finite values are unchanged.
     """
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
@@ -91,8 +91,8 @@ def stays_finite(
     """Return whether the step is finite and its optax update would leave every parameter finite.
 
     A learning rate, a factor of lr_groups or a moment may be too large although loss and gradients are
-    finite. This pass over the arrays writes only the flag, so `guarded_update` can still update in place: a
-    barrier keeps XLA from storing the update until the flag is known.
+    finite. The update is computed here only for this flag, and again in `guarded_update`, which can then
+    update in place; a barrier keeps XLA from storing the update in between.
     """
     grads = jax.lax.optimization_barrier(grads)
     transform = optax.with_extra_args_support(transform)
@@ -114,7 +114,7 @@ def all_finite(params: Params) -> Bool[Array, ""]:
 
 
 def _all(x: Bool[Array, "..."]) -> Bool[Array, ""]:
-    """Return jnp.all(x). XLA's CPU compiler stores what it reduces, and reduces flags slowly, so in fours."""
+    """Return jnp.all(x). On a CPU four flags are compared as one integer, since XLA reduces flags slowly."""
     if sharding.is_multi_device() or x.size % 4:
         return jnp.all(x)
 
@@ -128,10 +128,10 @@ def _all(x: Bool[Array, "..."]) -> Bool[Array, ""]:
 def guarded_update(
     transform: optax.GradientTransformation, grads: Grads, opt_state: OptState, params: Params, info: StepInfo
 ) -> Updated:
-    """Return (parameters, optimizer state) after one optax update, unchanged if not `is_updated(info)`.
+    """Return (parameters, optimizer state) after one optax update, unchanged if `is_updated(info)` is False.
 
-    The state's update depends on the new parameters, so that XLA writes each array in place: otherwise its
-    CPU compiler copies the whole state first, because the new parameters read the old state.
+    The new state is computed after the new parameters, so that XLA writes each array in place. Otherwise its
+    CPU compiler copies the full state first, because the new parameters are computed from the old state.
     """
     chex.assert_trees_all_equal_shapes(grads, params)
     transform, moves = optax.with_extra_args_support(transform), is_updated(info)
@@ -149,9 +149,7 @@ def guarded_update(
 
 
 def _after(x: Array, done: Array) -> Array:
-    """Make x depend on `done`, so that XLA computes it later. On a mesh return x itself, because `done` would
-    be communicated.
-    """
+    """Return x so that XLA uses it only after `done`; on a mesh plain x, to save communicating `done`."""
     if sharding.is_multi_device():
         return x
 

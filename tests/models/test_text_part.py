@@ -155,8 +155,8 @@ def test_a_published_config_gives_the_decoder_its_number_of_parameters(name):
 
 
 REFUSED = {
-    "no text_config": ({"model_type": "gemma3"}, "'gemma3' needs an object text_config, got None"),
-    "a text": ({"model_type": "llava", "text_config": "llama"}, "needs an object text_config, got 'llama'"),
+    "no text_config": ({"model_type": "gemma3"}, "needs an object text_config with the settings of its text"),
+    "a text": ({"model_type": "llava", "text_config": "llama"}, "decoder, got 'llama'"),
     "a soft cap": (
         {"model_type": "gemma3", "text_config": {"final_logit_softcapping": 30.0}},
         "final_logit_softcapping=30.0 of text_config is not supported, because transformers ignores it",

@@ -106,7 +106,7 @@ def test_a_kernel_has_an_axis_of_inputs_and_one_of_outputs():
 
 
 def test_a_spec_names_every_dimension():
-    with pytest.raises(ValueError, match="needs 3 axes"):
+    with pytest.raises(ValueError, match="needs 3 axis names"):
         ParamSpec((2, 3, 4), ("width", "mlp"), full(0.0))
 
 

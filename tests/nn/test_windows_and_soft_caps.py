@@ -255,10 +255,10 @@ def test_a_kernel_that_lacks_something_refuses_it():
     q, k, v, _ = arrays(np.random.default_rng(0), 1, 8, 2, 1, 8, jnp.float32)
     rows = Rows(jnp.ones((1, 8), jnp.int32), jnp.zeros((1, 8), jnp.int32))
     plain = Rows(rows.segments)
-    with pytest.raises(ValueError, match="splash attention has no window"):
+    with pytest.raises(ValueError, match="splash attention does not support sliding windows"):
         attention.splash(q, k, v, plain.ranges(4))
     for ranges, softcap in ((rows.ranges(), None), (plain.ranges(4), None), (plain.ranges(), 30.0)):
-        with pytest.raises(ValueError, match="cuDNN attention has no shared prompts, window or soft cap"):
+        with pytest.raises(ValueError, match="cuDNN attention supports no shared prompts, sliding window"):
             attention.cudnn(q, k, v, ranges, softcap)
 
 

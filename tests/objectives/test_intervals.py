@@ -30,7 +30,7 @@ def test_the_interval_of_a_fraction_is_wilsons(wins, count):
 
 def test_a_fraction_outside_of_0_to_1_or_of_nothing_is_refused():
     for fraction, count in ((1.1, 5), (-0.1, 5), (0.5, 0)):
-        with pytest.raises(ValueError, match="a fraction must be"):
+        with pytest.raises(ValueError, match="wilson needs a fraction"):
             wilson(fraction, count)
 
 

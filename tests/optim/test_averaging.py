@@ -119,7 +119,7 @@ def test_an_average_of_bfloat16_weights_is_kept_in_float32_and_returned_as_they_
     "settings, words",
     [
         (dict(ema=1.0), "optim.ema=1.0; expected above 0 and below 1, or none"),
-        (dict(optimizer=schedule_free_adamw, ema=0.9), "averages the weights, so optim.ema=0.9 must be none"),
+        (dict(optimizer=schedule_free_adamw, ema=0.9), "averages the weights; set optim.ema=none, got 0.9"),
         (dict(optimizer=schedule_free_adamw, schedule=cosine_schedule), "set optim.schedule=constant, got "),
         (dict(optimizer=schedule_free_adamw, b1=0.0), "optim.b1=0 is out of range for schedule_free_adamw"),
         (dict(lora_plus=0.0), "optim.lora_plus=0.0; expected above 0, or none"),

@@ -205,7 +205,7 @@ def test_an_optimizer_of_optax_treats_each_layer_as_a_parameter_of_its_own():
     [
         (optax.lbfgs, {}, "optim.optimizer=lbfgs cannot update these parameters from their gradients alone"),
         (optax.scale_by_lion, {}, "optim.optimizer=scale_by_lion cannot update these parameters"),
-        (optax.sgd, {"weight_decay": 0.1}, "optim.optimizer=sgd takes no mask .*optim.weight_decay=0"),
+        (optax.sgd, {"weight_decay": 0.1}, "optim.optimizer=sgd has no `mask` .*optim.weight_decay=0"),
         (optax.lion, {"eps": 1e-6}, "optim.optimizer=lion can't be called .*leave out optim.eps=1e-06"),
         (optax.cosine_decay_schedule, {}, "optim.optimizer=cosine_decay_schedule "),
     ],

@@ -321,7 +321,7 @@ def test_adapters_that_peft_loads_and_jaxft_does_not_are_refused_with_a_remedy(w
         (
             "biased",
             dict(target_modules=["q_proj"], bias="lora_only", layers_to_transform=[1]),
-            r"bias='lora_only' has layers/attn/\w_bias in some layers only, .*merge_and_unload",
+            r"bias='lora_only' selects layers/attn/\w_bias in some layers only, .*merge_and_unload",
         ),
         (
             "untied",

@@ -86,7 +86,7 @@ def check_causal(hf: dict[str, Any]) -> None:
 
 
 def read_gemma(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a GemmaConfig."""
+    """Return the fields of a GemmaConfig from `hf`, the dict of a config.json."""
     check_causal(hf)
     act = hf.get("hidden_act", TANH)
     act = TANH if act == "gelu" else act  # the first files call the approximation gelu
@@ -132,7 +132,7 @@ def capped_settings(c: Gemma2Config) -> dict[str, Any]:
 
 
 def read_gemma2(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a Gemma2Config or VaultGemmaConfig."""
+    """Return the fields of a Gemma2Config or VaultGemmaConfig from `hf`, the dict of a config.json."""
     return capped_fields({**GEMMA2_DEFAULTS, **hf}, form, 2)
 
 
@@ -183,20 +183,20 @@ GEMMA2_PRESETS: dict[str, Gemma2Config] = {
 
 
 def gemma(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Gemma 1 config. options: remat and residual of dense_model."""
+    """Build the Model of a Gemma 1 config. options: further arguments of dense_model."""
     attention = uniform(config.layers, config.head_dim, config.rope)
     return gemma_model(config, gemma_specs(config), {}, attention, dtype, **options)
 
 
 def gemma2(config: Gemma2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Gemma 2 config. options: remat and residual of dense_model."""
+    """Build the Model of a Gemma 2 config. options: further arguments of dense_model."""
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
     attention = capped_attention(config, kinds)
     return gemma_model(config, four_norms(config), FOUR_NORMS, attention, dtype, **options)
 
 
 def vaultgemma(config: VaultGemmaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a VaultGemma config. options: remat and residual of dense_model."""
+    """Build the Model of a VaultGemma config. options: further arguments of dense_model."""
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
     attention, names = capped_attention(config, kinds), {"layers/mlp_norm": FOUR_NORMS["layers/mlp_norm"]}
     return gemma_model(config, gemma_specs(config), names, attention, dtype, **options)
@@ -226,7 +226,7 @@ def gemma_model(
 def offset_rms_norm(
     x: Float[Array, "... D"], weight: Float[Array, "D"], eps: float, out: DTypeLike
 ) -> Float[Array, "... D"]:
-    """Return `x / sqrt(mean(x^2) + eps) * (1 + weight)`, computed in float32 or wider, as `out`."""
+    """Return `x / sqrt(mean(x^2) + eps) * (1 + weight)` in the dtype `out`, computed in float32 or wider."""
     wide = weight.astype(accumulation_dtype(weight.dtype))
     return rms_norm(x, wide + jnp.ones((), wide.dtype), eps, out)
 
@@ -268,14 +268,14 @@ def gemma_layer(
 
 
 def gemma_specs(c: DenseConfig) -> dict[str, Any]:
-    """Declare Gemma 1's parameters: Llama's, with norm weights that are initialised to 0."""
+    """Return the specs of Gemma 1's parameters: Llama's, with norm weights that are initialised to 0."""
     specs, norm = llama_specs(c), ParamSpec((c.layers, c.width), ("layers", "norm"), full(0.0))
     specs["layers"] |= {"attn_norm": norm, "mlp_norm": norm}
     return specs | {"final_norm": ParamSpec((c.width,), ("norm",), full(0.0))}
 
 
 def four_norms(c: DenseConfig) -> dict[str, Any]:
-    """Declare Gemma 2's parameters: Gemma 1's, and norms after attention and MLP."""
+    """Return the specs of Gemma 2's parameters: Gemma 1's, and norms after attention and MLP."""
     specs = gemma_specs(c)
     norm = specs["layers"]["attn_norm"]
     specs["layers"] |= {"post_attn_norm": norm, "post_mlp_norm": norm}
@@ -301,7 +301,7 @@ class Gemma3Config(Gemma2Config):
 
 
 def gemma3(config: Gemma3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Gemma 3 config. options: remat and residual of dense_model."""
+    """Build the Model of a Gemma 3 config. options: further arguments of dense_model."""
     specs = four_norms(config)
     norm = ParamSpec((config.layers, config.head_dim), ("layers", "norm"), full(0.0))
     specs["layers"]["attn"] |= {"q_norm": norm, "k_norm": norm}
@@ -325,7 +325,7 @@ GEMMA3_FORMAT = ConfigFormat(
 
 
 def read_gemma3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a Gemma3Config."""
+    """Return the fields of a Gemma3Config from `hf`, the dict of a config.json."""
     period = hf.get("sliding_window_pattern", 6)
     if type(period) is not int or period < 1:
         raise ValueError(

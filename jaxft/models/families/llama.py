@@ -103,7 +103,7 @@ PRESETS: dict[str, LlamaConfig] = {
 
 
 def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Llama config. options: remat and residual of dense_model."""
+    """Build the Model of a Llama config. options: further arguments of dense_model."""
     specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     attention = uniform(config.layers, config.head_dim, config.rope)
     return dense_model(config, one_stack(specs, names_of(specs), prenorm_layer, attention), dtype, **options)
@@ -118,7 +118,7 @@ class MistralConfig(WindowConfig):
 
 
 def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Mistral config. options: remat and residual of dense_model."""
+    """Build the Model of a Mistral config. options: further arguments of dense_model."""
     specs = llama_specs(config)
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
     attention = typed_layers(config, kinds)
@@ -131,7 +131,7 @@ MINISTRAL_FORMAT = ConfigFormat("ministral", "MinistralForCausalLM", defaults=_M
 
 
 def read_mistral(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a MistralConfig."""
+    """Return the fields of a MistralConfig from `hf`, the dict of a config.json."""
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     # transformers reads a config.json of model_type mistral that has layer_types as a ministral's.
     types = read_layer_types(hf, (SLIDING if window else FULL,) * fields["layers"])
@@ -194,7 +194,7 @@ class SeedOssConfig(LlamaConfig):
 
 
 def seed_oss(config: SeedOssConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Seed-OSS config. options: remat and residual of dense_model."""
+    """Build the Model of a Seed-OSS config. options: further arguments of dense_model."""
     specs, biases = llama_specs(config), attention_biases(config)
     if config.attention_bias:
         specs["layers"]["attn"] |= qkv_biases(config)
@@ -242,7 +242,7 @@ _CWM_ROPE = {
 
 
 def read_cwm(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a CwmConfig."""
+    """Return the fields of a CwmConfig from `hf`, the dict of a config.json."""
     if not hf.get("rope_parameters") and not hf.get("rope_scaling"):
         theta = hf.get("rope_theta") or _CWM_ROPE["rope_theta"]
         hf = {**hf, "rope_parameters": {**_CWM_ROPE, "rope_theta": theta}}
@@ -268,7 +268,7 @@ INTERNLM3_FORMAT = ConfigFormat(
 
 
 def read_internlm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of an InternLM3Config."""
+    """Return the fields of an InternLM3Config from `hf`, the dict of a config.json."""
     qkv = bool(hf.get("qkv_bias", hf.get("attention_bias", False)))
     bias = bool(hf.get("bias", hf.get("mlp_bias", False)))
     if qkv != bias:
@@ -307,7 +307,7 @@ class SmolLM3Config(WindowConfig):
 
 
 def smollm3(config: SmolLM3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a SmolLM3 config. options: remat and residual of dense_model."""
+    """Build the Model of a SmolLM3 config. options: further arguments of dense_model."""
     specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     architecture = one_stack(specs, names_of(specs), prenorm_layer, _smollm3_attention(config))
     return dense_model(config, architecture, dtype, **options)
@@ -371,7 +371,7 @@ def _sliding(hf: dict[str, Any], has_rope: Sequence[bool]) -> dict[str, Any]:
 
 
 def read_smollm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a SmolLM3Config."""
+    """Return the fields of a SmolLM3Config from `hf`, the dict of a config.json."""
     fields = fields_from_hf(hf, form)
     has_rope = _rope_layers(hf, fields["layers"])
     return fields | _sliding(hf, has_rope) | {"has_rope": has_rope}
@@ -428,7 +428,7 @@ class GraniteConfig(DenseConfig):
 
 
 def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Granite config. options: remat and residual of dense_model."""
+    """Build the Model of a Granite config. options: further arguments of dense_model."""
     specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
     attention = uniform(config.layers, config.head_dim, config.rope)
     arch = one_stack(

@@ -59,14 +59,14 @@ class Olmo3Config(Olmo2Config, WindowConfig):
 
 
 def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of an OLMo 2 config. options: remat and residual of dense_model."""
+    """Build the Model of an OLMo 2 config. options: further arguments of dense_model."""
     specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope)
     arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
     return dense_model(config, arch, dtype, **options)
 
 
 def olmo3(config: Olmo3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of an OLMo 3 config. options: remat and residual of dense_model."""
+    """Build the Model of an OLMo 3 config. options: further arguments of dense_model."""
     kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.local_rope, config.window)}
     specs, attention = _specs(config), typed_layers(config, kinds)
     arch = one_stack(specs, names_of(specs, POST_NORM_NAMES), _layer, attention)
@@ -102,7 +102,7 @@ POST_NORM_NAMES: WeightNames = {
 
 
 def postnorm_specs(c: DenseConfig) -> dict[str, Any]:
-    """Declare Llama's parameters, but with norms after attention and MLP instead of before."""
+    """Return the specs of Llama's parameters, but with norms after attention and MLP instead of before."""
     specs = llama_specs(c)
     for norm in ("attn_norm", "mlp_norm"):
         specs["layers"][f"post_{norm}"] = specs["layers"].pop(norm)
@@ -131,7 +131,7 @@ OLMO3_FORMAT = ConfigFormat(
 
 
 def read_olmo3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of an Olmo3Config."""
+    """Return the fields of an Olmo3Config from `hf`, the dict of a config.json."""
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     types = read_layer_types(hf, _every_fourth_full(fields["layers"]))
     return fields | {"window": window, "layer_types": types}
@@ -198,7 +198,7 @@ class Exaone4Config(WindowConfig):
 
 
 def exaone4(config: Exaone4Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of an EXAONE 4 config. options: remat and residual of dense_model."""
+    """Build the Model of an EXAONE 4 config. options: further arguments of dense_model."""
     specs, norm = (
         postnorm_specs(config),
         ParamSpec((config.layers, config.head_dim), ("layers", "norm"), full(1.0)),
@@ -221,7 +221,7 @@ EXAONE4_FORMAT = ConfigFormat(
 
 
 def read_exaone4(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of an Exaone4Config."""
+    """Return the fields of an Exaone4Config from `hf`, the dict of a config.json."""
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     pattern, L = hf.get("sliding_window_pattern", 4), fields["layers"]
     if window is None:

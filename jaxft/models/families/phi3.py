@@ -1,9 +1,9 @@
 """Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: Llama's layer with fused projections and partial rope.
 
-With tensor parallelism each device needs some columns of every projection. Sharding the columns of a fused
-weight [I, O] would give it columns of one projection only, so the weight is sharded over its inputs (axis
-"fused_width"). Before a matmul, one all-to-all of the weight (of the codes if it is quantised) gives each
-device its columns of every projection. It moves 1/tensor of the weight's bytes per device and no activations.
+With tensor parallelism each device needs some columns of every projection. A device would get columns of one
+projection only if the columns of a fused weight [I, O] were sharded, so the weight is sharded over its inputs
+(axis "fused_width"). Before a matmul, one all-to-all of the weight (of the codes if it is quantised) moves to
+each device its columns of every projection: 1/tensor of the weight's bytes, and no activations.
 """
 
 from dataclasses import dataclass, replace
@@ -33,21 +33,21 @@ from jaxft.tree import Params
 
 @dataclass(frozen=True)
 class Phi3Config(DenseConfig):
-    """Sizes of a Phi-3 or Phi-4. window: keys that every layer attends to; None for full attention."""
+    """Sizes of a Phi-3 or Phi-4. window: the number of keys that a query attends to; None for all."""
 
     window: int | None = None
 
 
 def phi3(config: Phi3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Phi-3 config. options: remat and residual of dense_model."""
+    """Build the Model of a Phi-3 config. options: further arguments of dense_model."""
     specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope, config.window)
     architecture = one_stack(specs, names_of(specs, _NAMES), _layer, attention)
     return dense_model(config, architecture, dtype, **options)
 
 
 def _specs(c: Phi3Config) -> dict[str, Any]:
-    """Declare the parameters: attn/qkv [D, (H + 2K) E] has columns for q, k, v in this order, and mlp/gate_up
-    [D, 2F] for gate, up.
+    """Return the specs: attn/qkv [D, (H + 2K) E] has the columns of q, k and v in this order, mlp/gate_up
+    [D, 2F] those of gate and up.
     """
     specs, L, D, F = llama_specs(c), c.layers, c.width, c.mlp
     axes, columns = ("layers", "fused_width"), (c.heads + 2 * c.kv_heads) * c.head_dim
@@ -101,10 +101,11 @@ def _mlp(c: Phi3Config, p: Params, x_BTD: Float[Array, "B T D"], keys: Any) -> F
 def fused_linear(
     x_BTI: Float[Array, "B T I"], w: Weight, widths: tuple[int, ...], key: Array | None = None
 ) -> list[Float[Array, "B T _"]]:
-    """Return x @ w split into projections of these widths, in the order of w's columns.
+    """Return x @ w split into projections, in the order of w's columns.
 
-    w: plain, quantised or adapted [I, sum of widths]. key: for dropout of an adapter's input. With tensor
-    parallelism each projection is sharded over its columns, so mesh.tensor must divide every width.
+    w: plain, quantised or adapted [I, sum of widths]. widths: the number of outputs of each projection. key:
+    for dropout of an adapter's input. With tensor parallelism each projection is sharded over its outputs, so
+    mesh.tensor must divide every width.
     """
     ways = mesh_size("tensor")
     if ways == 1:
@@ -118,9 +119,7 @@ def fused_linear(
 
 
 def _spread(w: Weight, widths: tuple[int, ...], ways: int) -> Weight:
-    """Return a fused weight with its columns in the order of the devices, each with its part of every
-    projection. widths: columns of each projection. ways: number of devices.
-    """
+    """Shard the columns of a fused weight over `ways` devices, each with columns of every projection."""
     order = partial(_by_device, widths=widths, ways=ways)
     if isinstance(w, Adapted):
         of_pair = partial(order, lead=w.over)
@@ -151,8 +150,9 @@ def _by_device(
     inputs: str = "act_width",
     lead: tuple[str, ...] = (),
 ) -> Shaped[Array, "*L I O"]:
-    """Reorder and shard columns as _spread does. inputs: the logical axis of the input axis in the result.
-    lead: the logical axes L.
+    """Reorder the columns of x so that each of `ways` devices has columns of every projection; shard them.
+
+    widths: columns of each projection. inputs: logical name of axis I in the result. lead: names of axes L.
     """
     *above, _ = x.shape
     parts = jnp.split(x, np.cumsum(widths)[:-1].tolist(), -1)
@@ -172,7 +172,7 @@ _OLD_LONGROPE = ("su", "yarn")  # in a Phi-3's config.json, transformers reads b
 
 
 def read_phi3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a Phi3Config."""
+    """Return the fields of a Phi3Config from `hf`, the dict of a config.json."""
     for group in ("rope_scaling", "rope_parameters"):
         rope = hf.get(group)
         if isinstance(rope, dict):
@@ -224,7 +224,7 @@ _PHI4_MINI_LONG = (
 
 
 def _longrope(short: tuple[float, ...], long: tuple[float, ...], rotated: float = 1.0) -> dict[str, Any]:
-    """Return rope, length and window of a model whose 4096 positions longrope extends to 131072."""
+    """Return rope, max_positions and window of a preset whose 4096 positions longrope extends to 131072."""
     rope = Rope(
         kind="longrope", factor=32.0, original_max_positions=4096, rotated=rotated, short_factor=short,
         long_factor=long,

@@ -47,7 +47,7 @@ class Qwen3Config(QwenConfig):
 
 
 def qwen2(config: QwenConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Qwen2 or Qwen2.5 config. options: remat and residual of dense_model."""
+    """Build the Model of a Qwen2 or Qwen2.5 config. options: further arguments of dense_model."""
     specs = llama_specs(config)
     specs["layers"]["attn"] |= qkv_biases(config)
     return dense_model(
@@ -56,7 +56,7 @@ def qwen2(config: QwenConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -
 
 
 def qwen3(config: Qwen3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Qwen3 config. options: remat and residual of dense_model."""
+    """Build the Model of a Qwen3 config. options: further arguments of dense_model."""
     specs, L = llama_specs(config), config.layers
     norms = ("q_norm", "k_norm")
     specs["layers"]["attn"] |= {
@@ -86,7 +86,7 @@ QWEN3_FORMAT = ConfigFormat(
 
 
 def read_qwen(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a QwenConfig or Qwen3Config."""
+    """Return the fields of a QwenConfig or Qwen3Config from `hf`, the dict of a config.json."""
     fields = fields_from_hf(hf, form)
     if not hf.get("use_sliding_window", False):
         if SLIDING in read_layer_types(hf, (FULL,) * fields["layers"]):

@@ -1,8 +1,8 @@
 """Parameters that an adapter trains in full in place of the base's: modules (PEFT's modules_to_save), biases,
 and rows of the embedding table and the head (trainable_token_indices).
 
-In an adapter's tree such a parameter is {"weight": shaped like the base's}, and rows are {"rows": [N, D]} at
-"embed" or "head". The base keeps its own, so that several adapters share it.
+In an adapter's tree such a parameter is a node {"weight": an array shaped like the base's}, and trained rows
+of N tokens are {"rows": [N, D]} at "embed" or "head". The base is unchanged: several adapters can share it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ class Replaced:
 
 @struct
 class TokenRows:
-    """A table [V, D], or a head [D, V], in which the rows of some tokens are replaced."""
+    """A table [V, D], or a head [D, V], in which the tokens `ids` have the trained rows `rows`."""
 
     weight: Any
     rows: Any  # [N, D]
@@ -37,20 +37,25 @@ class TokenRows:
 
 
 def attach_replacement(name: str, base: Any, node: Mapping[str, Any], token_ids: tuple[int, ...]) -> Any:
-    """Return the base's parameter `name` after replacement: an array, Replaced (a table) or TokenRows."""
+    """Return what a model uses in place of the base's parameter `name`: an array, Replaced or TokenRows.
+
+    node: of the adapter, see above. token_ids: the tokens of its rows.
+    """
     if "rows" in node:
         return TokenRows(base, node["rows"], token_ids)
     return Replaced(node["weight"], base) if name == "embed" else node["weight"]
 
 
 def is_replacement(node: Any) -> bool:
-    """Whether a node of an adapter's tree replaces a parameter, or rows of it."""
+    """Return whether a node of an adapter's tree replaces a parameter, or rows of it."""
     return isinstance(node, dict) and (node.keys() == {"weight"} or node.keys() == {"rows"})
 
 
 def unties(paths: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether merging an adapter makes a tied head a separate matrix, because the adapter adapts the head,
-    or changes the table only where tokens are read. paths: the adapter's nodes by path.
+    """Return whether merging an adapter into a base with a tied head makes the head a separate matrix: the
+    adapter changes the head, or changes the table for embeddings but not for the head.
+
+    paths: the adapter's nodes by path.
     """
     return "head" in paths or ("embed" in paths and "rows" not in paths["embed"])
 
@@ -58,7 +63,10 @@ def unties(paths: Mapping[str, Mapping[str, Any]]) -> bool:
 def merge_replacement(
     path: str, weight: Any, node: Mapping[str, Any], dtype: DTypeLike, token_ids: tuple[int, ...]
 ) -> jax.Array:
-    """Return a base's parameter, or one layer of it, with its replacement, in `dtype`."""
+    """Return a base's parameter, or one layer of it, after an adapter's replacement, in `dtype`.
+
+    path, weight: of the parameter. node: of the adapter. token_ids: the tokens of its rows.
+    """
     if "weight" in node:
         return jnp.asarray(node["weight"]).astype(dtype)
     ids, rows, value = np.asarray(token_ids), jnp.asarray(node["rows"]).astype(dtype), jnp.asarray(weight)
@@ -68,7 +76,7 @@ def merge_replacement(
 
 
 def base_spec(base: Mapping[str, ParamSpec], path: str) -> ParamSpec:
-    """Return the spec of a base's parameter; a tied head is the table transposed."""
+    """Return the spec of a base's parameter; for the "head" of a base without one, the transposed table's."""
     if path in base:
         return base[path]
     table = base["embed"]
@@ -76,18 +84,18 @@ def base_spec(base: Mapping[str, ParamSpec], path: str) -> ParamSpec:
 
 
 def base_modules(base: Mapping[str, ParamSpec], names: WeightNames) -> dict[str, list[Module]]:
-    """Return the modules of each parameter of a base, and of a tied head, by path."""
+    """Return the modules of each parameter of a base by path, also for a tied head. See modules_of."""
     paths = dict.fromkeys([*base, *(["head"] if "embed" in base else [])])
     return {path: modules_of(path, base_spec(base, path), names) for path in paths}
 
 
 def saved_paths(base: Mapping[str, ParamSpec], listed: Sequence[str], names: WeightNames) -> list[str]:
-    """Return the paths of the parameters of the modules that modules_to_save names.
+    """Return the paths of the parameters in the modules that modules_to_save, `listed`, selects.
 
-    As in PEFT, a name selects every module whose Hugging Face name ends with it ("norm": all norms), with all
-    modules inside ("mlp"). The end of a parameter's path, after a dot, selects too. "score", a head that is
-    no part of the base, may be listed. Raises ValueError for a name that selects nothing, or only some
-    layers.
+    As in PEFT, a name selects every module whose Hugging Face name ends with it ("norm": all norms), and the
+    modules inside of it ("mlp"). A name of jaxft's, such as attn.q, selects too. "score", the head of a
+    reward model, may be listed; it is no parameter of the base. Raises ValueError for a name that selects
+    nothing, or a module in some layers only.
     """
     modules = base_modules(base, names) if listed else {}
     of_base = [name for name in listed if name not in SCORE_MODULES or "score" not in names]
@@ -108,7 +116,10 @@ def saved_paths(base: Mapping[str, ParamSpec], listed: Sequence[str], names: Wei
 
 
 def selected_modules(listed: str, modules: Mapping[str, Sequence[Module]]) -> set[str]:
-    """Return the full Hugging Face names of the modules that a name of modules_to_save selects."""
+    """Return the full Hugging Face names of the modules that one name in modules_to_save selects.
+
+    modules: all modules of the base, by path.
+    """
     return {
         module.name
         for of_path in modules.values()
@@ -120,22 +131,25 @@ def selected_modules(listed: str, modules: Mapping[str, Sequence[Module]]) -> se
 def in_all_layers(
     selected: set[str], modules: Mapping[str, Sequence[str]], setting: str, why: str
 ) -> list[str]:
-    """Return the paths whose modules, by full name, are selected. Raises ValueError if only some layers of a
-    path are. setting, why: beginning and end of that error.
+    """Return the paths of the parameters whose modules are selected.
+
+    selected: full names of modules. modules: the full names of a parameter's modules, by path. Raises
+    ValueError if only some layers of a parameter are selected; setting, why: the error's beginning and end.
     """
     for path, names in modules.items():
         if 0 < len(selected.intersection(names)) < len({*names}):
-            raise ValueError(f"{setting} has {path} in some layers only, {why}")
+            raise ValueError(f"{setting} selects {path} in some layers only, {why}")
     return [path for path, names in modules.items() if names[0] in selected]
 
 
 def bias_paths(
     base: Mapping[str, ParamSpec], bias: str, adapted: Mapping[str, Sequence[int]], names: WeightNames
 ) -> list[str]:
-    """Return the paths of the biases that bias=none, all or lora_only trains.
+    """Return the paths of the biases that an adapter trains. bias: none, all or, for the biases of adapted
+    layers only, lora_only.
 
-    adapted: the ranks of each adapted kernel's layers. Raises ValueError if there are none, and for layers
-    without an adapter whose biases would be trained.
+    adapted: by path of an adapted kernel, the rank in each layer; 0 for no adapter. Raises ValueError if no
+    bias is selected, and for lora_only if a bias belongs to layers of which some are not adapted.
     """
     if bias == "none":
         return []
@@ -149,27 +163,29 @@ def bias_paths(
         biases = in_all_layers(with_pair, of_biases, "adapter.bias=lora_only", why)
     if not biases:
         where = "the model has" if bias == "all" else "the adapted layers have"
-        raise ValueError(f"adapter.bias={bias}: {where} no biases; use bias=none")
+        raise ValueError(f"adapter.bias={bias}: {where} no biases; use adapter.bias=none")
     return biases
 
 
 def token_specs(
     base: Mapping[str, ParamSpec], token_ids: Sequence[int], with_head: bool, taken: Collection[str]
 ) -> dict[str, dict[str, ParamSpec]]:
-    """Declare the trained rows of the table and, if `with_head`, of the separate head.
+    """Return the specs of trained rows: of the embedding table and, if `with_head`, of a head that is not
+    tied.
 
-    taken: paths with a pair or a replacement. Raises ValueError for ids that are no tokens or listed twice,
-    and for rows of a parameter that is trained otherwise.
+    taken: paths that the adapter trains otherwise, by a pair or in full. Raises ValueError if the table or
+    the head is one of them, and for ids that are no token ids or listed twice.
     """
     table = base["embed"]
     vocab, width = table.shape
     wrong = next((i for i in token_ids if not 0 <= i < vocab), None)
     if wrong is not None:
         raise ValueError(
-            f"adapter.trainable_token_indices: {wrong} is no token id; they are 0 to {vocab - 1}"
+            f"adapter.trainable_token_indices: {wrong} is no token id; use ids from 0 to {vocab - 1}"
         )
     if len(set(token_ids)) < len(token_ids):
-        raise ValueError("adapter.trainable_token_indices has a token id twice; list each once")
+        twice = next(i for n, i in enumerate(token_ids) if i in token_ids[:n])
+        raise ValueError(f"adapter.trainable_token_indices has the token id {twice} twice; list each id once")
     spec = ParamSpec((len(token_ids), width), ("tokens", table.axes[1]), normal(0.02))
     out = {"embed": {"rows": spec}}
     if with_head and "head" in base:

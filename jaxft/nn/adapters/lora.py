@@ -1,13 +1,13 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) and DoRA: a separate tree that is attached to the base
 at trace time.
 
-An adapter has the base's paths; each adapted kernel [*L, I, O], stacked along any lead axes L, has `a` [*L,
-I, R], `b` [*L, R, O] and the frozen `scale` [*L] = alpha / rank, or alpha / sqrt(rank) with rslora (see
-Adapter.scale_of); with DoRA also `magnitude` [*L, O]. Without attaching it, the model is the base model bit
-for bit.
+An adapter is a tree with the paths of the base. At the path of an adapted kernel [*L, I, O], stacked along
+any lead axes L, such as layers, it has a pair: `a` [*L, I, R], `b` [*L, R, O] and the frozen `scale` [*L] =
+alpha / rank, or alpha / sqrt(rank) with rslora (see Adapter.scale_of); with DoRA also `magnitude` [*L, O].
+Without attaching it, the model is the base model bit for bit.
 
-Where kernels of a stack have different ranks, R is the largest rank. The columns of `a` and rows of `b`
-beyond a kernel's rank start at zero, have zero gradients, and are not exported.
+Where the layers of a stack have different ranks, R is the largest rank. The columns of `a` and rows of `b`
+beyond a layer's rank start at zero, have zero gradients, and are not exported.
 
 Several adapters that go through the model together have one more axis, "adapters", the last of the lead axes.
 """
@@ -96,7 +96,10 @@ class Adapter:
     def __post_init__(self):
         check_bounds(self, "adapter")
         if self.init != EVA and (self.eva_rho, self.eva_tokens) != (Adapter.eva_rho, Adapter.eva_tokens):
-            raise ValueError("adapter.eva_rho and adapter.eva_tokens need adapter.init=eva; leave them out")
+            raise ValueError(
+                f"adapter.eva_rho={self.eva_rho:g} and adapter.eva_tokens={self.eva_tokens} need "
+                f"adapter.init=eva, got adapter.init={self.init}; leave them out"
+            )
         if not self.token_head and not self.trainable_token_indices:
             raise ValueError("adapter.token_head=false needs adapter.trainable_token_indices; leave it out")
         if self.changes_base and (self.dora or self.replaces_weights):
@@ -118,17 +121,19 @@ class Adapter:
                 )
         for pattern, alpha in self.alpha_pattern:
             if not 0.0 < abs(alpha) < 3.4e38:
-                raise ValueError(f"adapter.alpha_pattern: {pattern!r} must be finite and not 0, got {alpha}")
+                raise ValueError(
+                    f"adapter.alpha_pattern: the alpha of {pattern!r} must be finite and not 0, got {alpha}"
+                )
 
     @property
     def changes_base(self) -> bool:
-        """Whether `init` moves a part of the base's weights into the adapter at step 0, as PiSSA does."""
+        """Whether `init` changes the base at step 0; PiSSA moves a part of its weights into the adapter."""
         return self.init in RESIDUAL_INITS
 
     @property
     def exported(self) -> "Adapter":
-        """The settings of the adapter that a run exports. If `init` changed the base, it has twice the rank,
-        so that it fits the unchanged base.
+        """The settings of the adapter that a run exports. If `init` changes the base, the exported adapter
+        has twice the rank: it also makes that change, so that it is for the unchanged base.
         """
         return self.doubled if self.changes_base else self
 
@@ -143,12 +148,12 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """The factor of (x a) b, of modules with the default rank and alpha."""
+        """The factor by which x a b is multiplied in modules with the default rank and alpha."""
         return self.scale_of(self.rank, self.alpha)
 
     @property
     def replaces_weights(self) -> bool:
-        """Whether parameters of the base are trained in full, in addition to the pairs."""
+        """Whether the adapter trains parameters of the base in full (modules, biases or rows of tokens)."""
         saved = set(self.modules_to_save) - set(SCORE_MODULES)
         return bool(saved or self.trainable_token_indices or self.bias != "none")
 
@@ -158,7 +163,7 @@ class Adapter:
         return max([self.rank, *(rank for _, rank in self.rank_pattern)])
 
     def scale_of(self, rank: int, alpha: float) -> float:
-        """The factor of (x a) b of a module with this rank and alpha."""
+        """Return the factor by which x a b is multiplied in a module with this rank and alpha."""
         return alpha / (rank**0.5 if self.rslora else rank)
 
 
@@ -166,8 +171,8 @@ class Adapter:
 class Adapted:
     """A base weight with its adapter, for nn.matmul.linear. `weight` is None for a tied head.
 
-    Leaves have the base's lead axes L, which scan and vmap slice, and if `over` is (ADAPTERS,) one more
-    behind them, over K adapters.
+    All leaves have the base's lead axes L, which scan and vmap slice. If `over` is (ADAPTERS,), the leaves of
+    the adapter have one more axis behind L, over K adapters.
     """
 
     weight: Any
@@ -183,15 +188,15 @@ class Adapted:
 
 @struct
 class Several:
-    """Parameters of K adapters that go through a model together: every leaf has an axis ADAPTERS."""
+    """Parameters of K adapters that go through a model together: each leaf has an axis over adapters."""
 
     params: Any
 
 
 def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
-    """Return the paths of the base kernels that `targets` selects.
+    """Return the paths of the base kernels that `targets` (see Adapter) selects.
 
-    Raises ValueError, with near misses, for a target that selects nothing.
+    Raises ValueError for a target that selects nothing; the error lists similar names.
     """
     kernels = {p: axes for p, s in spec_paths(specs).items() if (axes := kernel(s))}
     blocks = [p for p, axes in kernels.items() if "layers" in axes.lead]
@@ -229,8 +234,8 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
 
 
 def _refuse_part(name: str, known: AbstractSet[str]) -> None:
-    """Raise ValueError if `name` is a part of a fused layer of the model, or a fused layer that the model has
-    as separate layers.
+    """Raise ValueError if a target such as "q" is a part of a fused layer of the model ("qkv"), or if it is
+    the name of a fused layer and the model has the parts as separate layers. known: the model's names.
     """
     kernel_name = name.removesuffix("_proj")
     for fused, parts in FUSED_PARTS.items():
@@ -246,25 +251,25 @@ def _refuse_part(name: str, known: AbstractSet[str]) -> None:
 
 
 def pair_axes(base: ParamSpec) -> dict[str, tuple[str, ...]]:
-    """Return the logical axes of the leaves of a kernel's pair."""
+    """Return the logical axes of a, b, scale, magnitude and gain for a kernel with the spec `base`."""
     *lead, ins, outs = base.axes
     of_outputs = dict.fromkeys(("magnitude", "gain"), (*lead, outs))
     return {"a": (*lead, ins, "rank"), "b": (*lead, "rank", outs), "scale": (*lead,), **of_outputs}
 
 
 def is_pair(node: Any) -> bool:
-    """Whether a node of an adapter's tree is the pair of a kernel."""
+    """Return whether a node of an adapter's tree is the pair (a, b and scale) of a kernel."""
     return isinstance(node, dict) and {"a", "b", "scale"} <= node.keys()
 
 
 def attach(
     base: Any, adapter: Any, dropout: float = 0.0, token_ids: tuple[int, ...] = (), rows: Any = None
 ) -> Any:
-    """Return the base tree with each adapted leaf as an Adapted node, and replaced parameters in their place;
-    nothing is copied or computed.
+    """Return the base's tree with an Adapted in place of each adapted kernel, and with the parameters that
+    the adapter trains in full; nothing is copied or computed.
 
-    adapter: a tree, None, or Several. token_ids: the tokens of replaced rows. rows [B]: row i of the
-    activations has adapter rows[i] of Several.
+    adapter: a tree, None, or Several. token_ids: the tokens whose rows the adapter trains. rows [B]: row i of
+    the activations uses adapter rows[i] of a Several.
 
     >>> base = {"q": jnp.zeros((8, 6)), "norm": jnp.ones(8)}
     >>> pair = {"a": jnp.ones((8, 2)), "b": jnp.ones((2, 6)), "scale": jnp.asarray(0.5)}
@@ -291,11 +296,10 @@ def attach(
 
 
 def join_adapters(adapter: Any, other: Any) -> Any:
-    """Return the adapter that changes a base as both do together: pairs side by side, with the sum of their
-    ranks.
+    """Return one adapter with the effect of two: their pairs are concatenated, so that ranks add up.
 
-    adapter: may be None, may replace parameters (they stay as they are) and have DoRA's magnitudes, which
-    then rescale weights that include the pairs of `other`. other: has pairs only.
+    adapter: may be None, may replace parameters (which are kept), and may have DoRA's magnitudes; they then
+    rescale the sum of the weight and both pairs. other: has pairs only.
     """
     if not adapter:
         return other
@@ -309,8 +313,8 @@ def join_adapters(adapter: Any, other: Any) -> Any:
 
 
 def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
-    """Return {"a", "b", "scale"} of each adapted weight by its path, and {"weight"} or {"rows"} of each
-    replaced one; {} for None.
+    """Return the nodes of an adapter by path: {"a", "b", "scale", ...} for a pair, {"weight"} or {"rows"} for
+    a replaced parameter; {} if adapter is None.
     """
     pairs: dict[str, dict[str, Any]] = {}
     for path, leaf in tree.paths(adapter or {}).items():
@@ -320,7 +324,7 @@ def pairs_by_path(adapter: Params | None) -> dict[str, dict[str, Any]]:
 
 
 def padded_pair(pair: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Return a pair of this rank: further columns of `a` and rows of `b` are zero. Leaves may be NumPy's."""
+    """Pad a pair, of NumPy or jax arrays, to this rank by zero columns of `a` and zero rows of `b`."""
     xp: Any = np if isinstance(pair["a"], np.ndarray) else jnp
     *lead, _, size = pair["a"].shape
     same, more = [(0, 0)] * len(lead), (0, rank - size)
@@ -331,8 +335,8 @@ def padded_pair(pair: dict[str, Any], rank: int) -> dict[str, Any]:
 def map_kernels(
     fn: Callable[[jax.Array, dict[str, Any]], jax.Array], base: Params, pairs: dict[str, dict[str, Any]]
 ) -> dict[str, jax.Array]:
-    """Apply `fn(weight, pair)` to every adapted kernel, dequantised, and to each kernel of a stack
-    separately; return the results by path.
+    """Apply `fn(weight, pair)` to every adapted kernel, one layer of a stack at a time; return the stacked
+    results by path. pairs: by path. Quantised weights are dequantised first.
     """
     weights = tree.paths(base, is_qtensor)
 
@@ -347,9 +351,7 @@ def map_kernels(
 
 
 def stack_adapters(adapters: Sequence[Any]) -> Any:
-    """Stack adapters of the same kernels into one tree, each leaf [K, ...]; smaller ranks are padded with
-    zeros.
-    """
+    """Stack adapters of the same kernels: leaves [K, ...]; smaller ranks are padded with zeros."""
 
     def stack(*leaves: jax.Array) -> jax.Array:
         shape = [max(sizes) for sizes in zip(*(x.shape for x in leaves), strict=True)]
@@ -360,26 +362,26 @@ def stack_adapters(adapters: Sequence[Any]) -> Any:
 
 
 def several(stacks: dict[str, Any]) -> dict[str, Several]:
-    """Return stacks of K adapters or heads, by name, in the form that one forward pass over all K takes: the
-    axis over adapters moves from the front to behind the lead axes.
+    """Convert stacks [K, ...] of adapters or heads, by name, to the form that one forward pass over all K
+    takes: the axis over adapters moves behind the lead axes.
     """
     moved = tree.map_with_path(lambda path, x: jnp.moveaxis(x, 0, adapters_axis(path)), stacks)
     return {name: Several(x) for name, x in moved.items()}
 
 
 def adapters_axis(path: str) -> int:
-    """Return the number of the axis over several adapters in a leaf, which follows its lead axes."""
+    """Return the index (negative) of the axis over several adapters in a leaf; it follows the lead axes."""
     return -1 - OWN_AXES[path.rpartition("/")[2]]
 
 
 def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
-    """Return adapter `number` of a stack, truncated to the rank of `like`."""
+    """Return adapter `number` of a stack [K, ...], truncated to the shapes (and so to the rank) of `like`."""
     return jax.tree.map(lambda x, one: x[(number, *(slice(n) for n in one.shape))], stack, like)
 
 
 def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array:
-    """Return `w + scale a b` of one kernel or a stack, computed in float32 or wider and cast to `dtype`; with
-    DoRA rescaled to its magnitudes.
+    """Return `w + scale a b` of one kernel or a stack, computed in float32 or wider and cast to `dtype`. With
+    DoRA the norm of each output is set to its magnitude.
     """
     wide = np.promote_types(dtype, np.float32)
     w = (dequantize(weight) if isinstance(weight, QTensor) else jnp.asarray(weight)).astype(wide)
@@ -392,8 +394,9 @@ def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array
 def merge_node(
     path: str, weight: Any, node: dict[str, Any], dtype: DTypeLike, token_ids: tuple[int, ...] = ()
 ) -> jax.Array:
-    """Return a base's parameter, or one layer of it, merged with an adapter's node at its path, in
-    `dtype`.
+    """Return a base's parameter, or one layer of it, merged with the adapter's node at its path, in `dtype`.
+
+    token_ids: the tokens of a node with rows.
     """
     if full_modules.is_replacement(node):
         return full_modules.merge_replacement(path, weight, node, dtype, token_ids)
@@ -410,7 +413,7 @@ def merge_node(
 def output_norms(
     w: Float[Array, "I O"], a: Float[Array, "*K I R"], b: Float[Array, "*K R O"], scale: Float[Array, "*K"]
 ) -> Float[Array, "*K O"]:
-    """Return the norm over inputs of each output of `w + scale a b`, in float32 or wider."""
+    """Return the norm of each output's weights, a column of `w + scale a b`, in float32 or wider."""
     wide, highest = np.promote_types(w.dtype, np.float32), jax.lax.Precision.HIGHEST
     a, low = a.astype(wide), b.astype(wide) * scale.astype(wide)[..., None, None]
     squares = jnp.sum(jnp.square(w.astype(wide)), 0)
@@ -422,7 +425,7 @@ def output_norms(
 
 
 def gains(magnitude: Float[Array, "*K O"], norms: Float[Array, "*K O"]) -> Float[Array, "*K O"]:
-    """Return the factor of each output, `magnitude / norms` with constant norms; 1 where magnitude is 0."""
+    """Return DoRA's factor of each output, `magnitude / norms`, norms without gradient; 1 for magnitude 0."""
     none = magnitude == 0
     norms = jnp.where(none, jnp.ones((), norms.dtype), jax.lax.stop_gradient(norms))
     return jnp.where(none, jnp.ones((), norms.dtype), magnitude.astype(norms.dtype) / norms)
@@ -431,7 +434,7 @@ def gains(magnitude: Float[Array, "*K O"], norms: Float[Array, "*K O"]) -> Float
 def output_factors(
     magnitude: Float[Array, "*K O"], w: Float[Array, "I O"], a: Array, b: Array, scale: Array
 ) -> Float[Array, "*K O"]:
-    """Return DoRA's factor of each output of a base weight w with a pair; only magnitude has a gradient."""
+    """Return DoRA's factor of each output of w with the pair a, b; only magnitude gets a gradient."""
     return gains(magnitude, output_norms(*jax.lax.stop_gradient((w, a, b)), scale))
 
 
@@ -444,6 +447,6 @@ def scale_outputs(y: Float[Array, "*N O"], gain: Float[Array, "*K O"]) -> Float[
 
 
 def rescaled(weight: Float[Array, "*L I O"], magnitude: Float[Array, "*L O"]) -> Float[Array, "*L I O"]:
-    """Return the weight with each output's norm set to its magnitude; a magnitude of 0 leaves it as it is."""
+    """Return the weight with the norm of each output set to its magnitude, unless the magnitude is 0."""
     norms = jnp.sqrt(jnp.sum(jnp.square(weight), -2))
     return weight * gains(magnitude.astype(weight.dtype), norms)[..., None, :]

@@ -3,8 +3,8 @@ arXiv:2310.18547): switching adapters changes an array, not a program.
 
 A stack is a tree of K adapters with the base's paths and lead axes L: `a [*L, K, I, R]`, `b [*L, K, R, O]`,
 `scale [*L, K]`. If one of them is a DoRA adapter, the node also has `gain [*L, K, O]`, the factors of the
-outputs, which are constant in inference (`with_gains`). Adapter 0 is the base itself.
-Adapters of other kernels or smaller ranks are padded with zeros, and with gains of 1.
+outputs, which are constant in inference (`with_gains`). Adapter 0 has a scale of 0: it is the base itself.
+Where adapters differ in their kernels or ranks, missing entries are zeros, and gains of 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,13 +35,13 @@ BASE = 0  # the number of the adapter in a stack that changes nothing
 
 
 def not_stackable(adapter: Params) -> str:
-    """Return the reason why an adapter cannot be in a stack; "" if it can."""
+    """Return the reason why an adapter cannot be in a stack, as the end of an error; "" if it can."""
     replaces = [path for path, node in pairs_by_path(adapter).items() if is_replacement(node)]
     return f"it trains {replaces[0]} in full" if replaces else ""
 
 
 def check_stackable(adapters: Mapping[str, Params]) -> None:
-    """Raise ValueError if one of several adapters, by name, cannot share a program with the others."""
+    """Raise ValueError if there are several adapters and one cannot be in a stack. adapters: by name."""
     for name, adapter in adapters.items():
         why = not_stackable(adapter)
         if why and len(adapters) > 1:
@@ -52,10 +52,10 @@ def check_stackable(adapters: Mapping[str, Params]) -> None:
 
 
 def of_equal_shapes(adapters: Sequence[Params]) -> list[Params]:
-    """Return the adapters as trees of the same paths and shapes, so that one compiled program takes each.
+    """Return the adapters as trees with the same paths and shapes, so that one compiled program takes each.
 
-    Smaller ranks are padded with zeros. A kernel that only other adapters adapt gets a pair of zeros, and
-    gains of 1 if another adapter has gains for it. Leaves may be NumPy's.
+    Smaller ranks are padded with zeros. A kernel that an adapter does not adapt, but another one does, gets a
+    pair of zeros; and gains of 1 if any adapter has gains for it. Returns NumPy arrays.
     """
     nodes = [pairs_by_path(adapter) for adapter in adapters]
     trees: list[dict[str, Any]] = [{} for _ in adapters]
@@ -74,7 +74,7 @@ def of_equal_shapes(adapters: Sequence[Params]) -> list[Params]:
 
 
 def specs_like(base: Specs, adapter: Params) -> Specs:
-    """Return the specs of an adapter that of_equal_shapes returned, from its arrays alone."""
+    """Return the specs of an adapter that of_equal_shapes returned. base: the specs of the base."""
     specs = spec_paths(base)
 
     def spec_of(path: str, leaf: Any) -> ParamSpec:
@@ -86,9 +86,9 @@ def specs_like(base: Specs, adapter: Params) -> Specs:
 
 
 def with_gains(base: Params, adapter: Params) -> Params:
-    """Return an adapter with `gain` [*L, O], factors of its outputs on this base, in place of `magnitude`.
+    """Replace each `magnitude` of a DoRA adapter by `gain` [*L, O], the factors that it has on this base.
 
-    One of plain LoRA is returned as it is.
+    A plain LoRA adapter is returned unchanged.
     """
     nodes = pairs_by_path(adapter)
     learned = {path: node for path, node in nodes.items() if "magnitude" in node}
@@ -107,7 +107,7 @@ def _gains(base: Params, pairs: dict[str, dict[str, Any]]) -> dict[str, Array]:
 
 
 def stack_by_row(adapters: Sequence[Params]) -> Params:
-    """Return a stack of the base and these adapters, which have numbers from 1 on. Leaves may be NumPy's."""
+    """Return a stack (see above) in which the base is adapter 0 and these are 1, 2, ...; NumPy arrays."""
 
     def stack(path: str, *leaves: Any) -> np.ndarray:
         return np.stack(leaves, adapters_axis(path))
@@ -117,9 +117,7 @@ def stack_by_row(adapters: Sequence[Params]) -> Params:
 
 
 def in_dtype(adapter: Params, dtype: DTypeLike) -> Params:
-    """Return an adapter, or a stack, in the dtype of the matmuls, which would round to it; gains stay as they
-    are. Leaves are NumPy's.
-    """
+    """Return an adapter, or a stack, as NumPy arrays in the dtype of the matmuls; gains keep their dtype."""
 
     def of(path: str, x: Any) -> np.ndarray:
         return np.asarray(x) if path.endswith("/gain") else np.asarray(x).astype(dtype)
@@ -128,9 +126,9 @@ def in_dtype(adapter: Params, dtype: DTypeLike) -> Params:
 
 
 def stored_stack(stack: Params, dtype: DTypeLike) -> Params:
-    """Return a stack in this dtype, 16-bit matrices as raw bits. Leaves are NumPy's.
+    """Return a stack as NumPy arrays in this dtype; if it has 16 bits, a and b are raw bits.
 
-    XLA's CPU compiler widens stacked 16-bit floats to float32, all adapters in every call of a program.
+    XLA's CPU compiler would convert 16-bit floats of all adapters to float32 in every call of a program.
     """
 
     def of(path: str, x: np.ndarray) -> np.ndarray:
@@ -140,12 +138,15 @@ def stored_stack(stack: Params, dtype: DTypeLike) -> Params:
 
 
 def chosen(stored: Array, at: Any, dtype: DTypeLike) -> Array:
-    """Return the elements of a stored stack's matrix at an index, as `dtype`."""
+    """Return `stored[at]` in `dtype`. stored: an `a` or `b` of stored_stack, perhaps raw bits."""
     values = stored[at]
     return jax.lax.bitcast_convert_type(values, dtype) if stored.dtype == jnp.uint16 else values
 
 
 def adapters_of_rows(w: Adapted, dtype: DTypeLike) -> Adapted:
-    """Return a weight with an adapter for each row, chosen from a stored stack. dtype: of the matmul."""
+    """Return a weight with one adapter per row of the batch: adapter `w.rows[i]` of a stored stack for row i.
+
+    w: its a, b, scale and gain are of the stack. dtype: of the matmul.
+    """
     a, b = chosen(w.a, w.rows, dtype), chosen(w.b, w.rows, dtype)
     return replace(w, a=a, b=b, scale=w.scale[w.rows], gain=None if w.gain is None else w.gain[w.rows])

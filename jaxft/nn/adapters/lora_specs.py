@@ -19,8 +19,8 @@ from jaxft.nn.tensor_names import ModuleNames, WeightNames, is_listed, is_name, 
 
 
 class PairRanks(NamedTuple):
-    """Rank and alpha of the pair of each kernel of a stack, in the order of np.ndindex(lead_shape(spec));
-    both are 0 for a kernel without a pair. A single kernel is a stack of one.
+    """Ranks and alphas of the LoRA pairs of a stacked parameter: one for each of its kernels, in the order of
+    np.ndindex(lead_shape(spec)); both are 0 for a kernel without a pair. Without a stack, one of each.
     """
 
     ranks: tuple[int, ...]
@@ -30,8 +30,9 @@ class PairRanks(NamedTuple):
 def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[str, PairRanks]:
     """Return the ranks and alphas of the adapted kernels by path.
 
-    names: the model's weight_names. Raises ValueError for patterns, exclusions and layers that select
-    nothing, or everything.
+    specs, names: the specs and weight_names of the model. Raises ValueError for targets, patterns, exclusions
+    or layers in the settings that select nothing, for exclusions that leave nothing, and for kernels that
+    cannot have a pair.
     """
     base = spec_paths(specs)
     if not settings.targets and settings.replaces_weights:
@@ -83,7 +84,7 @@ def pair_layouts(specs: Specs, settings: Adapter, names: WeightNames) -> dict[st
 
 
 def _check_no_pairs(settings: Adapter) -> None:
-    """Raise ValueError for settings of pairs in an adapter without any."""
+    """Raise ValueError for settings of LoRA pairs in an adapter that has no pairs."""
     for name in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "dora"):
         if getattr(settings, name) not in (getattr(Adapter, name), ""):
             raise ValueError(
@@ -92,7 +93,7 @@ def _check_no_pairs(settings: Adapter) -> None:
 
 
 def _check_exclusions(excluded: str | frozenset[str], modules: Sequence[ModuleNames]) -> None:
-    """Raise ValueError for an expression, or a name in a list, that excludes none of the adapted modules."""
+    """Raise ValueError for a regular expression, or a name in a set, that excludes none of the modules."""
     if isinstance(excluded, str):
         hit = not excluded or any(is_listed(excluded, names, "adapter.exclude_modules") for names in modules)
         unused = [] if hit else [excluded]
@@ -106,7 +107,10 @@ def _check_exclusions(excluded: str | frozenset[str], modules: Sequence[ModuleNa
 
 
 def _check_layers(settings: Adapter, targets: Sequence[str], layers: AbstractSet[int | None]) -> None:
-    """Raise ValueError for numbers in layers_to_transform of layers without any target."""
+    """Raise ValueError if layers_to_transform lists a layer without any of the targets.
+
+    targets: their paths. layers: the numbers of the layers that have a target; None for one outside layers.
+    """
     numbers, with_target = settings.layers_to_transform, sorted(n for n in layers if n is not None)
     if numbers is None or (numbers and layers >= set(numbers)):
         return
@@ -124,8 +128,8 @@ def _check_layers(settings: Adapter, targets: Sequence[str], layers: AbstractSet
 
 
 def _check_own_tensor(path: str, base: Mapping[str, ParamSpec], names: WeightNames) -> None:
-    """Raise ValueError for an adapted kernel that is no linear layer in the model's files, where its LoRA
-    pair would have no name.
+    """Raise ValueError if an adapted kernel is not the weight of a linear layer in the model's files: its
+    LoRA pair would have no name in an adapter's file.
     """
     if path in base.keys() & names.keys() - {"embed"} and not names[path].is_linear(base[path]):
         raise ValueError(
@@ -135,10 +139,9 @@ def _check_own_tensor(path: str, base: Mapping[str, ParamSpec], names: WeightNam
 
 
 def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: WeightNames) -> list[str]:
-    """Return the names of the fields in which two settings declare different pairs or replaced parameters on
-    a base.
+    """Return the names of the fields that make two adapters differ in their trained parameters on this base.
 
-    Fields that name the same modules in other words, dropout and initial values do not count.
+    Dropout and initial values do not count, nor do fields that select the same modules in different words.
     """
     layouts = [pair_layouts(specs, settings, names) for settings in (one, other)]
     present = [{path: tuple(map(bool, x.ranks)) for path, x in layout.items()} for layout in layouts]
@@ -155,10 +158,11 @@ def differing_fields(specs: Specs, one: Adapter, other: Adapter, names: WeightNa
 
 
 def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = None) -> dict[str, Any]:
-    """Declare the adapter of a base. As in PEFT, a starts Kaiming-uniform and b zero. Magnitudes start at 0
-    and get the norms of the base's weights by weights.lora_start.init_magnitudes.
+    """Return the specs of an adapter's parameters. As in PEFT, `a` starts Kaiming-uniform and `b` at zero.
+    DoRA's magnitudes start at 0; weights.lora_start.init_magnitudes sets them to the norms of the base.
 
-    names: the model's weight_names; without them patterns match names of paths only.
+    specs: of the base. names: the model's weight_names; without them, settings can select modules only by
+    names from jaxft's paths.
 
     >>> base = {"layers": {"q": ParamSpec((2, 8, 6), ("layers", "width", "heads"), full(0.0))}}
     >>> adapter = adapter_specs(base, Adapter(rank=4, targets=("q",)))
@@ -194,8 +198,9 @@ def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = N
 def _pair_specs(
     spec: ParamSpec, layout: PairRanks, settings: Adapter, is_table: bool
 ) -> dict[str, ParamSpec]:
-    """Declare a, b and scale of one kernel, or of the table, whose a starts at zero and b normal, as in
-    PEFT.
+    """Return the specs of a, b, scale and, with DoRA, magnitude for one kernel.
+
+    is_table: whether it is the embedding table, whose `a` starts at zero and `b` normal, as in PEFT.
     """
     *lead, size_in, size_out = spec.shape
     rank, ranks = max(layout.ranks), layout.ranks
@@ -217,12 +222,15 @@ def _pair_specs(
 
 
 def most_components(rank: int, rho: float, inputs: int) -> int:
-    """Return the largest rank that EVA may give a module of this rank: rho times it, as PEFT rounds it."""
+    """Return the largest rank that EVA gives a module: rho * rank as PEFT rounds it, at most `inputs`."""
     return min(round(rank * rho), inputs)
 
 
 def _zero_beyond(start: Init, ranks: Sequence[int]) -> Init:
-    """Return an initialiser of [*L, I, R] whose columns beyond the rank of each kernel are zero."""
+    """Return an initialiser of stacked [*L, I, R] that sets columns beyond the rank of each kernel to zero.
+
+    start: initialises the other columns. ranks: one for each kernel of the stack.
+    """
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         *lead, _, most = shape
@@ -233,5 +241,5 @@ def _zero_beyond(start: Init, ranks: Sequence[int]) -> Init:
 
 
 def _constant(values: Sequence[float]) -> Init:
-    """Return an initialiser that sets each element to its value, the last axis fastest."""
+    """Return an initialiser that sets the elements to these values, in row-major order."""
     return lambda key, shape, dtype: jnp.asarray(values, dtype).reshape(shape)

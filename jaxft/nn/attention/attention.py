@@ -1,8 +1,8 @@
 """Attention over packed rows: a reference implementation, several kernels, and the choice between them.
 
-Kernels know the keys that each query sees as key ranges (flash_attention.py), and a soft cap. A query without
-keys, such as padding, returns zeros (in splash and cuDNN any finite number). G = H / K query heads share a
-key head; no kernel repeats keys and values.
+Every kernel takes q, k, v, the keys that each query sees as key ranges (flash_attention.py), and a soft cap.
+The output of a query without keys, such as padding, is 0 (in splash and cuDNN any finite number). G = H / K
+query heads share a key head; no kernel repeats keys and values.
 """
 
 import os
@@ -43,7 +43,7 @@ def dense(
     """Reference implementation: softmax(q k^T / sqrt(E)) v over visible keys in float32 or wider, with all
     scores in memory.
 
-    softcap: scores s become softcap * tanh(s / softcap) before the mask; None: as they are.
+    softcap: scores s become softcap * tanh(s / softcap) before the mask; None: they are not changed.
     """
     B, T, H, E = q_BTHE.shape
     S, K = k_BSKE.shape[1:3]
@@ -57,9 +57,11 @@ def dense(
 
 
 def cudnn(q_BTHE, k_BTKE, v_BTKE, ranges, softcap=None, implementation: Literal["cudnn", "xla"] = "cudnn"):
-    """cuDNN's flash attention for NVIDIA GPUs. A row is one example, padded at its end."""
+    """cuDNN's flash attention for NVIDIA GPUs, for rows that are one example each, padded at the end."""
     if ranges.prompt_start is not None or ranges.windowed or softcap is not None:
-        raise ValueError("cuDNN attention has no shared prompts, window or soft cap: use attention=pallas")
+        raise ValueError(
+            "cuDNN attention supports no shared prompts, sliding window or soft cap; call attention.pallas"
+        )
     lengths_B = jnp.maximum((ranges.own_end > 0).sum(1, dtype=jnp.int32), 1)
     return jax.nn.dot_product_attention(
         q_BTHE, k_BTKE, v_BTKE, is_causal=True, query_seq_lengths=lengths_B, key_value_seq_lengths=lengths_B,
@@ -77,11 +79,11 @@ BEFORE_AMPERE = re.compile(
 
 @dataclass(frozen=True)
 class AttentionNeeds:
-    """The needs of rows and layers that a kernel must meet.
+    """Features of rows and layers that a kernel must support.
 
     packed: a row may have several segments, or padding before its first token. branches: responses share
     prompts. windowed: a layer has a sliding window shorter than the row. softcap: scores are capped. part:
-    the queries are a part of the row.
+    the queries are only some of the row's tokens, the keys all.
     """
 
     packed: bool = True
@@ -101,10 +103,12 @@ VARIABLE = "JAXFT_ATTENTION"  # of the environment: a kernel for all models of a
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """Attention settings that all layers of a model share. softcap: see dense. context_keys: if mesh.context
-    shards rows, gather a row's keys or pass them around a ring; "auto" shards heads instead where they
-    divide, and else uses a ring from RING_LEAST tokens per device on. kernel: the kernel that each device
-    runs.
+    """Attention settings that all layers of a model share.
+
+    softcap: see dense. context_keys: how devices get the keys of a row that mesh.context shards: "gathered",
+    or "ring" (passed around a ring). "auto" shards heads instead if their number divides; else it passes keys
+    around a ring if a device has at least RING_LEAST tokens of a row, and gathers them otherwise. kernel: the
+    kernel that each device runs; "auto" takes the fastest.
     """
 
     softcap: float | None = None
@@ -116,9 +120,10 @@ class AttentionSettings:
 
 
 def asked_for(settings: AttentionSettings) -> str:
-    """Return the setting that asks for a kernel, as users write it; "" if none does.
+    """Return the setting that chooses a kernel, such as "attention=flash" or "JAXFT_ATTENTION=flash"; "" if
+    the choice is automatic.
 
-    Raises ValueError for an unknown value of JAXFT_ATTENTION.
+    Raises ValueError for an unknown value of the environment variable JAXFT_ATTENTION.
     """
     if settings.kernel != "auto":
         return f"attention={settings.kernel}"
@@ -131,7 +136,10 @@ def asked_for(settings: AttentionSettings) -> str:
 def kernel_for(
     device: Any, head_dim: int, dtype: DTypeLike, rows: AttentionNeeds = AttentionNeeds()
 ) -> Kernel:
-    """Return the fastest kernel that works on a jax.sharding.AbstractDevice; `flash` works on all."""
+    """Return the fastest kernel for a device that supports these rows; `flash` works on all devices.
+
+    device: a jax.sharding.AbstractDevice.
+    """
     if device.platform not in ("tpu", "gpu", "cuda") or flash_reason(device, head_dim, dtype):
         return flash
     if device.platform == "tpu":
@@ -142,7 +150,9 @@ def kernel_for(
 
 
 def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
-    """Return why a GPU or TPU has no special kernel for these heads, whatever the rows; "" if it has one."""
+    """Return why a GPU or TPU runs `flash` for any rows with this head_dim and dtype; "" if there is a faster
+    kernel for it, and on a CPU.
+    """
     kind, dtype = device.device_kind, jnp.dtype(dtype)
     if device.platform == "tpu":
         takes = dtype in (jnp.bfloat16, jnp.float32)
@@ -159,9 +169,10 @@ def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
 
 
 def needed_window(window: int | None, length: int) -> int | None:
-    """Return the sliding window, or None where it covers all `length` tokens and masks nothing.
+    """Return the sliding window, or None if it is at least as long as rows of `length` tokens.
 
-    A faster kernel may run without it. Positions start at 0 in each segment, so none is above length - 1.
+    Such a window masks nothing, because positions start at 0 in each segment, and without it a faster kernel
+    may run.
     """
     return None if window is None or window >= length else window
 
@@ -182,11 +193,11 @@ def attention(
     packed: bool = True,
     settings: AttentionSettings = AttentionSettings(),
 ) -> Float[Array, "B T H E"]:
-    """Attention, with scores divided by sqrt(E), by the fastest kernel for the devices of the ambient mesh,
-    present or described; else by `flash`.
+    """Attention, with scores divided by sqrt(E), by the fastest kernel for the devices of the ambient mesh
+    (which may be abstract); without a mesh by `flash`.
 
-    packed: a row may have several segments, or padding before its first token. How it is divided over the
-    mesh: see attention_by; settings.context_keys overrides this choice.
+    packed: a row may have several segments, or padding before its first token. settings: may choose a kernel,
+    and how devices get keys. See attention_by for how the work is divided over the mesh.
     """
     branches, softcap = ranges.prompt_start is not None, settings.softcap
     rows = AttentionNeeds(packed, branches, ranges.windowed, softcap is not None)
@@ -202,12 +213,12 @@ def attention_by(
     ranges: KeyRanges,
     softcap: float | None,
 ) -> Float[Array, "B T H E"]:
-    """Attention by a given kernel, divided over the ambient mesh in a given layout (see chosen_kernel).
+    """Attention by a given kernel, divided over the ambient mesh. choice: see chosen_kernel.
 
-    Each device computes its own rows and heads (sharding.py). If the mesh shards time, heads are sharded
-    instead during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509). If they do not divide, each
-    device computes an early and a late part of the queries, for which it gathers all keys or, in long rows,
-    passes them around a ring (ring_attention.py).
+    Each device computes its rows and heads. Layout "heads", if the mesh shards time: heads are sharded
+    instead during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509). "gathered" and "ring", if the
+    number of heads does not divide: each device computes an early and a late part of the queries, and gathers
+    all keys or passes them around a ring (ring_attention.py).
     """
     chex.assert_equal_shape([k_BTKE, v_BTKE])
     chex.assert_equal_shape_prefix([q_BTHE, k_BTKE, ranges.own_start], 2)
@@ -249,7 +260,7 @@ OF_SCALED_QUERIES: dict[Kernel, Kernel] = {splash: splash_of_scaled}
 
 
 def _head_shards() -> int:
-    """Return over how many devices heads are spread inside attention on a mesh that shards time."""
+    """Return over how many devices the layout "heads" spreads heads: mesh.context times mesh.tensor."""
     sizes = dict(jax.sharding.get_abstract_mesh().shape)
     return sizes.get("context", 1) * sizes.get("tensor", 1)
 
@@ -257,7 +268,9 @@ def _head_shards() -> int:
 def chosen_kernel(
     q_BTHE: jax.Array | jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, settings: AttentionSettings
 ) -> tuple[Layout, Kernel]:
-    """Return how `attention` is divided over the ambient mesh, and the kernel that it runs on each device."""
+    """Return how `attention` is divided over the ambient mesh (see attention_by), and the kernel that each
+    device runs. q_BTHE: only its shape and dtype are used.
+    """
     mesh, (_, T, heads, head_dim) = jax.sharding.get_abstract_mesh(), q_BTHE.shape
     context_keys, ways = settings.context_keys, _head_shards()
     # whether each device can have whole query heads and the keys of one or more of them
@@ -301,9 +314,9 @@ def attention_line(
     windows: Sequence[int | None] = (None,),
     settings: AttentionSettings = AttentionSettings(),
 ) -> str:
-    """Return which kernel runs for rows of this shape on the ambient mesh, and why.
+    """Return a line for the log: the kernel that runs for rows of this shape on the ambient mesh, and why.
 
-    windows: of the model's layers; layers of one scan have one kernel.
+    q_BTHE: shape and dtype of the queries. windows: of the model's layers, which all run the same kernel.
     """
     shown = sorted({w for w in windows if w is not None and needed_window(w, q_BTHE.shape[1])})
     features = {
@@ -351,8 +364,9 @@ def _of_arrays(kernel: Kernel, windowed: bool, softcap: float | None) -> Kernel:
 
 
 def _one_key_head(kernel: Kernel, queries: int, shared: int) -> Kernel:
-    """Return the kernel for a device's `queries` heads, which share one key head; shared: query heads per key
-    head.
+    """Return a kernel that takes all key heads and uses only the one that this device's query heads share.
+
+    queries: query heads of a device. shared: query heads per key head.
     """
 
     def fn(q_BTHE, k_BTKE, v_BTKE, *rest):

@@ -48,8 +48,8 @@ from jaxft.tree import Batch
 
 
 def attention_mixer(a: AttentionLayers, kv_heads: int) -> Mixer:
-    """Return the Mixer of layers with these attention settings, whose `mix` is an Attend. Their part of a
-    cache is a LayerKeys.
+    """Return the Mixer of layers with these attention settings. Their `mix` is `mix(q, k, v) -> (o, extras)`;
+    their part of a cache is a LayerKeys.
     """
 
     def empty(prompts: tuple[int, int], rows: tuple[int, int], dtype: Any, stored: CacheFormat) -> Any:
@@ -71,7 +71,7 @@ def _rows(a: AttentionLayers, tokens: Batch, dtype: DTypeLike) -> Pass:
 
 
 def _prompts(a: AttentionLayers, tokens: Batch, new: int, dtype: DTypeLike) -> Pass:
-    """Return the Pass over prompts, which stores their keys. new: the most tokens of a completion, for ropes
+    """Return the Pass over left-padded prompts. new: the maximum number of tokens of a completion, for ropes
     that depend on the length of the text.
     """
     T = tokens.ids.shape[1]
@@ -123,11 +123,12 @@ def _chunk(a: AttentionLayers, cache: Cache, chunk: GivenChunk, dtype: DTypeLike
 def _cached(
     a: AttentionLayers, cache: Cache, angles: Any, stored: Callable[..., Keys] | None, attended: Callable
 ) -> Pass:
-    """Return a pass over new tokens of rows, which attend to cached keys. With `stored`, the pass carries the
-    rows' keys and adds the new ones; without, it leaves them as they are and returns the new Keys as values.
+    """Return a Pass over new tokens of rows, which attend to cached keys.
 
-    stored(keys, k, v, index of the layer in keys, whether to store) -> keys; attended((q, k, v), (keys of
-    prompts, and of rows), index, rule) -> o. The rows' keys are updated in place: as xs and ys they would be
+    angles: of the new tokens, for each LayerKind. stored(keys, k, v, layer's index in keys, whether to store)
+    returns `keys` with the new tokens' k and v; None: leave the cache as it is and return the new Keys as the
+    Pass's values. attended((q, k, v), (keys of prompts, keys of rows), layer's index, rule) returns o. The
+    rows' keys are the carry of the scan, which is updated in place; as xs and ys of the scan they would be
     copied for each token.
     """
     prompts, size = cache.prompts.layers, cache.prompts.visible.shape[1] + cache.new

@@ -3,12 +3,13 @@ adds; attention to them.
 
 A cache has P prompts and R rows. A row is a completion: it attends to the keys of its prompt, which all
 completions of the prompt share and which are read once for all of them (Hydragen, Juravsky et al. 2024,
-arXiv:2402.05099), and to the keys of its own tokens. One softmax normalises both. Layers with a sliding
-window of W tokens cache only the last W of both (rounded up to a multiple of 64 if W is larger). Recurrent
-layers cache a state of each prompt and row.
+arXiv:2402.05099), and to the keys of its own tokens. One softmax normalises both. The key and value of a
+token are stored in a slot, an index of the axis S or N. Layers with a sliding window of W tokens have slots
+for the last W tokens only (rounded up to a multiple of 64 if W is above 64). Recurrent layers cache one
+state for each prompt and row.
 
-The caches of prompts and of rows are tuples with a part for each layer of the model's blocks (see stack.py),
-trees of Keys, and of RecurrentState where a layer is recurrent.
+The caches of prompts and of rows are tuples with one part for each layer of the stacks' blocks (in the order
+of stack.layers_of); a part contains Keys, or RecurrentState if its layer is recurrent.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,9 +32,9 @@ from jaxft.tree import static, struct
 class Keys:
     """Cached keys [L, B, K, E, S] and values [L, B, K, S, E] of L layers, in the layouts of the two matmuls.
 
-    Stored as raw bits of the compute dtype, or quantised with a scale for each token and head, [L, B, K, S].
-    Inside attention, the Keys of one layer lack the axis L and are in the compute dtype, not yet multiplied
-    by the scales.
+    B: prompts or rows. Stored as raw bits of the compute dtype, or quantised with a scale for each token and
+    head, [L, B, K, S]. Inside attention, the Keys of one layer have no axis L, and k and v are converted to
+    the compute dtype but not multiplied by their scales.
     """
 
     k: Any
@@ -42,17 +43,17 @@ class Keys:
     v_scale: Any = None
 
     def part(self, start: int, end: int) -> "Keys":
-        """Return the slots of a layer from start to before end."""
+        """Return the slots start .. end - 1 of one layer's Keys."""
         scales = (None if x is None else x[:, :, start:end] for x in (self.k_scale, self.v_scale))
         return Keys(self.k[..., start:end], self.v[:, :, start:end], *scales)
 
     def of_rows(self, rows: Array) -> "Keys":
-        """Return the keys of a layer of these rows (or prompts)."""
+        """Return the Keys of these rows (or prompts), from the Keys of one layer."""
         return jax.tree.map(lambda x: x[rows], self)
 
 
 def joined_keys(parts: Sequence[Keys]) -> Keys:
-    """Return keys with the slots of all parts. Parts without scales have scales of 1, if others have some."""
+    """Concatenate Keys of one layer along their slots. If only some parts have scales, others get 1."""
 
     def scales(of: Callable[[Keys], Any]) -> Any:
         if all(of(x) is None for x in parts):
@@ -69,19 +70,20 @@ def joined_keys(parts: Sequence[Keys]) -> Keys:
 class RowGroups:
     """The assignment of rows to the prompts that they complete.
 
-    rows: the row of each completion of each prompt, int32 [P, G]. places: the index of each row in
-    `rows.ravel()`, int32 [R]. An entry of `rows` without a completion may be any row; its result is not used.
+    rows: the row of each of the up to G completions of a prompt, int32 [P, G]; the entries of missing
+    completions may be any row, as their results are not used. places: the index of each row in
+    `rows.ravel()`, int32 [R].
     """
 
     rows: Any
     places: Any
 
     def to_groups(self, x: Array) -> Array:
-        """Return an array [R, ...] as [P, G, ...]."""
+        """Group an array over rows by prompt: [R, ...] to [P, G, ...]."""
         return x[self.rows]
 
     def to_rows(self, x: Array) -> Array:
-        """Return an array [P, G, ...] as [R, ...]."""
+        """Invert to_groups: [P, G, ...] to [R, ...]."""
         return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])[self.places]
 
 
@@ -92,10 +94,12 @@ def cached_attention(
     groups: RowGroups,
     softcap: float | None = None,
 ) -> Float[Array, "R H E"]:
-    """Return softmax(q k^T / sqrt(E)) v over a row's visible keys, of its prompt and of its own tokens.
+    """Return softmax(q k^T / sqrt(E)) v of one query per row, over the visible keys of its prompt and of its
+    own tokens.
 
-    prompts, rows: keys, and which of them the query of each completion (of each row) attends to. softcap: see
-    attention.dense. A row without visible keys is 0.
+    prompts: the prompts' Keys, and which of their slots each completion sees, [P, G, S] or [P, 1, S] if all
+    see the same. rows: the rows' Keys, and which of its slots each row sees. softcap: see attention.dense.
+    The output of a row without visible keys is 0.
     """
     (R, H, E), (of_prompts, seen_PGS), (own, seen_RN) = q_RHE.shape, prompts, rows
     P, K, _, S = of_prompts.k.shape
@@ -135,10 +139,10 @@ def chunk_attention(
     at: tuple[Int[Array, "R S"], Int[Array, "R C"]],
     rule: AttentionRule,
 ) -> Float[Array, "R C H E"]:
-    """Return softmax(q k^T / sqrt(E)) v of several queries for each row over the row's visible keys.
+    """Return softmax(q k^T / sqrt(E)) v of C queries per row, over the visible keys of the row.
 
-    at: positions of the keys and of the queries in the row's text. A query sees the keys at its position and
-    before it, within the window.
+    keys: of one layer, [R, ...]. at: (positions of the keys, positions of the queries) in the row's text. A
+    query sees the keys at its position and before it that are in the window. rule: window and soft cap.
     """
     (R, C, H, E), K, (of_keys_RS, of_queries_RC) = q_RCHE.shape, keys.k.shape[1], at
 
@@ -172,13 +176,13 @@ def chunk_attention(
 
 
 def _scores(s: Array, keys: Keys, head_dim: int, softcap: float | None) -> Array:
-    """Return scores [B, K, M, S] scaled, and capped."""
+    """Divide scores q k^T [B, K, M, S] by sqrt(head_dim), apply the keys' scales, and soft-cap them."""
     s = s * head_dim**-0.5
     return soft_capped(s if keys.k_scale is None else s * keys.k_scale[:, :, None].astype(s.dtype), softcap)
 
 
 def _weights(p: Array, keys: Keys) -> Array:
-    """Return probabilities [B, K, ..., S] times the scales of the values, in the values' dtype."""
+    """Return probabilities [B, K, ..., S], times the scales of the values, in the values' dtype."""
     if keys.v_scale is not None:
         scale = keys.v_scale.astype(p.dtype)
         p = p * scale.reshape(*scale.shape[:2], *(1,) * (p.ndim - 3), scale.shape[-1])
@@ -193,8 +197,8 @@ SCALE_AXES = ("layers", "rows", "kv_heads", "whole_time")
 
 @struct
 class LayerKeys:
-    """Keys of all layers: full, of layers that attend to all tokens; window, of layers with a sliding window.
-    Either is None if the model has no such layers.
+    """The cached Keys of several layers. full: of the layers that attend to all tokens. window: of the layers
+    with a sliding window, which have fewer slots. None if there are no such layers.
     """
 
     full: Keys | None
@@ -203,7 +207,7 @@ class LayerKeys:
 
 @struct
 class RecurrentState:
-    """A recurrent layer's state of each prompt or row. axes: names of the axes after the first two."""
+    """The state of recurrent layers for each prompt or row. axes: the names of the axes after L and B."""
 
     value: Any  # [L, B, ...]
     axes: tuple[str, ...] = static()
@@ -214,7 +218,7 @@ CacheParts: TypeAlias = Any  # of a cache: a tuple, or in Cache.part one of its 
 
 @struct
 class PromptKeys:
-    """The cache of prompts, and which slots [P, S] have tokens. Prompts end in the last slot."""
+    """The cache of prompts. visible: bools [P, S], whether a slot has a token; the last slot always has."""
 
     layers: CacheParts
     visible: Any
@@ -224,8 +228,8 @@ class PromptKeys:
 class Cache:
     """The cached arrays of P prompts and of R completions of at most `new` tokens.
 
-    rows: a row has N slots, and token i of its completion is in slot i % N. So attention adds over a row's
-    keys in the same order, no matter at which step the row started.
+    rows: a row has N slots, and token i of its completion is in slot i % N. So attention sums over a row's
+    keys in the same order, no matter at which decoding step the row started.
     """
 
     prompts: PromptKeys
@@ -233,7 +237,7 @@ class Cache:
     new: int = static()
 
     def part(self, number: int) -> "Cache":
-        """Return the cache with one of its parts alone, without the tuples around it."""
+        """Return the cache of one part: `prompts.layers` and `rows` are its entry, not a tuple of parts."""
         prompts = replace(self.prompts, layers=self.prompts.layers[number])
         return replace(self, prompts=prompts, rows=self.rows[number])
 
@@ -242,9 +246,10 @@ class Cache:
 class NextToken:
     """The token of each row that a decoding step processes.
 
-    positions: in its text, int32 [R]. counts: tokens of its completion, including this one, int32 [R].
-    groups: which rows complete which prompt. read: how many slots of rows are read, from the first one on;
-    prompt_read: how many slots of prompts, up to the last one; None for all.
+    positions: of the token in its text (prompt and completion), int32 [R]. counts: the number of tokens of
+    its completion so far, this one included, int32 [R]. groups: which rows complete which prompt. read: how
+    many of a row's slots attention reads, from the first; prompt_read: how many of a prompt's, up to the
+    last; None for all.
     """
 
     positions: Any
@@ -256,11 +261,12 @@ class NextToken:
 
 @struct
 class GivenChunk:
-    """A chunk of given tokens for each of r rows in progress, which one pass over the model appends.
+    """Tokens that are not sampled, such as a tool's output, for r rows; one pass of the model appends them.
 
-    ids [r, C]: padded on the right. lengths [r]: tokens of each row's chunk. counts [r]: tokens of its
-    completion before the chunk. positions [r]: of the chunk's first token in the row's text. rows [r]: rows
-    of the cache; beyond the last, nothing is stored. prompts [r]: prompt slots of these rows.
+    ids [r, C]: the tokens, padded on the right. lengths [r]: tokens of each chunk. counts [r]: tokens of the
+    row's completion before the chunk. positions [r]: of the chunk's first token in the row's text. rows [r]:
+    indices of the rows in the cache; chunks with an index of R or above are not stored. prompts [r]: indices
+    of the rows' prompts in the cache.
     """
 
     ids: Any
@@ -275,10 +281,11 @@ SLOTS_PER_READ = 64  # steps that read fewer slots than all read a multiple of t
 
 
 def row_slots(tokens: int) -> int:
-    """Return how many slots to store for this many tokens: above 64, the next multiple of 64.
+    """Return how many slots to store for this many tokens: `tokens` up to 64, above that the next multiple of
+    64.
 
-    XLA's CPU compiler sums 64, 128 or more slots in the same order, if the additional ones are 0. So
-    attention does not depend on how many slots a step reads, or how long other prompts are.
+    XLA's CPU compiler sums 64, 128 or more slots in the same order if the additional slots are 0, so the
+    result of attention does not depend on how many slots a step reads, or how long other prompts are.
     """
     return tokens if tokens <= SLOTS_PER_READ else -(-tokens // SLOTS_PER_READ) * SLOTS_PER_READ
 
@@ -286,7 +293,9 @@ def row_slots(tokens: int) -> int:
 def empty_keys(
     a: AttentionLayers, heads: int, rows: int, slots: int, dtype: Any, stored: CacheFormat = "compute"
 ) -> LayerKeys:
-    """Return zeros for the keys of all layers. dtype: of the computation."""
+    """Return Keys of zeros for all layers of `a`. heads: kv heads. rows: rows, or prompts. slots: per row.
+    dtype: of the computation. stored: the format of the stored keys and values.
+    """
 
     def of(layers: int, size: int) -> Keys | None:
         if not layers:
@@ -308,8 +317,8 @@ LARGEST = {"int8": 127.0, "uint8": 448.0}
 
 
 def store(k: Array, v: Array, like: Keys) -> Keys:
-    """Return keys [..., E, S] and values [..., S, E] as `like` stores them: as raw bits or, with a scale per
-    token and head, as int8 or E4M3.
+    """Return keys [..., E, S] and values [..., S, E] as Keys in the format of `like`: raw bits or, with a
+    scale per token and head, int8 or E4M3.
     """
     if like.k_scale is None:
         return Keys(to_bits(k), to_bits(v))
@@ -328,7 +337,9 @@ def _scaled(x: Array, axis: int, dtype: Any) -> tuple[Array, Array]:
 
 
 def prompt_keys(k: Array, v: Array, a: AttentionLayers) -> LayerKeys:
-    """Return the keys of left-padded prompts, from k [L, P, K, E, S] and v [L, P, K, S, E] as raw bits."""
+    """Return the LayerKeys of left-padded prompts from k [L, P, K, E, S] and v [L, P, K, S, E], 16-bit floats
+    as raw bits. Layers with a window keep only their last slots.
+    """
     windowed = a.windowed
 
     def of(layers: np.ndarray, keep: int | None) -> Keys | None:
@@ -342,14 +353,15 @@ def prompt_keys(k: Array, v: Array, a: AttentionLayers) -> LayerKeys:
 
 
 def is_keys(x: Any) -> bool:
-    """Whether a node of a cache's parts is one of Keys."""
+    """Return whether a node is a Keys. Pass it as `is_leaf` to tree functions over a cache."""
     return isinstance(x, Keys)
 
 
 def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> Cache:
-    """Return the cache with new prompts in these prompt slots [p]; slots beyond the last are ignored.
+    """Return the cache with its prompts at the indices `slots` [p] replaced by p new prompts; indices of P
+    and above are ignored.
 
-    new: in the compute dtype.
+    new: the new prompts, as raw bits of `dtype`, the compute dtype; they are stored in the cache's format.
     """
 
     def put(old: Any, fresh: Any) -> Any:
@@ -363,7 +375,7 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
 
 
 def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
-    """Pad the cache of prompts on the left to the slots of `like`."""
+    """Pad the cache of prompts on the left to as many slots as `like` has."""
 
     def pad(x: Array, slots: int, axis: int) -> Array:
         widths = [(0, 0)] * x.ndim
@@ -378,7 +390,7 @@ def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
 
 
 def cache_axes(layers: CacheParts) -> CacheParts:
-    """Return the logical axes of every array of a cache's parts."""
+    """Return a tree like `layers` with the logical axes of every array."""
 
     def of(x: Any) -> Any:
         if isinstance(x, RecurrentState):
@@ -395,12 +407,14 @@ def sharded(layers: CacheParts) -> CacheParts:
 
 
 def select_rows(layers: CacheParts, rows: Array) -> CacheParts:
-    """Return the cached arrays of these rows (or prompts)."""
+    """Return the cache's parts for these rows (or prompts) only."""
     return jax.tree.map(lambda x: x[:, rows], layers)
 
 
 def clear_values(layers: CacheParts, rows: Array) -> CacheParts:
-    """Set the values of rows to 0: a NaN of an earlier completion would pass through weights of 0."""
+    """Set the cached values (v) of rows to 0, before the rows are used again: a NaN of an earlier completion
+    would remain NaN when attention multiplies it by a weight of 0.
+    """
 
     def cleared(x: Array) -> Array:
         return x.at[:, rows].set(jnp.zeros((), x.dtype), mode="drop")
@@ -414,10 +428,10 @@ def clear_values(layers: CacheParts, rows: Array) -> CacheParts:
 
 
 def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: Any = True) -> Keys:
-    """Store a layer's keys [R, K, E, 1] and values [R, K, 1, E] of the last token of each row.
+    """Store one layer's keys k [R, K, E, 1] and values v [R, K, 1, E] of the last token of each row.
 
-    layer: its index in `keys`. counts: tokens of the completions, including this one, int32 [R]. `used` false
-    leaves all unchanged.
+    layer: the layer's index in `keys`. counts: tokens of each completion, the last one included, int32 [R].
+    used: if False, return `keys` unchanged.
     """
     new, layers, size = store(k, v, keys), keys.k.shape[0], keys.k.shape[4]
     slots = (counts - 1) % jnp.asarray(size, counts.dtype)
@@ -442,13 +456,13 @@ def append(keys: Keys, k: Array, v: Array, layer: Array, counts: Array, used: An
 
 
 def _map_slots(fn: Callable[..., Array], keys: Keys, *others: Keys) -> Keys:
-    """Map `fn(axis of the slots, array, ...)` over the arrays of Keys."""
+    """Map `fn(axis, array, *other arrays)` over the arrays of Keys; axis: the array's axis of slots."""
     axes = Keys(4, 3) if keys.k_scale is None else Keys(4, 3, 3, 3)
     return jax.tree.map(fn, axes, keys, *others)
 
 
 def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLayers) -> LayerKeys:
-    """Append a chunk's keys to the rows' keys. new: of all layers, as `store` returns them."""
+    """Append the keys and values of a chunk to those of its rows. new: as `store` returns them."""
 
     def of(keys: Keys | None, layers: np.ndarray) -> Keys | None:
         if keys is None:
@@ -460,7 +474,7 @@ def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLay
 
 
 def append_chunk(keys: Keys, new: Keys, chunk: GivenChunk) -> Keys:
-    """Append a chunk's keys, k [L, r, K, E, C] and v [L, r, K, C, E], to keys."""
+    """Append a chunk's Keys, k [L, r, K, E, C] and v [L, r, K, C, E], to the Keys of all rows."""
     rows, size, C = keys.k.shape[1], keys.k.shape[4], new.k.shape[4]
     i = jnp.arange(C, dtype=chunk.counts.dtype)[None]
     slots = (chunk.counts[:, None] + i) % jnp.asarray(size, i.dtype)
@@ -476,9 +490,8 @@ def append_chunk(keys: Keys, new: Keys, chunk: GivenChunk) -> Keys:
 
 @struct
 class Step:
-    """The arrays that the layers of a decoding step share: the prompts' visible slots, and the rows' tokens.
-
-    group_counts [P, G]: counts of the rows of each prompt.
+    """The arrays that the layers of a decoding step share. at: the token of each row. visible: as in
+    PromptKeys. group_counts [P, G]: `at.counts`, grouped by prompt.
     """
 
     at: NextToken
@@ -489,9 +502,9 @@ class Step:
 def attend(
     q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys], index: Array, step: Step, rule: AttentionRule
 ) -> Float[Array, "R 1 H E"]:
-    """Return the attention of each row's token in one layer.
+    """Return the output of attention of each row's token in one layer.
 
-    keys: of prompts and of rows, where the layer is at `index`. rule: window and soft cap.
+    keys: (of prompts, of rows). index: the layer's index in these Keys. rule: window and soft cap.
     """
     prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
     size, at = rows.k.shape[3], step.at
@@ -520,11 +533,11 @@ def attend_chunk(
     at: tuple[GivenChunk, Array],
     rule: AttentionRule,
 ) -> Float[Array, "r C H E"]:
-    """Return the attention of each row's chunk in one layer: to its prompt, to its stored keys and causally
-    to itself.
+    """Return the output of attention of each row's chunk in one layer: to the prompt, to the stored tokens of
+    the completion, and causally to the chunk itself.
 
-    qkv: of the chunk. keys: as in attend, before the chunk is stored. at: the chunk, and which slots of
-    prompts are visible.
+    qkv: of the chunk. keys, index, rule: as in attend; the chunk is not stored yet. at: (the chunk, which
+    slots of prompts are visible).
     """
     (q, k, v), (chunk, visible) = qkv, at
     prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)

@@ -1,9 +1,9 @@
 """Blockwise attention in plain XLA for packed rows, on every backend; the keys that each query attends to, as
 two ranges of its row.
 
-A query sees its own segment up to itself or, behind a prompt that responses share, its own response up to
-itself and the prompt. A sliding window shortens both ranges. Attention kernels know these ranges and no
-segments, branches or windows.
+A query sees the tokens of its segment up to itself; in a response that shares its prompt with others, the
+tokens of the response up to itself, and the prompt. A sliding window shortens both ranges. Attention kernels
+take these ranges, and no segments, branches or windows.
 
 Rows are laid out as their sources write them. The tokens of a segment are contiguous, and 0 is padding. Where
 responses share a prompt, the prompt (branch 0) comes first in its segment; then come the responses (branches
@@ -35,9 +35,9 @@ NEVER = np.int32(2**30)  # an empty range is [NEVER, 0), so that min and max ove
 class KeyRanges:
     """The keys that each query sees: at positions [own_start, own_end) and [prompt_start, prompt_end).
 
-    int32 arrays [..., T] of storage positions in the row. The prompt's are None if no row has branches, and a
-    range without keys is [2^30, 0). The prompt's range ends before the query's own range starts. windowed: a
-    sliding window may have shortened the ranges.
+    int32 arrays [..., T] of storage positions: indices into the row, not the positions of rope. prompt_start
+    and prompt_end are None if no row has branches; an empty range is [2^30, 0). The prompt's range ends
+    before the query's own range starts. windowed: a sliding window may have shortened the ranges.
     """
 
     own_start: Any
@@ -48,17 +48,16 @@ class KeyRanges:
 
     @property
     def pairs(self) -> list[tuple[Any, Any]]:
-        """Return start and end of each query's own key range and, if rows have branches, of its prompt's
-        range.
-        """
+        """Return [(own_start, own_end)] and, if rows have branches, also (prompt_start, prompt_end)."""
         own, prompts = (self.own_start, self.own_end), (self.prompt_start, self.prompt_end)
         return [own] if self.prompt_start is None else [own, prompts]
 
 
 def key_ranges(segments: Int[Any, "B T"], branches: Int[Any, "B T"] | None = None) -> KeyRanges:
-    """Return the key ranges of all queries of rows; see the layout of rows above.
+    """Return the key ranges of all queries of rows. Work and memory grow with T, not with T x T.
 
-    Work and memory grow with T.
+    segments: 0 is padding; the tokens of a segment are contiguous. branches: in each segment first the prompt
+    (0), then its responses (1, 2, ...), the tokens of each contiguous.
     """
     segments = jnp.asarray(segments)
     at = jnp.broadcast_to(jnp.arange(segments.shape[1], dtype=jnp.int32)[None], segments.shape)
@@ -76,7 +75,7 @@ def key_ranges(segments: Int[Any, "B T"], branches: Int[Any, "B T"] | None = Non
 
 
 def _changes(x_BT: jax.Array) -> Bool[Array, "B T"]:
-    """Whether each entry is the first of a run of equal entries."""
+    """Return whether each entry of a row differs from the entry before it; True for the first entry."""
     return jnp.pad(x_BT[:, 1:] != x_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
 
 
@@ -85,11 +84,11 @@ def _if(exists: jax.Array, start: jax.Array, end: jax.Array) -> tuple[jax.Array,
 
 
 def within_window(ranges: KeyRanges, window: Any) -> KeyRanges:
-    """Return the ranges of a layer in which a query sees the last `window` keys only, its own included.
+    """Shorten the ranges so that a query sees only its last `window` keys, its own included.
 
-    Windows count the tokens of the text, not of the row: behind a shared prompt, the window of a response's
-    token covers its own response and then the end of the prompt. window: an int, an int32 scalar array, or
-    None for all keys. ranges: as key_ranges returns them.
+    The window counts the tokens of the text, not of the row: for a token of a response that shares its
+    prompt, it covers tokens of its response and, if it is longer than that, the end of the prompt. window: an
+    int, an int32 scalar array, or None for all keys. ranges: as key_ranges returns them.
     """
     if window is None:
         return ranges
@@ -105,14 +104,14 @@ def within_window(ranges: KeyRanges, window: Any) -> KeyRanges:
 
 
 def visible(ranges: KeyRanges, keys: Int[Array, " S"]) -> Bool[Array, "..."]:
-    """Return which of the keys at these storage positions each query sees: [..., T, S]."""
+    """Return whether each query sees the keys at these storage positions (see KeyRanges): [..., T, S]."""
     keys = lax.broadcast_in_dim(keys, (1,) * ranges.own_start.ndim + keys.shape, (ranges.own_start.ndim,))
     seen = [(start[..., None] <= keys) & (keys < end[..., None]) for start, end in ranges.pairs]
     return functools.reduce(operator.or_, seen)
 
 
 def overlaps(ranges: KeyRanges, count: int, size: int) -> Bool[Array, "..."]:
-    """Return whether each query sees a key of each of `count` blocks of `size` keys: [..., T, count]."""
+    """Return whether a query sees any key in each of `count` blocks of `size` keys: [..., T, count]."""
     ndim = ranges.own_start.ndim
     first = lax.broadcasted_iota(jnp.int32, (1,) * ndim + (count,), ndim) * np.int32(size)
     last = first + np.int32(size - 1)
@@ -133,9 +132,9 @@ def pad_queries(ranges: KeyRanges, extra: int) -> KeyRanges:
 
 
 def in_parts(ranges: KeyRanges, parts: tuple[tuple[Any, Any], tuple[Any, Any]]) -> KeyRanges:
-    """Return the ranges as positions in a block of keys that consists of two parts of the row.
+    """Return the ranges as indices into the keys of two parts of the row, concatenated.
 
-    parts: start and length of each; the first one is before the second one.
+    parts: (start, length) of each part in the row; the first part is before the second one.
     """
 
     def before(at: Any) -> Any:  # keys of the block before a position of the row
@@ -150,7 +149,7 @@ MASKED = -1e30  # a masked score: finite, so that a row without visible keys mak
 
 
 def soft_capped(scores: jax.Array, cap: float | None) -> jax.Array:
-    """Return cap * tanh(scores / cap); without a cap the scores."""
+    """Return cap * tanh(scores / cap); the scores if cap is None."""
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
@@ -162,27 +161,27 @@ def flash(
     softcap: float | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T H E"]:
-    """Blockwise attention (FlashAttention-2, arXiv 2307.08691) in plain XLA; memory grows with T, not with T
-    x T.
+    """Blockwise attention (FlashAttention-2, arXiv 2307.08691) in plain XLA; memory grows with T, not with
+    T x T.
 
     ranges: the keys that each query sees. softcap: scores s become softcap * tanh(s / softcap) before the
-    mask. Blocks of keys that no query of a block sees are skipped, row by row, so that the cost of a layer
-    with a window grows with T x window. block: tokens of a block; None is default_block(). The backward pass
-    recomputes the probabilities; with a remat policy that saves "attn_out" and "attn_lse" it skips the
-    forward pass.
+    mask. block: tokens of a block; None for default_block(). For each block of queries, the blocks of keys
+    that none of them sees are skipped, so that the time of a layer with a window grows with T x window. The
+    backward pass recomputes the probabilities; with a remat policy that saves "attn_out" and "attn_lse" it
+    does not repeat the forward pass.
     """
     qkv, ranges, block = _in_blocks((q_BTHE, k_BSKE, v_BSKE), ranges, block)
     return _unblocked(_flash(qkv, ranges, (block, softcap)), q_BTHE)
 
 
 def default_block() -> int:
-    """Return the number of tokens in a block for the devices of the ambient mesh, or without a mesh for jax's
+    """Return the number of tokens in a block for the devices of the ambient mesh; without a mesh, for jax's
     default device.
 
-    Matmuls of small blocks run at a CPU's full rate, and small blocks skip more of the keys that a query
-    doesn't see: with three examples of 160 tokens in a row of 512, blocks of 64 compute 0.35 times as
-    many scores as blocks of 256. Accelerators need fewer and larger matmuls. The size does not depend on the
-    length of a row: a prompt then adds up the same blocks, however far it is padded (engine/programs.py).
+    A CPU runs matmuls of small blocks at its full rate, and small blocks skip more of the keys that a query
+    doesn't see: with three examples of 160 tokens in a row of 512, blocks of 64 compute 0.35 times as many
+    scores as blocks of 256. Accelerators need fewer and larger matmuls. The size does not depend on the
+    length of a row, so that the result of a prompt does not depend on its padding (engine/programs.py).
     """
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
@@ -192,7 +191,7 @@ def default_block() -> int:
 def _in_blocks(
     qkv: tuple[jax.Array, ...], ranges: KeyRanges, block: int | None
 ) -> tuple[tuple[jax.Array, ...], KeyRanges, int]:
-    """Return q as [B, T, K, G, E], k, v and the ranges, padded to full blocks, and the size of a block."""
+    """Pad T and S to full blocks; return ((q as [B, T, K, G, E], k, v), ranges, tokens of a block)."""
     T, K = qkv[0].shape[1], qkv[1].shape[2]
     block = block or default_block()
     count = -(-T // block)
@@ -216,11 +215,11 @@ def _unblocked(x_BTKGE: jax.Array, like_BTHE: jax.Array) -> jax.Array:
 def flash_output(
     qkv: tuple[jax.Array, ...], ranges: KeyRanges, softcap: float | None, block: int | None = None
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
-    """Return the output of `flash`, in float32 or wider, and the log-sum-exp of each query's scores, 1e30 for
-    a query without keys.
+    """Return the output of `flash`, in float32 or wider, and lse, the log-sum-exp of each query's scores;
+    1e30 for a query without keys.
 
-    The outputs of several blocks of keys, weighted by exp(lse) and divided by the sum of weights, add up to
-    the output of all.
+    Outputs o_i and lse_i of several blocks of keys give the output over all of them:
+    sum_i exp(lse_i) o_i / sum_i exp(lse_i).
     """
     (q, *_), (B, T, H, _), wide = qkv, qkv[0].shape, accumulation_dtype(qkv[0].dtype)
     blocks, ranges, block = _in_blocks(qkv, ranges, block)
@@ -239,9 +238,9 @@ def flash_gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of q, k and v in float32 or wider.
 
-    results: output, log-sum-exp [B, H, T] (1e30 without keys), and the output's cotangent. k and v may be one
-    of several blocks of keys from which the output was computed. Then so is the gradient of q, which is the
-    sum over all blocks.
+    results: output, log-sum-exp [B, H, T] (1e30 without keys), and the output's cotangent. If the output was
+    computed from several blocks of keys, pass the k and v of one block; the gradient of q is the sum of the
+    results over all blocks.
     """
     (q, k, _), (o, lse, do), (B, T, H, _) = qkv, results, qkv[0].shape
     K, S = k.shape[2:0:-1]
@@ -256,7 +255,7 @@ def flash_gradients(
 
 
 def pad_time(x_BT: jax.Array, extra: int) -> jax.Array:
-    """Append positions of zeros to each row."""
+    """Append `extra` zeros to each row along the time axis."""
     return jnp.pad(x_BT, ((0, 0), (0, extra)) + ((0, 0),) * (x_BT.ndim - 2)) if extra else x_BT
 
 
@@ -277,8 +276,8 @@ def _blocks(x_BT: jax.Array, block: int) -> jax.Array:
 
 
 def _visits(ranges: KeyRanges, size: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """Return per query block the key blocks that it must visit, as indices into all key blocks (the first
-    `count` entries), and `count`. size: keys of a row.
+    """Return for each of the C query blocks [C, D / B] indices into the list of all D key blocks, of which
+    only the first `count` are visited, and `count` [C]. size: keys of a row.
     """
     B, T = ranges.own_start.shape
     C, D = T // block, size // block
@@ -290,14 +289,16 @@ def _visits(ranges: KeyRanges, size: int, block: int) -> tuple[jax.Array, jax.Ar
 
 
 def _on_the_list(ranges: KeyRanges, size: int, block: int) -> KeyRanges:
-    """Return the ranges of query blocks [C, N], as positions in the list of all rows' keys."""
+    """Return the ranges as [C, N], for N queries in each of C query blocks, as positions in the concatenated
+    keys of all rows. size: keys of a row.
+    """
     row = jnp.arange(ranges.own_start.shape[0], dtype=jnp.int32)[:, None] * size
     return jax.tree.map(lambda x: _blocks(x + row, block), ranges)
 
 
 def _scores(q_KME, k_KNE, ranges: KeyRanges, j: jax.Array, softcap: float | None):
-    """Return the masked scores of a query block and key block j, in float32 or wider; and the derivative of
-    the soft cap, also of masked scores, or None.
+    """Return the masked scores of a query block and key block j, in float32 or wider, and the derivative of
+    the soft cap at each score (None without a cap).
 
     ranges: of the block's queries.
     """
@@ -319,13 +320,15 @@ def _queries(x_CNKGE: jax.Array, i: jax.Array, dtype: DTypeLike, transposed: boo
 
 
 def _storage(x_KME: jax.Array, N: int) -> jax.Array:
-    """Return a query block [K, M, E] as _queries reads it: [N, K, G, E], as bits."""
+    """Invert _queries: return [N, K, G, E], 16-bit floats as raw bits."""
     K, M, E = x_KME.shape
     return to_bits(x_KME.reshape(K, M // N, N, E).transpose(2, 0, 1, 3))
 
 
 def _forward(qkv, ranges, settings, dtype, out):
-    """Return o [B, T, K, G, E] as bits of the dtype `out`, and the log-sum-exp of the scores [C, K, M]."""
+    """Return o [B, T, K, G, E] in the dtype `out`, 16-bit floats as raw bits, and the log-sum-exp of the
+    scores [C, K, M]. settings: (tokens of a block, soft cap). dtype: of q, k and v, which are raw bits.
+    """
     (B, T, K, G, E), S, (block, softcap) = qkv[0].shape, qkv[1].shape[1], settings
     M, wide = G * block, accumulation_dtype(dtype)
     (key_blocks, counts), ranges = _visits(ranges, S, block), _on_the_list(ranges, S, block)
@@ -359,9 +362,10 @@ def _forward(qkv, ranges, settings, dtype, out):
 
 
 def _backward(qkv, ranges, results, settings, dtype, out):
-    """Return the gradients of q, k and v as `out`; results: o, its log-sum-exp and its cotangent.
+    """Return the gradients of q, k and v in the dtype `out`. results: o, the log-sum-exp, the cotangent of o.
+    Other arguments: as in _forward.
 
-    Transposed copies of q and do keep all five matmuls on the fast path.
+    Transposed copies of q and do keep all five matmuls on the CPU's fast path (see above).
     """
     (B, T, K, G, E), S, (block, softcap) = qkv[0].shape, qkv[1].shape[1], settings
     (o, lse_CKM, do), M, wide = results, G * block, accumulation_dtype(dtype)

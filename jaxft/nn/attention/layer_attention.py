@@ -33,7 +33,8 @@ Angles = tuple[Float[Array, "..."], Float[Array, "..."]]
 class Extras(NamedTuple):
     """The outputs of a layer in addition to the residual stream.
 
-    cached: what attention returned for a cache, see stack.Pass. outputs: values by name, which scans stack.
+    cached: in generation, (carry, value) for the cache, see stack.Pass. outputs: values by name, which the
+    scan over layers stacks.
     """
 
     cached: Any = None
@@ -45,10 +46,10 @@ Attend = Callable[[Array, Array, Array], tuple[Array, Extras]]
 
 @struct
 class AttentionRule:
-    """Window and soft cap of a layer, for a query on cached keys.
+    """Sliding window and soft cap of a layer that attends to cached keys.
 
-    window: a query at position p sees keys at positions above p - window. An int, or an int32 scalar array,
-    which may differ between the layers of a scan; None: no window. softcap: see attention.dense.
+    window: a query at position p sees keys at positions above p - window. An int, or an int32 scalar array
+    if it differs between the layers of a scan; None: no window. softcap: see attention.dense.
     """
 
     window: Any = None
@@ -57,8 +58,8 @@ class AttentionRule:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Rope and sliding window of some layers. window: keys that a query attends to, including its own
-    position; None for all keys before it.
+    """Rope and sliding window that some layers share. window: the number of last keys that a query attends
+    to, including its own; None for all keys up to its own.
     """
 
     rope: Rope
@@ -72,9 +73,9 @@ class LayerKind:
 class AttentionLayers:
     """Attention settings of every layer of a model.
 
-    kinds: the distinct LayerKinds. layout: the index into `kinds` of each layer, None for one without
+    kinds: the distinct LayerKinds. layout: for each layer its index into `kinds`, None for a layer without
     attention. scale: factor on the scores q k^T; None for 1 / sqrt(head_dim). settings: soft cap, and
-    overrides of the choice of a kernel.
+    settings that choose a kernel.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -84,12 +85,12 @@ class AttentionLayers:
     settings: AttentionSettings = AttentionSettings()
 
     def part(self, numbers: range) -> "AttentionLayers":
-        """Return the settings of some of these layers."""
+        """Return the settings of the layers with these indices into `layout`."""
         return replace(self, layout=tuple(self.layout[i] for i in numbers))
 
     @property
     def windowed(self) -> np.ndarray:
-        """Whether each layer has a window: bools [L]."""
+        """Bools [L]: whether a layer has a sliding window."""
         return np.array([kind is not None and self.kinds[kind].window is not None for kind in self.layout])
 
     @property
@@ -104,7 +105,9 @@ class AttentionLayers:
 
 
 def varies_with_length(a: AttentionLayers, longest: int) -> bool:
-    """Whether the angles of texts of up to `longest` tokens depend on their lengths (dynamic, longrope)."""
+    """Return whether the rope angles of texts with up to `longest` tokens depend on the texts' lengths, as
+    those of dynamic and longrope do beyond the original length.
+    """
     ropes = [kind.rope for kind in a.kinds if needs_lengths(kind.rope)]
     return any(longest > (rope.original_max_positions or 0) for rope in ropes)
 
@@ -117,6 +120,8 @@ def uniform(count: int, head_dim: int, rope: Rope, window: int | None = None) ->
 def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
     """Return the window of a layer for rows of `length` tokens: None if no layer's window is shorter than the
     row, an int if all layers have the same window, an int32 scalar array otherwise.
+
+    kind: the index of the layer's LayerKind; None if there is only one.
     """
     windows = [needed_window(k.window, length) for k in a.kinds]
     if kind is None or not any(windows):
@@ -126,15 +131,13 @@ def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
 
 
 def attention_needs(a: AttentionLayers, length: int, packed: bool, branches: bool) -> AttentionNeeds:
-    """Return the layers' needs from a kernel for rows of `length` tokens; see AttentionNeeds."""
+    """Return what a kernel must support to run these layers on rows of `length` tokens."""
     windowed = any(needed_window(kind.window, length) for kind in a.kinds)
     return AttentionNeeds(packed, branches, windowed, a.settings.softcap is not None)
 
 
 def batch_ranges(tokens: Batch) -> KeyRanges:
-    """Return the key ranges of a batch's rows, computed once for all layers; tokens: Tokens, Pairs or
-    Rollout.
-    """
+    """Return the key ranges of rows, computed once for all layers. tokens: Tokens, Pairs or Rollout."""
     segments, branches = (
         None if x is None else constrain(x, "rows", "whole_time") for x in (tokens.segments, tokens.branches)
     )
@@ -142,14 +145,14 @@ def batch_ranges(tokens: Batch) -> KeyRanges:
 
 
 def layer_ranges(a: AttentionLayers, kind: Array | None, ranges: KeyRanges) -> KeyRanges:
-    """Return the batch's key ranges, shortened by the layer's window."""
+    """Return the batch's key ranges, shortened by the window of a layer. kind: as in window_of."""
     return within_window(ranges, window_of(a, kind, ranges.own_start.shape[1]))
 
 
 def example_angles(
     a: AttentionLayers, positions: Int[Array, "B T"], segments: Int[Array, "B T"], dtype: DTypeLike
 ) -> list[Angles]:
-    """Return cos and sin [B, T, E/2] of packed rows for each LayerKind."""
+    """Return cos and sin of the rope angles of packed rows, [B, T, E/2], for each LayerKind."""
     lengths = None
     if any(needs_lengths(kind.rope) for kind in a.kinds):
         lengths = example_lengths(positions, segments)
@@ -157,15 +160,17 @@ def example_angles(
 
 
 def batch_angles(a: AttentionLayers, tokens: Batch, dtype: DTypeLike) -> list[Angles]:
-    """Return cos and sin [B, T, E/2] of a batch's rows for each LayerKind; for sampled completions the angles
-    of the sampler (generation_angles). tokens: Tokens, Pairs or Rollout. Raises ValueError for pairs that
-    share a prompt, whose angles would depend on the length of the other response.
+    """Return cos and sin of the rope angles of a batch's rows, [B, T, E/2], for each LayerKind. Sampled
+    completions have the angles that they had in generation (generation_angles).
+
+    tokens: Tokens, Pairs or Rollout. Raises ValueError for pairs that share a prompt if the angles depend on
+    the length of a text: one response's angles would depend on the length of the other.
     """
     shared = tokens.branches is not None and tokens.sampled_length is None
     if shared and varies_with_length(a, tokens.max_length):
         raise ValueError(
             "pairs share prompts, but the model's rope depends on the length of a text; use "
-            "data.layout=plain, or open the pairs by jaxft.data.source.open_for"
+            "data.layout=plain or, in Python, open the pairs by jaxft.data.source.open_for"
         )
     positions = constrain(tokens.positions, "rows", "time")
     depends_on_length = any(needs_lengths(kind.rope) for kind in a.kinds)
@@ -179,10 +184,10 @@ def batch_angles(a: AttentionLayers, tokens: Batch, dtype: DTypeLike) -> list[An
 def generation_angles(
     a: AttentionLayers, positions: Int[Array, "B T"], lengths: Int[Array, "B T"], dtype: DTypeLike
 ) -> list[Angles]:
-    """Return cos and sin [B, T, E/2] of tokens in generation for each LayerKind.
+    """Return cos and sin of the rope angles of tokens in generation, [B, T, E/2], for each LayerKind.
 
-    lengths: the most tokens that each token's text may have, prompt and completion, so that the angles depend
-    neither on the decoding step nor on the other prompts of the batch.
+    lengths: for each token, the maximum length of its text (the prompt and the most new tokens), so that the
+    angles depend neither on the decoding step nor on the other prompts of the batch.
     """
     return [rope_angles(kind.rope, a.head_dim, positions, lengths, dtype) for kind in a.kinds]
 
@@ -203,10 +208,10 @@ def attend_rows(
     ranges: KeyRanges,
     packed: bool,
 ) -> tuple[Float[Array, "B T H E"], tuple[Float[Array, "B T K E"], Float[Array, "B T K E"]]]:
-    """Return the attention of rows in one layer, and the keys, with rope, and values that it attends to.
+    """Return the output of attention of rows in one layer, and the keys (after rope) and values.
 
     qkv: queries, keys and values before rope. kind: the index of the layer's LayerKind; None if there is only
-    one. angles: rope angles of each LayerKind. ranges: key ranges of the batch. packed: as in
+    one. angles: rope angles for each LayerKind. ranges: key ranges of the batch. packed: see
     attention.attention.
     """
     q, k, v = qkv
@@ -221,8 +226,8 @@ def attend_rows(
 
 
 def query_factor(a: AttentionLayers) -> float:
-    """Return the factor on queries that makes the total scale the model's where scores are divided by
-    sqrt(E), as in cached_attention and in all kernels that do not take scaled queries.
+    """Return the factor on queries that gives scores the model's scale in kernels that divide scores by
+    sqrt(E): cached_attention, and all but those in OF_SCALED_QUERIES.
     """
     return 1.0 if a.scale is None else a.scale * a.head_dim**0.5
 
@@ -230,10 +235,10 @@ def query_factor(a: AttentionLayers) -> float:
 def rotated(
     q: Float[Array, "B T H E"], k: Float[Array, "B T K E"], angles: Angles, factor: float
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B T K E"]]:
-    """Return queries, with rope and multiplied by a factor, and keys with rope, under names that remat
-    policies can save.
+    """Apply rope to queries and keys, and a factor to the queries; name both so that remat policies can save
+    them.
 
-    The factor is applied in float32 or wider, so that queries are rounded once.
+    The factor is applied in float32 or wider, before queries are rounded, so that they are rounded once.
     """
     q = constrain(rotate(q, *angles, factor), "rows", "time", "heads", "head_dim")
     k = constrain(rotate(k, *angles), "rows", "time", "kv_heads", "head_dim")
@@ -241,5 +246,5 @@ def rotated(
 
 
 def checked_values(v: Float[Array, "B T K E"]) -> Float[Array, "B T K E"]:
-    """Return values sharded over their heads, under a name that remat policies can save."""
+    """Return the values sharded over heads and named so that remat policies can save them."""
     return saveable(constrain(v, "rows", "time", "kv_heads", "head_dim"), "v")

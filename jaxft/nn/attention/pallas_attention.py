@@ -1,11 +1,11 @@
 """Attention by key ranges for NVIDIA GPUs: FlashAttention-2 (arXiv 2307.08691) as Pallas kernels for Triton.
 
-Each program visits only blocks of keys (or, for the gradients of keys and values, of queries) in which
-something is visible: of a block of queries, first the blocks of the shared prompts, then the blocks of the
-queries' own ranges. Query heads read the keys of their key head where they are. A block is a power of two,
-and a head is padded to one while it is in a kernel.
+A program of a kernel computes one block of queries and visits only the blocks of keys that they see: first
+those of shared prompts, then those of the queries' own ranges. (For the gradients of keys and values, a
+program computes a block of keys and visits blocks of queries.) Keys are not copied for the query heads that
+share them. The size of a block is a power of two, and a head is padded to a power of two in the kernel.
 
-Pallas is imported by the functions that use it, since it takes a fifth of a second.
+The functions that use Pallas import it, since the import takes a fifth of a second.
 """
 
 import math
@@ -28,7 +28,7 @@ LOG2_E = math.log2(math.e)  # the kernels' scores are in units of log 2, since e
 
 @dataclass(frozen=True)
 class Tile:
-    """Sizes of one kernel: queries and keys of a block, warps of a program, stages of its pipeline."""
+    """Sizes of one kernel: queries and keys per block, warps per program, stages of the software pipeline."""
 
     queries: int
     keys: int
@@ -56,7 +56,7 @@ def tiles_for(head_dim: int) -> Tiles:
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """Options of kernels. tiles: None for tiles_for. interpret: run as JAX operations, on any device."""
+    """Options of kernels. tiles: None for tiles_for(head_dim). interpret: run as JAX operations."""
 
     tiles: Tiles | None = None
     interpret: bool = False
@@ -64,7 +64,7 @@ class KernelOptions:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The static arguments of a compiled kernel."""
+    """The static arguments of a compiled kernel. wide: return float32 results, not the dtype of q."""
 
     tiles: Tiles
     softcap: float | None
@@ -82,9 +82,9 @@ def ranged_attention(
 ) -> Float[Array, "B T H E"]:
     """Attention by key ranges on NVIDIA GPUs of compute capability 8.0 and above.
 
-    Sums are float32; the weights and the gradients of the scores are rounded to the dtype of q for their
-    matmuls. With a remat policy that saves "attn_out" and "attn_lse" the backward pass skips the forward
-    kernel. softcap: as in attention.dense.
+    ranges: the keys that each query sees. softcap: as in attention.dense. Sums are float32; the attention
+    weights, and the gradients of the scores, are rounded to the dtype of q for their matmuls. With a remat
+    policy that saves "attn_out" and "attn_lse" the backward pass does not repeat the forward kernel.
     """
     qkv, ranges, settings = _in_tiles((q_BTHE, k_BSKE, v_BSKE), ranges, softcap, options)
     return _attend(qkv, ranges, settings)[:, : q_BTHE.shape[1]]
@@ -93,7 +93,7 @@ def ranged_attention(
 def _in_tiles(
     qkv: tuple[jax.Array, ...], ranges: KeyRanges, softcap: float | None, options: KernelOptions
 ) -> tuple[tuple[jax.Array, ...], KeyRanges, _Settings]:
-    """Return q, k, v and the ranges of q, padded to full tiles, and the kernels' static settings."""
+    """Return (q, k, v), ranges and the kernels' static settings; time is padded to full tiles."""
     T, S = qkv[0].shape[1], qkv[1].shape[1]
     tiles = options.tiles or tiles_for(qkv[0].shape[3])
     all_tiles = tiles.output, tiles.queries, tiles.keys
@@ -158,7 +158,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _rows_of(ranges: KeyRanges) -> Int[Array, "B R T"]:
-    """Return the ranges as one array; R is 2 without shared prompts and 4 with them."""
+    """Return the starts and ends of the ranges as one array; R is 2, or 4 with shared prompts."""
     return jnp.stack(jax.tree.leaves(ranges), axis=1)
 
 
@@ -173,9 +173,10 @@ def _padded(head_dim: int) -> int:
 
 
 def _hulls(ranges: KeyRanges, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return the key blocks [from, to) of each query block's prompts, then of its own ranges: [B, C].
+    """Return prompt_from, prompt_to, own_from, own_to, [B, C]: the intervals of key blocks that contain all
+    keys that a query block sees in prompts, and in its own ranges.
 
-    They cover every visible key. No block is in both, and the prompts' come first.
+    No key block is in both intervals. Without shared prompts the first interval is empty.
     """
 
     def blocks(start: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -191,8 +192,8 @@ def _hulls(ranges: KeyRanges, tile: Tile) -> tuple[jax.Array, jax.Array, jax.Arr
 
 
 def key_visits(ranges: KeyRanges, tile: Tile) -> Int[Array, "B C 4"]:
-    """Return for each query block: its first prompt block, how many of them, the first own block, and the
-    number of all key blocks to visit.
+    """Return four numbers for each query block: the first key block of its prompts, the count of these, the
+    first key block of its own ranges, and the count of all key blocks to visit.
     """
     prompt_from, prompt_to, own_from, own_to = _hulls(ranges, tile)
     prompts = jnp.maximum(prompt_to - prompt_from, 0)
@@ -201,8 +202,8 @@ def key_visits(ranges: KeyRanges, tile: Tile) -> Int[Array, "B C 4"]:
 
 
 def query_visits(ranges: KeyRanges, tile: Tile, count: int) -> Int[Array, "B D 2"]:
-    """Return for each of `count` key blocks the first query block that sees it, and how many blocks from
-    there to the last one that does.
+    """Return two numbers for each of `count` key blocks: the first query block that sees a key of it, and the
+    count of query blocks from there to the last one that does.
     """
     hulls = [x[:, :, None] for x in _hulls(ranges, tile)]
     key = lax.broadcasted_iota(jnp.int32, (1, 1, count), 2)
@@ -217,7 +218,7 @@ def query_visits(ranges: KeyRanges, tile: Tile, count: int) -> Int[Array, "B D 2
 
 
 def _load(ref: Any, head_dim: int, *at: Any) -> jax.Array:
-    """Return part of a ref [..., E] with zeros in the padding of the head."""
+    """Return ref[at], [..., E], with zeros where the padded head exceeds head_dim."""
     from jax.experimental.pallas import triton as plgpu
 
     ref = ref.at[(*at, slice(None))] if at else ref
@@ -236,7 +237,7 @@ def _store(ref: Any, value: jax.Array, head_dim: int) -> None:
 
 
 def _dot(x: jax.Array, y: jax.Array, x_axis: int = 1, y_axis: int = 0) -> jax.Array:
-    """Return the matmul over an axis of each in float32."""
+    """Return the matmul of x and y over one axis of each, in float32."""
     axes = (((x_axis,), (y_axis,)), ((), ()))
     return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
@@ -246,7 +247,7 @@ def _in_head(padded: int, head_dim: int) -> jax.Array:
 
 
 def _scores(q_ME: jax.Array, k_NE: jax.Array, seen_MN: jax.Array, scale: float, softcap: float | None):
-    """Return the masked scores in units of log 2, and the derivative of the soft cap or None."""
+    """Return the masked scores divided by log 2, for exp2, and the soft cap's derivative at each or None."""
     s_MN = _dot(q_ME, k_NE, 1, 1)
     if softcap is None:
         return jnp.where(seen_MN, s_MN * (scale * LOG2_E), MASKED), None
@@ -259,8 +260,8 @@ def _seen(rows_RM: list[jax.Array], first_key: jax.Array, count: int) -> jax.Arr
 
 
 def _key_blocks(visits_ref: Any, prompts: bool) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
-    """Return a function from n to the number of the nth key block that a program visits, and how many it
-    visits; see key_visits.
+    """Return a function from n to the index of the nth key block that a program visits, and the count of its
+    visits. visits_ref: the result of key_visits for its query block. prompts: whether prompts are shared.
     """
     prompt, count, own, total = (visits_ref[i] for i in range(4))  # outside the loop, which prefetches keys
     if not prompts:
@@ -368,10 +369,10 @@ def _result(x: jax.Array, settings: _Settings) -> jax.ShapeDtypeStruct:
 
 
 def _by_query(q: jax.Array, k: jax.Array, rows: jax.Array, tile: Tile) -> tuple[tuple, list, Any, Any]:
-    """Return the grid of a kernel over blocks of queries, its block specs of visits, q, k, v and rows, and
-    the block specs of other arrays [B, T, H, E] and [B, H, T].
+    """Return for a kernel over blocks of queries: its grid, the BlockSpecs of [visits, q, k, v, rows], and
+    the BlockSpecs of further arrays [B, T, H, E] and [B, H, T].
 
-    The last queries of a row, which see the most keys, start first.
+    rows: as _rows_of returns them. The last queries of a row, which see the most keys, start first.
     """
     from jax.experimental import pallas as pl
 
@@ -389,7 +390,7 @@ def _by_query(q: jax.Array, k: jax.Array, rows: jax.Array, tile: Tile) -> tuple[
 def output(
     qkv: tuple[jax.Array, jax.Array, jax.Array], ranges: KeyRanges, settings: _Settings
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
-    """Return the output and the log-sum-exp of each query's scores; -MASKED for a query without keys."""
+    """Run the output kernel: return the output and the log-sum-exp of scores (1e30 without visible keys)."""
     (q, k, v), tile, rows = qkv, settings.tiles.output, _rows_of(ranges)
     (B, T, H, E) = q.shape
     grid, in_specs, query, scalars = _by_query(q, k, rows, tile)
@@ -407,7 +408,9 @@ Cotangents = tuple[Float[Array, "B T H E"], Float[Array, "B H T"], Float[Array, 
 def query_gradient(
     qkv: tuple[jax.Array, jax.Array, jax.Array], ranges: KeyRanges, given: Cotangents, settings: _Settings
 ) -> Float[Array, "B T H E"]:
-    """Return the gradient of q. given: the output's cotangent do, the log-sum-exp, and the sum of o * do."""
+    """Run the kernel for the gradient of q. given: do, the cotangent of the output o; the log-sum-exp of the
+    scores; the sum of o * do over E.
+    """
     (q, k, v), tile, rows = qkv, settings.tiles.queries, _rows_of(ranges)
     grid, in_specs, query, scalars = _by_query(q, k, rows, tile)
     call = _call(
@@ -420,8 +423,8 @@ def query_gradient(
 def key_gradients(
     qkv: tuple[jax.Array, jax.Array, jax.Array], ranges: KeyRanges, given: Cotangents, settings: _Settings
 ) -> tuple[Float[Array, "B S K E"], Float[Array, "B S K E"]]:
-    """Return the gradients of k and v. Each program sums over the query heads of a key head. given: as in
-    query_gradient.
+    """Run the kernel for the gradients of k and v, whose programs sum over the query heads that share a key
+    head. given: as in query_gradient.
     """
     from jax.experimental import pallas as pl
 

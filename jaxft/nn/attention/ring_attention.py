@@ -1,4 +1,5 @@
-"""Attention of devices that each store a part of every row and exchange no heads: balanced work, and a ring.
+"""Attention on devices that each store a part of every row, with the same work on each; keys gathered or in a
+ring.
 
 A query sees the keys before it, so the last part of a row has many times the work of the first one. Of 2 n
 parts of a row, device i stores parts 2 i and 2 i + 1 and computes the queries of parts 2 i and 2 n - 1 - 2 i,
@@ -6,10 +7,9 @@ an early and a late one, which together see as many keys on every device. It swa
 n - 1 - i for that, and swaps the outputs back. (Llama 3, arXiv 2407.21783, and
 ring-flash-attention pair parts i and 2 n - 1 - i, which would move twice as many parts.)
 
-The swap is inside attention, since everything else that depends on the place of a token (dropout, noise,
-positions that are read, other attention layouts) is then as on one device; keys that are gathered keep their
-order. It moves half of the queries and outputs of a device, once each, while attention moves the keys of all
-others.
+The swap is inside attention, so that everything else that depends on the place of a token (dropout, noise,
+read positions, other attention layouts) is the same as on one device, and gathered keys are in order. The
+swap moves half of a device's queries and outputs; attention moves the keys of all other devices.
 
 In ring attention (Liu et al. 2023, arXiv 2310.01889) each device holds one block of keys and values at a
 time and passes it on while it attends to it, so that no device holds all keys. Outputs are merged by their
@@ -32,9 +32,9 @@ from jaxft.nn.attention.flash_attention import MASKED, KeyRanges, in_parts
 
 
 class BlockKernel(NamedTuple):
-    """A kernel for attention to one of several blocks of keys. output: returns the log-sum-exp too.
-    gradients: from the output and log-sum-exp over all blocks. See flash_attention.flash_output and
-    flash_gradients.
+    """A kernel for attention to one of several blocks of keys. output: a function such as
+    flash_attention.flash_output, which also returns the log-sum-exp. gradients: one such as flash_gradients,
+    which takes the output and log-sum-exp over all blocks.
     """
 
     output: Callable
@@ -51,9 +51,9 @@ Parts = tuple[tuple[Any, Any], tuple[Any, Any]]
 
 
 def early_and_late(device: Any, devices: int, length: int) -> Parts:
-    """Return start and length of the two parts of a row that a device computes, in their order in the row.
+    """Return (start, length) of the two parts of a row that a device computes, in their order in the row.
 
-    length: tokens of a row that a device stores.
+    device: its index on mesh.context, of `devices` in all. length: tokens of a row that a device stores.
     """
     mirror, half = devices - 1 - device, length // 2
     kept = device * np.int32(length), np.int32(length - half)
@@ -73,8 +73,9 @@ def _mirrored(x: jax.Array, devices: int) -> jax.Array:
 
 
 def _exchanged(x_BL: jax.Array, devices: int) -> jax.Array:
-    """Exchange parts of an array that is divided over the devices, [B, L, ...] each; return the parts that
-    this device computes.
+    """Exchange parts of rows with the mirror device; return the two parts that this device computes.
+
+    x_BL: the two parts [B, L, ...] that it stores.
     """
     length = x_BL.shape[1]
     half = length // 2
@@ -85,7 +86,7 @@ def _exchanged(x_BL: jax.Array, devices: int) -> jax.Array:
 
 
 def _returned(x_BL: jax.Array, devices: int) -> jax.Array:
-    """Return computed parts [B, L, ...] to the devices that stored them, the inverse of _exchanged."""
+    """Invert _exchanged: return the two parts that this device stores."""
     length = x_BL.shape[1]
     half = length // 2
     late = _is_late(devices)
@@ -103,8 +104,10 @@ def _rows_of_parts(x_BT: Int[Array, "B T"], parts: Parts, length: int) -> Int[Ar
 
 
 def balanced(kernel: Callable, devices: int) -> Callable:
-    """Return a kernel that divides the causal work evenly over the context axis. Its arguments: a device's
-    part of the queries [B, L, H, E], all keys and values, and all ranges as arrays [B, T].
+    """Wrap a kernel so that each device of mesh.context computes an early and a late part of the queries.
+
+    The result takes the queries [B, L, H, E] that a device stores, the keys and values of full rows, and the
+    key ranges of full rows as arrays [B, T].
     """
 
     def fn(q_BLHE, k_BSKE, v_BSKE, *of_queries):
@@ -117,7 +120,9 @@ def balanced(kernel: Callable, devices: int) -> Callable:
 
 
 def ring(kernel: BlockKernel, windowed: bool, softcap: float | None, devices: int) -> Callable:
-    """Return ring attention of a device's parts of q [B, L, H, E], k and v, and all ranges, arrays [B, T]."""
+    """Return a function for ring attention over mesh.context. It takes the q [B, L, H, E], k and v that a
+    device stores, and the key ranges of full rows as arrays [B, T].
+    """
 
     def fn(q_BLHE, k_BLKE, v_BLKE, *of_queries):
         length = q_BLHE.shape[1]
@@ -137,7 +142,10 @@ def _next_device(tree: Any, devices: int) -> Any:
 
 
 def _ranges_in_block(ranges: KeyRanges, step: jax.Array, devices: int, length: int) -> KeyRanges:
-    """Return the ranges as positions in the block of keys that this device has after `step` steps."""
+    """Return the ranges as indices into the block of keys that this device has at a step of the ring.
+
+    length: tokens of a row that a device stores.
+    """
     source = lax.rem(lax.axis_index("context") - step + np.int32(devices), np.int32(devices))
     return in_parts(ranges, early_and_late(source, devices, length))
 

@@ -1,12 +1,12 @@
 """Pallas's splash attention for TPUs by key ranges: packed rows, and responses that share their prompt.
 
-Splash masks by one segment id per token. So each example's own keys take one call, and its shared prompt a
-second one, in which queries have the id of their prompt. The outputs are merged by their log-sum-exps. The
-backward kernels of both calls take the merged output and log-sum-exp; their gradients add up to the gradient
-of the merged output.
+Splash masks by one segment id per token. If responses share a prompt, a first call attends to the keys of
+each response, and a second call, in which queries have the segment id of their prompt, to the keys of the
+prompts. The outputs are merged by their log-sum-exps. The backward kernels of both calls take the merged
+output and log-sum-exp; their gradients add up to the gradient of the merged output.
 
-Splash multiplies scores by no factor, so queries must be scaled. The layers of a model scale them as part of
-rope, before queries are rounded (`splash_of_scaled`); `splash` scales queries that are rounded already.
+Splash does not scale scores, so queries must be scaled. The layers of a model scale them as part of rope,
+before queries are rounded (`splash_of_scaled`); `splash` scales queries that are rounded already.
 """
 
 import inspect
@@ -30,7 +30,9 @@ BACKWARD = (
 
 @dataclass(frozen=True)
 class _Settings:
-    """The static arguments of the compiled kernels."""
+    """The static arguments of the compiled kernels. heads: query heads. length: tokens of a row. interpret:
+    run the kernels as JAX operations, on any device.
+    """
 
     heads: int
     length: int
@@ -54,11 +56,11 @@ def splash(
     softcap: float | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H E"]:
-    """Splash attention with scores divided by sqrt(E), as attention.dense; see splash_of_scaled.
+    """Splash attention with scores divided by sqrt(E), as in attention.dense; see splash_of_scaled.
 
-    For head sizes that are not 4^n the scaled queries are rounded once more than in attention.dense. With
-    bfloat16, the root mean square errors of gradients are then 2.0 to 2.3 times as large as in
-    attention.dense.
+    If E is not a power of 4, the scaled queries are rounded once more than in attention.dense; in bfloat16,
+    the root mean square errors of gradients are then 2.0 to 2.3 times as large. interpret: run the kernel as
+    JAX operations, on any device.
     """
     return splash_of_scaled(scaled(q_BTHE), k_BTKE, v_BTKE, ranges, softcap, interpret)
 
@@ -73,11 +75,11 @@ def splash_of_scaled(
 ) -> Float[Array, "B T H E"]:
     """Splash attention of queries that are already scaled: softmax(q k^T) v over visible keys.
 
-    softcap: as in attention.dense. Raises ValueError for windows: splash has windows of static size only, and
-    the layers of a scan have a traced one.
+    softcap: as in attention.dense. interpret: as in splash. Raises ValueError for sliding windows: splash
+    needs a window of static size, and in a scan over layers it is a traced value.
     """
     if ranges.windowed:
-        raise ValueError("splash attention has no window: use attention=flash")
+        raise ValueError("splash attention does not support sliding windows: use attention=flash")
     T, H = q_BTHE.shape[1:3]
     ranges = pad_queries(ranges, -T % 128)
     q, k, v = (pad_time(x, -T % 128).swapaxes(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
@@ -95,7 +97,8 @@ def splash_of_scaled(
 def scaled(q_BTHE: Float[Array, "B T H E"]) -> Float[Array, "B T H E"]:
     """Return q / sqrt(E), computed in float32 and rounded to q's dtype once.
 
-    In bfloat16 alone the factor would be rounded too. With head sizes of 4^n nothing is rounded.
+    Computed in bfloat16, the factor 1 / sqrt(E) would be rounded too. If E is a power of 4, nothing is
+    rounded.
     """
     return (q_BTHE.astype(jnp.float32) * q_BTHE.shape[3] ** -0.5).astype(q_BTHE.dtype)
 

@@ -1,11 +1,11 @@
 """Policy losses: pure functions `(batch: PolicyBatch, ...) -> [B, M]`, a value per token, which policy(...)
-weights and sums; and estimators of the KL to the reference, with penalties whose coefficient may follow a
-target.
+weights and sums; and estimators of the KL to the reference, with penalties whose coefficient may be adapted
+to reach a target KL.
 
 Set a loss's parameters with `partial(clipped, eps_high=0.28)`. In the docstrings A is the advantage of a
 token, r = pi / pi_old its ratio, sg(x) is x without gradient, s the ratio of a completion: the geometric mean
-of its tokens' ratios. A loss goes with any advantage estimator and any token weights of rl/. Published
-methods are combinations:
+of its tokens' ratios. A loss can be combined with any advantage estimator and any token weights of rl/.
+Published methods are such combinations (advantage estimator, token weights, loss):
 
 PPO: gae, token_mean, clipped. GRPO: grpo, sequence_mean, clipped. Dr. GRPO: centred, constant_length,
 clipped. DAPO: grpo, token_mean, clipped with eps_high=0.28, without groups of equal rewards. RLOO: rloo,
@@ -54,17 +54,17 @@ PenaltyReference = Literal["start", "teacher"]  # the policy at step 0, or the r
 
 
 def k1(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`log pi - log pi_ref`: unbiased, of either sign, with a high variance."""
+    """KL estimate `log pi - log pi_ref` at a sampled token: unbiased, may be negative, high variance."""
     return logp - reference
 
 
 def k2(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`(log pi - log pi_ref)^2 / 2`: biased, never negative, with a low variance."""
+    """KL estimate `(log pi - log pi_ref)^2 / 2` at a sampled token: biased, never negative, low variance."""
     return square(logp - reference) / 2
 
 
 def k3(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`exp(d) - 1 - d` with d = log pi_ref - log pi, exponent capped: unbiased and never negative; GRPO's.
+    """GRPO's KL estimate `exp(d) - 1 - d`, d = log pi_ref - log pi (capped): unbiased and never negative.
 
     >>> round(float(k3(jnp.asarray(-1.0), jnp.asarray(-2.0))), 3)
     0.368
@@ -75,7 +75,7 @@ def k3(logp: Float[Array, "..."], reference: Float[Array, "..."]) -> Float[Array
 
 @dataclass(frozen=True)
 class FixedKL:
-    """A penalty of `coef` times the estimate; with coef 0 the KL is only logged."""
+    """A KL penalty of `coef` times the estimated KL to the reference; with coef 0 the KL is only logged."""
 
     coef: Annotated[float, at_least(0)] = 0.05
     estimate: Estimator = k3
@@ -91,10 +91,11 @@ class FixedKL:
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """A penalty whose coefficient starts at `coef` and rises while the KL is above `target`.
+    """A KL penalty whose coefficient starts at `coef`, rises while the KL is above `target`, and falls while
+    it is below.
 
     Ziegler et al. 2019 (arXiv:1909.08593, section 2.2). target: nats per completion. horizon: the number of
-    completions in which the coefficient can change by a factor of about e^0.2.
+    completions in which the coefficient can change by a factor of at most about e^0.2.
 
     >>> round(float(AdaptiveKL(coef=0.1, target=6.0).update(0.1, kl=12.0, count=500)), 4)
     0.101
@@ -113,19 +114,17 @@ class AdaptiveKL:
         """`coef (1 + clip(kl / target - 1, -0.2, 0.2) count / horizon)` after `count` completions with a mean
         KL of `kl` nats.
 
-        policy(...) calls it after each optimizer step that updates the policy, with that step's completions
-        and their current KL. With several passes over a rollout, a horizon is as many times shorter as in TRL
-        0.11, which calls it once per rollout with the KL at sampling.
+        policy(...) calls it after each optimizer step that updates the policy, with the number of the step's
+        completions and their current KL. TRL 0.11 calls it once per rollout with the KL at sampling, so with
+        n passes over a rollout use n times TRL's horizon.
         """
         return coef * (1 + jnp.clip(kl / self.target - 1, -0.2, 0.2) * count / self.horizon)
 
 
 @dataclass(frozen=True)
 class KLInReward:
-    """A penalty that the rewards contain, as in PPO, so that the loss has none. Its coefficient is
-    aux["kl_coef"].
-
-    An adaptive one counts the completions of each optimizer step, so that each pass over a rollout counts.
+    """A KL penalty that is subtracted from the rewards, as in PPO, and not part of the loss. The coefficient
+    is stored in aux["kl_coef"]. For AdaptiveKL, each pass over a rollout counts its completions again.
     """
 
     penalty: FixedKL | AdaptiveKL
@@ -142,11 +141,11 @@ class KLInReward:
 
     @property
     def reference(self) -> PenaltyReference:
-        """The reference of the KL."""
+        """The reference policy of the KL."""
         return self.penalty.reference
 
     def update(self, coef: Scalar, kl: Scalar, count: Scalar) -> Scalar:
-        """Update the coefficient as the penalty does."""
+        """Return the penalty's updated coefficient."""
         return self.penalty.update(coef, kl, count)
 
 
@@ -164,11 +163,11 @@ MAX_LOG_RATIO = (
 
 @struct
 class PolicyBatch:
-    """The read positions of a batch of completions. Only `logp` has a gradient; at padding every value is 0.
+    """The sampled tokens of a batch of completions. Only `logp` has a gradient; at padding every value is 0.
 
-    A loss may rely on `completion` alone, never on the order of positions. Its values at padding are ignored,
-    but they and their gradients must be finite. It is proportional to |advantages|, which importance weights
-    multiply (rl/token_weights.py).
+    A loss finds a token's completion by `completion`; it must not rely on the order of tokens. Its values at
+    padding are ignored, but they and their gradients must be finite. A loss must be proportional to
+    |advantages|, since importance weights (rl/token_weights.py) are multiplied into them.
     """
 
     logp: Float[Array, "B M"]
@@ -191,11 +190,11 @@ class PolicyBatch:
         return jnp.exp(self.log_ratio)
 
     def total(self, x: Float[Array, "B M"]) -> Float[Array, "B A"]:
-        """Sum a per-token quantity over each completion."""
+        """Sum values per token over each completion."""
         return response_sums(x * self.mask, self.completion, ("one",), self.lengths.shape[1])["one"]
 
     def mean(self, x: Float[Array, "B M"]) -> Float[Array, "B A"]:
-        """Average a per-token quantity over each completion, 0 if it has no tokens."""
+        """Average values per token over each completion; 0 for a completion without tokens."""
         return self.total(x) / self.lengths
 
     def spread(self, x: Float[Array, "B A"]) -> Float[Array, "B M"]:
@@ -215,7 +214,7 @@ def policy_gradient(batch: PolicyBatch) -> TokenLoss:
 
 
 def unclipped(batch: PolicyBatch) -> TokenLoss:
-    """`-A r`: the policy gradient of tokens that an older policy sampled; at r = 1 the gradient of
+    """`-A r`: the policy gradient of tokens that an older policy sampled; for r = 1 its gradient is that of
     policy_gradient.
     """
     return -batch.advantages * batch.ratio
@@ -239,10 +238,10 @@ def _clipped(ratio: Array, advantages: Array, eps_low: float, eps_high: float) -
 def dual_clip(
     batch: PolicyBatch, eps_low: float = 0.2, eps_high: float = 0.2, max_ratio: float = 3.0
 ) -> TokenLoss:
-    """clipped, and where A < 0 at most `-A max_ratio` (Ye et al. 2019, arXiv:1912.09729; verl's
+    """The loss `clipped`, but at most `-A max_ratio` where A < 0 (Ye et al. 2019, arXiv:1912.09729; verl's
     clip_ratio_c).
 
-    The same function as TRL's two-sided clipping with delta = max_ratio (INTELLECT-2, arXiv:2505.07291):
+    It equals TRL's two-sided clipping with delta = max_ratio (INTELLECT-2, arXiv:2505.07291),
     `max(-A min(r, max_ratio), -A clip(r))`. Raises ValueError for max_ratio <= 1 + eps_high, where the two
     differ.
     """
@@ -258,9 +257,9 @@ def dppo_tv(batch: PolicyBatch, eps_low: float = 0.15, eps_high: float = 0.15) -
     """`-M A r`, M = 0 where A > 0 and a token's probability has risen by more than eps_high, or where A < 0
     and it has fallen by more than eps_low, else M = 1.
 
-    DPPO with the total variation |pi - pi_old| of (the token, any other token) (Qi et al. 2026,
-    arXiv:2602.04879). A rare token may have a large ratio, and a likely one cannot lose much of its
-    probability at a ratio near 1. The paper's pi_old is the sampler's: Rules.ratio_to_sampler.
+    DPPO (Qi et al. 2026, arXiv:2602.04879) with the total variation |pi - pi_old| of two outcomes: this token
+    or any other. Unlike a clipped ratio, it lets a rare token's ratio become large, and does not let a likely
+    token lose much probability. In the paper, pi_old is the sampler's policy: set Rules.ratio_to_sampler.
     """
     variation = jnp.abs(jnp.exp(batch.logp) - jnp.exp(batch.old_logp))
     return _in_trust_region(batch, variation, eps_low, eps_high)
@@ -269,7 +268,8 @@ def dppo_tv(batch: PolicyBatch, eps_low: float = 0.15, eps_high: float = 0.15) -
 def dppo_kl(batch: PolicyBatch, eps_low: float = 0.05, eps_high: float = 0.05) -> TokenLoss:
     """dppo_tv with the divergence `pi_old log (pi_old / pi) + (1 - pi_old) log ((1 - pi_old) / (1 - pi))`.
 
-    DPPO with the KL of (the token, any other token) in place of the total variation (arXiv:2602.04879).
+    DPPO with the KL of two outcomes, this token or any other, instead of the total variation
+    (arXiv:2602.04879).
     """
     tiny = jnp.finfo(batch.logp.dtype).tiny
 
@@ -282,7 +282,9 @@ def dppo_kl(batch: PolicyBatch, eps_low: float = 0.05, eps_high: float = 0.05) -
 
 
 def _in_trust_region(batch: PolicyBatch, divergence: Array, eps_low: float, eps_high: float) -> TokenLoss:
-    """-A r, and 0 where the divergence is too large and r has moved in the direction of A."""
+    """Return -A r, or 0 where r > 1, A > 0 and the divergence is above eps_high, or r < 1, A < 0 and it is
+    above eps_low.
+    """
     require((eps_low >= 0) & (eps_high >= 0), f"eps_low={eps_low} and eps_high={eps_high} must be at least 0")
     up = (batch.advantages > 0) & (batch.logp > batch.old_logp) & (divergence > eps_high)
     down = (batch.advantages < 0) & (batch.logp < batch.old_logp) & (divergence > eps_low)
@@ -290,10 +292,10 @@ def _in_trust_region(batch: PolicyBatch, divergence: Array, eps_low: float, eps_
 
 
 def gspo(batch: PolicyBatch, eps_low: float = 3e-4, eps_high: float = 4e-4) -> TokenLoss:
-    """clipped, with the completion's ratio s for each of its tokens (Zheng et al. 2025, arXiv:2507.18071).
+    """The loss `clipped` with the completion's ratio s in place of r (Zheng et al. 2025, arXiv:2507.18071).
 
-    TRL's importance_sampling_level=sequence. Its weights are sequence_mean; with sequence_sum it is LUSPO
-    (arXiv:2602.05261).
+    TRL's importance_sampling_level=sequence. Use the token weights sequence_mean; with sequence_sum it is
+    LUSPO (arXiv:2602.05261).
     """
     ratio = batch.spread(jnp.exp(batch.mean(batch.log_ratio)))
     return _clipped(ratio, batch.advantages, eps_low, eps_high)
@@ -316,9 +318,10 @@ def cispo(batch: PolicyBatch, max_ratio: float = 5.0) -> TokenLoss:
 
 
 def sapo(batch: PolicyBatch, tau_pos: float = 1.0, tau_neg: float = 1.05) -> TokenLoss:
-    """`-A sigmoid(tau (r - 1)) 4 / tau`, tau by the sign of A: a soft gate in place of clipping.
+    """`-A sigmoid(tau (r - 1)) 4 / tau`, a soft gate in place of clipping; tau is tau_pos where A > 0, else
+    tau_neg.
 
-    Gao et al. 2025, arXiv:2511.20347. At r = 1 the slope equals -A r's.
+    Gao et al. 2025, arXiv:2511.20347. At r = 1 its derivative by r is that of -A r.
     """
     require(
         (tau_pos > 0) & (tau_neg > 0),
@@ -331,8 +334,8 @@ def sapo(batch: PolicyBatch, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tok
 def geo_mean(batch: PolicyBatch, eps_low: float = 0.4, eps_high: float = 0.4) -> TokenLoss:
     """`-A exp(mean of the completion's clipped log-ratios)` (GMPO, Zhao et al. 2025, arXiv:2507.20673).
 
-    A token's log r is clipped to [-eps_low, eps_high] where that increases the loss: min for A > 0, max else.
-    The paper's weights are sequence_mean.
+    A token's log r is clipped to [-eps_low, eps_high] where that increases the loss: above for A > 0, below
+    otherwise. The paper's token weights are sequence_mean.
     """
     x = batch.log_ratio
     bounded = jnp.clip(x, -eps_low, eps_high)
@@ -346,8 +349,8 @@ def vespo(
     """`-sg(phi) A log pi`, phi = exp(lam) w^k exp(-lam w), w the product of a completion's ratios
     (arXiv:2602.10693).
 
-    pos, neg: (k, lam) where A >= 0 and where A < 0; log w is clipped to [log 1e-8, 20]. TRL's defaults. In
-    TRL, w also contains the importance weights of the sampler; here it does with Rules.ratio_to_sampler.
+    pos, neg: (k, lam) where A >= 0 and where A < 0, with TRL's defaults. log w is clipped to [log 1e-8, 20].
+    TRL's w also contains the importance weights of the sampler; set Rules.ratio_to_sampler for that.
     """
     log_w = jnp.clip(
         batch.spread(batch.total(batch.log_ratio)), jnp.log(1e-8).astype(batch.logp.dtype), MAX_LOG_RATIO
@@ -359,7 +362,7 @@ def vespo(
 
 
 def near_policy(batch: PolicyBatch, loss: PolicyLoss = clipped, max_nats: float = 2.0) -> TokenLoss:
-    """`loss`, and 0 where A < 0 and the completion's mean log pi_old - log pi is above `max_nats`.
+    """`loss`, but 0 where A < 0 and the completion's mean log pi_old - log pi is above `max_nats`.
 
     DeepSeek-V3.2 (arXiv:2512.02556); TRL's off_policy_mask_threshold.
     """
@@ -374,7 +377,7 @@ def with_corrected_kl(
     arXiv:2512.02556).
 
     TRL's use_bias_correction_kl. Use it with policy(beta=FixedKL(0)), which computes the reference's
-    log-probs and adds no penalty; the penalty of another beta takes r as 1. Raises ValueError without the
+    log-probs and adds no penalty; policy's own penalties have no factor r. Raises ValueError without the
     reference's log-probs.
     """
     if batch.reference is None:

@@ -7,8 +7,8 @@ summed over tokens; |c| and |r| their lengths; s_c = score(c), s_r = score(r); D
 sigmoid; eps = label_smoothing. Values and gradients equal those in TRL 1.16's DPOTrainer unless a docstring
 says what differs. Losses without a reference and losses of single responses are in reference_free_losses.py.
 
-With an f-divergence other than reverse_kl as the score, a term log Z(x) cancels only in D, so only losses of
-D take `score`.
+Losses with a parameter `score` apply it to c and r; by default it is the log-ratio itself. The other scores
+belong to other f-divergences, and for those a term that depends on the prompt alone cancels only in D.
 
 A pair whose chosen response has a log-ratio of 2, and the rejected one of -1:
 
@@ -45,6 +45,7 @@ from jaxft.objectives.pair import (
     coupled,
     declaration,
     logistic,
+    loss_name,
     loss_values,
     reference_free,
     require,
@@ -106,9 +107,7 @@ def _mean_difference(pair: PairBatch, score: Score) -> Array:
 
 
 def dpo(pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl) -> Calibrated:
-    """`-LS(beta D)` (Rafailov et al. 2023, arXiv:2305.18290); TRL's `sigmoid`. log 2 where the policy is the
-    reference.
-    """
+    """`-LS(beta D)` (Rafailov et al. 2023, arXiv:2305.18290); TRL's `sigmoid`. log 2 at the reference."""
     return logistic(beta * _difference(pair, score))
 
 
@@ -156,10 +155,10 @@ def dpop(
 def rdpo(
     pair: PairBatch, beta: float = 0.1, alpha: float = 0.01, score: Score = reverse_kl
 ) -> Annotated[PairLoss, Claims.of("difference", "finite", "raises_margin")]:
-    """`-LS(beta D + alpha (|c| - |r|))`: R-DPO, length is not rewarded (Park et al. 2024, arXiv:2403.19159).
+    """`-LS(beta D + alpha (|c| - |r|))`: R-DPO, which penalises length (Park et al. 2024, arXiv:2403.19159).
 
     The policy maximises reward - alpha |y| with a KL penalty beta, so reward = beta log(pi / pi_ref) + alpha
-    |y|: the part of the preferences that length explains is not learned by the policy.
+    |y|: the term alpha |y| explains preferences for longer responses, and the policy does not learn them.
     """
     return logistic(beta * _difference(pair, score) + alpha * (pair.chosen.length - pair.rejected.length))
 
@@ -211,8 +210,8 @@ def robust(
 ) -> Annotated[PairLoss, Claims.of("difference", "antisymmetric", "raises_margin")]:
     """`[-(1 - eps) LS(beta D) + eps LS(-beta D)] / (1 - 2 eps)` (Chowdhury et al. 2024, arXiv:2403.00409).
 
-    Its mean is dpo's on clean labels if a fraction eps of them is flipped. Raises ValueError outside [0,
-    0.5); TRL warns.
+    If a fraction eps of the labels is flipped, its expected value is dpo's on the right labels. Raises
+    ValueError for eps outside [0, 0.5), where TRL warns.
     """
     ok = (label_smoothing >= 0) & (label_smoothing < 0.5)
     require(
@@ -260,7 +259,7 @@ def sppo_hard(
 
 
 def apo_zero(pair: PairBatch, beta: float = 0.1) -> PairLoss:
-    """`sigmoid(-beta c) + sigmoid(beta r)`: for chosen responses better than the policy's own.
+    """`sigmoid(-beta c) + sigmoid(beta r)`: for chosen responses that are better than the policy's samples.
 
     D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7.
     """
@@ -268,8 +267,8 @@ def apo_zero(pair: PairBatch, beta: float = 0.1) -> PairLoss:
 
 
 def apo_down(pair: PairBatch, beta: float = 0.1) -> PairLoss:
-    """APO-down, `sigmoid(beta c) + sigmoid(-beta (c - r))`: for chosen responses worse than the policy's own
-    (arXiv:2408.06266, eq. 8).
+    """APO-down, `sigmoid(beta c) + sigmoid(-beta (c - r))`: for chosen responses that are worse than the
+    policy's samples (arXiv:2408.06266, eq. 8).
     """
     c, r = pair.chosen.ratio, pair.rejected.ratio
     return sigmoid(beta * c) + sigmoid(-beta * (c - r))
@@ -296,14 +295,14 @@ def _reference(response: Response) -> Array:
 
 
 def _order(x: Float[Array, " N"], weight: Float[Array, " N"]) -> Array:
-    """Indices that sort x in ascending order, slots without weight last."""
+    """Return indices that sort x in ascending order, with slots of weight 0 at the end."""
     return jnp.argsort(jnp.where(weight > 0, x, jnp.inf))
 
 
 def _against_same_rank(
     x: Float[Array, "B P"], y: Float[Array, "B P"], weight: Float[Array, "B P"]
 ) -> Float[Array, "B P"]:
-    """x minus the y of the same rank, in the order of x."""
+    """Return x minus the y of the same rank: the nth smallest y for the nth smallest x; in the order of x."""
     flat_x, flat_y, used = x.reshape(x.size), y.reshape(y.size), weight.reshape(weight.size)
     rank = jnp.argsort(_order(flat_x, used))
     return (flat_x - flat_y[_order(flat_y, used)][rank]).reshape(x.shape)
@@ -314,9 +313,9 @@ def aot(pair: PairBatch, state: LossState, beta: float = 0.1, label_smoothing: f
     """`-(1 - eps) LS(beta d) - eps LS(-beta d)`, d = sort(log pi(chosen) - log pi(rejected)) - sort(the
     reference's).
 
-    Stochastic dominance of the distribution of margins (Melnyk et al. 2024, arXiv:2406.05882). Sorts the
-    whole optimizer batch, where TRL sorts each microbatch. The loss of a rank is returned at the pair whose
-    policy margin has it.
+    The policy's margins should stochastically dominate the reference's (Melnyk et al. 2024,
+    arXiv:2406.05882). Sorts the full optimizer batch; TRL sorts each microbatch. The value returned for a
+    pair is the loss of the rank that its policy margin has.
     """
     policy = pair.chosen.logp - pair.rejected.logp
     reference = _reference(pair.chosen) - _reference(pair.rejected)
@@ -330,14 +329,14 @@ def aot_unpaired(
     """aot with d = sort(c) - sort(r): chosen and rejected responses need not share a prompt
     (arXiv:2406.05882).
 
-    The loss of a rank is returned at the pair whose chosen response has it.
+    The value returned for a pair is the loss of the rank that its chosen response has.
     """
     d = _against_same_rank(pair.chosen.ratio, pair.rejected.ratio, pair.weight)
     return logistic(beta * d, label_smoothing)
 
 
 def mix(*parts: tuple[Callable[..., Array], float]) -> PreferenceLoss:
-    """`sum_k w_k loss_k(pair)`, coupled if one of them is, each with its own state.
+    """Return the loss `sum_k w_k loss_k(pair)` of parts (loss_k, w_k). It is coupled if one of them is.
 
     MPO (Wang et al. 2024, arXiv:2411.10442) is `mix((dpo, 0.8), (bco_pair, 0.2), (nll, 1.0))`, RPO (Pang et
     al. 2024, arXiv:2404.19733) `mix((dpo, 1.0), (nll, 1.0))`.
@@ -378,16 +377,18 @@ def mix(*parts: tuple[Callable[..., Array], float]) -> PreferenceLoss:
 
 
 def wpo(loss: Callable[..., Array]) -> PreferenceLoss:
-    """`w_c w_r loss`, w = exp(mean over tokens of log pi(y_t) - log sum_v pi(v)^2), without gradient.
+    """Return the loss `w_c w_r loss`, w = exp(mean over tokens of log pi(y_t) - log sum_v pi(v)^2), where w
+    has no gradient.
 
     WPO (Zhou et al. 2024, arXiv:2406.11827, eq. 2): responses that the policy is likely to sample count for
-    more. TRL's weighted `sft` weights the batch's mean log-prob; here nll is weighted pair by pair. Raises
+    more. wpo(nll) weights each pair; TRL's `sft` with use_weighting weights the batch's mean log-prob. Raises
     ValueError for a coupled loss.
     """
     declared = declaration(loss)
     if declared.coupled:
         raise ValueError(
-            "wpo weights pairs one by one, but this loss couples them. Use mix((wpo(other), w), (this, w))"
+            f"wpo weights each pair, but {loss_name(loss)} couples the pairs of a batch. Apply wpo to other "
+            f"losses, and add this one by mix((wpo(dpo), 1.0), ({loss_name(loss)}, 1.0))"
         )
 
     @wraps(loss, NAMED, updated=())
@@ -401,8 +402,8 @@ def wpo(loss: Callable[..., Array]) -> PreferenceLoss:
 
 
 def _length_desensitised(pair: PairBatch, alpha: float) -> PairBatch:
-    """The pairs with log-probs past the shorter response's length times alpha; unchanged where one response
-    is missing.
+    """Return the pairs with the log-probs of tokens behind the shorter response's length multiplied by alpha;
+    slots without one of the responses are unchanged.
     """
     c, r = pair.chosen, pair.rejected
     shared = jnp.where(
@@ -426,11 +427,11 @@ def _length_desensitised(pair: PairBatch, alpha: float) -> PairBatch:
 
 
 def length_desensitised(loss: Callable[..., Array], alpha: float = 0.5) -> PreferenceLoss:
-    """The loss of `sum_{t <= n} log pi(y_t) + alpha sum_{t > n} log pi(y_t)`, n = min(|c|, |r|), for policy
-    and reference.
+    """Return the loss with every log-prob of a response, of policy and reference, replaced by
+    `sum_{t <= n} log pi(y_t) + alpha sum_{t > n} log pi(y_t)`, n = min(|c|, |r|).
 
-    LD-DPO (Liu et al. 2024, arXiv:2409.06411), for any loss; the lengths that it reads are unchanged. TRL
-    leaves `sft` out of this: `mix((length_desensitised(dpo), 1.0), (nll, 1.0))`.
+    LD-DPO (Liu et al. 2024, arXiv:2409.06411), for any loss; the lengths that the loss reads are unchanged.
+    For TRL's combination with `sft` use `mix((length_desensitised(dpo), 1.0), (nll, 1.0))`.
     """
 
     @wraps(loss, NAMED, updated=())

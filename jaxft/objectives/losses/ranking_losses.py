@@ -1,4 +1,4 @@
-"""Preference losses over rankings: K responses to one prompt, of which a rating says how good each is.
+"""Preference losses over rankings: K responses to one prompt, each with a rating of its quality.
 
 A pair is the ranking of K = 2, so every loss of this file takes pairs as well. The best response is the
 kind "chosen", the worst "rejected", and those between are "rank_2", "rank_3", ... in order. Ratings are the
@@ -33,6 +33,7 @@ from jaxft.objectives.pair import (
     PreferenceLoss,
     declaration,
     logistic,
+    loss_name,
     require,
     square,
 )
@@ -41,7 +42,9 @@ RATING = "score_"  # prefix of the columns of ratings
 
 
 class Ranking(NamedTuple):
-    """The responses of each ranking, the best first. Entries where `present` is False have no meaning."""
+    """The responses of each ranking, the best first; entries where `present` is False have no meaning. ratio:
+    log-ratios c_i. score: ratings s_i.
+    """
 
     ratio: Float[Array, "B P K"]
     score: Float[Array, "B P K"]
@@ -58,7 +61,8 @@ def ratings(pair: PairBatch, loss: str | None = None) -> dict[str, Float[Array, 
     """Return the ratings of the K ranked responses, by kind ("chosen", ...). Without columns of ratings they
     are K - 1 for the best response, ..., 0 for the worst.
 
-    loss: the name of a loss that needs the columns. Raises ValueError if the rows have none, or only some.
+    loss: the name of a loss that needs the columns; None if it does not. Raises ValueError if columns are
+    missing for some responses, or with `loss` for all.
     """
     kinds = ranked_kinds(tuple(pair.responses))
     missing = [RATING + kind for kind in kinds if RATING + kind not in pair.columns]
@@ -86,17 +90,17 @@ def ranking_of(pair: PairBatch, loss: str | None = None) -> Ranking:
 
 
 def _log_softmax(x: Float[Array, "B P K"], among: Bool[Array, "B P K"]) -> Float[Array, "B P K"]:
-    """The log of the softmax over the entries in `among`, 0 at the others."""
+    """Return the log-softmax over the entries where `among` is True; 0 at other entries."""
     lowest = jnp.finfo(x.dtype).min / 2
     return jnp.where(among, jax.nn.log_softmax(jnp.where(among, x, lowest), axis=-1), 0)
 
 
 def plackett_luce(pair: PairBatch, beta: float = 0.1) -> Calibrated:
-    """`-sum_i log(exp(beta c_i) / sum_{j no better than i} exp(beta c_j))`: DPO of a ranking, whose best
-    response is chosen first, then the best of the rest.
+    """`-sum_i log(exp(beta c_i) / sum_{j no better than i} exp(beta c_j))`: DPO of a ranking, as a sequence
+    of choices: the best response first, then the best of the remaining ones, and so on.
 
-    Rafailov et al. 2023, arXiv:2305.18290, appendix A.3; DPO where K = 2. Of responses with the same rating
-    each is compared with all of them (Breslow 1974).
+    Rafailov et al. 2023, arXiv:2305.18290, appendix A.3; for K = 2 it is DPO. The sum over j also includes
+    responses with the same rating as i (Breslow 1974).
     """
     x, score, present = ranking_of(pair)
     x = beta * x
@@ -110,8 +114,8 @@ def info_nca(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss
     """`-sum_i softmax(s / alpha)_i log softmax(beta c)_i`: the policy's choice among the responses is as
     likely as their ratings say.
 
-    InfoNCA (Chen et al. 2024, arXiv:2402.05369, eq. 7). alpha: the difference of ratings that counts as one
-    nat; towards 0 only the best response counts.
+    InfoNCA (Chen et al. 2024, arXiv:2402.05369, eq. 7). alpha: the temperature of the softmax over ratings;
+    towards 0 only the best response counts.
     """
     require(alpha > 0, f"info_nca: alpha must be above 0, got {alpha}")
     x, score, present = ranking_of(pair, "info_nca")
@@ -121,9 +125,9 @@ def info_nca(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss
 
 def nca(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
     """`-sum_i (softmax(s / alpha)_i LS(beta c_i) + LS(-beta c_i) / K)`, LS = log sigmoid: like info_nca, but
-    of each response by itself, so that the best one does not lose log-prob.
+    each c_i counts by itself, not its differences to the others, so the best response does not lose log-prob.
 
-    NCA (Chen et al. 2024, arXiv:2402.05369, eq. 9); towards alpha = 0 and with K = 2 it is nca_pair.
+    NCA (Chen et al. 2024, arXiv:2402.05369, eq. 9). For K = 2 and alpha towards 0 it is nca_pair.
     """
     require(alpha > 0, f"nca: alpha must be above 0, got {alpha}")
     x, score, present = ranking_of(pair, "nca")
@@ -146,7 +150,7 @@ def rpo_bwd_kl(pair: PairBatch, beta: float = 0.1, eta: float = 1.0) -> PairLoss
 
 
 def rpo_fwd_kl(pair: PairBatch, beta: float = 0.1, eta: float = 1.0) -> PairLoss:
-    """`KL(softmax(beta c) || softmax(eta s))`: rpo_bwd_kl with its sides exchanged, NeMo's rpo_fwd_kl."""
+    """`KL(softmax(beta c) || softmax(eta s))`: rpo_bwd_kl with its arguments exchanged, NeMo's rpo_fwd_kl."""
     x, score, present = ranking_of(pair, "rpo_fwd_kl")
     target, policy = _log_softmax(eta * score, present), _log_softmax(beta * x, present)
     return jnp.sum(jnp.where(present, jnp.exp(policy) * (policy - target), 0), axis=-1)
@@ -186,16 +190,17 @@ def lipo(pair: PairBatch, beta: float = 0.1) -> Calibrated:
 
 
 def all_pairs(loss: Callable[..., Array]) -> PreferenceLoss:
-    """The mean of a loss of pairs over all pairs of a ranking, better against worse; ties are left out.
+    """Return a loss for rankings: the mean of `loss`, a loss for pairs, over all pairs of responses in a
+    ranking with unequal ratings, the better one as chosen.
 
-    How InstructGPT compares K responses (Ouyang et al. 2022, arXiv:2203.02155, eq. 1), for any loss:
+    InstructGPT compares K responses so (Ouyang et al. 2022, arXiv:2203.02155, eq. 1). Example:
     `all_pairs(ipo)`. Raises ValueError for a coupled loss.
     """
     declared = declaration(loss)
     if declared.coupled:
         raise ValueError(
-            "all_pairs compares the responses of one row, but this loss couples rows; "
-            "use a loss of single pairs"
+            f"all_pairs compares the responses of one row, but {loss_name(loss)} couples rows; use a loss of "
+            "single pairs, such as dpo"
         )
 
     def of_rankings(pair: PairBatch, *args: Any, **knobs: Any) -> Array:
@@ -214,7 +219,7 @@ def all_pairs(loss: Callable[..., Array]) -> PreferenceLoss:
 
 
 def _tokens_of(pair: PairBatch, better: str, worse: str) -> PairTokens:
-    """Return the tokens of two kinds of responses as a pair's, all others as padding."""
+    """Return the tokens with the responses of two kinds as chosen and rejected, and all others as padding."""
     kinds, padding = tuple(pair.responses), 2 * pair.weight.shape[1]
     slot, kind = jnp.divmod(pair.tokens.response, len(kinds))
     chosen, rejected = kind == kinds.index(better), kind == kinds.index(worse)

@@ -1,10 +1,10 @@
 """Preference losses without a reference (SimPO, CPO, ORPO, AlphaPO, TPO), and losses of single responses
 (KTO, BCO, APO).
 
-Notation as in preference_losses.py; further, lp = log pi(y|x) summed over tokens and a = lp / |y|, _c of the
-chosen and _r of the rejected response; nll = -lp_c / mean |c|, whose weighted sum is the mean over the step's
-chosen tokens. The formulas equal TRL 1.16's trainers of the same name unless a docstring says what differs;
-their NLL is a mean over a microbatch.
+Notation: c, r, LS and eps as in preference_losses.py; lp = log pi(y|x), summed over tokens, and a = lp / |y|,
+with _c for the chosen and _r for the rejected response; nll = -lp_c / mean |c|, whose weighted sum is the
+mean over the step's chosen tokens. The formulas equal TRL 1.16's trainers of the same name unless a docstring
+says what differs; TRL's nll is a mean over a microbatch.
 
 A pair of 10 tokens each, with log-probs of -8 and -10:
 
@@ -49,8 +49,7 @@ def simpo(
 ) -> Annotated[PairLoss, Claims.of("bradley_terry", "finite", "raises_margin")]:
     """`-(1 - eps) LS(x) - eps LS(-x)`, x = beta (a_c - a_r) - gamma (Meng et al. 2024, arXiv:2405.14734).
 
-    beta and gamma start in the range of its paper; TRL's defaults are 0.1 and 0.5, and TRL adds 1.0 nll
-    by default.
+    The defaults are in the paper's range; TRL's are beta=0.1 and gamma=0.5, and TRL adds 1.0 nll by default.
     """
     return logistic(beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing)
 
@@ -92,7 +91,7 @@ def cpo_ipo(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
 
 
 def log_odds(pair: PairBatch) -> PairLoss:
-    """log [odds(chosen) / odds(rejected)] with odds = p / (1 - p), p = exp(a): what ORPO compares."""
+    """Return ORPO's log-odds ratio: log [odds(chosen) / odds(rejected)], odds = p / (1 - p), p = exp(a)."""
     c, r = pair.chosen.mean, pair.rejected.mean
     return (c - r) - (log1mexp(c) - log1mexp(r))
 
@@ -109,7 +108,7 @@ def orpo(
 
 
 def orpo_metrics(pair: PairBatch) -> dict[str, Array]:
-    """TRL's further metrics of ORPO, for preference(extra=...): nll_loss, log_odds_ratio, log_odds_chosen."""
+    """Return TRL's ORPO metrics nll_loss, log_odds_ratio and log_odds_chosen, for preference(extra=...)."""
     odds = log_odds(pair)
     return {"nll_loss": nll(pair), "log_odds_ratio": log_sigmoid(odds), "log_odds_chosen": odds}
 
@@ -173,8 +172,8 @@ def tpo_l(
 
 
 def _over_responses(pair: PairBatch, chosen: Array, rejected: Array) -> PairLoss:
-    """Mean over the responses that a slot has: one in unpaired rows, two in a pair, so that a pair counts as
-    one row.
+    """Return the mean of two losses, of the chosen and of the rejected response, over the responses that a
+    slot has: one in unpaired rows, two in pairs.
     """
     total = pair.chosen.present * chosen + pair.rejected.present * rejected
     return total / jnp.maximum(pair.chosen.present + pair.rejected.present, 1.0)
@@ -185,15 +184,15 @@ def apo_zero_unpaired(
 ) -> PairLoss:
     """`desirable sigmoid(-beta c)` of a chosen response, `undesirable sigmoid(beta r)` of a rejected one.
 
-    arXiv:2408.06266; TRL's KTOTrainer with loss_type apo_zero_unpaired. A slot with both responses has their
-    mean.
+    arXiv:2408.06266; TRL's KTOTrainer with loss_type apo_zero_unpaired. desirable, undesirable: the two
+    weights. A slot with both responses has the mean of the two losses.
     """
     chosen = desirable_weight * sigmoid(-beta * pair.chosen.ratio)
     return _over_responses(pair, chosen, undesirable_weight * sigmoid(beta * pair.rejected.ratio))
 
 
 def _weighted_mean(x: Array, weight: Array) -> Array:
-    """sum w x / sum w; 0 where nothing has weight."""
+    """Return sum w x / sum w; 0 if all weights are 0."""
     total = jnp.sum(weight)
     return jnp.sum(jnp.where(weight > 0, weight * x, 0)) / jnp.where(total > 0, total, 1)
 
@@ -210,9 +209,9 @@ def kto(
     rejected one.
 
     kl = max(0, mean log-ratio of the step's `mismatched` responses), without gradient (Ethayarajh et al.
-    2024, arXiv:2402.01306). A mismatched response is another row's response to this row's prompt. The mean is
-    over the whole optimizer batch, where TRL's is over a microbatch. A slot with both responses has the mean
-    of the two.
+    2024, arXiv:2402.01306). A mismatched response is another row's response, with this row's prompt. The mean
+    is over the full optimizer batch; TRL's is over a microbatch. A slot with both responses has the mean of
+    the two losses. desirable, undesirable: the two weights.
     """
     mismatched = _response(pair, "kto", "mismatched", "another row's response: set data.third=mismatched")
     kl = jnp.maximum(_weighted_mean(mismatched.ratio, pair.weight * mismatched.present), 0)
@@ -222,7 +221,7 @@ def kto(
 
 
 def _merged(state: LossState, mean: Array, count: Array) -> dict[str, Array]:
-    """The running mean reward and its count with `count` more rewards of the given mean."""
+    """Return the state (running mean of rewards, their count) after `count` more rewards with this mean."""
     total = state["count"].astype(mean.dtype) + count
     old = state["delta"].astype(mean.dtype)
     return {"delta": old + (mean - old) * (count / jnp.maximum(total, 1)), "count": total}  # n / inf is 0
@@ -245,11 +244,11 @@ def bco(pair: PairBatch, state: LossState, beta: float = 0.1) -> PairLoss:
     """`-LS(beta c - delta)` of a chosen response, `-LS(delta - beta r)` of a rejected one, delta the mean of
     all rewards so far.
 
-    Rewards are beta c and beta r, this step's included, without gradient (Jung et al. 2024, arXiv:2404.04656;
-    TRL 1.13's BCOTrainer). Held-out pairs are not included: they use training's last delta. After
-    a step delta is updated from the metrics rewards/chosen and rewards/rejected, so the objective's beta must
+    Rewards are beta c and beta r, without gradient; delta includes this step's (Jung et al. 2024,
+    arXiv:2404.04656; TRL 1.13's BCOTrainer). Held-out pairs use the last delta of training. After a step
+    delta is updated from the metrics rewards/chosen and rewards/rejected, so the beta of preference(...) must
     equal this one. Every response has the same weight in delta, independent of its row's weight. A slot
-    with both responses has the mean of the two. TRL's density ratio weights (UDM) are not implemented.
+    with both responses has the mean of the two losses. TRL's density ratio weights (UDM) are not implemented.
     """
     c, r = beta * pair.chosen.ratio, beta * pair.rejected.ratio
     used = (pair.weight > 0).astype(c.dtype)
