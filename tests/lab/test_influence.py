@@ -276,7 +276,8 @@ def test_the_command_weighs_sources_by_gradients_through_training(place, monkeyp
     slopes = {line.split()[2]: float(line.split()[0]) for line in out.strip().splitlines()[-3:]}
     weights = {line.split()[2]: float(line.split()[1]) for line in out.strip().splitlines()[-3:]}
     assert code == 0 and slopes["bad0"] > 0 > max(slopes["good0"], slopes["good1"])
-    assert weights["bad0"] == min(weights.values()) < 0.1 and sum(weights.values()) == pytest.approx(1, abs=0.01)
+    assert weights["bad0"] == min(weights.values()) < 0.1
+    assert sum(weights.values()) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.slow  # three runs, one after the other
