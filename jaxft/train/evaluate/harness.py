@@ -130,8 +130,7 @@ def before_stops(text: str, stops: Sequence[str]) -> str:
 class HarnessBackend:
     """The loaded model with its compiled programs.
 
-    Raises ValueError for a length that the model does not have, and for a tokenizer without BOS and EOS or,
-    where it is needed, without a chat template.
+    Raises ValueError for a too large length, a tokenizer without BOS and EOS, or without a needed template.
     """
 
     def __init__(self, loaded: LoadedWeights, settings: HarnessSettings):
@@ -139,14 +138,11 @@ class HarnessBackend:
         self.loaded, self.settings, self.tokenizer = loaded, settings, tokenizer
         self.length = settings.length or limit
         if self.length > limit:
-            raise ValueError(
-                f"--max-length {self.length} exceeds the model's {limit} positions; use at most {limit}"
-            )
+            raise ValueError(f"--max-length {self.length} exceeds the model's {limit} positions; lower it")
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if bos is None and eos is None:
             raise ValueError(
-                "the model's tokenizer has no BOS or EOS token, with which texts begin; use a model whose "
-                "tokenizer has one"
+                "the model's tokenizer has no BOS or EOS token, with which texts begin; use another model"
             )
         self.prefix = eos if bos is None else bos  # before a text without a context
         self.end = bos if eos is None else eos
