@@ -333,9 +333,9 @@ def _check_setting(text: str, with_it: Any, without: Any) -> None:
     with_it, without: descriptions of the Run with this setting and without it.
     """
     changed = differences(without, with_it)
-    if text.startswith(("name=", "run.name=")) or (
-        changed and all(line.startswith("objective") for line in changed)
-    ):
+    if text.startswith(("name=", "run.name=")):
+        raise ValueError(f"--set {text} has no effect: the bench names its runs itself; leave it out")
+    if changed and all(line.startswith("objective") for line in changed):
         raise ValueError(
             f"--set {text} has no effect: the bench replaces the config's loss. Use --loss name,knob=value"
         )

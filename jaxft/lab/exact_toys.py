@@ -250,8 +250,8 @@ def minimise(risk: Risk, toy: Toy) -> Minimum:
 
 
 def _past_kinks(risk: Risk, value: float, theta: np.ndarray) -> tuple[float, np.ndarray]:
-    """Return the minimum that the simplex method finds from a point where the gradient is not 0, as at a kink
-    of a hinge, at which BFGS stops too early; elsewhere the point itself.
+    """Continue with the simplex method where BFGS has stopped too early, such as at a kink of a hinge, and
+    return (value, theta). A point whose gradient is 0 is returned as it is.
     """
     from scipy.optimize import minimize
 

@@ -199,6 +199,7 @@ def _check_optimizer(o: Optim) -> None:
         raise ValueError(
             f"optim.{twice[0]} and optim.optimizer_kwargs both set {twice[0]}; remove one of them"
         )
+    of_optax = False
     try:
         of_optax = takes_learning_rate(o.optimizer)
         first = (o.schedule,) if of_optax else (o.schedule, None, o.weight_decay)
@@ -209,8 +210,9 @@ def _check_optimizer(o: Optim) -> None:
             + [f"optim.optimizer_kwargs={name}:{value}" for name, value in o.optimizer_kwargs]
         )
         raise ValueError(
-            f"optim.optimizer={name_of(o.optimizer)} can't be called as (schedule, specs, weight_decay"
-            f"{', **hyper' if given else ''}): {error}{f'; leave out {given}' if given else ''}"
+            f"optim.optimizer={name_of(o.optimizer)} can't be called as "
+            f"(schedule{'' if of_optax else ', specs, weight_decay'}{', **hyper' if given else ''}): {error}"
+            f"{f'; leave out what it does not take of {given}' if given else ''}"
         ) from error
     if of_optax and o.weight_decay and not decays_by_mask(o.optimizer):
         raise ValueError(

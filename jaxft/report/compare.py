@@ -253,7 +253,9 @@ class Table:
 
 
 def _cell(title: str, start: Mapping[str, float | None], row: Mapping[str, float | None]) -> str:
-    """A cell of the table. start, row: the values at step 0 and at the end, by title."""
+    """Return the text of a run's cell in a column: its value at the end, "before → after" for a column of
+    WITH_START, "-" for no value. start, row: the values at step 0 and at the end, by title.
+    """
     first, value, pairs = start[title], row[title], row.get(PAIRS)
     if title == PAIRS:
         return "-" if value is None else f"{value:,.0f}"

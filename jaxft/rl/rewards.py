@@ -142,9 +142,13 @@ class FunctionReward(Reward):
             try:
                 return future.result(max(0.0, until - time.monotonic()) + SPARE_SECONDS)
             except TimeoutError:
+                if future.done() and time.monotonic() < until:  # the function's own, such as a client's
+                    raise
                 if not future.done():  # a coroutine blocks the loop
                     loop.end()
-                raise TimeoutError(f"no result after {ASYNC_SECONDS:g} s") from None
+                raise TimeoutError(
+                    f"no result after {ASYNC_SECONDS:g} s; make the function faster, and await its requests"
+                ) from None
 
         return result
 

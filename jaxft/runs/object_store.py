@@ -75,7 +75,9 @@ class Store:
             return work()
         except Exception as error:  # TensorStore's, which have no common type
             reason = " ".join(str(error).split(" [")[0].split())[:300]
-            raise StoreError(f"{self.url}: {reason or type(error).__name__}") from error
+            raise StoreError(
+                f"{self.url}: {reason or type(error).__name__}; check network, address and credentials"
+            ) from error
 
 
 def _keys_in(folder: str) -> tensorstore.KvStore.KeyRange:

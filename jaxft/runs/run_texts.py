@@ -189,8 +189,9 @@ def before_and_after(before: Evaluation, after: Evaluation) -> list[str]:
 
 
 def metric_cell(evaluation: Evaluation, name: str) -> str:
-    """Return a metric of an evaluation as text, "" without it. An accuracy, a score or a mean of rewards 0
-    and 1 has its interval and the number of pairs or prompts.
+    """Return a metric of an evaluation as text: "" if it was not measured, ALL_TIES if it has a count but no
+    value. An accuracy, a score or a mean of rewards 0 and 1 is followed by its interval and the number of
+    pairs or prompts.
     """
     count, value = count_of(evaluation["metrics"], name), evaluation["metrics"].get(name)
     if value is None:

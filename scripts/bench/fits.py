@@ -150,7 +150,9 @@ def cell(chip: str, model: str, method: str, objective: str, known: dict[str, An
 
 
 def table(cells: dict[str, Any], a: argparse.Namespace) -> str:
-    """Return Markdown with a row per model, method and objective, and a column per chip."""
+    """Return Markdown with a row per model, method and objective, and a column per chip. cells: entries of
+    the file --out by "CHIP:SIZE MODEL METHOD OBJECTIVE".
+    """
     lines = [
         "| | | | " + " | ".join(HARDWARE[chip][0] for chip in a.hardware) + " |",
         "|---" * (3 + len(a.hardware)) + "|",

@@ -180,7 +180,10 @@ class Load:
             response.read()
             return None
         if response.status != 200:
-            raise ValueError(f"status {response.status}: {response.read()[:200]!r}")
+            text = response.read()[:200]
+            raise ValueError(
+                f"the server answered {kind} with status {response.status}: {text!r}; see its log"
+            )
         if body["stream"]:
             return "".join(text_of(kind, chunk["choices"][0]) for chunk in events(response))
         return text_of(kind, json.loads(response.read())["choices"][0])

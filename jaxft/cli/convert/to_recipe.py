@@ -454,10 +454,10 @@ def _evaluation(draft: Draft) -> None:
 
 
 def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | None) -> None:
-    """Convert `times` per epoch to an interval as a fraction of the run.
+    """Convert an option that counts events per epoch to an interval as a fraction of the run, in `draft`.
 
-    option: the option to record; as lost if the interval is the whole run or loop.steps= is set. setting:
-    such as loop.eval_every.
+    setting: of the interval, such as loop.eval_every. times: events per epoch. The option is recorded as lost
+    if the interval would be the whole run, if loop.steps= is set, or if `times` is None or 0.
     """
     given = draft.number("num_train_epochs") or draft.number("num_epochs")
     epochs = given or EPOCHS[draft.source.tool]

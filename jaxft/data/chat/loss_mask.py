@@ -367,7 +367,9 @@ def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
 
 
 def _short(text: str, most: int, tokenizer: Any) -> str:
-    """Return the text unchanged. Raises InvalidRow if even a beginning of it has more than `most` tokens."""
+    """Return the text unchanged, or raise InvalidRow if a beginning of it already has more than `most` +
+    SPARE_TOKENS tokens, so that a much too long text is not tokenised as a whole.
+    """
     size = 4 * (most + SPARE_TOKENS)
     while size < len(text):
         (ids,) = _ids_of([text[:size]], tokenizer, False)

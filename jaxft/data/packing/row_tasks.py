@@ -1,9 +1,10 @@
 """Rows of SFT, preferences and rollouts as token ids: their loss masks, and rows that are too long.
 
 A pair is split where TRL splits it (TRL 1.16, dpo_trainer.py, tokenize_fn). The prompt is tokenised alone,
-with the generation prompt, and again with each response. It ends where these token ids first differ, and all
-responses of a pair share the shortest prompt. A token that spans the end of the prompt belongs to the
-response; such pairs are counted. A row whose prompt differs in more than its last token is an error.
+with the generation prompt, and again together with each response. It ends at the first token in which the two
+differ, and all responses of a pair share the shortest such prompt. A token that spans the end of the prompt
+belongs to the response; such pairs are counted. A row is invalid if a response changes more tokens of the
+prompt than the last one.
 """
 
 import base64

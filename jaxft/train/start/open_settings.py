@@ -224,7 +224,9 @@ def _recorded(settings: Resolved, root: Path) -> Chosen:
 
 
 def _budget(settings: Resolved) -> int:
-    """Return the most tokens of a microbatch: MICRO_TOKENS, or the recipe's number if it is greater."""
+    """Return the most tokens that a microbatch may have: MICRO_TOKENS, or the tokens of a microbatch with the
+    recipe's defaults if these are more.
+    """
     data: Any = settings.value.data
 
     def own(name: str) -> int:

@@ -280,7 +280,7 @@ def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> s
 
 
 def codes_folder(name: str) -> Path:
-    """Return the folder of calibrated codes in the cache, which may not exist."""
+    """Return the path of the calibrated codes `name` in the cache; it may not exist."""
     return cache_folder() / CALIBRATED / name
 
 

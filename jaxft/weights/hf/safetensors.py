@@ -72,6 +72,8 @@ def open_safetensors(where: Path, paths: Iterable[Path]) -> SafetensorsFiles:
 
 
 def _open(path: Path) -> safe_open:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file; download or export its folder again")
     if not path.is_file():
         raise ValueError(f"{path}: not a regular file; use a safetensors file")
     total = path.stat().st_size
