@@ -15,7 +15,7 @@ import pytest
 from dpo_place import write_pair_place
 from prepared import working_directory
 
-from jaxft.lab import halving
+from jaxft.lab import halving, trial_arrays
 from jaxft.lab.appendix import REPORT, write_appendix
 from jaxft.lab.results import read_study
 from jaxft.lab.study import LogRange, LossTrial, SearchedLoss, Study, load_study
@@ -107,7 +107,7 @@ def test_a_trial_has_the_metrics_of_a_run_with_its_settings(place):
         study, _ = load_study("alone.py")
         for label in study.losses:
             trial = study.trials_of(label)[2]
-            settings = replace(halving.plain_run(study, label, trial, 0), name=f"alone-{label}")
+            settings = replace(trial_arrays.plain_run(study, label, trial, 0), name=f"alone-{label}")
             settings = replace(settings, loop=replace(settings.loop, eval_every=3))
             assert loop.run(settings) == 0
             entries = read_entries(place / f"runs/alone-{label}/metrics.jsonl")
@@ -131,7 +131,7 @@ def test_a_loss_with_a_state_has_it_in_each_slot_from_the_start_of_each_trial(pl
     with working_directory(place):
         study, _ = load_study("bco.py")
         trial = study.trials_of("bco")[2]
-        settings = replace(halving.plain_run(study, "bco", trial, 0), name="bco-alone")
+        settings = replace(trial_arrays.plain_run(study, "bco", trial, 0), name="bco-alone")
         assert loop.run(replace(settings, loop=replace(settings.loop, eval_every=3))) == 0
     entries = read_entries(place / "runs/bco-alone/metrics.jsonl")
     expected = {entry["step"]: entry for entry in entries if "eval_loss" in entry}
@@ -144,13 +144,13 @@ def test_a_loss_with_a_state_has_it_in_each_slot_from_the_start_of_each_trial(pl
 
 def test_the_state_of_a_loss_is_updated_from_rewards_with_its_own_beta():
     loss, trial = SearchedLoss(bco, {"beta": (0.3,)}), LossTrial(0, 1e-3, {"beta": 0.3})
-    objective = halving.searched(None, loss, trial)
+    objective = trial_arrays.searched(None, loss, trial)
     aux = objective.init({}, True)
     metrics = {"rewards/chosen": Sum(jnp.float32(6), jnp.float32(3)), "rewards/rejected": Sum(-2.0, 3.0)}
     state = objective.update(aux, {}, metrics)["loss"]  # 3 rewards of 2 nats and 3 of -2/3
     assert state["delta"] == pytest.approx(0.3 * (6 - 2) / 6) and state["count"] == 6
-    assert halving.own_beta(SearchedLoss(partial(bco, beta=0.7))) == 0.7
-    assert halving.own_beta(SearchedLoss(lambda pair: pair)) == 1.0
+    assert trial_arrays.own_beta(SearchedLoss(partial(bco, beta=0.7))) == 0.7
+    assert trial_arrays.own_beta(SearchedLoss(lambda pair: pair)) == 1.0
 
 
 @pytest.mark.slow

@@ -283,9 +283,9 @@ def test_a_run_stores_its_targets_quantised_and_nothing_else():
         (None, None, Quant(), "quant=nf4 freezes base/layers/attn/k, which is trainable;"),
         (Adapter(), "adapter/.*|base/layers/mlp/up", Quant("int8"), "quant=int8 freezes base/layers/mlp/up"),
         (Adapter(), None, Quant(targets="layers/up"),
-        "quant.targets='layers/up' matches no matrix; the paths are embed, head, "),
+        "quant.targets='layers/up' matches no matrix; use a pattern of embed, head, "),
         (Adapter(), None, Quant(targets=".*norm"),
-        "quant.targets='.*norm' matches no matrix; the paths are embed, head, "),
+        "quant.targets='.*norm' matches no matrix; use a pattern of embed, head, "),
         (Adapter(), None, Quant(targets="("), "quant.targets: '(' is not a valid regular expression"),
     ],
 )  # fmt: skip

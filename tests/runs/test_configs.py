@@ -201,7 +201,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
     assert critic() == critic("critic=reward") == replace(head, trained=True) and head.start
     assert critic("reward=jaxft.rl.rewards:exact") == critic("critic=shared") == HeadSettings()
     assert critic("critic=fresh", "rank=4").adapter.rank == 4 and critic("critic=full").weights
-    with pytest.raises(ValueError, match="critic=reward needs a reward model that shares the base"):
+    with pytest.raises(ValueError, match="critic=reward starts from a reward model that shares the base"):
         critic("reward=jaxft.rl.rewards:exact", "critic=reward")
 
 

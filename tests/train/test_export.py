@@ -224,7 +224,7 @@ def test_an_export_has_a_card_and_a_tokenizer_for_transformers_4_and_5(script, w
     "mlp, words",
     [
         (128, ("bitsandbytes' layout, which vLLM loads, and transformers with bitsandbytes",)),
-        (96, ("warning: jaxft's own layout", "layers/mlp/down has 96 inputs", "block size 64")),
+        (96, ("warning: jaxft's own layout", "the 96 inputs of layers/mlp/down", "block size 64")),
     ],
 )
 def test_pack_names_the_layout_and_why_it_is_not_bitsandbytes(script, tmp_path, mlp, words):

@@ -193,7 +193,10 @@ def test_an_adapter_trained_on_another_base_is_reported(tmp_path):
     assert line.endswith("write the merged model with scripts/export.py and use that")
     (tmp_path / "first" / "config.json").write_text(json.dumps({**record, "adapter": asdict(Adapter())}))
     (line,) = adapter_folders.base_differences(start, "here", identity, Quant(), loftq)
-    assert "a base with quant=nf4, but this run has quant=nf4 with adapter.init=loftq, whose" in line
+    assert (
+        "a base with quant=nf4, but this run has quant=nf4 with adapter.init=loftq, which rounds the base"
+        in line
+    )
     (tmp_path / "first" / "config.json").write_text(json.dumps(record))
     config = tmp_path / "first" / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"}))

@@ -109,7 +109,11 @@ def test_values_are_those_of_the_layouts_definition_and_are_read_unchanged(
     [
         ({}, ("--pack", "nf4", "--format", "gptq"), "--format gptq: its weights are int4, not nf4"),
         ({}, ("--pack", "int8", "--format", "awq"), "--format awq: its weights are int4, not int8"),
-        (dict(intermediate_size=96), ("--pack", "int4", "--format", "gptq"), "layers/mlp/down has 96 inputs"),
+        (
+            dict(intermediate_size=96),
+            ("--pack", "int4", "--format", "gptq"),
+            "does not divide the 96 inputs of layers/mlp/down",
+        ),
         ({}, ("--format", "gptq"), "add --pack int4"),
     ],
 )

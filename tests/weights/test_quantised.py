@@ -188,7 +188,7 @@ def bad(tmp_path, method="gptq", drop=None, change=None, **settings):
 
 
 REFUSED = {
-    "bits": (dict(bits=3), "gptq weights of 3 bits, but jaxft reads those of 4"),
+    "bits": (dict(bits=3), "gptq weights of 3 bits, but jaxft reads only 4"),
     "group size": (dict(group_size=0), "group_size is 0, expected a number of inputs or -1"),
     "a version": (
         dict(method="awq", version="gemv"),
