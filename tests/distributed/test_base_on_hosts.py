@@ -14,10 +14,10 @@ from jaxft.distributed.processes import Watchdog
 number = os.environ.get("JAXFT_PROCESS", "one")
 os.environ["JAXFT_CACHE"] = "cache-" + number
 at = Watchdog.at
-def noted(self, phase):
+def noted(self, phase, **how):
     with open("phases-" + number, "a") as file:
         print(phase, file=file)
-    at(self, phase)
+    at(self, phase, **how)
 Watchdog.at = noted
 """
 # Saves the first `a` of every kernel; process 1's own decomposition has other signs.
