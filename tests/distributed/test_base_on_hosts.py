@@ -73,7 +73,8 @@ def test_every_process_has_the_codes_of_one_and_its_watchdog_hears_of_each_layer
         {path.name: path.read_bytes() for path in (folder / f"cache-{number}" / "calibrated").glob("*/*")}
         for number in ("one", "0", "1")
     ]
-    assert len(codes[0]) == 4 and codes[0] == codes[1] == codes[2]
+    assert len(codes[0]) == 5  # three layers, calibration.json and the hashes
+    assert codes[0] == codes[1] == codes[2]
     layers = [f"calibrated layer {i} of 3" for i in (1, 2, 3)]
     for number, expected in (("one", layers), ("0", 2 * layers), ("1", 2 * layers)):
         phases = (folder / f"phases-{number}").read_text().splitlines()
