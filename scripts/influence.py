@@ -11,10 +11,10 @@ step 0 without one. A row's influence is the margin that all other rows, held-ou
 it from their gradients: below 0 its label is probably wrong. That takes less than half an epoch of training.
 With --gradients it is the cosine of the gradients of the losses, for any loss, and rows that repeat one
 another are found; it takes longer than an epoch. With --leave-out an adapter is trained without each source,
-and one with all of them, together in one program. With --through the held-out loss after that many steps is
-differentiated by the weights of the sources, and weights that follow the gradient are found; it takes as
-long as about 50 times as many steps. runs/<name>/influence.csv has all influences; --keep writes the rows of
-highest influence.
+and one with all of them, together in one program. With --through STEPS the held-out loss after so many
+steps of training is differentiated with respect to the weights of the sources, and weights that lower it are
+fitted by gradient descent. runs/<name>/influence.csv has all influences; --keep writes the rows of highest
+influence.
 """
 
 import argparse
@@ -86,7 +86,9 @@ def leave_out(run: Any) -> int:
 
 
 def weigh(parts: Any, steps: int) -> int:
-    """Print the derivatives of the held-out loss by the weights of the sources, and weights that follow."""
+    """Print the derivatives of the held-out loss with respect to the weights of the sources, and weights that
+    are fitted to lower it.
+    """
     import jax.numpy as jnp
 
     from jaxft.lab.training_gradients import (
@@ -101,7 +103,7 @@ def weigh(parts: Any, steps: int) -> int:
     weights = fit_source_weights(training, rounds=12)[-1]
     at = TrainingNumbers({}, jnp.full(len(names), 1 / len(names)))
     slopes = held_out_gradient(training, at).weights
-    print(f"\nd(held-out loss after {steps} steps)/d(weight) at equal weights, and weights that follow it:")
+    print(f"\nd(held-out loss after {steps} steps)/d(weight) at equal weights, and fitted weights:")
     for slope, weight, name in sorted(zip(slopes.tolist(), weights, names, strict=True), reverse=True):
         print(f"  {slope:+.3g}  {weight:.3f}  {name}")
     return 0
@@ -118,8 +120,10 @@ def main() -> int:
         if given and (args.keep is not None or args.gradients):
             raise ValueError(f"{option} is about sources; leave out --keep, --out and --gradients")
     if args.through is not None:
-        if args.leave_out or args.through < 1:
-            raise ValueError(f"--through {args.through}: expected steps, at least 1, without --leave-out")
+        if args.leave_out:
+            raise ValueError("--through and --leave-out are two ways to judge sources; use one of them")
+        if args.through < 1:
+            raise ValueError(f"--through {args.through}: expected a number of steps, at least 1")
         os.environ["JAXFT_ATTENTION"] = "reference"  # which has a second derivative
     from jaxft.cli import cli
     from jaxft.distributed import processes

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxft.batch import Pairs
+from jaxft.lab.trial_arrays import reading_knobs
 from jaxft.nn.attention.attention import asked_for
 from jaxft.objectives.objective import Objective
 from jaxft.optim.update import standard_promotion
@@ -57,8 +58,8 @@ class ShortTraining(NamedTuple):
 
 
 def differentiable_adam(lr: float) -> optax.GradientTransformation:
-    """Return Adam whose square root is differentiable at a gradient of 0. It moves a parameter less whose
-    gradients are below 1e-5.
+    """Return Adam whose square root is differentiable at a gradient of 0. Parameters with gradients below
+    1e-5 move less than with plain Adam.
     """
     return optax.adam(lr, eps_root=1e-10)
 
@@ -168,8 +169,8 @@ def short_training(
     """Return the first steps of a prepared recipe of pairs, evaluated on its held-out pairs.
 
     parts: from jaxft.prepare on one device, with attention="reference". lr: of differentiable_adam, which
-    replaces the recipe's optimizer. loss, knobs: another loss for training, and the values of those of its
-    knobs by which the held-out loss, the recipe's, is differentiated. Raises ValueError for a recipe without
+    replaces the recipe's optimizer. loss: another loss for training; the held-out loss stays the recipe's.
+    knobs: values of its knobs, for derivatives with respect to them. Raises ValueError for a recipe without
     held-out rows, or one of rollouts.
 
         rows = {"data": ("good.jsonl", "bad.jsonl"), "held_out": "held_out.jsonl"}
@@ -198,20 +199,11 @@ def short_training(
 
     objective, aux = parts.objective, parts.state.aux
     if loss is not None:
-        objective = _with_knobs(parts, loss, knobs or {})
-        aux = {**aux, LOSS_KNOBS: {name: jnp.asarray(x, jnp.float32) for name, x in (knobs or {}).items()}}
+        make: Callable[..., Objective] = parts.run.objective
+        objective = reading_knobs(lambda x: make(parts.model, loss=partial(loss, **x)), knobs or {})
+        aux = {**objective.init(parts.state.trainable, False), **aux}
     return ShortTraining(
         objective, parts.objective.for_evaluation(), parts.state.trainable, parts.frozen, aux,
         stacked(parts.source.batch(step, parts.state)[0] for step in range(steps)),
         stacked(parts.source.held_out), differentiable_adam(lr),
     )  # fmt: skip
-
-
-def _with_knobs(parts: Prepared, loss: Callable[..., Array], knobs: Mapping[str, float]) -> Objective:
-    """The recipe's objective with another loss, whose knobs are read in aux["knobs"]."""
-
-    def of(knobs: Mapping[str, Any]) -> Objective:
-        make: Callable[..., Objective] = parts.run.objective
-        return make(parts.model, loss=partial(loss, **knobs))
-
-    return of(knobs)._replace(loss=lambda outputs, aux: of(aux[LOSS_KNOBS]).loss(outputs, aux))

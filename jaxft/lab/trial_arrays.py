@@ -85,14 +85,7 @@ def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Obje
     def with_knobs(knobs: Mapping[str, Any]) -> Objective:
         return preference(model, partial(loss.fn, **knobs), beta=1.0)
 
-    plain = with_knobs(trial.knobs)
-
-    def loss_of(evaluated: bool, outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
-        objective = with_knobs(aux[LOSS_KNOBS])
-        return (objective.for_evaluation() if evaluated else objective).loss(outputs, aux)
-
-    def init(trainable: Params, at_base: bool) -> Aux:
-        return {**plain.init(trainable, at_base), LOSS_KNOBS: _arrays(trial.knobs)}
+    plain = reading_knobs(with_knobs, trial.knobs)
 
     def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
         beta = aux[LOSS_KNOBS].get("beta", own_beta(loss))
@@ -103,12 +96,26 @@ def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Obje
         }
         return plain.update(aux, trainable, {**metrics, **own})
 
+    return plain._replace(update=update)
+
+
+def reading_knobs(make: Callable[[Mapping[str, Any]], Objective], knobs: Mapping[str, float]) -> Objective:
+    """Return the objective `make(knobs)`, with a loss that reads its knobs in aux["knobs"], as scalars.
+
+    knobs: the values with which `init` fills aux["knobs"].
+    """
+    plain = make(knobs)
+
+    def loss_of(evaluated: bool, outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
+        objective = make(aux[LOSS_KNOBS])
+        return (objective.for_evaluation() if evaluated else objective).loss(outputs, aux)
+
+    def init(trainable: Params, at_base: bool) -> Aux:
+        arrays = {name: jnp.asarray(value, jnp.float32) for name, value in knobs.items()}
+        return {**plain.init(trainable, at_base), LOSS_KNOBS: arrays}
+
     whole = partial(loss_of, False), partial(loss_of, True)
-    return plain._replace(loss=whole[0], eval_loss=whole[1], init=init, update=update)
-
-
-def _arrays(knobs: Mapping[str, float]) -> dict[str, Array]:
-    return {name: jnp.asarray(value, jnp.float32) for name, value in knobs.items()}
+    return plain._replace(loss=whole[0], eval_loss=whole[1], init=init)
 
 
 def with_rate(schedule: optax.Schedule, specs: Specs, weight_decay: float, *, optim: Optim) -> UpdateRule:

@@ -313,7 +313,7 @@ def test_flipped_labels_and_a_bad_source_are_found_in_the_default_world_on_a_rea
         (["--leave-out"], "the run has one source; name several, as in data=a.jsonl,b.jsonl"),
         (["--leave-out", "--gradients"], "--leave-out is about sources"),
         (["--through", "2", "--keep", "0.5"], "--through is about sources"),
-        (["--through", "0"], "--through 0: expected steps, at least 1"),
+        (["--through", "0"], "--through 0: expected a number of steps, at least 1"),
     ],
 )
 def test_a_mistake_is_one_line(place, monkeypatch, capsys, argv, text):
