@@ -4,19 +4,23 @@
     python scripts/influence.py --config configs/dpo.py data=pairs.jsonl name=first
     python scripts/influence.py dpo data=pairs.jsonl name=first --keep 0.5 --out best.jsonl
     python scripts/influence.py dpo data=a.jsonl,b.jsonl,c.jsonl --leave-out
+    python scripts/influence.py dpo data=a.jsonl,b.jsonl,c.jsonl --through 4
 
 Give the recipe and settings as for `train`. It reads the newest checkpoint of runs/<name>, or the model at
 step 0 without one. A row's influence is the margin that all other rows, held-out ones included, predict for
 it from their gradients: below 0 its label is probably wrong. That takes less than half an epoch of training.
 With --gradients it is the cosine of the gradients of the losses, for any loss, and rows that repeat one
 another are found; it takes longer than an epoch. With --leave-out an adapter is trained without each source,
-and one with all of them, together in one program. runs/<name>/influence.csv has all influences; --keep writes
-the rows of highest influence.
+and one with all of them, together in one program. With --through the held-out loss after that many steps is
+differentiated by the weights of the sources, and weights that follow the gradient are found; it takes as
+long as about 50 times as many steps. runs/<name>/influence.csv has all influences; --keep writes the rows of
+highest influence.
 """
 
 import argparse
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--leave-out", action="store_true", help="train without each source: what each of them changes"
+    )
+    parser.add_argument(
+        "--through", type=int, metavar="STEPS", help="weights of the sources, by gradients through training"
     )
     parser.add_argument("--keep", type=float, help="the fraction of the training rows to write to --out")
     parser.add_argument(
@@ -78,6 +85,28 @@ def leave_out(run: Any) -> int:
     return 0
 
 
+def weigh(parts: Any, steps: int) -> int:
+    """Print the derivatives of the held-out loss by the weights of the sources, and weights that follow."""
+    import jax.numpy as jnp
+
+    from jaxft.lab.training_gradients import (
+        TrainingNumbers,
+        fit_source_weights,
+        held_out_gradient,
+        short_training,
+    )
+
+    training = short_training(parts, steps, parts.run.optim.lr)
+    names = training.batches.source_names
+    weights = fit_source_weights(training, rounds=12)[-1]
+    at = TrainingNumbers({}, jnp.full(len(names), 1 / len(names)))
+    slopes = held_out_gradient(training, at).weights
+    print(f"\nd(held-out loss after {steps} steps)/d(weight) at equal weights, and weights that follow it:")
+    for slope, weight, name in sorted(zip(slopes.tolist(), weights, names, strict=True), reverse=True):
+        print(f"  {slope:+.3g}  {weight:.3f}  {name}")
+    return 0
+
+
 def main() -> int:
     """Compute the influence of all training rows, print the extremes, and write the files."""
     args = make_parser().parse_intermixed_args()
@@ -85,8 +114,13 @@ def main() -> int:
         raise ValueError(f"--keep {args.keep}: expected a fraction above 0 and at most 1, such as 0.5")
     if args.out and args.keep is None:
         raise ValueError("--out needs --keep, the fraction of the rows to write; add --keep 0.5")
-    if args.leave_out and (args.keep is not None or args.gradients):
-        raise ValueError("--leave-out is about sources; leave out --keep, --out and --gradients")
+    for option, given in {"--leave-out": args.leave_out, "--through": args.through is not None}.items():
+        if given and (args.keep is not None or args.gradients):
+            raise ValueError(f"{option} is about sources; leave out --keep, --out and --gradients")
+    if args.through is not None:
+        if args.leave_out or args.through < 1:
+            raise ValueError(f"--through {args.through}: expected steps, at least 1, without --leave-out")
+        os.environ["JAXFT_ATTENTION"] = "reference"  # which has a second derivative
     from jaxft.cli import cli
     from jaxft.distributed import processes
     from jaxft.lab.influence import check_is_of_pairs, gradients_of_rows, margins_of_rows, rows_by_name
@@ -104,6 +138,8 @@ def main() -> int:
         return leave_out(resolved.value)
     folder = run_folder(resolved.value, Path("runs"))
     parts = prepare_run(resolved.value, resolved.describe(), folder)
+    if args.through is not None:
+        return weigh(parts, args.through)
     step = int(parts.state.step)
     print(f"gradients of {folder} at step {step}" if step else f"{folder} has no checkpoint: step 0")
     if args.gradients:
@@ -121,7 +157,7 @@ def main() -> int:
     if args.keep is not None:
         rows, out = rows_by_name(resolved.value.data.train), args.out or folder / "best.jsonl"
         kept = influence.subset(args.keep)
-        lines = [json.dumps(rows[influence.names[i]], ensure_ascii=False) for i in kept]
+        lines = [json.dumps(rows[influence.names[i]], ensure_ascii=False, default=str) for i in kept]
         out.write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{out}: the {len(kept)} of {len(influence.names)} rows of highest influence")
     return 0

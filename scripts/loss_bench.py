@@ -371,12 +371,19 @@ def file_name(label: str) -> str:
 
 def main() -> int:
     """Check the losses on synthetic pairs, then train with them."""
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     if args.seeds < 1:
         raise ValueError(f"--seeds={args.seeds}; expected at least 1")
     if args.steps < 1:
         raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to skip training")
     if args.zoo:
+        given = [name for name, x in vars(args).items() if x != parser.get_default(name)]
+        unread = [f"--{name.replace('_', '-')}" for name in given if name not in ("zoo", "loss", "out")]
+        if unread:
+            raise ValueError(
+                f"--zoo trains nothing and reads --loss and --out; leave out {', '.join(unread)}"
+            )
         losses = parse_losses(args.loss or [*PREFERENCE_LOSSES])
         size = write_zoo(losses, args.out / "zoo.html", partial(print, flush=True))
         print(f"\n{args.out / 'zoo.html'} ({size / 1e6:.1f} MB)")

@@ -26,6 +26,7 @@ keeps_chosen: chosen responses don't lose log-prob while the margin grows, even 
 antisymmetric, difference: see loss_checks.py.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from jaxft.lab.loss_evaluation import (
     Probe,
     evaluate_pairs,
     format_number,
+    one_line,
     synthetic_pairs,
 )
 from jaxft.objectives.losses.ranking_losses import RATING
@@ -49,6 +51,7 @@ from jaxft.objectives.pair import PairBatch
 COPIES = 512  # pairs of the batch that stands for the population of a coupled loss
 FAR = 1e4  # nats from the reference where a search ends
 END_MARGIN = 1.0  # nats, the mean margin at which a path from the reference ends
+KINK = 1e-5  # gradient per nat above which a search has not ended at a smooth minimum
 FLAT = 1e-7  # rise of the risk, relative to its change since the reference, that counts as none
 CLAIMS = (
     "antisymmetric",
@@ -98,6 +101,8 @@ def bradley_terry_toy(
     """
     r = np.asarray(reward, np.float64)
     N = len(r)
+    if N < 2:
+        raise ValueError(f"a toy compares responses, and has {N}; give the rewards of two or more")
     known = log_softmax(np.zeros(N) if reference is None else np.asarray(reference, np.float64))
     prefer = 1 / (1 + np.exp(r[None, :] - r[:, None]))
     compared = (1 - np.eye(N)) / (N * (N - 1))
@@ -169,10 +174,14 @@ def open_risk(probe: Probe, toy: Toy, **knobs: float) -> Risk:
     given = {name: np.float64(x) for name, x in knobs.items()}
 
     def of_logits(logits: np.ndarray) -> tuple[float, np.ndarray]:
-        with jax.enable_x64(True):
-            value, gradient = probe.run_risk(
-                np.asarray(logits, np.float64), toy.reference, pair, index, given
-            )
+        try:
+            with jax.enable_x64(True):
+                value, gradient = probe.run_risk(
+                    np.asarray(logits, np.float64), toy.reference, pair, index, given
+                )
+        except Exception as error:  # a user's function is traced here, with arrays for its knobs
+            named = f" with {', '.join(given)} as arrays" if given else ""
+            raise ValueError(f"{probe.name} fails in float64{named}: {one_line(error)}") from error
         return float(value), np.asarray(gradient, np.float64)
 
     def of_theta(theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -214,15 +223,20 @@ def minimise(risk: Risk, toy: Toy) -> Minimum:
     zero = np.zeros(toy.features.shape[1])
     options = {"gtol": 1e-11}
     first, along = risk.of_theta(zero)[0], toy.features.T @ (toy.reward - toy.reward.mean())
+    if not math.isfinite(first):
+        return Minimum(toy.reference, first, False, True, toy.reference)
     nudge = np.random.default_rng(0).normal(0, 0.1, zero.shape)  # leaves kinks and saddle points
-    ends = []
+    ends = list[tuple[float, np.ndarray]]()
     for start in (zero, nudge, 5.0 * along, 50.0 * along):
         with np.errstate(all="ignore"):
             end = minimize(risk.of_theta, start, jac=True, method="BFGS", options=options, callback=far)
-        ends.append((float(end.fun), end.x) if np.isfinite(end.x).all() else (first, zero))
+        failed = math.isnan(end.fun) or not np.isfinite(end.x).all()
+        ends.append((first, zero) if failed else (float(end.fun), end.x))
     lowest = min(value for value, _ in ends)
     near = 1e-4 * abs(first - lowest) + 1e-9
     best, theta = next((value, x) for value, x in ends if value <= lowest + FLAT * near)
+    if np.abs(theta).max() < FAR:
+        best, theta = _past_kinks(risk, best, theta)
     reached = min(ends[:2], key=lambda end: end[0])
     logits = toy.features @ theta
     falls = [first - risk.of_logits(k * logits)[0] for k in (1.0, 2.0, 4.0)]
@@ -233,6 +247,25 @@ def minimise(risk: Risk, toy: Toy) -> Minimum:
     finite = all(rises) or not logits.any()
     local = logp if reached[0] <= best + near else log_softmax(toy.reference + toy.features @ reached[1])
     return Minimum(logp, best, finite, bounded, local)
+
+
+def _past_kinks(risk: Risk, value: float, theta: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the minimum that the simplex method finds from a point where the gradient is not 0, as at a kink
+    of a hinge, at which BFGS stops too early; elsewhere the point itself.
+    """
+    from scipy.optimize import minimize
+
+    for _ in range(2):  # a second simplex, since the first may collapse
+        if not np.abs(risk.of_theta(theta)[1]).max() > KINK:
+            break
+        sides = np.diag(np.full(len(theta), 0.2 * np.abs(theta).max() + 0.1))
+        options = {"adaptive": True, "xatol": 1e-7, "fatol": 1e-12, "maxfev": 3000}
+        options["initial_simplex"] = theta + np.concatenate([0 * theta[None], sides])
+        end = minimize(lambda x: risk.of_theta(x)[0], theta, method="Nelder-Mead", options=options)
+        if not end.fun < value:
+            break
+        value, theta = float(end.fun), end.x
+    return value, theta
 
 
 @dataclass(frozen=True)
@@ -395,7 +428,9 @@ def _claimed(name: str, claimed: bool, holds: bool, message: str) -> Check:
 def _check_finite(minimum: Minimum, claimed: bool) -> Check:
     name = "optimum"
     if not np.isfinite(minimum.risk):
-        return Check(name, False, "the expected loss is not finite at any policy that the search reached")
+        return Check(
+            name, False, "the expected loss is not finite at the reference or at the best policy found"
+        )
     if not minimum.bounded:
         message = "the expected loss falls without bound as a response's probability goes to 0"
         return Check(name, False, f"{message}; bound it, with log_sigmoid or a square of the margin")

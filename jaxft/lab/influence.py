@@ -9,8 +9,9 @@ others on it (Koh & Liang 2017, arXiv:1703.04730), with the Gauss-Newton Hessian
 contradicts the others, and is probably wrong.
 
 `gradients_of_rows` computes the gradient of each row's loss by all trainable parameters, projected at random
-onto a few thousand numbers (as LESS, Xia et al. 2024, arXiv:2402.04333): their cosines with the held-out
-gradient, and with one another. It takes longer than an epoch.
+onto a few thousand numbers: their cosines with the held-out gradient, and with one another. It takes longer
+than an epoch. This is LESS (Xia et al. 2024, arXiv:2402.04333) for one checkpoint and plain gradients; LESS
+adds the cosines of several checkpoints, and divides the gradients of training rows as Adam does.
 
     parts = jaxft.prepare("dpo", rows)
     state = ...                                      # train with parts.step, or restore a checkpoint
@@ -39,7 +40,7 @@ from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pair_layout
 from jaxft.data.packing.pack import RowShape, round_up
 from jaxft.data.pairs import PairRows, PairSource
-from jaxft.data.rows.dataset_rows import read_rows
+from jaxft.data.rows.dataset_rows import find_data, read_rows
 from jaxft.data.rows.mixture import parse_sources, sources_with_metrics
 from jaxft.distributed import sharding
 from jaxft.objectives.intervals import Paired, paired_means
@@ -120,7 +121,7 @@ class RowGradients:
 
     @property
     def influence(self) -> Influence:
-        """The cosine of each row's gradient with the held-out one (LESS)."""
+        """The cosine of each row's gradient with the held-out one."""
         return Influence(self.names, _unit(self.gradients) @ _unit(self.held_out[None])[0])
 
     def duplicates(self, same: float = SAME) -> list[tuple[int, int, float]]:
@@ -172,7 +173,8 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
     trainable, frozen, aux = jax.device_put(
         (state.trainable, parts.frozen, state.aux), sharding.replicated(mesh)
     )
-    names = np.asarray([source.split.rows.names[i] for i in source.split.train])
+    folders, split = source_folders(parts.run.data.train), source.split
+    names = np.asarray([f"{folders[split.sources[i]]}{split.rows.names[i]}" for i in split.train])
     return _Opened(source, mesh, trainable, frozen, aux, names)
 
 
@@ -208,8 +210,7 @@ def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int
             used = batch.index >= 0
             by_index |= dict(zip(batch.index[used].tolist(), gradients[used], strict=True))
     train, held_out = (np.stack([by_index[i] for i in which]) for which in (rows.train, rows.held))
-    if not (np.isfinite(train).all() and np.isfinite(held_out).all()):
-        raise ValueError("the gradients are not finite: the run has diverged; use an earlier checkpoint")
+    _check_finite(train, held_out)
     return MarginGradients(run.names, train, held_out)
 
 
@@ -310,13 +311,39 @@ def gradients_of_rows(
             )
             for which in (run.source.split.train, run.source.split.held)
         )
-    return RowGradients(run.names, train, held.mean(0))
+    found = RowGradients(run.names, train, held.mean(0))
+    _check_finite(found.gradients, found.held_out)
+    if not found.held_out.any():
+        raise ValueError(
+            "the gradient of the held-out loss is 0 at this step, so that no row has an influence on it; use "
+            "an earlier checkpoint, or other held-out rows"
+        )
+    return found
+
+
+def _check_finite(*gradients: np.ndarray) -> None:
+    if not all(np.isfinite(x).all() for x in gradients):
+        raise ValueError("the gradients are not finite: the run has diverged; use an earlier checkpoint")
 
 
 def rows_by_name(train: str) -> dict[str, dict[str, Any]]:
     """Return the columns of all rows of data.train by FILE:LINE."""
-    parts = (read_rows(source.ref) for source in parse_sources(train))
-    return {row.name: row.fields for rows in parts for row in rows}
+    folders, sources = source_folders(train), parse_sources(train)
+    parts = zip(folders, (read_rows(source.ref) for source in sources), strict=True)
+    return {f"{folder}{row.name}": row.fields for folder, rows in parts for row in rows}
+
+
+def source_folders(train: str) -> list[str]:
+    """Return what precedes FILE:LINE in the name of a row of each source: a folder if several sources have
+    files of one name, or are folders, else nothing.
+    """
+    paths = [(Path(source.ref), find_data(source.ref)) for source in parse_sources(train)]
+    folders = [found is not None and found.is_dir() for _, found in paths]
+    if len(paths) == 1 or (len({path.name for path, _ in paths}) == len(paths) and not any(folders)):
+        return [""] * len(paths)
+    return [
+        f"{path if is_folder else path.parent}/" for (path, _), is_folder in zip(paths, folders, strict=True)
+    ]
 
 
 def _single_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> Iterator[tuple[Pairs, np.ndarray]]:
@@ -382,12 +409,13 @@ def train_without_sources(run: Run, root: Path = Path("runs")) -> list[SourceEff
         raise ValueError("the run has one source; name several, as in data=a.jsonl,b.jsonl")
     if not run.data.holds_out:
         raise ValueError("no rows are held out to measure the effects on; set held_out=FILE or a fraction")
-    left_out = {f"without-{name}": number for number, name in enumerate(names)}
+    labels = [f"without-{name.replace('/', '-')}" for name in names]
+    left_out = {label: number for number, label in enumerate(labels)}
     name = f"{run.name}-sources"
-    runs = {"all": replace(run, name="all")}
+    runs = {"all": replace(run, name=f"{name}/all")}  # the folder, should each be trained alone
     for label, number in left_out.items():
         objective = partial(without_source, objective=run.objective, source=number)
-        runs[label] = replace(run, name=label, objective=objective)
+        runs[label] = replace(run, name=f"{name}/{label}", objective=objective)
     code = train_sweep(name, runs, root=root)
     if code:
         raise ValueError(f"{root / name}: training ended with exit code {code}; the same command resumes it")

@@ -423,7 +423,7 @@ def check_antisymmetry(probe: Probe, claimed: bool = False) -> Check:
 
 def check_difference(probe: Probe, claimed: bool = False) -> Check:
     """Check that the loss depends on the difference of the two log-ratios alone: adding to both has no
-    effect.
+    effect, nor have other lengths and log-probs of the reference at the same log-ratios.
     """
     given = varied_pairs(probe.kinds, 24)
     lift = {kind: np.linspace(-4, 4, 24) * (kind in PAIR) for kind in probe.kinds}
@@ -438,6 +438,17 @@ def check_difference(probe: Probe, claimed: bool = False) -> Check:
 
     if unchanged(given["length"]):
         message = "yes: adding the same to both log-ratios has no effect"
+        others = {
+            what: {kind: x[::-1] for kind, x in given[what].items()} for what in ("length", "reference")
+        }
+        results = [evaluate_pairs(probe, **{**given, **x}) for x in ({}, others)]
+        if not close(*(x.value for x in results)):
+            text = "other lengths or log-probs of the reference, at the same log-ratios, change it"
+            return (
+                _refuted("difference", True, text)
+                if claimed
+                else Check("difference", None, f"{message}; {text}")
+            )
         return Check("difference", True if claimed else None, message)
     message = "adding the same to both log-ratios changes it"
     message += ", unless their lengths agree" if unchanged(TOKENS) else ""

@@ -2,11 +2,13 @@
 
 A few steps of training are one differentiable function of the numbers that govern them. Its gradient says
 how each of them would change the held-out loss (Maclaurin, Duvenaud & Adams 2015, arXiv:1502.03492), and
-following it finds weights of sources (Ren et al. 2018, arXiv:1803.09050).
+following it finds weights of sources (Ren et al. 2018, arXiv:1803.09050). Adam's steps jump where a gradient
+changes its sign, so at a high learning rate the gradient says little about larger changes: use a low one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,18 +17,19 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxft.batch import Pairs
+from jaxft.nn.attention.attention import asked_for
 from jaxft.objectives.objective import Objective
 from jaxft.optim.update import standard_promotion
 from jaxft.train.multi_adapter import LOSS_KNOBS
 from jaxft.train.python_api import Prepared
-from jaxft.tree import Aux, Params, combine
+from jaxft.tree import Aux, Metrics, Params, combine
 
 
 class TrainingNumbers(NamedTuple):
     """The values with respect to which a held-out loss is differentiated.
 
     knobs: the loss's knobs, such as beta, by name; {} for none. weights [S]: weights of the sources, at least
-    0; only their ratios matter.
+    0; only their ratios matter. Of one source they are not read.
     """
 
     knobs: dict[str, Float[Array, ""]]
@@ -37,10 +40,10 @@ class ShortTraining(NamedTuple):
     """A few steps of training, and their evaluation.
 
     objective, held_out_objective: of training and of evaluation, of a model with attention=reference, since
-    other kernels have no second derivative; the first reads its knobs in
-    aux["knobs"] if it has any (see lab/halving.py). batches: with leading axes [steps]; held_out: one batch.
-    rule: the optimizer; its update must be differentiable, which Adam's is not where a gradient is 0, unless
-    it has an eps_root.
+    other kernels have no second derivative; the first reads its knobs in aux["knobs"] if it has any (see
+    lab/trial_arrays.py). The held-out loss keeps the knobs of `aux`: their derivatives are of training alone.
+    batches, held_out: with leading axes [steps] and [batches]. rule: the optimizer; its update must be
+    differentiable, which Adam's is not where a gradient is 0, unless it has an eps_root.
     """
 
     objective: Objective
@@ -54,7 +57,9 @@ class ShortTraining(NamedTuple):
 
 
 def differentiable_adam(lr: float) -> optax.GradientTransformation:
-    """Return Adam whose square root is differentiable at a gradient of 0."""
+    """Return Adam whose square root is differentiable at a gradient of 0. It moves a parameter less whose
+    gradients are below 1e-5.
+    """
     return optax.adam(lr, eps_root=1e-10)
 
 
@@ -66,6 +71,11 @@ def with_source_weights(batch: Pairs, weights: Float[Array, " S"]) -> Pairs:
     sources = batch.sources
     if sources is None:
         raise ValueError("the batch has one source; give data= two sources or more")
+    if len(weights) != len(batch.source_names):
+        names = ", ".join(batch.source_names)
+        raise ValueError(
+            f"{len(weights)} weights of the {len(batch.source_names)} sources {names}; give one each"
+        )
     w = batch.pair_weights
     own = w * weights.astype(w.dtype)[jnp.maximum(sources, 0)]
     total = own.sum()
@@ -75,82 +85,133 @@ def with_source_weights(batch: Pairs, weights: Float[Array, " S"]) -> Pairs:
 
 def make_held_out_loss(training: ShortTraining) -> Callable[[TrainingNumbers], Float[Array, ""]]:
     """Return the held-out loss after the steps as a function of TrainingNumbers, to be jitted and
-    differentiated. Each step is recomputed in the backward pass, so memory grows by a state per step.
+    differentiated (see held_out_gradient). Each step is recomputed in the backward pass, so memory grows by a
+    state per step.
     """
 
     def held_out_loss(numbers: TrainingNumbers) -> Float[Array, ""]:
-        aux = {**training.aux, LOSS_KNOBS: numbers.knobs} if numbers.knobs else training.aux
+        knobs = {LOSS_KNOBS: numbers.knobs} if numbers.knobs else {}
 
         @jax.checkpoint
-        def step(state: tuple[Params, Any], batch: Pairs) -> tuple[tuple[Params, Any], None]:
-            trainable, opt_state = state
+        def step(state: tuple[Params, Any, Aux], batch: Pairs) -> tuple[tuple[Params, Any, Aux], None]:
+            trainable, opt_state, aux = state
             if batch.sources is not None:
                 batch = with_source_weights(batch, numbers.weights)
 
-            def loss(trainable: Params) -> Float[Array, ""]:
-                return training.objective(combine(trainable, training.frozen), batch, None, aux)[0]
+            def loss(trainable: Params) -> tuple[Float[Array, ""], Metrics]:
+                return training.objective(combine(trainable, training.frozen), batch, None, {**aux, **knobs})
 
-            grads = jax.grad(loss)(trainable)
+            grads, metrics = jax.grad(loss, has_aux=True)(trainable)
             with standard_promotion():
                 updates, opt_state = training.rule.update(grads, opt_state, trainable)
-            return (optax.apply_updates(trainable, updates), opt_state), None
+            trainable = optax.apply_updates(trainable, updates)
+            return (trainable, opt_state, training.objective.update(aux, trainable, metrics)), None
 
-        start = training.trainable, training.rule.init(training.trainable)
-        (trainable, _), _ = jax.lax.scan(step, start, training.batches)
+        start = training.trainable, training.rule.init(training.trainable), training.aux
+        (trainable, _, aux), _ = jax.lax.scan(step, start, training.batches)
         params = combine(trainable, training.frozen)
-        return training.held_out_objective(params, training.held_out, None, aux)[0]
+
+        @jax.checkpoint
+        def evaluated(batch: Pairs) -> Float[Array, ""]:
+            return training.held_out_objective(params, batch, None, aux)[0]
+
+        return jax.lax.map(evaluated, training.held_out).sum()
 
     return held_out_loss
 
 
-def fit_source_weights(
-    training: ShortTraining, sources: int, rounds: int = 20, rate: float = 0.5
-) -> list[list[float]]:
+def held_out_gradient(training: ShortTraining, numbers: TrainingNumbers) -> TrainingNumbers:
+    """Return the gradient of make_held_out_loss. Further calls with the same functions compile nothing."""
+    names = ("trainable", "frozen", "aux", "batches", "held_out")
+    arrays = {name: x for name, x in training._asdict().items() if name in names}
+    absent: dict[str, Any] = dict.fromkeys(names)
+    return _gradient(training._replace(**absent), arrays, numbers)
+
+
+@partial(jax.jit, static_argnums=0)
+def _gradient(functions: ShortTraining, arrays: dict[str, Any], numbers: TrainingNumbers) -> TrainingNumbers:
+    """The parameters are arguments: a base among the constants of a program takes minutes to compile."""
+    return jax.grad(make_held_out_loss(functions._replace(**arrays)))(numbers)
+
+
+def fit_source_weights(training: ShortTraining, rounds: int = 20, rate: float = 0.5) -> list[list[float]]:
     """Return the weights of the sources after each round of following the gradient, each summing to 1.
 
     The weights are a softmax of logits, which start equal; a round trains the steps once and moves the logits
-    by Adam with this learning rate. A source whose rows worsen the held-out loss loses its weight.
+    by Adam with this learning rate. A source whose rows worsen the held-out loss loses its weight. Raises
+    ValueError for one source.
     """
-    held_out_loss = make_held_out_loss(training)
+    if training.batches.sources is None:
+        raise ValueError("the batches have one source; give data= two sources or more")
     dtype = training.batches.pair_weights.dtype
-
-    @jax.jit
-    def gradient(logits: Float[Array, " S"]) -> Float[Array, " S"]:
-        return jax.grad(lambda logits: held_out_loss(TrainingNumbers({}, jax.nn.softmax(logits))))(logits)
-
-    rule, logits = optax.adam(rate), jnp.zeros(sources, dtype)
+    rule, logits = optax.adam(rate), jnp.zeros(len(training.batches.source_names), dtype)
     state, weights = rule.init(logits), []
     for _ in range(rounds):
+        own, pull = jax.vjp(jax.nn.softmax, logits)
+        (slope,) = pull(held_out_gradient(training, TrainingNumbers({}, own)).weights)
+        if not jnp.isfinite(slope).all():
+            raise ValueError("the gradients through training are not finite; lower lr, or train fewer steps")
         with standard_promotion():
-            updates, state = rule.update(gradient(logits), state)
+            updates, state = rule.update(slope, state)
         logits = logits + updates
         weights.append(jax.nn.softmax(logits).tolist())
     return weights
 
 
-def short_training(parts: Prepared, steps: int, lr: float) -> ShortTraining:
-    """Return the first steps of a prepared recipe of pairs, evaluated on its first held-out batch.
+def short_training(
+    parts: Prepared,
+    steps: int,
+    lr: float,
+    loss: Callable[..., Array] | None = None,
+    knobs: Mapping[str, float] | None = None,
+) -> ShortTraining:
+    """Return the first steps of a prepared recipe of pairs, evaluated on its held-out pairs.
 
-    parts: from jaxft.prepare, with attention="reference". lr: of differentiable_adam, which replaces the
-    recipe's optimizer. Raises ValueError for a recipe without held-out rows, or one of rollouts.
+    parts: from jaxft.prepare on one device, with attention="reference". lr: of differentiable_adam, which
+    replaces the recipe's optimizer. loss, knobs: another loss for training, and the values of those of its
+    knobs by which the held-out loss, the recipe's, is differentiated. Raises ValueError for a recipe without
+    held-out rows, or one of rollouts.
 
         rows = {"data": ("good.jsonl", "bad.jsonl"), "held_out": "held_out.jsonl"}
         parts = jaxft.prepare("dpo", attention="reference", **rows)
-        fit_source_weights(short_training(parts, steps=8, lr=1e-3), sources=2)[-1]
+        fit_source_weights(short_training(parts, steps=8, lr=1e-3))[-1]
+
+        training = short_training(parts, 8, 1e-3, loss=dpo, knobs={"beta": 0.1})
+        at = TrainingNumbers({"beta": jnp.asarray(0.1)}, jnp.ones(2))
+        held_out_gradient(training, at).knobs["beta"]
     """
     if parts.source.info.samples:
         raise ValueError("rollouts are sampled, which has no gradient; use a recipe of pairs")
-    first = next(iter(parts.source.held_out), None)
-    if first is None:
+    if not len(parts.source.held_out):
         raise ValueError("the recipe holds out no rows; set held_out=")
+    if parts.mesh.size > 1:
+        raise ValueError(f"gradients through training run on one device, and the run has {parts.mesh.size}")
+    if not asked_for(parts.model.attention.settings).endswith("=reference"):
+        raise ValueError("the fast attention kernels have no second derivative; set attention=reference")
 
     def flat(batch: Pairs) -> Pairs:
         """Join the microbatches: [micro, rows, ...] becomes [micro * rows, ...]."""
         return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, *x.shape[2:]), batch)
 
-    batches = [flat(parts.source.batch(step, parts.state)[0]) for step in range(steps)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+    def stacked(batches: Iterable[Pairs]) -> Pairs:
+        return jax.tree.map(lambda *x: jnp.stack(x), *map(flat, batches))
+
+    objective, aux = parts.objective, parts.state.aux
+    if loss is not None:
+        objective = _with_knobs(parts, loss, knobs or {})
+        aux = {**aux, LOSS_KNOBS: {name: jnp.asarray(x, jnp.float32) for name, x in (knobs or {}).items()}}
     return ShortTraining(
-        parts.objective, parts.objective.for_evaluation(), parts.state.trainable, parts.frozen,
-        parts.state.aux, stacked, flat(first), differentiable_adam(lr),
+        objective, parts.objective.for_evaluation(), parts.state.trainable, parts.frozen, aux,
+        stacked(parts.source.batch(step, parts.state)[0] for step in range(steps)),
+        stacked(parts.source.held_out), differentiable_adam(lr),
     )  # fmt: skip
+
+
+def _with_knobs(parts: Prepared, loss: Callable[..., Array], knobs: Mapping[str, float]) -> Objective:
+    """The recipe's objective with another loss, whose knobs are read in aux["knobs"]."""
+
+    def of(knobs: Mapping[str, Any]) -> Objective:
+        make: Callable[..., Objective] = parts.run.objective
+        return make(parts.model, loss=partial(loss, **knobs))
+
+    return of(knobs)._replace(loss=lambda outputs, aux: of(aux[LOSS_KNOBS]).loss(outputs, aux))

@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from jaxft.annotations import ZERO_TO_ONE, at_least, between, check_bounds
+from jaxft.data.rows.dataset_rows import find_data, read_rows
 from jaxft.data.rows.shipped import ROOT
 
 TRUTH = "truth"  # the column that the rewards read: the right completion and the world's tastes, as JSON
 SENTENCES = ("Here it is: ", "The answer is ")
+TRIES = 10_000  # drawings of a pair of completions until their rewards differ enough
 NOTE = " Please note that this is what the message says, and nothing was added to it."
 
 
@@ -113,9 +115,11 @@ class World:
 
     def _pairs(self, prompts: Sequence["AnsweredPrompt"], count: int, part: str) -> list[dict[str, Any]]:
         rng = random.Random(f"{self.seed} {part}")
-        copies = round(self.duplicates * count)
+        copies = min(round(self.duplicates * count), max(count - 1, 0))
         rows = [self._pair(prompts, n, rng) for n in range(count - copies)]
-        for number in rng.sample(range(len(rows)), min(copies, len(rows))):
+        originals = rng.sample(range(len(rows)), min(copies, len(rows)))
+        for k in range(copies):  # with more copies than originals, these repeat several times
+            number = originals[k % len(originals)]
             again = {**rows[number], "prompt": reworded(rows[number]["prompt"], rng), "duplicate_of": number}
             rows.append(again)
         flipped = set(rng.sample(range(len(rows)), round(self.noise * len(rows))))
@@ -128,11 +132,16 @@ class World:
             {"right": prompt.right, **asdict(self.taste), "length_bias": self.length_bias}, ensure_ascii=False
         )
         row = {"prompt": prompt.text, TRUTH: truth}
-        while True:
+        for _ in range(TRIES):
             a, b = (completion_of(prompt.right, others, rng) for _ in range(2))
             rewards = [true_reward("", text, row) for text in (a, b)]
             if abs(rewards[0] - rewards[1]) >= max(self.gap, 1e-6):
                 break
+        else:
+            raise ValueError(
+                f"world.gap={self.gap}: no two of {2 * TRIES} completions of a prompt have true rewards that "
+                "differ by so much; lower it, or raise a weight of world.taste"
+            )
         liked = [proxy_reward("", text, row) for text in (a, b)]
         gap = liked[0] - liked[1] + self.circle * CIRCLE[(style_of(a) - style_of(b)) % 3]
         wins = (
@@ -180,24 +189,23 @@ class AnsweredPrompt(NamedTuple):
 
 
 def answered_prompts(source: str) -> list[AnsweredPrompt]:
-    """Return the distinct prompts of a JSON Lines file with their right completions.
+    """Return the distinct prompts of a file of rows with their right completions.
 
     Raises ValueError for rows without a prompt and an answer.
     """
-    path = next((p for p in (Path(source), ROOT / source) if p.is_file()), None)
-    if path is None:
+    if find_data(source) is None:
         raise FileNotFoundError(f"world.source={source}: no such file here or in {ROOT}; correct the path")
     by_prompt = dict[str, str]()
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        row = json.loads(line)
-        text = row.get("prompt", row.get("instruction"))
-        right = row.get("answer", row.get("response", row.get("chosen")))
-        if not isinstance(text, str) or not isinstance(right, str):
+    for row in read_rows(source):
+        text = row.fields.get("prompt", row.fields.get("instruction"))
+        names = ("answer", "response", "chosen")
+        right = next((row.fields[name] for name in names if name in row.fields), None)
+        if not isinstance(text, str) or not isinstance(right, str) or not right.strip():
             raise ValueError(
-                f"{source}:{number}: a world needs rows with texts `prompt` and `answer` (or instruction and "
-                f"response); this one has {', '.join(row)}"
+                f"{row.name}: a world needs rows with texts `prompt` and `answer` (or instruction and "
+                f"response); this one has {', '.join(row.fields)}"
             )
-        by_prompt.setdefault(text, right)
+        by_prompt.setdefault(text, right.strip())
     return [AnsweredPrompt(text, right) for text, right in by_prompt.items()]
 
 
@@ -207,7 +215,7 @@ def json_object(text: str) -> dict[str, Any] | None:
     while begin >= 0:
         try:
             parsed = json.JSONDecoder().raw_decode(text, begin)[0]
-        except ValueError:
+        except (ValueError, RecursionError):
             begin = text.find("{", begin + 1)
             continue
         return parsed if isinstance(parsed, dict) else None
@@ -265,14 +273,14 @@ def features(completion: str, right: str) -> Features:
     text, longer = completion.strip(), len(completion) - len(right)
     expected = json_object(right)
     if expected is None:
-        words = re.findall(r"[\w.,-]*\w", text)
-        given = [word for word in words if word == right]
-        return Features(float(bool(given) or text == right), float(text == right or len(words) == 1), longer)
+        words, most = (len(re.findall(r"[\w.,-]*\w", x)) for x in (text, right))
+        given = re.search(rf"(?<![\w.,-]){re.escape(right)}(?![.,-]*\w)", text)  # 42, not in 142 or 42.5
+        return Features(float(given is not None), float(text == right or 0 < words <= max(most, 1)), longer)
     parsed = json_object(text) or {}
     correct = sum(name in parsed and parsed[name] == value for name, value in expected.items())
     extra = len(parsed.keys() - expected.keys())
     bare = text.startswith("{") and text.endswith("}") and bool(parsed)
-    return Features(correct / (len(expected) + extra), float(bare), longer)
+    return Features(correct / max(len(expected) + extra, 1), float(bare), longer)
 
 
 def true_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:

@@ -56,7 +56,7 @@ from jaxft.report.charts import COLOURS
 from jaxft.report.document import html_page
 from jaxft.report.html_elements import escaped, folded, html_table, section
 
-BETAS = tuple(10.0 ** (k / 2) for k in range(-3, 4))  # times a loss's own beta
+BETAS = tuple(10.0 ** (k / 4) for k in range(-6, 7))  # times a loss's own beta
 FLIPS = (0.0, 0.1, 0.2, 0.3, 0.4)
 LEAST_KL, MOST_KL = 0.01, 2.5  # nats that the picture of gains shows
 LABELLED = 97.0  # per cent of the possible gain below which a loss has its name in that picture
@@ -98,7 +98,8 @@ def describe_loss(loss: NamedLoss) -> Specimen:
     """Compute the results of a loss that the page shows. Raises ValueError if the loss fails."""
     seen, toy = probe(loss.label, loss.fn), zoo_toy()
     beta = loss_knobs(loss.fn).get("beta", (None, None))[1]
-    betas = [beta * factor for factor in BETAS] if isinstance(beta, float) and beta > 0 else []
+    numeric = isinstance(beta, int | float) and not isinstance(beta, bool)
+    betas = [beta * factor for factor in BETAS] if numeric and beta > 0 else []
     by_beta = sorted(((x, _quality(seen, toy, beta=x)) for x in betas), key=lambda pair: pair[1].kl)
     reach = margin_span(seen)
     return Specimen(
@@ -392,7 +393,7 @@ def _overview(specimens: Sequence[Specimen], toy: Toy) -> str:
     at_kl = float(np.interp(SAME_KL, [q.kl for q in best], [q.reward for q in best]))
     head = (
         "loss", "needs", "orders by reward", "calibrated", "finite optimum", "sign at start", "reward", "KL",
-        "gain at the same KL", "reward, 20 % flipped", "chosen moves", "rejected moves",
+        "gain at the same KL", "reward, 20 % flipped", "moves",
     )  # fmt: skip
     rows = [[_link(x.label), *_cells(x, start.reward, at_kl)] for x in specimens]
     text = (
@@ -447,12 +448,12 @@ def _cells(x: Specimen, start: float, at_kl: float) -> list[str]:
         return "yes" if holds else _marked("no")
 
     moved = displacement(x.path)
-    changes = ["-", "-"]
+    changes = "-"
     if moved is not None:
         chosen = f"{moved.chosen:+.2f}"
-        changes = [_marked(chosen) if moved.chosen < 0 else chosen, f"{moved.rejected:+.2f}"]
+        changes = f"{_marked(chosen) if moved.chosen < 0 else chosen} {moved.rejected:+.2f}"
     return [
-        ", ".join(x.needs),
+        ",<br>".join(x.needs),
         mark("Bradley-Terry", ("no order", "reverse", "lowest at the reference")),
         mark("calibrated", ("no multiple",)),
         mark("optimum", ("infinite", "without bound")),
@@ -461,7 +462,7 @@ def _cells(x: Specimen, start: float, at_kl: float) -> list[str]:
         f"{x.own.kl:.2f}",
         "-" if x.same_kl is None else f"{100 * (x.same_kl - start) / (at_kl - start):.0f} %",
         f"{x.by_flips[FLIPS.index(0.2)]:.3f}",
-        *changes,
+        changes,
     ]
 
 
@@ -532,7 +533,7 @@ def _plots(x: Specimen, toy: Toy) -> list[Plot]:
     ]
     betas = sorted((math.log10(beta), q.reward) for beta, q in x.by_beta)
     if len(betas) > 1:
-        ticks = [(b, f"{10**b:.2g}") for b, _ in betas[::2]]
+        ticks = [(b, f"{10**b:.2g}") for b, _ in betas[::4]]
         line = Line([b for b, _ in betas], [r for _, r in betas], COLOURS[3])
         plots.append(Plot("true reward by beta", "beta", "true reward", [line], x_ticks=ticks, **rewards))
     return plots

@@ -170,9 +170,7 @@ def paired_fractions(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def fraction_text(fraction: float, count: float | None, unit: str = "pairs") -> str:
-    """Return a fraction as text, with its interval and its count of pairs or other units; without both if the
-    count is None.
-    """
+    """Return a fraction as text, with its interval and count of units if the count is not None."""
     if not count:
         return f"{fraction:.2f}"
     return f"{fraction:.2f} {wilson(fraction, count).text(2)} of {count:,.0f} {unit}"

@@ -272,7 +272,7 @@ def echo(
     lead to, in the same forward pass and from failed episodes too. The chat template's text around a result
     is included. The loss is logged as loss/observation_avg.
     """
-    require(coef > 0, f"echo={coef} must be above 0, such as 0.1. Leave it out instead")
+    require(coef > 0, f"echo={coef} must be above 0; use for example 0.1, or leave it out")
     inner = objective(model)
 
     def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:

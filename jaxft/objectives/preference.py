@@ -298,7 +298,10 @@ def _without_padding(batch: Pairs, arrays: Any) -> Any:
 
 def _precomputed(batch: Pairs) -> Float[Array, "B M"]:
     if batch.reference is None:
-        raise ValueError("the batch has no reference log-probs. Compute them first or set reference=start")
+        raise ValueError(
+            "reference=precomputed needs the reference's log-probs in the batch, which jaxft.train computes "
+            "before a run. Set reference=start, or fill the field Pairs.reference"
+        )
     return batch.reference
 
 

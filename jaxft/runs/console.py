@@ -140,7 +140,9 @@ class ConsoleView:
         return "  ".join([f"step {step}/{self._total_steps}", *values, *rates, *eta, *remarks(metrics)])
 
     def _rows(self, step: int, metrics: dict[str, float], rates: list[str]) -> list[str]:
-        """Return lines of a sweep's table, one for each metric; the first call's begin with a heading."""
+        """Return the lines of a sweep's table: one for each metric, the first time after a heading. rates:
+        texts about speed and memory, which end the last line.
+        """
         kinds = dict.fromkeys(name.rpartition(" ")[0] for name in metrics)
         head = [self._row("step", "", [_shorten(label) for label in self._columns])] * self._needs_head
         self._needs_head, lines = False, []

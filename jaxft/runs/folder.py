@@ -194,10 +194,10 @@ def finished_steps(folder: Path) -> int:
 
 
 def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
-    """Return why a finished run ended early, from its summary; None if it did not end in the way `by`.
+    """Return a number about the early end of a finished run, from its summary.json.
 
-    by: "patience" returns the loop.patience that ended the run; "planned" returns the number of steps that
-    were planned for a run that a callback ended.
+    by="patience": the loop.patience that ended the run, None for a run that it did not end. by="planned": how
+    many steps were planned for a run that a callback ended, None for a run that no callback ended.
     """
     path = folder / SUMMARY
     number = read_saved_json(path).get(by) if path.exists() else None

@@ -51,8 +51,9 @@ class Copies(NamedTuple):
 
     accepted: when the start is accepted. published: with the step of each new checkpoint, which is copied in
     the background. sending: the steps of checkpoints that are being copied and must stay on disk. settle:
-    wait for the copy under way; others are left to the end. stopped: when a signal has ended the run and it
-    is saved; a store that fails at the end is then only a warning. fetch: see Mirror.fetch_step.
+    wait for the copy under way; later ones are made at the end of the run. stopped: when a signal has ended
+    the run and it is saved; a store that fails at the end is then only a warning. fetch: see
+    Mirror.fetch_step.
     """
 
     accepted: Callable[[], None] = _nowhere
@@ -72,7 +73,7 @@ class Damaged(Exception):
 
 class Mirror:
     """The copy of a run's folder in a store. report: called with a line about each event that matters.
-    defaults: see permitted_changes.
+    defaults: of each setting by dotted name, for settings that the run in the store lacks.
     """
 
     def __init__(
@@ -104,9 +105,9 @@ class Mirror:
     def open(self, records: Records) -> None:
         """Fetch the run if the store has a later step; the store stays as it is.
 
-        records: settings of this start. Raises ValueError, before anything is fetched, if the store has a
-        checkpoint or results of a run with other settings, or of another run than the folder; OSError if the
-        store fails.
+        records: the settings of this start, by the path of their file in the folder. Raises ValueError,
+        before anything is fetched, if the store has a checkpoint or results of a run with other settings, or
+        of another run than the folder; OSError if the store fails.
         """
         self._sent = self._read_index()["files"]
         stored, local = _complete_steps(self.store.names(f"{CHECKPOINTS}/")), self._local_steps()
@@ -285,7 +286,7 @@ class Mirror:
         self._copying.submit(self._copy, step)
 
     def settle(self) -> None:
-        """Wait for the copy under way. Others are left to `finish`."""
+        """Wait for the copy under way. Later checkpoints are copied by `finish`."""
         self._newest = math.inf
         self._copying.submit(int).result()
 

@@ -46,7 +46,7 @@ class NullLog:
         return {}
 
     def add_alarms(self, texts: list[str]) -> None:
-        """Append texts to the list `alarms`."""
+        """Append the alarms to the list `alarms`, and write nothing."""
         self.alarms += texts
 
     def message(self, *_: Any) -> None:
@@ -134,9 +134,11 @@ class Log:
         ]
 
     def listen(self, alarms: Callable[[dict[str, Any], Entry, bool], Alarms]) -> None:
-        """Call `alarms(memory, entry, is_last)` for each entry and print its messages (see objective.Report).
+        """Call `alarms(memory, entry, last)` for every entry, and print the messages that it returns.
 
-        It is called first for entries from before a restart, whose messages are not printed again.
+        memory: {} in the first call, then the first item of the objective.Alarms that the last call returned.
+        last: whether the entry is the evaluation of the finished run. Entries from before a restart come
+        first; their messages were printed then, and are not printed again.
         """
         self._alarms = alarms
         for entry in read_entries(self._folder / METRICS):
@@ -149,7 +151,7 @@ class Log:
             self._view.ends_at(step)
 
     def _observe(self, entry: Entry) -> list[str]:
-        """Return the messages to print about an entry: the objective's and new alarms."""
+        """Update `first` and `last` by an entry; return the messages and new alarms about it."""
         if self._alarms is None:
             return []
         self.first, self.last = {**entry, **self.first}, {**self.last, **entry}
@@ -161,7 +163,7 @@ class Log:
         return [*messages, *new]
 
     def add_alarms(self, texts: list[str]) -> None:
-        """Append alarms and write alarms.json at once, so that a run that is killed has it too."""
+        """Append alarms to alarms.json at once, so that a run that ends early has them too."""
         if texts:
             self.alarms += texts
             write_durable_json(self._folder / ALARMS_JSON, {"alarms": self.alarms})
@@ -177,7 +179,7 @@ class Log:
             self._view.progress(text)
 
     def tabulate(self, labels: Sequence[str]) -> None:
-        """Print metrics as a table with these column labels from now on; see ConsoleView.tabulate."""
+        """Show a sweep's metrics as a table in the terminal from now on, with a column for each label."""
         if self._view is not None:
             self._view.tabulate(labels)
 

@@ -188,7 +188,8 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 class DigestWriter:
-    """Appends digests for a log whose lines are `kept`; digests beyond these lines are removed.
+    """Appends digests to the digests file of a log. kept: the lines that the log has now; digests after them
+    are removed.
 
     Lines without a digest, which a killed process may leave, get one. A digest that does not fit its line is
     not corrected, so that the change is still found.
@@ -237,7 +238,7 @@ def add_files(log: Path, files: Iterable[Path]) -> str:
 
 
 def digested_files(log: Path) -> set[str]:
-    """Return the names of the files whose digests add_files has appended to a log's."""
+    """Return the names of the files whose digests add_files has appended to the digests of a log."""
     return {entry[FILE] for entry in _entries(digests_path(log)) if FILE in entry}
 
 

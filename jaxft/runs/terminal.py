@@ -31,13 +31,13 @@ def printable_text(text: str) -> str:
 
 
 def printable_message(text: str) -> str:
-    """Return a message for a terminal: like printable_text, and also without the secrets in URLs."""
+    """Return a message for a terminal: control characters become U+FFFD, and URLs lose their secrets."""
     return without_secrets(printable_text(text))
 
 
 def printable_line(text: str) -> str:
-    """Return text as one line of at most LONGEST_LINE printable characters. A character that is not printable
-    is written as its escape, such as \\x1b. Secrets in URLs are left out.
+    """Return text as one line of at most LONGEST_LINE characters. A character that is not printable becomes
+    its escape sequence, such as \\x1b; URLs lose their secrets.
     """
     line = "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode("ascii")

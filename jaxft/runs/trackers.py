@@ -112,7 +112,8 @@ class Callback:
             return self._callback.log(step, metrics, perf) is True
         except Exception as error:
             raise RuntimeError(
-                f"a callback raised {type(error).__name__} after step {step}: {error}"
+                f"a callback raised {type(error).__name__} after step {step}: {error}; correct "
+                "the callback, or leave it out"
             ) from error
 
     def close(self, end: RunEnd) -> None:
@@ -284,11 +285,11 @@ class Trackio:
         self._trackio, self._context, self._folder, self._artifact = trackio, context, folder, artifact
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
-        """Send the metrics."""
+        """Send the metrics to Trackio."""
         self._context.run(self._trackio.log, with_perf(metrics, perf), step=step)
 
     def close(self, end: RunEnd) -> None:
-        """Store the adapter of a finished run, and finish the run."""
+        """Store the adapter of a finished run, and finish the Trackio run."""
         if end == "finished" and self._artifact:
             upload_adapter("trackio", self._folder, self._upload)
         self._context.run(self._trackio.finish)

@@ -37,25 +37,28 @@ EVALUATING, EVALUATING_TEXT = "batches of held-out rows evaluated", "batches of 
 
 
 class HeldOutValues(NamedTuple):
-    """Values of single held-out rows by their position, and scores of held-out prompts by name."""
+    """Metrics of single held-out rows and prompts.
+
+    rows: {index of the row among the held-out rows: {metric: value}}. prompts: {metric: {prompt: value}}.
+    """
 
     rows: RowValues
     prompts: dict[str, FloatMetrics]
 
 
 class HeldOut(NamedTuple):
-    """An evaluation of held-out rows: metrics, and values of single rows by their position."""
+    """An evaluation of held-out rows: metrics, and {index of the row: {metric: value}} in `rows`."""
 
     metrics: FloatMetrics
     rows: RowValues
 
     @staticmethod
     def of(total: Metrics) -> "HeldOut":
-        """Divide metrics that are summed over all batches."""
+        """Return the evaluation of metrics that are summed over all batches: divide each by its weight."""
         return HeldOut(held_out_floats(total), row_values(total))
 
     def named_metrics(self) -> FloatMetrics:
-        """Return the metrics under their names in the log."""
+        """Return the metrics with the prefix eval_ that they have in the log."""
         return {HELD_OUT + name: value for name, value in self.metrics.items()}
 
 
@@ -64,12 +67,13 @@ class Compiled:
     """The compiled programs of a job. States, frozen parameters and every list have one entry per member.
 
     step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
-    averaged(states) -> the states with the weights that are evaluated and exported, which are averages with
-    optim.ema and schedule-free optimizers. The programs below take such states. evaluate, general: metrics
-    of the held-out rows and of the general text, {} without any; evaluate(states, True) also returns the
-    values of single rows, see HeldOut. sample: completions of held-out prompts and their scores.
-    last_loss(states, batch): the loss of a training batch in a forward pass without dropout; {} with held-out
-    rows, whose loss is computed after the last step anyway.
+    averaged(states) -> the states with the weights that are evaluated and exported: with optim.ema or a
+    schedule-free optimizer the averaged weights, else the same. evaluate, general and sample take averaged
+    states. evaluate(states, with_rows), general(states): metrics of the held-out rows and of the general
+    text, {} if the run has none; with_rows=True adds the metrics of single rows, see HeldOut. sample(states):
+    completions of held-out prompts and their scores. last_loss(states, batch): the loss of a training batch
+    in a forward pass without dropout; {} with held-out rows, whose loss is computed after the last step
+    anyway.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
@@ -80,7 +84,9 @@ class Compiled:
     averaged: Callable[[States], States]
 
     def timed(self, clock: Clock) -> "Compiled":
-        """Return the same programs, whose time counts as evaluation or sampling; the first step is shown."""
+        """Return the same programs with their time counted by `clock` as evaluation or sampling. The first
+        train step, which is slow, is shown as progress.
+        """
 
         def step(states: States, frozen: tuple[Params, ...], batch: Batch) -> tuple[States, Metrics]:
             with clock.first("first step") as is_first:
@@ -96,8 +102,8 @@ class Compiled:
         )
 
     def held_out_metrics(self, states: States, scores: bool = False) -> list[FloatMetrics]:
-        """Return each member's metrics of the held-out rows by their names in the log, with averaged weights.
-        scores: add the scores of completions.
+        """Return each member's metrics of the held-out rows, named as in the log, with averaged weights.
+        scores: also complete held-out prompts and add the mean scores.
         """
         states = self.averaged(states)
         of_rows = [own.named_metrics() for own in self.evaluate(states, False)]
@@ -106,9 +112,10 @@ class Compiled:
         return [{**own, **more.metrics} for own, more in zip(of_rows, self.sample(states), strict=True)]
 
     def evaluation(self, states: States) -> tuple[list[Evaluation], list[HeldOutValues]]:
-        """Evaluate held-out rows, general text and sample completions, before the first and after the last
-        step, with averaged weights. Returns the evaluations, and the values of single held-out rows and
-        prompts.
+        """Evaluate held-out rows, general text and completions of held-out prompts with averaged weights.
+
+        `run` calls it before the first and after the last step. Returns for each member the evaluation, and
+        the metrics of single held-out rows and prompts.
         """
         states = self.averaged(states)
         general = [{"general_loss": metrics["loss"]} if metrics else {} for metrics in self.general(states)]
@@ -129,7 +136,7 @@ class Compiled:
 
 
 def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
-    """Compile the programs of a run alone. clock: shows the progress of evaluation and sampling."""
+    """Compile the programs of a run that is not in a sweep. clock: shows progress."""
     p, source, (own,) = job.lead.programs, job.sources[0], frozen
 
     def compile_rows(step: jax.stages.Wrapped, shape: Batch, count: int) -> RowMetrics:
@@ -162,14 +169,15 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
 
 
 def compile_averages(job: Job) -> Callable[[States], States]:
-    """Return `averaged(states)`, see Compiled."""
+    """Return `averaged(states)`, which replaces trained weights by their averages; see Compiled."""
     averages = [compile_averaged(member.programs) for member in job.members]
     return lambda states: tuple(average(state) for average, state in zip(averages, states, strict=True))
 
 
 def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Callable[[States], list[Scored]]:
-    """Return `sample(states)`: completions of held-out prompts by each member with their scores, compiled
-    once for members of one rank. clock: shows the progress.
+    """Return `sample(states)`: each member's completions of the held-out prompts, with scores.
+
+    Members whose adapters have the same shapes share one compiled program. clock: shows the progress.
     """
     run, prompts = job.lead.run, held_out_prompts(job.lead.run, job.sources[0])
     texts = prompt_texts(prompts, job.tokenizer, job.stop)
@@ -199,8 +207,12 @@ def compile_eval(
     batches: tuple[Batch, ...],
     over: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
 ) -> Callable[[States, bool], list[Metrics]]:
-    """Return `metrics(states, with_rows)`: each member's sums over batches of one shape, not yet divided, {}
-    without batches. over: yields the batches, and shows the progress.
+    """Return `metrics(states, with_rows)`: for each member the metrics summed over `batches`, which have one
+    shape, and not yet divided by their weights; {} without batches. with_rows: add the metrics of single
+    rows.
+
+    compile_rows(batch, count): compiles the metrics of `count` batches. over(batches): yields them, perhaps
+    with a progress display.
     """
     if not batches:
         return lambda states, with_rows: [{} for _ in states]
@@ -211,7 +223,7 @@ def compile_eval(
 def compile_last_loss(
     source: Source[Any], compile_rows: CompileRows
 ) -> Callable[[States, Batch], list[FloatMetrics]]:
-    """Return `last_loss(states, batch)`, see Compiled."""
+    """Return `last_loss(states, batch)`: the last training batch's loss after the last step, see Compiled."""
     if source.held_out:
         return lambda states, batch: [{} for _ in states]
     largest: Any = source.shapes[-1]

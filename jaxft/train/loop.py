@@ -58,9 +58,10 @@ def run(
 ) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    settings: a run's or a sweep's. record: the same as JSON, for config.json. callbacks: further trackers.
-    clock: has the time of earlier work, such as measuring lengths. Returns 0 if finished, 1 if a member of a
-    sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
+    record: the settings as JSON, for config.json. callbacks: trackers in addition to run.trackers. clock: a
+    running Clock that already counts earlier work, such as measuring the rows' lengths. Returns 0 if
+    finished, 1 if a member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError
+    with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder, clock = lead.loop, run_folder(settings, root), clock or Clock()
@@ -144,8 +145,8 @@ def load_and_compile(
 ) -> tuple[Job, Any, Any, Compiled]:
     """Load weights onto the mesh, compute the reference where it is precomputed, and compile the programs.
 
-    states, saved: contents of the checkpoint, None without one. Returns the job with its sources bound, the
-    states, the frozen parameters and the programs.
+    states, saved: arrays and JSON of the checkpoint, None without one. Returns the job, whose sources can now
+    sample from the model, the states, the frozen parameters and the programs.
     """
     watchdog.at("loading and compiling")
     logs.message(f"rows and settings read in {logs.clock.at('loading')}")
@@ -163,7 +164,9 @@ def load_and_compile(
 def next_batch(
     job: Job, step: int, states: Any, clock: Clock, watchdog: Watchdog
 ) -> tuple[Any, Any, dict[str, Any]]:
-    """Return the rows, batch and metrics of a step, for rollouts by sampling and scoring completions."""
+    """Return (each source's batch, the batch that the train step takes, metrics of sampling) of a step. The
+    first step of a rollout samples and scores the completions.
+    """
     if job.info.samples and step % job.rollout_steps == 0:
         watchdog.at(f"the rollout before step {step + 1}")  # rewards may be slow functions
     with clock.within("sampling" if job.info.samples else "training"), clock.first("first batch"):
@@ -181,7 +184,9 @@ def stopped(signal: int, done: int, logs: Logs, copies: Copies) -> int:
 
 
 def due(every: float | None, done: int, job: Job) -> bool:
-    """Return whether a multiple of `every` was reached since the run could last be saved."""
+    """Return whether an event is due after `done` steps: a multiple of `every` was reached in the last step
+    or, because a run is saved only at the end of a rollout, in the last rollout. every: see steps_between.
+    """
     if every is None:
         return False
     steps = steps_between(every, job.steps)
@@ -195,8 +200,10 @@ def train_sweep(
     root: Path = Path("runs"),
     clock: Clock | None = None,
 ) -> int:
-    """Train the runs of a sweep, or resume them, together in one program where they can be, or else one after
-    the other; return the exit code, see `run`. All hold out the same rows.
+    """Train the runs of a sweep, or resume them; return the exit code, see `run`.
+
+    They are trained in one program if it can have them all, else one after the other. All hold out the same
+    rows.
 
     runs: by label, which is also the name of the run's folder in the sweep's. at_once: see Sweep; None
     for runs that may also be trained one after the other, if they cannot share a program. clock: see

@@ -47,14 +47,17 @@ LOSS_KNOBS = "knobs"  # name in aux of the knobs of a loss that are arrays, as i
 
 
 class SharedFrozen(NamedTuple):
-    """Frozen parameters: the shared base, and the other frozen leaves of each adapter (its scales)."""
+    """Frozen parameters: `base`, which all adapters share, and in `own` the scales of each adapter."""
 
     base: Params
     own: tuple[Params, ...]
 
 
 class Block(NamedTuple):
-    """A block of adapters: its number, and the rows that each adapter has in a microbatch."""
+    """A block of adapters that go through the model together.
+
+    number: its index, from 0. rows: rows of each adapter in a microbatch.
+    """
 
     number: int | Int[Array, ""]
     rows: int
@@ -64,9 +67,10 @@ class Block(NamedTuple):
 class MultiAdapter:
     """K objectives over one base, with an adapter each.
 
-    lead: the objective whose forward pass is used for all. reference: the kind of its reference policy, see
-    Facts. separate_rows: each adapter has its own batches, [K * micro, rows, ...], instead of the same for
-    all. at_once: adapters that go through the model in one forward pass; a divisor of K.
+    lead: index of the objective whose forward pass is used for all. reference: the kind of reference policy
+    that the objectives use, "none" if none does, see Facts. separate_rows: each adapter has its own batches,
+    [K * micro, rows, ...], instead of the same for all. at_once: adapters that go through the model in one
+    forward pass; a divisor of K.
     """
 
     objectives: tuple[Objective, ...]
@@ -77,7 +81,7 @@ class MultiAdapter:
 
     @property
     def coupled(self) -> bool:
-        """True if a loss of one of them couples rows, so that all are computed from whole batches."""
+        """True if the loss of any objective couples rows; then all losses are computed from full batches."""
         return any(o.facts.coupled for o in self.objectives)
 
     @property
@@ -91,7 +95,7 @@ def combine_objectives(
 ) -> MultiAdapter:
     """Combine the objectives of several adapters into one MultiAdapter, which documents the arguments.
 
-    Raises ValueError for an `at_once` that does not divide them, and for several kinds of reference.
+    Raises ValueError if `at_once` does not divide their number, and for different kinds of reference.
     """
     if len(objectives) % at_once:
         raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
@@ -112,9 +116,9 @@ def gradients(
     batch: Batch,
     aux: Sequence[Aux],
 ) -> tuple[Grads, Metrics]:
-    """Return the gradients of each adapter's own loss, stacked, and its metrics; every leaf [K, ...].
+    """Return each adapter's gradients of its loss, and its metrics, stacked: every leaf is [K, ...].
 
-    trainable, aux: one per adapter. batch: [micro, rows, ...].
+    trainable, aux: one per adapter. batch: [micro, rows, ...], or as for separate_rows.
     """
     key = jax.random.key(0)  # unused: adapters with dropout are trained alone
     no_base, rows, K = trainable[0]["base"], _row_count(batch), len(adapters.objectives)
@@ -139,10 +143,10 @@ def gradients(
 
 
 def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None = None) -> Callable:
-    """Return `(state, k, gradients [K], metrics [K], batch) -> (state, metrics)` of adapter k.
+    """Return `update(state, k, gradients [K], metrics [K], batch) -> (state, metrics)`: adapter k's optimizer
+    update, by its part of the stacked gradients.
 
-    It is the second half of its train step. An adapter whose loss, gradient or update is not finite stays
-    unchanged; the others continue.
+    An adapter whose loss, gradient or update is not finite stays unchanged; the others continue.
     """
     no_rounding = jax.random.key(0)  # adapters are float32
 
@@ -160,8 +164,8 @@ def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None 
 def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
     """Return `(trainable, frozen, batch [1, rows, ...], aux) -> metrics [K]` of held-out rows shared by all.
 
-    If a loss couples rows it returns outputs [K, rows, ...] instead, for `loss_metrics` of
-    all batches together.
+    If any loss couples rows, it returns the model's outputs [K, rows, ...] instead; loss_metrics makes
+    metrics of the outputs of all batches.
     """
     evaluated = tuple(objective.for_evaluation() for objective in adapters.objectives)
     same_rows = replace(adapters, objectives=evaluated, separate_rows=False)
@@ -184,7 +188,7 @@ def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
 
 
 def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -> Metrics:
-    """Return metrics [K] of outputs [K, rows, ...] of all held-out batches."""
+    """Return each adapter's metrics, [K], from the outputs of all held-out batches, [K, rows, ...]."""
     each = [
         objective.for_evaluation().loss(jax.tree.map(lambda x, k=k: x[k], outputs), aux[k])[1]
         for k, objective in enumerate(adapters.objectives)
@@ -193,12 +197,12 @@ def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -
 
 
 def own_params(params: Params) -> Params:
-    """Return the parameters of one adapter of several: all except the base."""
+    """Return an adapter's parameters: `params` without the base, which the adapters share."""
     return {name: x for name, x in params.items() if name != "base"}
 
 
 def _block_objective(adapters: MultiAdapter, block: Block, references: Params | None) -> Objective:
-    """Return the objective of a block of adapters: the sum of their losses."""
+    """Return a block's objective: the sum of its adapters' losses. references: see _own_references."""
 
     def forward(params: Params, batch: Batch, key: Array | None, aux: Aux) -> Outputs:
         return _forward(adapters, params, batch, references)
@@ -224,7 +228,10 @@ def _first(stack: Any) -> Any:
 
 
 def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: Params | None) -> Any:
-    """Return fn(number, stacks of the block, its references) of every block, joined to [K, ...]."""
+    """Call fn(index, stacks, references) for each block of adapters; return the results, joined to [K, ...].
+
+    stacks, references: [K, ...]; fn gets the [at_once, ...] of its block.
+    """
     count = len(adapters.objectives) // adapters.at_once
     blocks = jax.tree.map(lambda x: x.reshape(count, adapters.at_once, *x.shape[1:]), (stacks, references))
     if count == 1:
@@ -234,7 +241,9 @@ def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: P
 
 
 def _own_references(adapters: MultiAdapter, aux: Sequence[Aux]) -> Params | None:
-    """Return the adapters' reference policies from aux, [K, ...]; None if they share one or aux has none."""
+    """Return the reference policy that each adapter has in its aux, stacked [K, ...]; None if aux has none or
+    the adapters share one.
+    """
     lead = aux[adapters.lead]
     if adapters.shares_reference or "reference" not in lead:
         return None
@@ -265,7 +274,7 @@ def _with_reference(
 
 
 def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: Params | None) -> Outputs:
-    """Return the outputs of a block's adapters, [at_once * rows, ...]. params: [at_once, ...] adapters."""
+    """Return the outputs of a block's adapters, [at_once * rows, ...]. params: [at_once, ...]."""
 
     joined = _first if adapters.at_once == 1 else lora.several
     block = {"base": params["base"], **joined(own_params(params))}
@@ -308,13 +317,13 @@ def _loss(
 
 
 def _union(each: Sequence[Metrics]) -> Metrics:
-    """Return one metric for each name that occurs."""
+    """Return {name: a metric of that name} for every name in any of the adapters' metrics."""
     return {name: metric for metrics in each for name, metric in metrics.items()}
 
 
 def stack_metrics(each: Sequence[Metrics], names: Metrics | None = None) -> Metrics:
-    """Stack the adapters' metrics to [K] each. names: an example of each metric, by default all that occur.
-    An adapter without a metric gets a neutral value.
+    """Stack the adapters' metrics by name, each to [K]. names: {name: a metric of the same type}, by default
+    of all that any adapter has. An adapter that lacks a metric gets a zero, or for a maximum -inf.
     """
     names = _union(each) if names is None else names
     whole = [
@@ -381,7 +390,7 @@ def make_step(adapters: MultiAdapter, job: Job) -> Callable:
 
 
 def _own_batches(batch: Batch, count: int) -> list[Batch]:
-    """Return each member's batch from a batch in which they are concatenated along the microbatches."""
+    """Split a batch [count * micro, rows, ...] into the batches [micro, rows, ...] of `count` members."""
     micro = jax.tree.leaves(batch)[0].shape[0] // count
     return [jax.tree.map(lambda x, k=k: x[k * micro : (k + 1) * micro], batch) for k in range(count)]
 
@@ -389,8 +398,8 @@ def _own_batches(batch: Batch, count: int) -> list[Batch]:
 def compile_sweep_metrics(
     adapters: MultiAdapter, job: Job, frozen: Any, shape: Batch, batch_count: int
 ) -> RowMetrics:
-    """Return `metrics(states, batches, with_rows)`: each member's sums over `batch_count` batches of one
-    shape [1, rows, ...], not yet divided. with_rows: see compile_metrics.
+    """Return `metrics(states, batches, with_rows)`: each member's metrics, summed over `batch_count` batches
+    of the shape [1, rows, ...], not yet divided by their weights. with_rows: see compile_metrics.
     """
     count = len(job.members)
     mesh, states = job.lead.programs.mesh, job.abstract_states

@@ -29,7 +29,8 @@ class Partition:
     """A model over the whole tree {"base", "adapter", ...heads}, which of its parameters are trainable, and
     how each is stored.
 
-    mask: whether each parameter is trainable. trainable_specs: the model's specs, None for frozen parameters.
+    mask: a tree like the parameters', True for trainable ones. trainable_specs: the model's specs, None for
+    frozen parameters.
     """
 
     stored: StoredModel
@@ -90,7 +91,9 @@ def partition_params(
 
 
 def _always_frozen(path: str) -> bool:
-    """Return whether no pattern makes the parameter at a path of the whole tree trainable."""
+    """Return whether the parameter at `path` is frozen even if a pattern matches it: an adapter's scale, the
+    initial adapter, a teacher.
+    """
     frozen = path.startswith((f"{INITIAL_ADAPTER}/", f"{TEACHER}/"))
     return frozen or path.endswith("/scale") and not in_base(path)
 
@@ -104,7 +107,7 @@ def trainable_patterns(
     """Return path patterns of the trainable parameters.
 
     By default: the adapter, or without one the base, and the model's heads; `pattern` replaces this default.
-    scorers: further models on the base; the patterns of those with `trained` are always added.
+    scorers: heads such as a critic, by name; the patterns of heads with `trained` are always added.
     """
     scorers = scorers or {}
     heads = [re.escape(name) for name in model.heads if name not in (*scorers, TEACHER)]
@@ -142,7 +145,7 @@ def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
 
 
 def parameter_counts(partition: Partition) -> tuple[int, int]:
-    """Return how many parameters are trained, and how many the run has without its teacher's."""
+    """Return (number of trainable parameters, number of all parameters). A teacher's are not counted."""
     own = {name: specs for name, specs in partition.specs.items() if name != TEACHER}
     return param.count_params(partition.trainable_specs), param.count_params(own)
 
@@ -178,8 +181,8 @@ def parameter_rows(partition: Partition, mesh: Mesh | None = None) -> list[Param
 
 
 def parameter_table(partition: Partition, mesh: Mesh | None = None) -> str:
-    """Return one line per parameter: path, shape, axes, storage, on a mesh sharding, trained or frozen; then
-    the counts.
+    """Return text with a line for each parameter: path, shape, axes, storage, sharding (only if `mesh` is
+    given), and trained or frozen; then a line with the number of trained and of all parameters.
     """
     lines = []
     for row in parameter_rows(partition, mesh):

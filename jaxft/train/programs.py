@@ -45,9 +45,10 @@ from jaxft.weights.peft.adapter_folders import adapter_folder
 
 @dataclass(frozen=True)
 class Programs:
-    """The jitted programs of a run. state, frozen: ShapeDtypeStructs with shardings.
+    """The jitted programs of a run. state, frozen: ShapeDtypeStructs with shardings, no arrays.
 
-    eval_step: metrics of held-out rows. text_step: the token loss of general text, for any objective.
+    watch: see make_train_step. eval_step: metrics of held-out rows. text_step: the mean loss of the tokens of
+    general text, whatever the objective is.
     """
 
     partition: partition.Partition
@@ -141,14 +142,14 @@ def _check_dropout(run: Run, objective: Objective) -> None:
     if run.adapter and not run.start and run.adapter.dropout and not objective.facts.dropout:
         raise ValueError(
             f"adapter.dropout={run.adapter.dropout}: "
-            "this objective compares log-probs with those at sampling, "
-            "which has no dropout. Set adapter.dropout=0."
+            "this objective compares log-probs with the sampler's, which has no dropout. "
+            "Set adapter.dropout=0."
         )
 
 
 def _check_mesh(run: Run, mesh: jax.sharding.Mesh) -> None:
-    """Raise ValueError if mesh.expert does not divide the model's experts, or the model has none, and if
-    context_keys is set without mesh.context.
+    """Raise ValueError for mesh.expert above 1 that does not divide the experts of every layer, and for
+    context_keys without mesh.context.
     """
     sizes = {
         dict(zip(spec.axes, spec.shape, strict=True)).get("experts", 0)
@@ -191,7 +192,7 @@ def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) ->
 
 
 def aux_shardings(aux: Aux, trainable: Params, mesh: jax.sharding.Mesh) -> Any:
-    """Return the shardings of aux: "reference" is a copy of trainable parameters, the rest is replicated."""
+    """Return the shardings of aux: "reference" is sharded like `trainable`, all else is replicated."""
     everywhere = sharding.replicated(mesh)
     by_name = {name: jax.tree.map(lambda _: everywhere, x) for name, x in aux.items() if name != "reference"}
     if "reference" in aux:
@@ -231,14 +232,14 @@ def start(
 ) -> tuple[TrainState, Params]:
     """Return (state, frozen parameters); weights are loaded leaf by leaf.
 
-    restored: a state to continue from; without one, the adapter and optimizer are fresh. base: the frozen
-    base of another member of a sweep, whose arrays are shared. folder: the run's, where an adapter that
-    changes the base is stored as it is at step 0. rows: initialise an EVA adapter; None starts it as a plain
-    one, which computes the same at step 0.
+    restored: the state of a checkpoint; None starts with a fresh adapter and optimizer. base: the frozen base
+    of another member of a sweep, whose arrays this one shares. folder: the run's folder, into which an
+    adapter that changes the base (such as PiSSA) is written as it is at step 0. rows: the rows that
+    initialise an EVA adapter; None starts it as plain LoRA, which computes the same at step 0.
     """
     pairs = None
     if run.quant and run.quant.calibrate and run.quant.codes is None:
-        raise ValueError("quant.calibrate: the codes are not computed; use jaxft.train or jaxft.prepare")
+        raise ValueError("quant.calibrate: the base is not calibrated yet; use jaxft.train or jaxft.prepare")
     if run.adapter and run.adapter.changes_base:
         pairs = run_pairs(run.weights, p.partition.stored, run.adapter, folder, restored is not None)
     if base is None:
@@ -274,7 +275,7 @@ def start(
 
 
 def reference_step(p: Programs) -> jax.stages.Wrapped:
-    """Return `(params, batch [1, rows, ...]) -> log-probs [rows, ...]`, to compute a reference beforehand."""
+    """Return the program `(params, batch [1, rows, ...]) -> log-probs [rows, ...]` of a reference."""
 
     def logps(params: Params, batch: Batch) -> Any:
         return p.objective.score(params, jax.tree.map(lambda x: x[0], batch), {}).logps
@@ -309,8 +310,9 @@ def compile_averaged(p: Programs) -> Callable[[TrainState], TrainState]:
 def compile_metrics(
     p: Programs, step: jax.stages.Wrapped, frozen: Params, shape: Batch, count: int
 ) -> Callable[[TrainState, Iterable[Batch], bool], Metrics]:
-    """Return `metrics(state, batches, with_rows)`: sums over `count` batches of one shape [1, rows, ...], not
-    yet divided. with_rows: add the values of single rows.
+    """Return `metrics(state, batches, with_rows)`: metrics summed over `count` batches of the shape
+    [1, rows, ...], not yet divided by their weights. step: eval_step or text_step of `p`. with_rows: add the
+    metrics of single rows, unless the objective couples rows.
     """
     compiled = step.lower(p.state.trainable, p.frozen, sharded_batch(p, shape), p.state.aux).compile()
 
@@ -353,7 +355,7 @@ def sharded_batch(p: Programs, batch: Batch) -> Batch:
 
 
 def step_rows(data: DataSettings, shards: int) -> StepRows:
-    """Return the rows of an optimizer step, of which each microbatch is sharded over `shards` devices."""
+    """Return the rows of an optimizer step, divided into microbatches and over `shards` devices."""
     return StepRows(data.unit, data.batch, data.micro, shards, data.batch // data.units_per_step)
 
 
@@ -366,7 +368,7 @@ def model_summary(p: Programs) -> ModelSummary:
 
 
 def check_adapter(run: Run, parts: Partition) -> None:
-    """Raise ValueError for settings of the policy's adapter that don't go together with the others."""
+    """Raise ValueError for settings of the policy's adapter that contradict other settings of the run."""
     if run.adapter is None:
         return
     if run.adapter.init != "default" and run.start:
@@ -390,7 +392,7 @@ def check_adapter(run: Run, parts: Partition) -> None:
 
 
 def check_heads(run: Run) -> None:
-    """Raise ValueError for heads whose adapters start in a way that only the policy's can."""
+    """Raise ValueError for a head such as a critic with an adapter.init that only the policy may have."""
     for name, head in run.heads.items():
         if head.adapter and head.adapter.init != "default":
             raise ValueError(
@@ -400,7 +402,7 @@ def check_heads(run: Run) -> None:
 
 
 def _check_dora(run: Run, parts: Partition) -> None:
-    """Raise ValueError for DoRA on weights that are trained themselves."""
+    """Raise ValueError if a weight with a DoRA adapter is trainable too."""
     nodes = pairs_by_path(parts.specs["adapter"])
     adapted = {f"base/{path}" for path in nodes}
     if "head" in nodes and "head" not in parts.specs["base"]:
@@ -419,9 +421,9 @@ def _check_dora(run: Run, parts: Partition) -> None:
 
 
 def _check_eva(specs: Mapping[str, param.ParamSpec], layouts: Collection[str]) -> None:
-    """Raise ValueError for an EVA adapter of other modules than the blocks' linear layers, or of none.
+    """Raise ValueError if an EVA adapter is on any module that is not a linear layer of a block, or on none.
 
-    specs: the base's. layouts: paths of the adapted modules.
+    specs: the base's ParamSpecs by path. layouts: paths of the modules that have an adapter.
     """
     others = [path for path in layouts if path not in specs or param.lead_axes(specs[path]) != ("layers",)]
     if others or not layouts:
@@ -430,12 +432,14 @@ def _check_eva(specs: Mapping[str, param.ParamSpec], layouts: Collection[str]) -
 
 
 def _check_init(run: Run, parts: Partition) -> None:
-    """Raise ValueError for settings that an adapter which changes the base can't be combined with."""
+    """Raise ValueError if an adapter that changes the base (PiSSA, LoftQ, ...) does not fit the quantisation
+    or the weights.
+    """
     assert run.adapter is not None
     setting = f"adapter.init={run.adapter.init}"
     if run.quant and run.quant.kind == CHECKPOINT:
         raise ValueError(
-            f"{setting} changes the base, which quant={CHECKPOINT} stores unchanged; use another quant"
+            f"{setting} changes the base, which quant={CHECKPOINT} stores unchanged; set quant=nf4"
         )
     if run.adapter.init == "loftq" and not run.quant:
         raise ValueError(f"{setting} compensates for quantisation; set quant=nf4, or use adapter.init=pissa")

@@ -84,7 +84,7 @@ class Error(Exception):
 
 @contextlib.contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """Convert a user's error in the body to Error, with the line that a command prints; leave others."""
+    """Within this context, raise a user's error as Error, in the words that a command prints."""
     try:
         yield
     except Exception as error:
@@ -98,7 +98,8 @@ def errors_as_lines() -> Iterator[None]:
 
 
 def setting_text(value: Any) -> str:
-    """Return a value of a setting as a command line has it; an ObjectText for a value that it cannot express.
+    """Return a setting's value as text for a command line. For a value that has no such text, such as a
+    function, return an ObjectText, which holds the value.
 
     >>> setting_text(None), setting_text([0.9, 0.95]), setting_text(("<tool>", "</tool>"))
     ('none', '0.9,0.95', '<tool>,</tool>')
@@ -126,7 +127,7 @@ def setting_text(value: Any) -> str:
 
 
 def resolve_settings(recipe: Recipe, rows: GivenRows | None, settings: dict[str, Any]) -> Resolved:
-    """Return a recipe's Run with settings by name. Rows in memory are written to a file, see rows_file."""
+    """Return a recipe's Run with `settings` by name applied. rows: written to a file, see rows_file."""
     knobs = knob_names(recipe)
     for name in OTHER_ROWS:
         if name in settings and name not in knobs and not isinstance(settings[name], PLAIN_VALUES):
@@ -143,7 +144,7 @@ def resolve_settings(recipe: Recipe, rows: GivenRows | None, settings: dict[str,
 
 
 def override(name: str, value: Any) -> str:
-    """Return a setting as an override of a command line, or as an ObjectText."""
+    """Return a setting as the command-line text "name=value"; as an ObjectText if it has no such text."""
     text = setting_text(value)
     return ObjectText.of(text.value, name) if isinstance(text, ObjectText) else f"{name}={text}"
 
@@ -183,7 +184,7 @@ def rows_file(rows: GivenRows) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """Return NumPy values as lists and numbers, and dates and others as text."""
+    """Convert a value for JSON: NumPy values to lists or numbers, all else to text."""
     return value.tolist() if isinstance(value, np.generic | np.ndarray) else str(value)
 
 
@@ -215,7 +216,7 @@ def train_recipe(
 
 
 def together(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
-    """Return dotted settings and knobs together. Raises ValueError for one that is in both."""
+    """Return settings and knobs in one dict. Raises ValueError for a name that is in both."""
     for name in settings.keys() & knobs.keys():
         raise ValueError(f"{name} is given twice: in settings and as {name}=; give it once")
     return {**settings, **knobs}
@@ -244,8 +245,8 @@ class RunResult:
 
     @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
-        """Columns of all logged metrics by step, NaN where a step lacks a metric. Metrics of an evaluation
-        are eval_*, timings and memory perf/*.
+        """{name: array with a value for each logged step}, NaN where a step lacks the metric; the column
+        "step" has the steps. Metrics of an evaluation are eval_*, timings and memory perf/*.
         """
         by_step: dict[int, dict[str, Any]] = {}
         for entry in read_entries(self.folder / METRICS):
@@ -322,7 +323,7 @@ class LoadedModel:
 
     @property
     def parameters(self) -> Params:
-        """Its parameters: {"base", "adapter"}, without "adapter" for a model alone."""
+        """The model's parameters: {"base", "adapter"}, without "adapter" if it has none."""
         return self.weights.params
 
     @property
@@ -378,7 +379,7 @@ class LoadedModel:
         ]
 
     def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Return the token ids of prompts, as training renders them."""
+        """Return the token ids of each prompt, rendered as in training."""
         settings = prompt_settings(self.named.record)
         format, columns = settings.pop("format", "auto"), settings.pop("columns")
         rows = [
@@ -392,7 +393,7 @@ class LoadedModel:
 
 
 def _name_of(source: Any) -> str | Path:
-    """Return the folder of a Result, or the name of a model as it is."""
+    """Return the folder of a Result; return a name of a model unchanged."""
     return source.folder if isinstance(source, RunResult) else source
 
 

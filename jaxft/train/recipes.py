@@ -125,15 +125,17 @@ class ModelKnobs:
         return None
 
     def build(self, weights: str | None = None) -> Model:
-        """Build the model. weights: of another model with the same computation, such as a reference."""
+        """Build the model of these knobs. weights: name of another model to build with the same settings of
+        dtype, memory and attention, such as a reference; None for `model`.
+        """
         residual = jnp.dtype(self.residual or self.dtype)
         attention = AttentionSettings(None, self.context_keys, self.attention)
         options = {"residual": residual, "remat": self.remat, "attention_settings": attention}
         return model_for(weights or self.weights, dtype=jnp.dtype(self.dtype), **options)
 
     def full_start(self, start: str | None) -> tuple[Self, str | None]:
-        """Return the knobs with the base that full fine-tuning from `start` trains, and the folder whose
-        adapter is merged into it or None.
+        """Return (knobs whose `model` is the base that full fine-tuning from `start` trains, folder of the
+        adapter that is merged into it, None for no adapter).
         """
         weights, merged = start_of_full(self.model, start)
         base = _extended(weights, self.extension)
@@ -159,7 +161,9 @@ def without_model_weights() -> Iterator[None]:
 
 
 def _extended(model: str, extension: Extension | None) -> str:
-    """Return where the extended model is; print that a damaged copy of it was written again."""
+    """Return the folder of `model` with the extension, or `model` without one. Prints if a damaged copy of it
+    was written again.
+    """
     folder, lines = extended_ref(model, extension, _DRAFTS.get())
     if lines and is_first():
         print(*lines, sep="\n", file=sys.stderr)
@@ -271,7 +275,7 @@ def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
         return str(Path(start) / "model"), None
     raise FileNotFoundError(
         f"start={start}: not the folder of a finished run, nor of an adapter (relative to {Path.cwd()}); "
-        "name one"
+        "set start= to such a folder, for example runs/sft"
     )
 
 
@@ -309,7 +313,7 @@ class GpuKnobs(LoraOrFullKnobs):
 
 @dataclass(frozen=True)
 class ReferenceKnobs:
-    """Another reference policy than the model at step 0.
+    """A reference policy other than the model at step 0.
 
     >>> ReferenceKnobs().reference(), ReferenceKnobs(reference_model="runs/sft").reference()
     ('start', 'teacher')
@@ -333,9 +337,7 @@ class ReferenceKnobs:
         """
         if self.reference_model is None:
             if self.reference_quant != "none":
-                raise ValueError(
-                    f"reference_quant={self.reference_quant} is for a reference_model; set that too"
-                )
+                raise ValueError(f"reference_quant={self.reference_quant} needs a reference_model; set both")
             return None
         quant = Quant.parse(self.reference_quant)
         return find_teacher(self.reference_model, base.weights, base.build, quant, shares=not full)
@@ -497,7 +499,7 @@ class RolloutKnobs(PromptKnobs):
         return min(of_turns, self.max_episode or of_turns)
 
     def rewards(self, functions: tuple[Callable, ...], default: Callable) -> tuple[Any, ...]:
-        """Return the rewards: the environment's score, if it has one, and `functions`; else `default`."""
+        """Return the environment's score, if it has one, and `functions`; `default` if there are none."""
         played = environment_of(self.environment, self.tools)
         own: tuple[Any, ...] = (EnvironmentReward(),) if played.scored else ()
         return (*own, *functions) or (default,)

@@ -26,7 +26,8 @@ ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortName
 
 
 def steps_between(every: float, steps: int) -> int:
-    """Return an interval in steps; below 1 it is a fraction of the run, as transformers' `eval_steps`.
+    """Return the interval `every` in steps; below 1 it is a fraction of the run's `steps`, as in
+    transformers.
 
     >>> steps_between(0.25, 90)
     23
@@ -40,23 +41,23 @@ class Loop:
 
     steps: length of the run; None for data.epochs. log_every: a logged metric is the mean over this many
     steps. eval_every: steps between evaluations of the held-out rows, below 1 as a fraction of the run's
-    steps; None for before and after training only. save_every: the same between checkpoints. keep_last: how
-    many of the newest checkpoints to retain. keep_best: how many checkpoints with the best held-out score to
-    retain.
-    eval_scores: complete and score held-out prompts (see Scoring) at every evaluation too. best_metric: the
-    metric of the evaluations that selects the best checkpoint; None for eval_loss, of rollouts eval_reward.
-    greater_is_better: whether a greater best_metric is better. None: lower is better for names that end in
-    loss, kl, brier or ece, greater for accuracies, margins, rewards and scores; others need it. patience: the
-    run ends after this many evaluations without a better best_metric. eval_fraction: the most that all
-    evaluations of held-out rows together may compute, as a fraction of what training does (see
-    evaluate.py); where the held-out rows are a fraction of the rows and would take more, fewer of them
-    are evaluated. None: all of them. A file of held-out rows is always evaluated in full. max_bad: non-finite
-    steps in a row that end the run; one that ends with any is not finished either. store: a folder in an
-    object store, gs://bucket/path or s3://bucket/path; the run's folder is copied there at every checkpoint
-    and at the end, and a start on another machine fetches it from there (see runs/folder_copies.py).
-    profile: first and last step of a profiler trace (`loop.profile=10:15`). watch: "layers" logs gradient and
-    update norms per layer and kind of parameter. debug_nonfinite: write the first non-finite step into the
-    run folder and log the first layer that is not finite, see train/logs/nonfinite.py.
+    steps; None for before and after training only. save_every: steps between checkpoints, or a fraction as
+    for eval_every. keep_last: how many of the newest checkpoints to retain. keep_best: how many checkpoints
+    with the best held-out score to retain. eval_scores: complete and score held-out prompts (see Scoring) at
+    every evaluation, not only before and after training. best_metric: the metric of the evaluations that
+    selects the best checkpoint; None for eval_loss, or eval_reward if the run samples. greater_is_better:
+    whether a greater best_metric is better. None: lower is better for names that end in loss, kl, brier or
+    ece, greater for accuracies, margins, rewards and scores; for any other name it must be set. patience: the
+    run ends after this many evaluations without a better best_metric. eval_fraction: the most compute of all
+    evaluations together, as a fraction of training's. If data.held_out is a fraction and its rows would take
+    more, fewer of them are evaluated; None evaluates all, and a file of held-out rows is always evaluated in
+    full. max_bad: the run ends after this many non-finite steps in a row. A run whose last step is not finite
+    is not finished either. store: a folder in an object store, gs://bucket/path or s3://bucket/path; the
+    run's folder is copied there at every checkpoint and at the end, and a start on another machine fetches it
+    from there (see runs/folder_copies.py). profile: first and last step of a profiler trace
+    (`loop.profile=10:15`). watch: "layers" logs gradient and update norms per layer and kind of parameter.
+    debug_nonfinite: write the first non-finite step into the run folder and log the first layer that is not
+    finite, see train/logs/nonfinite.py.
 
     >>> Loop(patience=3)
     Traceback (most recent call last):
@@ -112,7 +113,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Scoring:
-    """Scores of the completions of held-out prompts before and after training; their means are metrics.
+    """How completions of held-out prompts are scored before and after training; mean scores are metrics.
 
     by: functions of (prompt, completion, row): exact, number, json_match, or one in a file of your own, such
     as my.py:score; row["answer"] is the row's own response. prompts: how many held-out prompts, None for all.
@@ -151,22 +152,21 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Run:
-    """The settings of a run. `objective(model)` returns the objective, `data.open(tokenizer)` the source of
-    batches.
+    """The settings of a run.
 
-    name: results are in runs/NAME. objective: the function of a model that makes the objective.
-    weights: where the base comes from (see weights.hf.hub). adapter: LoRA settings; None trains the base.
-    start: a PEFT folder, or a run's, with the adapter to start from; without `adapter` it is merged into
-    the base. train: a regular expression over parameter paths that selects the trainable parameters
-    instead of the default. quant: how the frozen base is stored; None for the compute dtype. params: the
-    dtype of trainable base weights; in bfloat16 their gradients are bfloat16 too, summed over tokens and
-    microbatches in float32, and updates are rounded stochastically. general: a text file whose loss
-    before and after training shows forgetting. samples: number of held-out prompts that are completed and
-    shown before and after training. scoring: functions that score such completions. seed: of fresh weights,
-    dropout and sampling. trackers: wandb, trackio, mlflow, or file.py:name of your own; every run writes
-    TensorBoard's files. heads: further models
-    with scalar heads on the base, by name (see models/adapted.py). teacher: a second, frozen language model
-    that the objective reads, such as a reference policy with weights of its own.
+    name: results are in runs/NAME. objective: `objective(model)` returns the objective, such as
+    objectives.sft.sft. data: the rows; `data.open(tokenizer)` returns the source of batches. weights: where
+    the base comes from (see weights.hf.hub). adapter: LoRA settings; None trains the base. start: a PEFT
+    folder, or a run's, with the adapter to start from; without `adapter` it is merged into the base. train: a
+    regular expression; parameters whose paths it matches are trained, instead of the adapter or, without one,
+    the base. quant: how the frozen base is stored; None for the compute dtype. params: the dtype of trainable
+    base weights; in bfloat16 their gradients are bfloat16 too, summed over tokens and microbatches in
+    float32, and updates are rounded stochastically. general: a text file whose loss before and after training
+    shows forgetting. samples: number of held-out prompts that are completed and shown before and after
+    training. scoring: functions that score such completions. seed: of fresh weights, dropout and sampling.
+    trackers: wandb, trackio, mlflow, or file.py:name of your own; every run writes TensorBoard's files.
+    heads: further models with scalar heads on the base, by name (see models/adapted.py). teacher: a second,
+    frozen language model that the objective reads, such as a reference policy with weights of its own.
 
     >>> from jaxft.data.sft import Rows
     >>> from jaxft.objectives.sft import sft

@@ -35,7 +35,7 @@ EVALUATED_LOSSES = {HELD_OUT + LOSS: "loss on held-out rows", GENERAL_LOSS: "los
 def evaluate_start(
     job: Job, compiled: Compiled, states: States, frozen: tuple[Params, ...], logs: Logs
 ) -> dict[str, Any]:
-    """Evaluate and log the model before the first step; return what a checkpoint of it would store.
+    """Evaluate and log the model before the first step; return a checkpoint's JSON about it.
 
     Raises AgreedError that names the first non-finite parameter or layer if a loss or the logits of a
     completion are not finite.
@@ -71,7 +71,7 @@ def evaluate_start(
 
 
 def without_accuracies(end: Evaluation) -> Evaluation:
-    """Remove the accuracies of an evaluation whose pairs are all ties up to rounding."""
+    """Return an evaluation without accuracies, for a model whose pairs are all ties up to rounding."""
     metrics = end["metrics"]
     kept = {name: value for name, value in metrics.items() if name + PAIR_COUNT not in metrics}
     return {**end, "metrics": kept}
@@ -99,8 +99,8 @@ def check_selection(job: Job, before: list[Evaluation]) -> None:
 def evaluate_during(
     job: Job, compiled: Compiled, states: States, done: int, saved: dict[str, Any], logs: Logs
 ) -> list[float | None]:
-    """Evaluate and log the members after `done` steps; return the scores that select the best checkpoint, and
-    append them to saved["scores"].
+    """Evaluate and log the members after `done` steps; return each member's score, the lower the better,
+    which selects the best checkpoint (None: no score), and append the list to saved["scores"].
     """
     loop = job.lead.run.loop
     held_out = compiled.held_out_metrics(states, loop.eval_scores)
@@ -159,9 +159,10 @@ def end_if_due(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: M
 
 
 def last_faults(compiled: Compiled, states: States, batch: Batch) -> list[list[str]]:
-    """Return for each member its problem if the last batch's loss is not finite after the last step, else [].
+    """Return for each member a list of problems: one if the last training batch's loss, computed again after
+    the last step, is not finite, else [].
 
-    This loss is the only forward pass with the last update in a run without held-out rows.
+    Without held-out rows, no other forward pass of the run uses the parameters of the last update.
     """
     return [
         [
@@ -185,7 +186,7 @@ def nonfinite_losses(metrics: FloatMetrics) -> list[str]:
 
 
 def faults(state: TrainState, steps: int, end: Evaluation) -> list[str]:
-    """Return why a run is not finished after `steps` steps; nothing if it is.
+    """Return the reasons why a run is not finished after `steps` steps, [] if it is.
 
     end: the evaluation after the last step.
     """

@@ -39,7 +39,7 @@ def make_train_step(
 
     The batch's weights sum to 1 over all microbatches, so gradients are added and never averaged. A step
     whose loss, gradient norm or update is not finite leaves parameters, optimizer state and aux unchanged and
-    is counted. watch: returns further metrics of the gradients and the old and new parameters.
+    is counted. watch(gradients, old, new parameters): returns further metrics.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -68,7 +68,7 @@ def apply_gradients(
     summed: tuple[Grads, Metrics],
     rounding_key: Key[Array, ""],
 ) -> tuple[TrainState, Metrics]:
-    """Return the state after one optimizer update by summed gradients, and the metrics of next_state.
+    """Return the state after one optimizer update, and its metrics. summed: gradients and metrics of a batch.
 
     If `objective.frozen_policy(batch)`, the policy's parameters and their optimizer state stay unchanged
     (with a gradient of 0 Adam would still move them); a critic is updated as usual.
@@ -94,7 +94,8 @@ def next_state(
     """Return the next step's state, and the metrics grad_norm, learning_rate and skipped, and with
     optim.skip_spikes loss_spikes, the fraction of the steps that were skipped as spikes.
 
-    updated: new parameters and optimizer state. info: facts about the step that made them.
+    updated: new parameters and optimizer state. info: gradient norm, and whether the step is finite or
+    frozen.
     """
     trainable, opt_state = updated
     aux, moves = objective.update(state.aux, trainable, metrics), info.finite
@@ -131,10 +132,10 @@ def applied_rate(optimizer: Optimizer, state: TrainState, info: StepInfo) -> Flo
 def accumulate_gradients(
     objective: Objective, params: tuple[Params, Params], batch: Batch, key: Key[Array, ""], aux: Aux
 ) -> tuple[Grads, Metrics]:
-    """Return the gradients of the trainable parameters over a batch [micro, rows, ...], and metrics.
+    """Return the gradients of the trainable parameters and the metrics, both summed over all microbatches.
 
-    They are summed over microbatches. params: (trainable, frozen). See _coupled_gradients for an
-    objective that couples rows.
+    params: (trainable, frozen). batch: [micro, rows, ...]. For an objective whose loss couples rows, such as
+    one that compares rows of the whole batch, see _coupled_gradients.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
     if objective.facts.coupled and count > 1:
@@ -179,8 +180,8 @@ def _coupled_gradients(
 ) -> tuple[Grads, Metrics]:
     """Gradients of a loss that couples rows, exact under accumulation.
 
-    First the log-probs of all microbatches are computed, then the loss and its cotangents from the whole
-    arrays; last, each microbatch is run again and pulls its cotangents back.
+    First the outputs of all microbatches are computed; then the loss of all outputs together and its
+    cotangent for each; last, each microbatch is run again and its cotangents are pulled back to gradients.
     """
     trainable, frozen = params
     count = jax.tree.leaves(batch)[0].shape[0]
@@ -208,7 +209,8 @@ def _coupled_gradients(
 
 
 def kind_of(path: str) -> str:
-    """Return a parameter's kind: its path without layers, an adapter's halves and the policy's own prefix.
+    """Return a parameter's kind: its path without `layers`, `base`, `adapter` and an adapter's final `a` or
+    `b`.
 
     `adapter/layers/attn/q/a` and `base/layers/attn/q` are both `attn/q`;
     `critic/adapter/layers/attn/q/a` is `critic/attn/q`.
@@ -219,10 +221,11 @@ def kind_of(path: str) -> str:
 
 
 def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> Callable[[Params], Norms]:
-    """Return `norms(params)`: the norm of each kind of parameter, for each layer if it is stacked.
+    """Return `norms(params)`: {kind: norm of all parameters of the kind}, one norm per layer if they are
+    stacked.
 
-    specs: ParamSpecs of the parameters. name_of(path): the kind that a parameter counts in. An adapter's
-    scale and leaves that are None are left out.
+    specs: ParamSpecs of the parameters. name_of(path): the kind of a parameter. An adapter's scale and
+    leaves that are None are left out.
     """
     axes = {path: spec.axes for path, spec in spec_paths(specs).items()}
 
@@ -240,7 +243,7 @@ def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> C
 
 
 def make_watch(specs: Specs) -> Watch:
-    """Return `watch(grads, old, new) -> metrics`: of trainable parameters, by layer."""
+    """Return `watch(grads, old, new)`: norms of gradients and of new - old, by kind and layer."""
     norms = make_layer_norms(specs)
     layers = {kind_of(path): tuple(layer_numbers(spec)) for path, spec in spec_paths(specs).items()}
 

@@ -38,9 +38,9 @@ class Sweep:
     """Runs that are trained together.
 
     runs: by label, which is also the name of the member's folder. at_once: how many adapters go through the
-    model in one forward pass, a divisor of their number; more need memory for activations, and are faster if
-    one leaves the device idle. Raises ValueError for runs that differ in more than MAY_DIFFER, without an
-    adapter, or with dropout.
+    model in one forward pass, a divisor of their number. A greater value takes more memory for activations,
+    and is faster if a single adapter does not keep the device busy. Raises ValueError for runs that differ in
+    more than MAY_DIFFER, without an adapter, or with dropout.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Sweep:
 
     @property
     def lead(self) -> Run:
-        """The run whose mesh, intervals and held-out rows are used for all."""
+        """The first run, whose mesh, intervals and held-out rows are used for all."""
         return next(iter(self.runs.values()))
 
     def __post_init__(self) -> None:
@@ -76,8 +76,8 @@ class Sweep:
             layered = adapter_specs(run.model.specs, run.adapter, run.model.weight_names)
             if self.at_once > 1 and {"embed", "head"} & layered.keys():
                 raise ValueError(
-                    "adapter.targets: pairs of the embeddings and the head have no layers, which several "
-                    f"adapters at once need; use --at-once 1, got {self.at_once}"
+                    "adapter.targets: LoRA on the embeddings or the head is possible only for one adapter at "
+                    f"a time; use --at-once 1, got {self.at_once}"
                 )
             if run.adapter.dropout:
                 raise ValueError(
@@ -111,8 +111,8 @@ class Sweep:
 
 
 def with_one_split(runs: Mapping[str, Run]) -> dict[str, Run]:
-    """Return the runs so that all hold out the same rows: if a fraction is held out and the seeds differ, by
-    the seed of the first run.
+    """Return the runs, changed if needed so that all hold out the same rows: if a fraction is held out and
+    their seeds differ, each gets data.split_seed from the first run.
     """
     first = next(iter(runs.values())).data.seed_of_split
     divided = [
@@ -147,7 +147,7 @@ def reason_to_separate(runs: Mapping[str, Run]) -> str:
 
 
 def check_members(folder: Path, labels: list[str]) -> None:
-    """Raise ValueError if a folder belongs to a sweep with other members."""
+    """Raise ValueError if `folder` has a sweep whose members are not `labels`."""
     path = folder / "config.json"
     known = runfolder.read_saved_json(path).get("members", labels) if path.is_file() else labels
     if known != labels:
@@ -164,8 +164,8 @@ def write_table(
     ends: tuple[Mapping[str, FloatMetrics], Mapping[str, FloatMetrics]],
     failed: list[str],
 ) -> str:
-    """Write the members' results side by side: README.md, summary.json, curves.png. Returns the table, and
-    which member is best.
+    """Write the members' results side by side: README.md, summary.json, curves.png. Returns the table as
+    text, with a line that names the best member.
 
     ends: metrics of each member before and after training, by label. failed: labels of members that are not
     finished.
@@ -190,6 +190,6 @@ def write_table(
 
 
 def _of_training(entries: list[dict]) -> dict[str, float]:
-    """Return the table's training metrics: the number of skipped steps, and the metrics of the last one."""
+    """Return the number of skipped steps and the last training metrics of a member's log entries."""
     last = {name: entry[name] for entry in entries for name in compare.TRAINED if entry.get(name) is not None}
     return {**last, "skipped": sum(entry.get("skipped", 0) for entry in entries)}

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.optimize import linprog
 
 from jaxft.lab.exact_toys import (
+    Risk,
     bradley_terry_toy,
     displacement,
     displacement_path,
@@ -76,6 +78,21 @@ def test_flipped_labels_shrink_the_log_odds_that_dpo_learns():
         assert c[0] - c[1] == pytest.approx(math.log(q / (1 - q)) / beta, abs=1e-5)
 
 
+@pytest.mark.parametrize("reward", [REWARD, [0.0, 0.4, 0.9, 1.3, 2.0, 0.7]])
+def test_the_risk_of_hinge_is_that_of_a_linear_program(reward):
+    """min sum_ij w_ij t_ij over log-ratios c and t, where t_ij >= 0 and t_ij >= 1 - beta (c_i - c_j)."""
+    toy, beta = bradley_terry_toy(reward), 0.1
+    N = len(reward)
+    i, j = np.nonzero(1 - np.eye(N))
+    rows = np.arange(len(i))
+    above = np.zeros((len(i), N + len(i)))
+    above[rows, i], above[rows, j], above[rows, N + rows] = -beta, beta, -1.0
+    cost = np.concatenate([np.zeros(N), 1 / (1 + np.exp(toy.reward[j] - toy.reward[i])) / (N * (N - 1) / 2)])
+    bounds = [(None, None)] * N + [(0, None)] * len(i)
+    expected = linprog(cost, A_ub=above, b_ub=-np.ones(len(i)), bounds=bounds).fun
+    assert optimum(partial(P.hinge, beta=beta), toy).risk == pytest.approx(expected, abs=1e-6)
+
+
 def test_nll_with_unlimited_data_is_the_distribution_of_chosen_responses():
     toy = bradley_terry_toy(REWARD, REFERENCE)
     wins = 2 * (toy.compared * toy.prefer).sum(1)
@@ -94,6 +111,25 @@ def test_a_loss_that_rewards_the_margin_without_end_has_no_bound():
     assert not optimum(lambda pair: -0.1 * margin(pair), bradley_terry_toy(REWARD)).bounded
     saturating = optimum(P.apo_zero, bradley_terry_toy(REWARD))
     assert saturating.bounded and not saturating.finite
+
+
+def test_a_risk_that_is_not_a_number_ends_the_search():
+    toy = bradley_terry_toy(REWARD)
+
+    def nan(x):
+        return math.nan, np.zeros_like(x)
+
+    def nan_beyond_the_reference(x):
+        return (math.nan if np.abs(x).max() > 0 else 1.0), x - 1.0
+
+    assert math.isnan(minimise(Risk(nan, nan), toy).risk)
+    found = minimise(Risk(nan_beyond_the_reference, nan_beyond_the_reference), toy)
+    assert found.risk == 1.0 and np.allclose(found.logp, toy.reference)
+
+
+def test_a_toy_of_one_response_is_one_line():
+    with pytest.raises(ValueError, match="give the rewards of two or more"):
+        bradley_terry_toy([1.0])
 
 
 def test_quality_is_the_expectation_over_responses():
@@ -140,16 +176,29 @@ def wrong_reference(pair, beta: float = 0.1) -> P.Calibrated:
     return P.logistic(beta * (pair.chosen.logp - pair.rejected.logp + known))
 
 
+def without_reference(pair, beta: float = 0.1) -> Annotated[P.PairLoss, Claims.of("difference")]:
+    """A function of the margin of log-probs, where that of log-ratios is claimed."""
+    return P.logistic(beta * (pair.chosen.logp - pair.rejected.logp))
+
+
 @pytest.mark.parametrize(
     "loss, name, text",
     [
         (lambda pair: P.logistic(-0.1 * margin(pair)), "Bradley-Terry", "in reverse .* change its sign"),
         (not_of_the_margin, "difference", "claimed, but adding the same to both log-ratios changes it"),
+        (without_reference, "difference", "claimed, but other lengths or log-probs of the reference"),
         (endless, "optimum", "claimed, but .* infinite log-ratios"),
         (lambda pair: -0.1 * margin(pair), "optimum", "falls without bound"),
         (wrong_reference, "calibrated", "claimed, but"),
     ],
-    ids=["a wrong sign", "no function of the margin", "no end", "no bound", "the reference's sign"],
+    ids=[
+        "a wrong sign",
+        "no function of the margin",
+        "no reference",
+        "no end",
+        "no bound",
+        "the reference's sign",
+    ],
 )
 def test_a_wrong_loss_is_named(loss, name, text):
     found = next(c for c in check_loss(probe("it", loss)) if c.name == name)

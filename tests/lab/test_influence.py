@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from scripts_in_process import call
 
 import jaxft
 from jaxft import tree
+from jaxft.data.packing.tokenised import preview
 from jaxft.distributed import sharding
 from jaxft.lab import influence
 from jaxft.lab.influence import (
@@ -241,6 +243,54 @@ def test_the_command_trains_without_each_source_and_names_the_bad_one(place, mon
     assert all(line.strip().startswith("+") for line in lines[1:])
 
 
+def test_rows_of_files_of_one_name_are_told_apart(place):
+    """Each name leads to the row that was tokenised."""
+    for folder, first in (("a", 100), ("b", 200)):
+        (place / folder).mkdir(exist_ok=True)
+        given = [pair(f"{first + i} ten?", WORDS[i % 5]) for i in range(6)]
+        (place / folder / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given))
+    with working_directory(place):
+        parts = jaxft.prepare("config.py", data="a/same.jsonl,b/same.jsonl", held_out="held.jsonl")
+        found = margins_of_rows(parts)
+        columns = rows_by_name("a/same.jsonl,b/same.jsonl")
+    split = parts.source.split
+    texts = [preview(split.rows, i, parts.tokenizer) for i in split.train]
+    assert len(columns) == 12
+    assert all(columns[name]["prompt"] in text for name, text in zip(found.names, texts, strict=True))
+    assert [*sorted(found.by_file())] == ["a/same.jsonl", "b/same.jsonl"]
+
+
+def test_gradients_that_are_not_finite_are_one_line(parts):
+    broken = replace(parts.state, trainable=jax.tree.map(lambda x: x * np.nan, parts.state.trainable))
+    with pytest.raises(ValueError, match="the gradients are not finite: the run has diverged"):
+        gradients_of_rows(parts, broken, size=64)
+
+
+@pytest.mark.slow  # compiles the backward pass of a backward pass
+def test_the_command_weighs_sources_by_gradients_through_training(place, monkeypatch, capsys):
+    monkeypatch.setenv("JAXFT_ATTENTION", "reference")  # restores it
+    with working_directory(place):
+        names = ",".join(write_sources(place, 2, 1))
+        argv = ["--config", "config.py", f"data={names}", "held_out=held.jsonl", "name=weighed", "lr=1e-3"]
+        code, out, _ = call(monkeypatch, capsys, "influence", *argv, "--through", "6")
+    slopes = {line.split()[2]: float(line.split()[0]) for line in out.strip().splitlines()[-3:]}
+    weights = {line.split()[2]: float(line.split()[1]) for line in out.strip().splitlines()[-3:]}
+    assert code == 0 and slopes["bad0"] > 0 > max(slopes["good0"], slopes["good1"])
+    assert weights["bad0"] == min(weights.values()) < 0.1
+    assert sum(weights.values()) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.slow  # three runs, one after the other
+def test_full_fine_tuning_without_each_source_stays_in_its_folder(place, monkeypatch, capsys):
+    with working_directory(place):
+        names = ",".join(write_sources(place, 1, 1))
+        argv = ["--config", "config.py", f"data={names}", "held_out=held.jsonl", "steps=4", "name=whole"]
+        before = {path.name for path in (place / "runs").glob("*")}
+        code, out, _ = call(monkeypatch, capsys, "influence", *argv, "full=true", "--leave-out")
+    assert code == 0 and "without bad0" in out and "without good0" in out
+    assert {path.name for path in (place / "runs").glob("*")} - before == {"whole-sources"}
+
+
 @pytest.mark.slow
 def test_flipped_labels_and_a_bad_source_are_found_in_the_default_world_on_a_real_model():
     """SmolLM2 at step 0, 10 drawings: 40 flipped labels of 200; a source of 20 pairs with 12 flipped labels.
@@ -262,6 +312,8 @@ def test_flipped_labels_and_a_bad_source_are_found_in_the_default_world_on_a_rea
         (["held_out=none"], "no rows are held out to measure the influence on; set held_out=FILE"),
         (["--leave-out"], "the run has one source; name several, as in data=a.jsonl,b.jsonl"),
         (["--leave-out", "--gradients"], "--leave-out is about sources"),
+        (["--through", "2", "--keep", "0.5"], "--through is about sources"),
+        (["--through", "0"], "--through 0: expected steps, at least 1"),
     ],
 )
 def test_a_mistake_is_one_line(place, monkeypatch, capsys, argv, text):

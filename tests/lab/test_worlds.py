@@ -67,6 +67,13 @@ def test_near_duplicates_repeat_a_row_in_other_words():
         assert original["prompt"][1:20].rstrip(".! ") in row["prompt"]
 
 
+@pytest.mark.parametrize("duplicates, own", [(0.8, 10), (0.999, 1)])
+def test_more_copies_than_originals_repeat_these_several_times(duplicates, own):
+    rows = World(duplicates=duplicates, pairs=50).rows()
+    assert len(rows) == 50 and sum(row["duplicate_of"] < 0 for row in rows) == own
+    assert {row["duplicate_of"] for row in rows[own:]} == {*range(own)}
+
+
 @pytest.mark.parametrize(
     "completion, facts, format",
     [
@@ -91,6 +98,25 @@ def test_features_of_answers(completion, facts, format):
     assert features(completion, "42")[:2] == (facts, format)
 
 
+@pytest.mark.parametrize(
+    "completion, right, facts, format",
+    [
+        ("The answer is New York.", "New York", 1, 0),
+        ("Los Angeles", "New York", 0, 1),
+        ("The answer is $42.", "$42", 1, 0),
+        ("It is 42% of it", "42%", 1, 0),
+        ("42.5", "42", 0, 1),
+    ],
+)
+def test_answers_of_several_words_and_with_signs(completion, right, facts, format):
+    assert features(completion, right)[:2] == (facts, format)
+
+
+def test_objects_without_fields_or_too_deep_for_a_parser_have_features():
+    assert features("{}", "{}").facts == 0.0
+    assert features('{"a": ' * 20_000, '{"a": 1}').facts == 0.0
+
+
 def test_the_reward_is_the_weighted_sum_of_the_features():
     world = World(taste=Taste(facts=3.0, format=0.5, length=-2.0), pairs=5)
     row = world.rows()[0]
@@ -112,6 +138,8 @@ def test_written_rows_are_the_rows(tmp_path):
         ({"noise": 0.6}, "world.noise=0.6 turns most labels around"),
         ({"pairs": 1}, "world.pairs=1"),
         ({"duplicates": 1.0}, "world.duplicates=1.0 leaves no row of its own"),
+        ({"gap": 9.0, "pairs": 2}, "world.gap=9.0: no two of"),
+        ({"taste": Taste(0.0, 0.0, 0.0)}, "raise a weight of world.taste"),
         ({"source": "none.jsonl"}, "world.source=none.jsonl: no such file"),
         ({"source": "configs/data/general.jsonl"}, "general.jsonl:1: a world needs rows with texts"),
         ({"source": "configs/data/calculator_held_out.jsonl", "held_out": 63}, "leaves fewer than 2"),
@@ -121,6 +149,19 @@ def test_a_wrong_world_is_one_line(settings, text):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         World(**settings).rows()
     assert text in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_broken_line_of_the_source_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = '{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2"}\n'
+    for broken, text in (
+        ('["c"]', "rows.jsonl:3: "),
+        ("", "rows.jsonl:2: "),
+        ('{"prompt": "c"}', "a world needs"),
+    ):
+        path.write_text(good + broken + "\n" if broken else good.replace("\n", "\n\n"))
+        with pytest.raises(ValueError, match=text):
+            World(source=str(path), held_out=0).rows()
 
 
 def test_rows_of_another_kind_have_no_true_reward():

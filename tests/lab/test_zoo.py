@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from scripts_in_process import call
 
 from jaxft.lab.loss_evaluation import parse_losses
 from jaxft.lab.zoo import SAME_KL, best_rewards, describe_loss, write_zoo, zoo_toy
@@ -30,14 +31,29 @@ def test_the_page_has_each_loss_that_works_and_reports_the_others(tmp_path):
     (tmp_path / "my.py").write_text(
         "def mine(pair):\n    '''Mine <b>.'''\n    return -pair.chosen.ratio + pair.rejected.ratio\n"
         "def broken(pair):\n    return pair.nothing\n"
+        "def branching(pair, beta=0.1):\n"
+        "    return -beta * pair.chosen.ratio if beta > 0 else pair.chosen.ratio\n"
     )
     said = []
-    names = [f"{tmp_path}/my.py:mine", f"{tmp_path}/my.py:broken"]
+    names = [f"{tmp_path}/my.py:{name}" for name in ("mine", "broken", "branching")]
     size = write_zoo(parse_losses(names), tmp_path / "out" / "zoo.html", said.append)
     page = (tmp_path / "out" / "zoo.html").read_text()
     assert size == len(page.encode()) and page.count("<h3") == 1 and "Mine &lt;b&gt;." in page
     assert "falls without bound" in page and page.count("<figure") == 5
     assert not re.search(r"(src|href)=\"(?!#|data:)", page)
     assert any(line.startswith("broken is left out: broken fails: AttributeError") for line in said)
+    assert any(
+        line.startswith("branching is left out: branching fails in float64 with beta as") for line in said
+    )
     with pytest.raises(ValueError, match="none of the losses can be evaluated"):
         write_zoo(parse_losses(names[1:]), tmp_path / "zoo.html", said.append)
+
+
+def test_a_beta_that_is_an_integer_is_varied_too():
+    found = describe_loss(parse_losses(["dpo,beta=1"])[0])
+    assert len(found.by_beta) == 13 and found.same_kl is not None
+
+
+def test_options_that_the_zoo_does_not_read_are_refused(monkeypatch, capsys):
+    code, _, error = call(monkeypatch, capsys, "loss_bench", "--zoo", "--steps", "3", "--world", "noise=0.1")
+    assert code == 1 and error.count("\n") == 1 and "leave out --steps, --world" in error

@@ -103,7 +103,7 @@ def test_the_shipped_held_out_rows_evaluate_the_shipped_rows_only(name):
         (["start=runs/none", "full=true"], "start=runs/none: not the folder of a finished run"),
         (["reference=start", "moving=0.6,5"], "contradict each other"),
         (["reference_model=org/name", "moving=0.6,5"], "contradict each other"),
-        (["reference_quant=nf4"], "reference_quant=nf4 is for a reference_model"),
+        (["reference_quant=nf4"], "reference_quant=nf4 needs a reference_model"),
         (["reference_model=runs/none"], "runs/none: no such folder"),
         (
             ["reference_model=HuggingFaceTB/SmolLM2-1.7B-Instruct", "loss=simpo"],

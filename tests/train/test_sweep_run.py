@@ -287,7 +287,7 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
         ),
         (
             ["--over", "lr=1,2", "--at-once", "2", "adapter.targets=q,embed"],
-            "pairs of the embeddings and the head have no layers, which several adapters at once need",
+            "LoRA on the embeddings or the head is possible only for one adapter at a time",
         ),
         (["--over", "beta=0.1,0.2,0.3", "--at-once", "2"], "3 adapters don't divide into blocks of 2"),
     ],

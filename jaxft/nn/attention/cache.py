@@ -53,9 +53,7 @@ class Keys:
 
 
 def joined_keys(parts: Sequence[Keys]) -> Keys:
-    """Concatenate Keys of one layer along their slots. If only some parts have scales, the others get scales
-    of 1.
-    """
+    """Concatenate Keys of one layer along their slots. If only some parts have scales, others get 1."""
 
     def scales(of: Callable[[Keys], Any]) -> Any:
         if all(of(x) is None for x in parts):

@@ -289,8 +289,8 @@ def _visits(ranges: KeyRanges, size: int, block: int) -> tuple[jax.Array, jax.Ar
 
 
 def _on_the_list(ranges: KeyRanges, size: int, block: int) -> KeyRanges:
-    """Return the ranges as [C, N], for N queries in each of C query blocks, with positions in the list of all
-    rows' keys. size: keys of a row.
+    """Return the ranges as [C, N], for N queries in each of C query blocks, as positions in the concatenated
+    keys of all rows. size: keys of a row.
     """
     row = jnp.arange(ranges.own_start.shape[0], dtype=jnp.int32)[:, None] * size
     return jax.tree.map(lambda x: _blocks(x + row, block), ranges)

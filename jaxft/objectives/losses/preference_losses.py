@@ -45,6 +45,7 @@ from jaxft.objectives.pair import (
     coupled,
     declaration,
     logistic,
+    loss_name,
     loss_values,
     reference_free,
     require,
@@ -386,7 +387,8 @@ def wpo(loss: Callable[..., Array]) -> PreferenceLoss:
     declared = declaration(loss)
     if declared.coupled:
         raise ValueError(
-            "wpo weights pairs one by one, but this loss couples them. Use mix((wpo(other), w), (this, w))"
+            f"wpo weights each pair, but {loss_name(loss)} couples the pairs of a batch. Apply wpo to other "
+            f"losses, and add this one by mix((wpo(dpo), 1.0), ({loss_name(loss)}, 1.0))"
         )
 
     @wraps(loss, NAMED, updated=())

@@ -33,6 +33,7 @@ from jaxft.objectives.pair import (
     PreferenceLoss,
     declaration,
     logistic,
+    loss_name,
     require,
     square,
 )
@@ -198,8 +199,8 @@ def all_pairs(loss: Callable[..., Array]) -> PreferenceLoss:
     declared = declaration(loss)
     if declared.coupled:
         raise ValueError(
-            "all_pairs compares the responses of one row, but this loss couples rows; "
-            "use a loss of single pairs"
+            f"all_pairs compares the responses of one row, but {loss_name(loss)} couples rows; use a loss of "
+            "single pairs, such as dpo"
         )
 
     def of_rankings(pair: PairBatch, *args: Any, **knobs: Any) -> Array:

@@ -94,8 +94,8 @@ def load_config(path: str, overrides: list[str], expected: type = object) -> Any
 
 
 def resolve_config(recipe: Recipe, overrides: list[str], expected: type = object) -> Resolved:
-    """Call a file's `config` with the knobs among the overrides, then replace the fields that the others
-    name. recipe: a file or its name, or the function itself. overrides: some may be an ObjectText.
+    """Call a file's `config` with the overrides that name knobs, then replace the fields that the remaining
+    overrides name. recipe: a file or its name, or the function itself. overrides: some may be an ObjectText.
 
     Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that
     `config` must return.
@@ -386,7 +386,7 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
 
 
 def recipe_docstring(recipe: str) -> str:
-    """Return the docstring of a config file, or its path."""
+    """Return the docstring of a config file, or its path if it has none."""
     _, module = _config_function(recipe)
     assert module is not None
     return inspect.cleandoc(module.__doc__ or short_path(Path(module.__file__ or recipe)))

@@ -234,7 +234,7 @@ def choices(kind: Definition) -> list[str]:
 
 
 def named_by(mark: ast.expr, file: Path) -> list[str]:
-    """Return the texts that a mark of an annotation lists: `ShortNames.of(TABLE)`, `one_of(CHOICES)`."""
+    """Return the values that an item of Annotated[...] lists: `ShortNames.of(TABLE)`, `one_of(CHOICES)`."""
     if not isinstance(mark, ast.Call):
         return []
     if ast.unparse(mark.func) == "ShortNames.of":

@@ -151,8 +151,8 @@ def _source_hash(definition: Any) -> str | None:
 
 
 def recorded_defaults(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the default of each field of a dataclass and of the sections in it that has one, as JSON by
-    dotted name.
+    """Return {dotted name: default as JSON} of the fields of a dataclass and of the dataclasses in it. Fields
+    without a default are left out.
     """
     defaults: dict[str, Any] = {}
     for field in dataclasses.fields(section):
@@ -171,8 +171,8 @@ def _as_json(value: Any) -> Any:
 
 
 def absent_lines(defaults: Mapping[str, Any]) -> set[str]:
-    """Return the `differences` between a record without some settings, which did not exist then, and their
-    defaults.
+    """Return the lines that `differences` returns if an old record lacks settings and the new one has their
+    defaults. defaults: by dotted name.
     """
     return {f"{name}: {_ABSENT} -> {_short(default)}" for name, default in defaults.items()}
 
@@ -190,6 +190,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 class _Absent:
+    """The value of a setting that a record lacks."""
+
     def __repr__(self) -> str:
         return "absent"
 

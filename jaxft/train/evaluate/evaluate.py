@@ -76,23 +76,23 @@ def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux
 
 
 def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the metrics of all batches, and the numbers of pairs. They are summed on the host and divided
-    once.
+    """Return the metrics over all batches, and for each accuracy its number of pairs. `step` returns sums,
+    which are added on the host and divided once by their total weights.
     """
     return held_out_floats(sum_metrics(step, batches))
 
 
 def held_out_floats(metrics: Metrics) -> dict[str, float]:
-    """Divide metrics of held-out rows; an accuracy has its number of pairs next to it."""
+    """Divide summed metrics by their weights; add the number of pairs of each accuracy."""
     return {**metric.as_floats(metrics), **metric.pair_counts(metrics)}
 
 
 def sum_metrics(
     step: Callable[[Batch], Metrics], batches: Iterable[Batch], with_rows: bool = False
 ) -> Metrics:
-    """Return the metrics of all batches on the host, not yet divided.
+    """Return the metrics summed over all batches, on the host, not yet divided by their weights.
 
-    with_rows: add the values of single rows.
+    with_rows: add the metrics of single rows.
     """
     total: Metrics | None = None
     rows: list[Metrics] = []  # joined once: joining them batch by batch is quadratic in their number
@@ -114,7 +114,7 @@ def coupled_metrics(
 
 
 def general_rows(data: DataSettings, general: str) -> Rows:
-    """Settings that read the general text as held-out rows in the shape of `data`."""
+    """Return data settings whose held-out rows are the text of `general`, in batches as in `data`."""
     return Rows(
         general,
         held_out=general,
@@ -136,8 +136,8 @@ def general_source(
 
 
 class EvaluationLimit(NamedTuple):
-    """The most that an evaluation reads, None for all. rows: held-out batches, or prompts if the source
-    samples. texts: batches of general text.
+    """The most that an evaluation reads, None for all. rows: number of held-out batches, or of prompts if the
+    run samples. texts: number of batches of general text.
     """
 
     rows: int | None = None
@@ -145,9 +145,8 @@ class EvaluationLimit(NamedTuple):
 
 
 def evaluation_limit(run: Run, source: Source[Any], text: Source[Any] | None, steps: int) -> EvaluationLimit:
-    """Return the rows that an evaluation reads so that all evaluations together compute at most
-    loop.eval_fraction of what training does, half of it for held-out rows and half for general text if there
-    are both.
+    """Return how much an evaluation reads so that all evaluations together compute at most loop.eval_fraction
+    of what training does. If there are both held-out rows and general text, each gets half.
 
     There is an evaluation before and after training, and one every loop.eval_every steps. Nothing is limited
     unless held-out rows are a fraction of the rows; at least one batch is always read.
@@ -207,17 +206,18 @@ def is_greater_better(name: str) -> bool | None:
 
 
 def is_stalled(scores: Sequence[float | None], patience: int) -> bool:
-    """Return whether none of the last `patience` scores, the lower the better, is better than all before
-    them. None is no score.
+    """Return whether none of the last `patience` scores is lower, which is better, than every earlier score.
+    None in `scores` is an evaluation without a score.
     """
     known = [math.inf if score is None else score for score in scores]
     return len(known) > patience and min(known[-patience:]) >= min(known[:-patience])
 
 
 class PairScore(NamedTuple):
-    """The log-probabilities of a pair's responses, in nats, and their numbers of tokens.
+    """The log-probability of each response of a pair, in nats, and its number of tokens.
 
-    base: log-probabilities of chosen and rejected by the base without the adapter; None for a model alone.
+    row: the pair's name, for errors and results. base: log-probabilities of chosen and rejected by the base
+    without the adapter; None for a model without one.
     """
 
     row: str
@@ -245,8 +245,8 @@ class Evaluated(NamedTuple):
 def make_row_loss(
     model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, Rows], Evaluated]:
-    """Return `row_loss(loaded, rows)`, whose program is compiled once for all weights of a model. check: is
-    called with the fingerprint of the rows.
+    """Return `row_loss(loaded, rows)`, which evaluates the loss on rows, see _row_loss. Its program is
+    compiled once for all weights of a model. check: called with a hash of the rows.
     """
     eval_step = jax.jit(make_eval_step(sft(model)))
     return lambda loaded, rows: _row_loss(eval_step, loaded, rows, check)
@@ -290,8 +290,8 @@ def _row_loss(
 def make_pair_preferences(
     model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, PairRows], Evaluated]:
-    """Return `preferences(loaded, rows)`, whose programs are compiled once for all weights of a model. check:
-    is called with the fingerprint of the rows.
+    """Return `preferences(loaded, rows)`, which scores pairs, see _pair_preferences. Its programs are
+    compiled once for all weights of a model. check: called with a hash of the rows.
     """
 
     def forward(params: Params, batch: Pairs) -> dict[str, Any]:
@@ -339,7 +339,7 @@ def _pair_preferences(
 def _response_logps(
     forward: Callable[..., Any], loaded: LoadedWeights, params: Params, batches: Sequence[Pairs]
 ) -> dict[int, tuple[tuple[float, float], tuple[int, int]]]:
-    """Return the log-probabilities of chosen and rejected, and their tokens, by the index of the pair."""
+    """Return {index of the pair: (log-probs of chosen and rejected, their numbers of tokens)}."""
     by_pair = {}
     for batch in batches:
         sums = jax.device_get(forward(params, sharding.shard_batch(loaded.mesh, batch)))
@@ -354,8 +354,8 @@ def _response_logps(
 def make_decision_scores(
     model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, DecisionRows], Evaluated]:
-    """Return `scores(loaded, rows)`, whose program is compiled once for all weights of a model. check: is
-    called with the fingerprint of the rows.
+    """Return `scores(loaded, rows)`, which scores decisions, see _decision_scores. Its program is compiled
+    once for all weights of a model. check: called with a hash of the rows.
     """
     objective = decision(model).for_evaluation()
 
@@ -409,7 +409,7 @@ def _decision_scores(
 
 
 def _by_choice(choices: Sequence[str], values: np.ndarray) -> dict[str, float]:
-    """Return float32 values by choice, as the shortest decimals that are these values: 0.7."""
+    """Return {choice: value}, with the shortest decimal that is the float32 value: 0.7, not 0.699999988."""
     return {
         choice: float(str(value))
         for choice, value in zip(choices, np.asarray(values, np.float32), strict=True)
@@ -417,7 +417,7 @@ def _by_choice(choices: Sequence[str], values: np.ndarray) -> dict[str, float]:
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:
-    """Return the means over pairs; see _pair_preferences.
+    """Return metrics by name: the number of pairs, and means over pairs, see _pair_preferences.
 
     If some rows have a single labelled response, there are also counts and means per token of the chosen and
     of the rejected responses.
@@ -441,7 +441,7 @@ def _pairs(scores: Sequence[PairScore]) -> list[PairScore]:
 
 
 def pair_wins(scores: Sequence[PairScore]) -> dict[str, list[float]]:
-    """Return for each accuracy of _pair_preferences the result of each pair: 1 if the chosen response is
+    """Return {accuracy of _pair_preferences: [result of each pair]}: 1 if the chosen response is
     preferred, 0 if not, 1/2 for a tie. An accuracy is left out if all pairs are ties.
     """
     pairs = _pairs(scores)
@@ -456,5 +456,5 @@ def pair_wins(scores: Sequence[PairScore]) -> dict[str, list[float]]:
 
 
 def _gain(logp: float, base: float) -> float:
-    """Return the difference of a log-prob to the base's; 0 for a difference of rounding."""
+    """Return logp - base, or 0 if the difference may be a rounding error."""
     return logp - base if abs(logp - base) > TIE_ROUNDING * abs(base) else 0.0

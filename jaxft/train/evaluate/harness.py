@@ -1,4 +1,5 @@
-"""lm-evaluation-harness (EleutherAI, `lm_eval`): its tasks and results, and a loaded model as it uses one.
+"""lm-evaluation-harness (EleutherAI, `lm_eval`): its tasks and results, and a loaded model as a backend for
+it.
 
 Requests become the same token ids, windows and stop strings as in its own `hf` backend, so log-probabilities
 are the same up to the rounding of sums, and so are greedy completions of models whose generation_config.json
@@ -49,9 +50,9 @@ UNREAD = (
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """Settings of a model that responds to requests.
+    """Settings of a model that lm-evaluation-harness evaluates.
 
-    length: the most tokens that the model reads, None for its positions. batch: rows that are computed
+    length: the most tokens of a row, None for the model's maximum. batch: rows that are computed
     together. seed: random seed of sampling. cache: how keys and values are stored. chat: whether prompts are
     rendered with the chat template. template: how it renders them.
     """
@@ -72,7 +73,8 @@ class _Generation(NamedTuple):
 
 
 def generation_settings(given: dict[str, Any], end: str) -> _Generation:
-    """Return the settings of a generate_until request. end: the text of the end token, which stops too.
+    """Return the settings of a generate_until request of a task. given: its arguments. end: text of the end
+    token, which ends a completion too.
 
     Raises ValueError for arguments that jaxft does not have.
     """
@@ -119,7 +121,7 @@ def generation_config_notes(ref: str) -> list[str]:
 
 
 def before_stops(text: str, stops: Sequence[str]) -> str:
-    """Return the text before stop strings, which are removed one after the other, as the hf backend does."""
+    """Return the text truncated at each of the stop strings in turn, as in the hf backend."""
     for stop in stops:
         text = text.partition(stop)[0]
     return text
@@ -156,7 +158,7 @@ class HarnessBackend:
         self.truncated, self.without_system = 0, 0
 
     def notes(self) -> list[str]:
-        """Return lines about requests that were changed."""
+        """Return lines about requests that were changed, such as truncated contexts."""
         changes = {
             f"{_are(self.truncated, 'request')} longer than the {self.length} tokens that the model reads; "
             "the start of the context is left out": self.truncated,
@@ -166,15 +168,17 @@ class HarnessBackend:
         return [line for line, count in changes.items() if count]
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
-        """Return token ids. special: whether with the tokenizer's special tokens, such as BOS; None is with
-        them unless the text begins with BOS.
+        """Return token ids. special: whether to add special tokens such as BOS; None adds them unless the
+        text begins with the text of BOS.
         """
         if special is None:
             special = not text.startswith(self.tokenizer.decode([self.prefix]))
         return self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
     def logps(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Return the log-probability of each continuation of a context, and whether it is the greedy one."""
+        """Return (log-probability of the continuation, whether it is the greedy one) for each pair (token ids
+        of a context, token ids of its continuation).
+        """
         self.truncated += sum(len(context) + len(tokens) > self.length + 1 for context, tokens in pairs)
         scores = self.scorer.scores([Continuation(*pair) for pair in pairs])
         return [(score.logp, score.greedy) for score in scores]
@@ -186,7 +190,7 @@ class HarnessBackend:
         self._longest_context(generation_settings(given, "").sampling.max_new)
 
     def _longest_context(self, new: int) -> int:
-        """Return the most tokens of a context that leave positions for `new` tokens."""
+        """Return how many tokens of a context fit if `new` tokens follow. Raises ValueError for none."""
         if new >= self.length:
             raise ValueError(
                 f"a task generates up to {new} tokens, and the model reads {self.length}; generate fewer, "
@@ -195,7 +199,7 @@ class HarnessBackend:
         return self.length - new
 
     def completions(self, requests: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
-        """Return the completion of each context by its arguments of generation, up to a stop string."""
+        """Return the completion of each (context, generate_until arguments), up to a stop string."""
         end = self.tokenizer.decode([self.end])
         of_settings: dict[_Generation, list[int]] = {}
         for number, (_, given) in enumerate(requests):
@@ -265,7 +269,7 @@ def make_harness_model(backend: HarnessBackend) -> Any:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(TemplateLM):
-        """A model of lm_eval, which gives its methods their names and parameters."""
+        """The backend as lm_eval calls it; names and parameters of the methods are lm_eval's."""
 
         tokenizer = backend.tokenizer
         tokenizer_name = str(backend.tokenizer.name_or_path).replace("/", "__")
@@ -301,7 +305,7 @@ def make_harness_model(backend: HarnessBackend) -> Any:
 
 
 class Continuation(NamedTuple):
-    """Token ids of a context, at least one, and of a continuation, whose log-probability is computed."""
+    """A continuation to score. context: token ids before it, at least one. tokens: its token ids."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -318,7 +322,7 @@ class ContinuationScore(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """A position of a row, the token that follows it, and the index of its continuation."""
+    """The log-probability to compute of `target` after `position` of a row; number: continuation's index."""
 
     position: int
     target: int
@@ -326,8 +330,8 @@ class _Read(NamedTuple):
 
 
 class _ScoredRow(NamedTuple):
-    """The tokens of a row, and the positions whose log-probabilities are read. Continuations that differ only
-    in the last token share a row.
+    """The token ids of a row, and the log-probabilities to compute from it. Continuations that differ only in
+    the last token share a row.
     """
 
     ids: tuple[int, ...]
@@ -339,7 +343,7 @@ class TokenScorer:
     """Scores continuations by one model. Programs are compiled for rows of 64, 128, 256, ... tokens.
 
     loaded: the model. batch: rows that are computed together. length: the most tokens that the model reads;
-    of longer contexts the last ones. forward: compiled for each shape of a batch.
+    of a longer context the first tokens are left out. forward: compiled for each shape of a batch.
     """
 
     loaded: LoadedWeights
@@ -371,7 +375,7 @@ class TokenScorer:
         return [ContinuationScore(*score) for score in zip(logps, greedy, strict=True)]
 
     def _placed(self, rows: Sequence[_ScoredRow], shape: tuple[int, int]) -> Tokens:
-        """Return rows as a batch on the mesh. shape: tokens and read positions of a row."""
+        """Return padded rows as a batch on the mesh. shape: (tokens, positions with logits) of a row."""
         shards = sharding.row_shards(self.loaded.mesh)
         count, (length, reads) = -(-self.batch // shards) * shards, shape
         ids, segments = (np.zeros((1, count, length), np.int32) for _ in range(2))
@@ -401,7 +405,9 @@ def make_token_scorer(loaded: LoadedWeights, batch: int, length: int) -> TokenSc
 
 
 def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredRow]:
-    """Return the rows that are computed. Raises ValueError for a continuation of no or too many tokens."""
+    """Return the rows in which `continuations` are scored. length: the most tokens of a row. Raises
+    ValueError for an empty context or continuation, and for a continuation of more than `length` tokens.
+    """
     by_ids: dict[tuple[int, ...], _ScoredRow] = {}
     rows = []
     for number, (context, tokens) in enumerate(continuations):
@@ -427,8 +433,8 @@ def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredR
 
 
 def length_bucket(count: int, length: int) -> int:
-    """Return the padded size of a row of `count` tokens: 64 times a power of two, at most `length` rounded
-    up.
+    """Return the padded size of a row of `count` tokens: 64 times a power of two, but at most `length`
+    rounded up to a multiple of 64.
     """
     size = BUCKET
     while size < count:
@@ -437,15 +443,15 @@ def length_bucket(count: int, length: int) -> int:
 
 
 def read_sizes(size: int) -> tuple[int, ...]:
-    """Return the numbers of read positions that rows of `size` tokens are padded to, ascending."""
+    """Return, ascending, to how many positions with logits a row of `size` tokens is padded: few, or all."""
     return (FEW_READS, size)
 
 
 def batches_of(
     rows: Sequence[_ScoredRow], batch: int, length: int
 ) -> list[tuple[tuple[int, int], list[_ScoredRow]]]:
-    """Return batches as ((tokens, read positions) of a padded row, rows). The longest come first, so that a
-    lack of memory shows at once.
+    """Return batches as (shape, rows), see TokenScorer._placed for the shape. The longest rows come first, so
+    that a lack of memory shows at once.
     """
     of_shape: dict[tuple[int, int], list[_ScoredRow]] = {}
     for row in rows:
@@ -571,7 +577,7 @@ def evaluate_tasks(
 
 
 def task_metrics(report: dict[str, Any]) -> dict[str, float]:
-    """Return the numbers of a report by "task/metric", with the name of a filter behind a comma."""
+    """Return a report's values as {"task/metric": value}, or "task/metric,filter" with a filter."""
     metrics = {}
     for task, values in report["results"].items():
         for name, value in values.items():

@@ -65,7 +65,7 @@ class Completed(NamedTuple):
     finish: Literal["stop", "length", "nonfinite"]
 
     def shown(self) -> Sample:
-        """Return it as logs and cards show it: a completion without an end token is followed by [...]."""
+        """Return prompt and completion as logs and cards show them; [...] marks a truncated completion."""
         mark = "" if self.finish == "stop" else " [...]"
         return Sample(
             prompt=self.prompt,
@@ -167,9 +167,10 @@ def compile_sampler(
 
 @dataclass(frozen=True)
 class Completer:
-    """Completes prompts by loaded weights. Programs are compiled once for weights of one model and shapes.
+    """Completes prompts by loaded weights. A program is compiled once for all weights of a model.
 
-    batch: completions at the same time. seed: random seed of sampling. cache: how keys and values are stored.
+    batch: how many completions are sampled at the same time. seed: random seed of sampling. cache: how keys
+    and values are stored.
     """
 
     batch: int = 8
@@ -185,7 +186,8 @@ class Completer:
         samples: int = 1,
         is_enough: Callable[[list[int]], bool] | None = None,
     ) -> Int[np.ndarray, "n G S"]:
-        """Return the token ids of `samples` completions of each prompt, below 0 after their ends.
+        """Return the token ids of `samples` completions of each prompt, and negative numbers after the
+        end of a completion.
 
         prompts: names for errors, and token ids. is_enough: see session.complete. Raises ValueError for a
         token that the model does not have, and for logits that are not finite.
@@ -223,7 +225,7 @@ class FunctionScores(NamedTuple):
         return f"{int(np.isnan(self.values).sum())} of {self.values.size}"
 
     def figures(self, ks: Sequence[int]) -> Iterator[tuple[str, float, list[float]]]:
-        """Yield (name, mean, value of each prompt) of the score, and of pass@k for each k."""
+        """Yield (metric name, mean over prompts, each prompt's value) for the score and each pass@k."""
         known = self.values[~np.isnan(self.values)]
         if len(known):
             yield self.name, float(known.mean()), prompt_means(self.values)
@@ -238,8 +240,8 @@ def score_texts(
     rows: Sequence[tuple[str, dict[str, Any]]],
     group: int,
 ) -> list[FunctionScores]:
-    """Return the scores of completions by each function. rows: names and columns. group: completions of each
-    prompt.
+    """Return the scores of completions by each function. prompts, rows: for each completion its prompt and
+    the row's (name, columns). group: completions per prompt.
     """
     rewards, scores = [FunctionReward(fn) for fn in functions], []
     for name, reward in zip(unique_names(rewards), rewards, strict=True):
@@ -287,7 +289,7 @@ def check_scoring(run: Run, source: Source[Any]) -> None:
 
 
 def position_lines(run: Run, source: Source[Any]) -> list[str]:
-    """Return a warning if completions of held-out prompts may be longer than the model's positions."""
+    """Return a warning if a prompt and its completion may not fit into the model's positions, else []."""
     limit, new = run.model.config.max_positions, run.sampling.max_new
     sizes = [len(prompt.ids) for prompt in held_out_prompts(run, source)]
     longest = max(sizes, default=0)
@@ -302,8 +304,9 @@ def position_lines(run: Run, source: Source[Any]) -> list[str]:
 def make_scorer(
     scoring: Scoring, samples: int, texts: Sequence[PromptText]
 ) -> Callable[[Sequence[Completed]], Scored]:
-    """Return `score(completions)` of all completions, `scoring.samples` of each prompt. It keeps the first
-    completion of the first `samples` prompts as text, and scores the first `scoring.prompts` prompts, or all.
+    """Return `score(completions)`, which takes `scoring.samples` completions of each prompt, one prompt after
+    the other. It keeps the first completion of the first `samples` prompts as text for logs and cards, and
+    scores the completions of the first `scoring.prompts` prompts, or of all.
 
     texts: the held-out prompts, with their rows' responses. Every function is called with these responses
     first; ValueError is raised if it returns no score for one, so that a function that does not fit the rows
@@ -363,13 +366,16 @@ def make_scorer(
 
 
 def _prompt_name(text: PromptText, number: int) -> str:
-    """Return a name of a held-out prompt from its text and response; `number` tells equal ones apart."""
+    """Return a prompt's name: a hash of its text, response and `number`, which differs for repeats."""
     digest = hashlib.sha256(json.dumps([text.prompt, text.reference, number]).encode()).hexdigest()
     return f"prompt {digest[:16]}"
 
 
 class ScoredPrompt(NamedTuple):
-    """A prompt of a file with its row's columns. "answer" is the row's response if it has no such column."""
+    """A prompt from a row of a file.
+
+    row: the row's name. columns: the row's; a missing column "answer" is set to the row's response.
+    """
 
     row: str
     prompt: Chat | Completion
@@ -379,7 +385,8 @@ class ScoredPrompt(NamedTuple):
 def scored_prompts(
     rows: Sequence[Row], format: str = "auto", columns: Sequence[str] = ()
 ) -> list[ScoredPrompt]:
-    """Return the prompts of rows of SFT or reinforcement learning. format: "auto" or "plain".
+    """Return the prompts of rows for SFT or reinforcement learning. format: as data.format, "auto" or
+    "plain". columns: as data.columns.
 
     Raises InvalidRow for a row without a prompt.
     """
@@ -399,7 +406,7 @@ def scored_prompts(
 
 
 def response_text(example: Example) -> str | None:
-    """Return the text of a row's response; None for a text, and for a conversation that ends in a prompt."""
+    """Return the text of a row's response; None for plain text, and for a conversation without a response."""
     if isinstance(example, Completion):
         return example.completion
     if not isinstance(example, Chat) or example.response >= len(example.messages):

@@ -56,7 +56,7 @@ class Calibration:
     """Calibration rows, in the formats of SFT; all of their tokens count.
 
     rows: a file, a folder or a hub dataset. tokens: how many are used. max_length: tokens of a packed row.
-    columns, invalid, invalid_limit, format, template: as in data.
+    columns, invalid, invalid_limit, format, template: as the settings data.columns etc.
     """
 
     rows: str
@@ -99,9 +99,10 @@ class Calibration:
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """The inputs of a calibration, and their name in the cache.
+    """The inputs of a base's calibration.
 
-    ref: where the base comes from. ranks: ranks of low-rank corrections, see calibrate_layers.
+    name: of its codes in the cache, a hash of the inputs. ref: where the base comes from. ranks: ranks of
+    low-rank corrections, see calibrate_layers.
     """
 
     name: str
@@ -153,7 +154,7 @@ def _sequences(batch: Batch) -> Iterator[np.ndarray]:
 
 
 def _packed(sequences: list[np.ndarray]) -> CalibrationRows:
-    """Return sequences in rows, one after the other."""
+    """Return sequences packed into rows that are at least as long as the longest sequence."""
     width = round_up(max(map(len, sequences)), 64)
     rows, used, number = list[np.ndarray](), width, 0
     for ids in sequences:
@@ -232,10 +233,11 @@ def print_line(line: str) -> None:
 
 
 def calibrated_codes(plan: CalibrationPlan, progress: Progress) -> None:
-    """Compute calibrated codes and write them into the cache, unless they are there; every process calls it.
+    """Compute calibrated codes (quantised weights) and cache them, unless they are there; every process calls
+    it.
 
-    Process 0 computes them, then the others that do not share its cache. progress: called with lines for the
-    user, on all processes after each layer of one of them.
+    Process 0 computes them; then each process that does not share its cache computes them too. progress:
+    called with lines for the user after each layer.
     """
     begin, damage = time.perf_counter(), codes_damage(plan.name)
     known = codes_folder(plan.name).is_dir() and damage is None

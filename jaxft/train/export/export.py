@@ -64,10 +64,10 @@ KEEP = "keep"  # as a GGUF mixture: the types of the file that the model comes f
 class ExportSource:
     """A model to be written.
 
-    ref: where the base comes from. adapter: arrays that are merged in float32 onto the base, None for the
-    base alone. quant: how the base was stored when the adapter was trained, None in its own precision. score:
-    the scalar head [D, 1] of a scorer, by default the one in the files. data: where the training rows came
-    from, for the model card. token_ids: the tokens of rows that the adapter replaces. decision: the
+    ref: where the base comes from. adapter: its arrays, which are merged into the base in float32; None for
+    the base alone. quant: how the base was stored when the adapter was trained, None in its own precision.
+    score: the scalar head [D, 1] of a scorer, by default the one in the files. data: where the training rows
+    came from, for the model card. token_ids: the tokens of rows that the adapter replaces. decision: the
     labels and the question of a decision model.
     """
 
@@ -83,8 +83,8 @@ class ExportSource:
 
 
 def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportSource:
-    """Return the weights that a command line names as a model to be written: the base, with its adapter
-    merged.
+    """Return the model to be written for weights that a command line names: the base, with the adapter to
+    merge.
 
     quant: how the base was stored, from --quant; None for the setting of the run that trained the adapter.
     Raises ValueError for an adapter that does not fit the base.
@@ -358,8 +358,9 @@ def export_gguf(
     """Write a model to the file `out`, tensor by tensor; return a summary.
 
     mixture: a name of gguf_quantize.MIXTURES, or "keep" for the types and metadata of the GGUF file that the
-    model comes from, which is copied bit for bit without an adapter. importances: see importances_of. Raises
-    ValueError, and leaves no file, for a model that GGUF cannot express and for weights that are not finite.
+    model comes from, which is copied bit for bit without an adapter. importances: of the weights, for
+    rounding, see importances_of. Raises ValueError, and leaves no file, for a model that GGUF cannot express
+    and for weights that are not finite.
     """
     header = _gguf_header(source.ref)
     keep = mixture.lower() == KEEP
@@ -401,7 +402,7 @@ def export_gguf(
 
 
 def importances_of(squares: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
-    """Return the mean squared inputs of each weight, up to a factor, by the weight's Hugging Face name.
+    """Return for each weight, by its Hugging Face name, the mean squares of its inputs, times any constant.
 
     squares: by parameter path, [L, I], see calibrate.input_squares.
     """
@@ -431,7 +432,7 @@ def _gguf_header(ref: str) -> GgufHeader | None:
 
 
 def _ends_left_out(tokenizer: Any, ends: Sequence[int]) -> list[str]:
-    """Return a note about end tokens that GGUF's three fields (eos, eot, eom) have no place for."""
+    """Return a note about end tokens beyond the three (eos, eot, eom) that GGUF stores, else []."""
     eos = tokenizer.eos_token_id
     left = [end for end in ends if end != eos][2 if eos is not None else 3 :]
     if not left:

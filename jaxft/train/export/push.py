@@ -65,8 +65,9 @@ def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
 
 
 def finished_run(folder: Path) -> Path | None:
-    """Return the run of run_of_weights, None without one. Raises FileNotFoundError or ValueError for a run
-    that is not finished, or that was continued after it had finished and has not reached its new end.
+    """Return the folder of the run that `folder` belongs to, see run_of_weights; None for no run. Raises
+    FileNotFoundError or ValueError for a run that is not finished, or was continued and is not finished
+    again.
     """
     run = run_of_weights(folder)
     if run is None:
@@ -144,7 +145,7 @@ def _regular(path: Path) -> Path:
 
 
 def _complete(folder: Path) -> str:
-    """Return the kind of a folder of weights. Raises FileNotFoundError or ValueError if parts are missing."""
+    """Return "adapter", "model" or "GGUF file". Raises FileNotFoundError or ValueError if files lack."""
     ggufs = sorted(folder.glob("*.gguf"))
     if (folder / "adapter_config.json").is_file():
         read_adapter_config(folder)
@@ -223,7 +224,7 @@ def _card_of_run(run: Path, weights_card: FileContent | None, is_merged: bool) -
 
 
 def _section(text: str) -> re.Match[str] | None:
-    """Return the match of a card's section on use, None without one."""
+    """Return the regex match of the section on use in a model card's text, None without one."""
     return re.search(rf"^{USE_SECTION}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
 
 

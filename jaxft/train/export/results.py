@@ -176,7 +176,7 @@ def write_reports(
 
 
 def _perf(logs: Logs, number: int) -> dict[str, Any]:
-    """Return how long a member's run took, its tokens, memory and hardware, for summary.json."""
+    """Return a member's times, tokens, memory and hardware, for summary.json. number: its index."""
     log = logs.members[number]
     return {
         "seconds": {name: round(seconds, 3) for name, seconds in logs.clock.seconds().items()},
@@ -187,7 +187,7 @@ def _perf(logs: Logs, number: int) -> dict[str, Any]:
 
 
 def _averages(member: Member) -> list[str]:
-    """Return a line about averaged weights (optim.ema, schedule-free), [] for weights as trained."""
+    """Return a line for the card if the weights are averages (optim.ema, schedule-free), else []."""
     if member.programs.optimizer.averaged is None:
         return []
     how = f"optim.ema={member.run.optim.ema}" if member.run.optim.ema else member.programs.optimizer.name
@@ -202,8 +202,8 @@ def _result_lines(
     notes: list[list[str]],
     table: str,
 ) -> list[str]:
-    """Return the lines printed at the end. notes: each member's lines, the last of which is about the time of
-    all members.
+    """Return the lines printed at the end. ends: evaluations before and after training. notes: lines about
+    each member. table: a sweep's.
     """
     if job.sweep is None:
         (before,), (after,) = ends
@@ -264,7 +264,7 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
 
 
 def _served(member: Member) -> tuple[str, ...]:
-    """Return the server's endpoints for the questions of a decision model, () of other models."""
+    """Return the HTTP endpoints that serve a decision model, () for any other model."""
     return paths_of_decisions(member.record.get("formats", ()))
 
 

@@ -18,8 +18,10 @@ BEAT = 5.0  # seconds after which a part that is under way is shown again
 
 
 class Clock:
-    """Measures the seconds of each phase; the first is "rows", reading and tokenising. A phase inside another
-    one is not counted in the outer one. now: returns the time in seconds.
+    """Measures the seconds of each phase of a run and shows progress. The first phase is "rows": reading and
+    tokenising. The time of a phase inside another phase counts for the inner one only.
+
+    now: returns the time in seconds.
     """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter):
@@ -31,20 +33,22 @@ class Clock:
         self._show: Callable[[str], None] = _show_nothing
 
     def resume(self, seconds: dict[str, float], show: Callable[[str], None]) -> None:
-        """Add the seconds of earlier starts. show: called with the progress of a phase, "" at its end."""
+        """Add the seconds of each phase in earlier starts of the run. show: is called with the progress of a
+        phase as text, and with "" when the phase ends.
+        """
         for phase, earlier in seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + earlier
         self._show = show
 
     def at(self, phase: Phase) -> str:
-        """Begin a phase, which ends the one before; return the ended phase's time and long parts as text."""
+        """End the present phase and begin `phase`; return text about the ended one's time and its parts."""
         parts, self._parts = self._parts, {}
         self._show("")
         return time_by_phase({**parts, TOTAL: self._switch(phase)})
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Show for how long the body, a part of the present phase, is under way, and count its time."""
+        """Within this context, show every few seconds how long the part `name` has taken so far."""
         begin, ended = self._now(), threading.Event()
 
         def beat() -> None:
@@ -63,7 +67,7 @@ class Clock:
 
     @contextlib.contextmanager
     def first(self, name: str) -> Iterator[bool]:
-        """Show the progress of the body the first time that it runs; yield whether this is the first time."""
+        """Show progress as `part` does, but only the first time for `name`; yield whether it is the first."""
         if name in self._begun:
             yield False
             return
@@ -78,7 +82,7 @@ class Clock:
 
     @contextlib.contextmanager
     def within(self, phase: Phase) -> Iterator[None]:
-        """Count the body as a phase inside the present one."""
+        """Within this context, count the time for another phase, not for the present one."""
         outer = self._phase
         self._switch(phase)
         try:
@@ -88,7 +92,7 @@ class Clock:
             self._show("")
 
     def timed(self, phase: Phase, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function with its calls counted as a phase. name: of a call, for the progress."""
+        """Return `function` with its calls counted for `phase`. name: shown while a call takes long."""
 
         def call(*args: Any) -> Any:
             with self.within(phase), self.part(name):
@@ -104,7 +108,7 @@ class Clock:
             count(1)
 
     def counter(self, text: str, total: int) -> Callable[[int], None]:
-        """Return a function that is called with the number of further items that are done."""
+        """Return `count(more)`, which adds `more` finished items and shows "text: 3 of total"."""
         done = 0
 
         def count(more: int) -> None:
@@ -115,12 +119,12 @@ class Clock:
         return count
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each phase and of all together."""
+        """Return {phase: seconds}, with the sum under TOTAL."""
         self._switch(self._phase)
         return {**self._seconds, TOTAL: sum(self._seconds.values())}
 
     def phases(self) -> dict[str, float]:
-        """Return the seconds of each phase, which a checkpoint stores."""
+        """Return {phase: seconds} without the sum, for the checkpoint."""
         return {phase: seconds for phase, seconds in self.seconds().items() if phase != TOTAL}
 
     def recent(self) -> dict[str, float]:

@@ -56,7 +56,9 @@ class Logs:
     def step(
         self, step: int, metrics: Sequence[FloatMetrics], perf: Sequence[FloatMetrics] | None = None
     ) -> None:
-        """Log each member's metrics after `step` optimizer steps; a member without any logs nothing."""
+        """Log each member's metrics after `step` optimizer steps; nothing for a member whose dict is empty.
+        perf: speed and memory of each member.
+        """
         timings = self.clock.recent()
         perf = [{**rates, **timings} for rates in perf or [{}] * len(metrics)]
         for log, numbers, rates in zip(self.members, metrics, perf, strict=True):
@@ -85,12 +87,12 @@ class Logs:
         (self._overview or self.members[0]).progress(text)
 
     def ends_at(self, step: int) -> None:
-        """Make `step` the last step of the run in all logs."""
+        """Tell all logs that `step` is now the last step of the run."""
         for log in self._all:
             log.ends_at(step)
 
     def mark(self, end: RunEnd) -> None:
-        """Set how the run ended, for the trackers of all logs."""
+        """Pass how the run ended (such as finished or stopped) to the trackers of all logs."""
         for log in self._all:
             log.mark(end)
 
@@ -100,7 +102,7 @@ class Logs:
         self.mark("stopped")
 
     def alarm(self, number: int, step: int, text: str) -> None:
-        """Print an alarm about a member after `step` steps, and store it with the other alarms."""
+        """Print an alarm about member `number`, counted from 0, and store it for its summary."""
         text = f"alarm after step {step}: {text}"
         self.members[number].add_alarms([text])
         if self._overview is None:
@@ -114,13 +116,13 @@ class Logs:
 
 
 def announce(watchdog: Watchdog, logs: Logs, line: str) -> None:
-    """Print the phase that begins, and start its time limit."""
+    """Print a line about the phase that begins, and start the watchdog's time limit for it."""
     watchdog.at(line)
     logs.message(line)
 
 
 def total_rates(perf: Sequence[FloatMetrics]) -> FloatMetrics:
-    """Return the summed speed of all members; the other values, such as memory, are the first member's."""
+    """Return a sweep's speed, summed over members, and the first member's other values, such as memory."""
     if not perf[0]:
         return {}
     added = ("tokens_per_second", "mfu")
@@ -137,10 +139,10 @@ def open_logs(
 ) -> Logs:
     """Write the records, open the logs and print the start-up lines on process 0; others log nothing.
 
-    first: steps done before. saved: the checkpoint's JSON, see Job.to_save. changes: permitted changes of
-    settings since the run began. callbacks: further trackers. clock: the run's clock, which continues from
-    the checkpoint's seconds. Raises ValueError if the settings differ from the checkpoint's, or allow fewer
-    steps than are done.
+    first: steps that earlier starts have done. saved: the checkpoint's JSON, see Job.to_save. changes: lines
+    about permitted changes of settings since the run began. callbacks: further trackers. clock: the run's
+    clock, which continues from the checkpoint's seconds. Raises ValueError if the settings differ from the
+    checkpoint's, or allow fewer steps than are done.
     """
     if first > job.steps:
         raise ValueError(
@@ -195,7 +197,7 @@ def open_logs(
 
 
 def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
-    """Return the lines printed before anything is loaded. first: steps done before."""
+    """Return the lines to print before weights are loaded. first: steps that earlier starts have done."""
     lead, info = job.lead, job.info
     rows = programs.step_rows(lead.run.data, sharding.row_shards(lead.programs.mesh))
     kinds = device_counts([device.device_kind for device in jax.devices()])
@@ -246,7 +248,7 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
 
 
 def first_evaluation_lines(job: Job) -> list[str]:
-    """Return a line about what is evaluated before the first step, and the settings that leave it out."""
+    """Return a line about what is evaluated before the first step, and how to avoid it; else []."""
     run, samples = job.lead.run, job.info.samples
     parts = (
         ("batches of held-out rows", len(job.held_out), "held_out=none"),
@@ -264,7 +266,7 @@ def first_evaluation_lines(job: Job) -> list[str]:
 
 
 def eval_limit_lines(job: Job) -> list[str]:
-    """Return a line if evaluations read only a part of the held-out rows or of the general text."""
+    """Return a line if evaluations read only a part of the held-out rows or of the general text, else []."""
     sampled, texts = job.info.samples, len(job.all_general)
     total = job.info.stats.held_out if sampled else len(job.sources[0].held_out)
     parts = []
@@ -282,8 +284,8 @@ def eval_limit_lines(job: Job) -> list[str]:
 
 
 def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evaluation:
-    """Note in an evaluation which part of the held-out rows it has read, unless it has read all. rows: values
-    of single rows by their position.
+    """Return the evaluation with a note on how many held-out rows it has read, unless it has read all. rows:
+    {index of a held-out row that was read: its metrics}.
     """
     if job.limit.rows is None:
         return end
@@ -318,7 +320,8 @@ def early_end_lines(job: Job) -> list[str]:
 def write_contents(job: Job, number: int, first: int) -> None:
     """Write parameters.json and data.json into the folder of a member, unless it resumes and has them.
 
-    parameters.json: the rows of the parameter table. data.json: see data_summary. first: steps done before.
+    parameters.json: the rows of the parameter table. data.json: see data_summary. first: steps that earlier
+    starts have done.
     """
     member = job.members[number]
     programs, paths = member.programs, [member.folder / name for name in (PARAMETERS_JSON, DATA_JSON)]

@@ -27,7 +27,7 @@ class Meter:
 
     A non-finite step adds nothing but its tokens to the sums, unless all steps since the last entry are
     non-finite. LabelNoise is summed over the whole first epoch, in which every pair is evaluated before the
-    model trains on it. Pairs of the first step are ties where the objective says so (Facts.starts_tied).
+    model trains on it. With Facts.starts_tied, all pairs of the first step count as ties.
 
     max_bad: non-finite steps in a row that end the run, None for any number. counters: what `counters()`
     returned when the checkpoint was saved. index: the member's index in the metrics of a sweep, which have a
@@ -74,8 +74,10 @@ class Meter:
         self._add_pending(1)
 
     def _forward_flops(self, batch: Batch, tokens: int) -> float:
-        """Return the FLOPs of a forward pass of a batch, without padding: attention counts within each
-        example, the head at read positions. Passes of a reference or a critic are not counted.
+        """Return the FLOPs of a forward pass of a batch, without padding. tokens: number of tokens.
+
+        Attention is counted within each example, the head only at positions whose logits the loss reads.
+        Passes of a reference or a critic are not counted.
         """
         earlier = float(batch.positions.sum(where=batch.segments > 0))  # all tokens' tokens before them
         return self._model.forward_flops(tokens, 2 * earlier / max(tokens, 1), count_reads(batch))
@@ -123,7 +125,7 @@ class Meter:
         )
 
     def counters(self) -> dict[str, Any]:
-        """Return the state that a checkpoint after the newest step stores. Waits for the device."""
+        """Return the meter's state as JSON, for a checkpoint after the newest step. Waits for the device."""
         self._add_pending(0)
         good = self._sums if self._counters["good"] else {}
         return {**self._counters, "window": metric.to_json(good), "epoch": metric.to_json(self._epoch)}
@@ -154,7 +156,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time that is spent inside out of the speed."""
+        """Within this context, leave the time out of the speed."""
         self._add_pending(0)
         begin = time.perf_counter()
         yield
@@ -162,7 +164,7 @@ class Meter:
 
 
 class Meters:
-    """A Meter for each member of a job. counters: what `counters()` returned at the checkpoint."""
+    """A Meter for each member of a job. counters: the result of `counters()` in the checkpoint, or None."""
 
     def __init__(self, job: Job, counters: Sequence[dict[str, Any]] | None):
         self._each = []
@@ -173,7 +175,7 @@ class Meters:
             self._each.append(Meter(member, job.source_of(number), max_bad, own, index))
 
     def add(self, step: int, batches: Sequence[Batch], metrics: Metrics) -> None:
-        """Add a step. batches: one for all members, or one of each."""
+        """Add a step's metrics. batches: one batch for all members, or one per member."""
         for number, meter in enumerate(self._each):
             meter.add(step, batches[min(number, len(batches) - 1)], metrics)
 
@@ -183,12 +185,12 @@ class Meters:
         return [metrics for metrics, _ in each], [perf for _, perf in each]
 
     def counters(self) -> list[dict[str, Any]]:
-        """Return the state of each member that a checkpoint stores."""
+        """Return each member's meter state as JSON, for a checkpoint."""
         return [meter.counters() for meter in self._each]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time that is spent inside out of all members' speed."""
+        """Within this context, leave the time out of all members' speed."""
         with contextlib.ExitStack() as stack:
             for meter in self._each:
                 stack.enter_context(meter.paused())
@@ -196,7 +198,7 @@ class Meters:
 
 
 class Trace:
-    """A profiler trace by process 0 of the steps from first to last, counted from 1; None for no trace."""
+    """A profiler trace of the steps from first to last, counted from 1, on process 0; no trace for None."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
         self._steps = steps if processes.is_first() else None

@@ -46,7 +46,12 @@ ArraysByPath = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Norms of a step: parameters' and gradients' by path, [L] if stacked; layer outputs' for each pass."""
+    """Norms of a step.
+
+    parameters, gradients: by path, [L] if stacked. outputs, teacher_outputs: for each forward pass of the
+    model and of the second model, [micro, 1 + layer, row]. nonfinite: text that names the first non-finite
+    parameter, "" for none. layers: numbers of the layers in a stacked array, by path.
+    """
 
     parameters: ArraysByPath
     gradients: ArraysByPath
@@ -102,7 +107,7 @@ class NonfiniteRecorder:
 
 
 def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch: Batch) -> Diagnosis:
-    """Repeat a step's forward and backward pass and return norms of everything in between."""
+    """Repeat a step's forward and backward pass; return norms of parameters, gradients and layer outputs."""
     p, (key, _) = member.programs, step_keys(member.run.seed, step)
     norms = make_layer_norms(p.partition.specs, str)
 
@@ -162,7 +167,7 @@ def _row_norms(before: Float[Array, "B T D"], after: Float[Array, "B T D"]) -> L
 
 
 def first_parameter(params: Params, specs: Any, mesh: jax.sharding.Mesh) -> str:
-    """Return the path of the first parameter that is not finite, with its layer; "" if all are finite."""
+    """Return text with the path, and the layer, of the first parameter that is not finite; "" if all are."""
     numbers = {path: layer_numbers(spec) for path, spec in spec_paths(specs).items()}
 
     def bad(params: Params) -> dict[str, Any]:
@@ -183,8 +188,8 @@ def first_parameter(params: Params, specs: Any, mesh: jax.sharding.Mesh) -> str:
 def first_of_model(
     member: Member, state: TrainState, frozen: Params, of_text: bool, batches: Sequence[Batch]
 ) -> str:
-    """Return the first parameter, or the first layer output of these batches, that is not finite. of_text:
-    whether they are general text.
+    """Return text that names the first non-finite parameter, or else layer output, in a forward pass of the
+    batches. of_text: whether the batches are general text.
     """
     p = member.programs
 
@@ -247,7 +252,8 @@ def first_nonfinite(diagnosis: Diagnosis, batch: Batch, names: list[str]) -> str
 
 
 def first_output(outputs: list[np.ndarray], of_teacher: list[np.ndarray]) -> tuple[str, np.ndarray]:
-    """Return (which layer's output is the first that is not finite, its rows [micro, rows]); "" for none.
+    """Return (text that names the first layer with a non-finite output, mask of its rows [micro, rows]). The
+    text is "" if all outputs are finite.
 
     outputs, of_teacher: norms [micro, 1 + layer, row] of each pass of the model and of the second model.
     """
@@ -262,7 +268,7 @@ def first_output(outputs: list[np.ndarray], of_teacher: list[np.ndarray]) -> tup
 
 
 def _rows(bad: np.ndarray, names: list[str]) -> str:
-    """Return text that names the rows where bad [micro, rows]. names: of the rows of all microbatches."""
+    """Return text with the names of the rows where `bad` [micro, rows] is True. names: of all rows."""
     per_micro = -(-len(names) // bad.shape[0])
     flat = [
         i * per_micro + j for i, j in np.argwhere(bad) if i * per_micro + j < len(names) and j < per_micro

@@ -54,7 +54,11 @@ def attention_summary(p: Programs, batch: Batch) -> str:
 
 
 def in_parts_of_rows(packed: bool, layout: attention.Layout, settings: attention.AttentionSettings) -> Any:
-    """Return attention as a function with a kernel's arguments, sharded over the ambient mesh in a layout."""
+    """Return the attention function of a run, with the arguments of a kernel and sharded over the ambient
+    mesh.
+
+    packed: whether rows have several examples. layout: how keys are sharded over mesh.context.
+    """
     if layout == "gathered" or layout == "ring":
         settings = replace(settings, context_keys=layout)
 
@@ -65,8 +69,8 @@ def in_parts_of_rows(packed: bool, layout: attention.Layout, settings: attention
 
 
 def check_attention(p: Programs, batch: Batch) -> list[str]:
-    """Compare the train step's attention kernel with blockwise XLA on a few rows; return a line about it, and
-    none if that is the kernel.
+    """Compare the train step's attention kernel with blockwise XLA on a few rows; return a line about it,
+    or [] if the kernel is blockwise XLA.
 
     Raises ValueError if outputs or gradients differ by more than rounding explains, or if the kernel cannot
     be compiled or run on this device.
@@ -105,8 +109,9 @@ def check_attention(p: Programs, batch: Batch) -> list[str]:
 def sample_length(length: int, parts: int = 1) -> int:
     """Return the length of sample rows that stand for rows of `length` tokens sharded into equal `parts`.
 
-    It is at most LONGEST_SAMPLE: the largest for which kernels choose the same block sizes as for the full
-    row and its parts, which exists for up to 8 parts; else the largest whose parts modulo 128 are the same.
+    Up to LONGEST_SAMPLE it is `length`. For longer rows it is the largest length up to there for which
+    kernels choose the same block sizes as for the full row and its parts; if there is none, which takes more
+    than 8 parts, the largest for which a part's length leaves the same remainder when divided by 128.
     """
     if length <= LONGEST_SAMPLE:
         return length
@@ -122,8 +127,8 @@ def sample_length(length: int, parts: int = 1) -> int:
 
 
 def rows_to_compare(rows: AttentionNeeds, tokens: int = 256) -> tuple[KeyRanges, np.ndarray]:
-    """Return the key ranges of two sample rows with the branches, packing and window that `rows` has, and the
-    mask of their real tokens [2, T].
+    """Return (key ranges of two sample rows, mask [2, T] of tokens that are not padding). The sample rows
+    have branches, packed examples and a window where `rows` says that the run's rows have them.
     """
     layout = BRANCHED_SAMPLE if rows.branches else PACKED_SAMPLE if rows.packed else PLAIN_SAMPLE
     segments, branches = (np.zeros((2, tokens), np.int32) for _ in range(2))
@@ -142,8 +147,8 @@ def rows_to_compare(rows: AttentionNeeds, tokens: int = 256) -> tuple[KeyRanges,
 
 
 def context_parts(mesh: Mesh) -> int:
-    """Return into how many parts a check divides rows: mesh.context, or the largest number that divides it if
-    this process has fewer devices.
+    """Return over how many devices a check shards rows: mesh.context, or if this process has fewer devices,
+    the largest divisor of mesh.context for which it has enough.
     """
     context, here = dict(mesh.shape).get("context", 1), len(jax.local_devices())
     return max(n for n in range(1, min(context, here) + 1) if context % n == 0)
@@ -152,7 +157,7 @@ def context_parts(mesh: Mesh) -> int:
 def _results(
     kernel: Callable, softcap: float | None, ranges: KeyRanges, x: Any, real_BT: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Return the output and the gradients of q, k and v, zero in padding."""
+    """Return a kernel's output and gradients, 0 in padding. x: (q, k, v, gradient of the output)."""
     *qkv, do = x
     real = real_BT[:, :, None, None]
     o, backward = jax.vjp(lambda q, k, v: kernel(q, k, v, ranges, softcap), *qkv)

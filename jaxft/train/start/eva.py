@@ -69,8 +69,8 @@ class InputStatistics:
 
 
 def first_batches(source: Source[Any], tokens: int) -> Iterator[Batch]:
-    """Yield the first batches of a run that together have at least this many tokens, or all of them; a run
-    that samples completions reads its prompts.
+    """Yield the first batches of a run that together have at least `tokens` tokens, or all batches. For a
+    run that samples completions, they are batches of prompts.
     """
     step = 0
     while tokens > 0 and step < source.info.steps:
@@ -84,9 +84,10 @@ def eva_adapter(
 ) -> Params:
     """Return a fresh adapter with the first `a` of EVA, sharded as its leaves are.
 
-    model: over the whole tree. Every process calls it; process 0 decomposes, because other hosts' libraries
-    may round otherwise. The rows pass through the model once for each MOMENT_BYTES of covariances, and the
-    host stores the covariances of one kernel. Raises ValueError for inputs that are not finite.
+    model: over the whole tree. Every process calls it; process 0 alone computes the directions, because the
+    libraries of other hosts may round otherwise. The rows pass through the model once for each MOMENT_BYTES
+    of covariances, and the host stores the covariances of one kernel. Raises ValueError for inputs that are
+    not finite.
     """
     layouts = pair_layouts(model.specs["base"], settings, model.weight_names)
     paths = list(layouts)
@@ -135,9 +136,9 @@ def input_statistics(
 ) -> InputStatistics:
     """Return statistics of the inputs of linear layers over all tokens but padding.
 
-    model: over the whole tree. parts: by path, which rows of the sum [I, I] are computed. Each batch is
-    centred on its own mean and merged with the earlier ones (Chan et al. 1979), so that a large mean costs no
-    digits.
+    model: over the whole tree. parts: by path, the first and end row of the sum [I, I] to compute. Each batch
+    is centred on its own mean and merged with the earlier ones (Chan et al. 1979), so that a large mean costs
+    no digits.
     """
     everywhere = sharding.replicated(mesh)
     leaves = tree.paths(base, is_qtensor)
@@ -169,7 +170,7 @@ def _add_batch(
     known: InputStatistics,
     batch: Batch,
 ) -> InputStatistics:
-    """Merge the statistics of a microbatch [1, rows, ...] into `known`."""
+    """Return `known`, the statistics so far, merged with those of a microbatch [1, rows, ...]."""
     rows = jax.tree.map(lambda x: x[0], batch)
     counted = (rows.segments > 0).astype(dtype)
     count, one = jnp.sum(counted), jnp.ones((), dtype)
@@ -196,7 +197,9 @@ def _add_batch(
 def _centred(
     x: Float[Array, "B T I"], counted: Float[Array, "B T"], part: RowRange
 ) -> tuple[Float[Array, " I"], Float[Array, "N I"]]:
-    """Return the sum of inputs x over the counted tokens, and rows of the sum of (x - mean) (x - mean)^T."""
+    """Return (sum of inputs x over tokens, rows `part` of the sum of (x - mean) (x - mean)^T). counted: 1 for
+    tokens that count, 0 for padding.
+    """
     weights = counted[..., None]
     wide = x.astype(counted.dtype) * weights
     total = jnp.sum(wide, (0, 1))
@@ -206,7 +209,9 @@ def _centred(
 
 
 def _groups(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, RowRange]]:
-    """Return the rows of all covariances in groups that fit into MOMENT_BYTES. shapes: [L, I, R] by path."""
+    """Divide the rows of all covariances [I, I] into groups of at most MOMENT_BYTES; return for each group
+    {path: (first row, end row)}. shapes: [L, I, R] of each `a` by path.
+    """
     groups: list[dict[str, RowRange]] = []
     room = 0
     for path, (layers, inputs, _) in shapes.items():
@@ -223,7 +228,7 @@ def _groups(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, RowRange]]:
 
 
 def _names(group: dict[str, RowRange], shapes: dict[str, tuple[int, ...]]) -> str:
-    """Return the paths of a group, with the range of inputs where it is not all of them."""
+    """Return text with the paths of a group, each with its range of rows unless it has all rows."""
     sizes = {path: shapes[path][-2] for path in group}
     return ", ".join(
         path if (first, end) == (0, sizes[path]) else f"{path} ({first + 1} to {end} of {sizes[path]})"
@@ -232,7 +237,7 @@ def _names(group: dict[str, RowRange], shapes: dict[str, tuple[int, ...]]) -> st
 
 
 def _summary(ranks: dict[str, tuple[int, ...]], explained: dict[str, list[np.ndarray]], tokens: int) -> str:
-    """Return a line about the ranks and the variance that the first directions explain."""
+    """Return a line for the log: the ranks, and how much of the variance the first directions explain."""
     paths, all_ranks = list(ranks), [rank for of_layers in ranks.values() for rank in of_layers]
     parts = [
         float(np.sum(explained[input_of(path, paths)][layer][:rank]))
@@ -260,7 +265,8 @@ class Directions(NamedTuple):
 
 
 def input_of(path: str, paths: Sequence[str]) -> str:
-    """Return the first of `paths` that reads the same input as the linear layer `path`.
+    """Return the path under which the input of the linear layer `path` is stored: the first of the layers
+    that share it and are in `paths`.
 
     q, k and v share an input; gate and up share another.
     """
@@ -299,8 +305,9 @@ def redistributed_ranks(
 ) -> dict[str, tuple[int, ...]]:
     """Return the rank of each layer of each path so that all together explain the most variance.
 
-    layouts: ranks of the settings by path. explained: by the path of input_of, the fractions of each layer's
-    variance, see Directions.
+    layouts: ranks by path in the settings. explained: for each input (by the path that input_of returns),
+    each layer's fractions of the variance, see Directions. rho: a layer gets at most rho times its rank in
+    the settings.
     """
     paths = list(layouts)
     slots: list[tuple[float, bool, int, int]] = []  # sorted as in PEFT: of equal ones the first path leads
@@ -321,8 +328,8 @@ def first_a(
     ranks: Mapping[str, Sequence[int]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, np.ndarray]:
-    """Return `a` at step 0 by path, in the shapes [L, I, R] of `shapes`: as many directions as a layer has
-    ranks, then zeros.
+    """Return `a` at step 0 by path, of the shapes [L, I, R] in `shapes`. The first columns of a layer are as
+    many directions as its rank, the others zeros.
     """
     a_by_path = {}
     for path, of_layers in ranks.items():
@@ -334,7 +341,7 @@ def first_a(
 
 
 def written_adapter(adapter: Params, settings: Adapter, model: Model) -> tuple[Params, Adapter]:
-    """Return a trained adapter with the ranks that EVA gave its modules, and the settings that declare it.
+    """Return (the trained adapter without unused columns, settings with the rank that EVA gave each module).
 
     Raises ValueError if no module has a rank.
     """

@@ -68,8 +68,9 @@ class Job:
     sources: one for all members, or one for each. steps: the number of the last step. planned: the number of
     steps by the settings, greater than `steps` if ended_by ended the job early. stop: the token ids that end
     a completion. all_general: batches of the general text. sweep: its settings, None for a single run.
-    calibration: the base's, None if it is not calibrated. limit: how much evaluations read. widest: the shape
-    that batches are padded to, None for the smallest one that holds the batches of every source.
+    calibration: the inputs of the base's calibration, None without quant.calibrate. limit: how many held-out
+    rows and texts evaluations read. widest: the shape that batches are padded to, None for the smallest that
+    a batch of every source fits into.
     """
 
     folder: Path
@@ -108,13 +109,13 @@ class Job:
         return tuple(self.all_general[i] for i in spread(len(self.all_general), self.limit.texts))
 
     def limit_evaluation(self, limit: EvaluationLimit) -> "Job":
-        """Return the job with a limit of the held-out rows and text that its evaluations read."""
+        """Return the job whose evaluations read at most `limit` of the held-out rows and the general text."""
         sources = tuple(source.limit_evaluation(limit.rows) for source in self.sources)
         return replace(self, sources=sources, limit=limit)
 
     @property
     def rollout_steps(self) -> int:
-        """Optimizer steps between two points where the job can be saved: a rollout's, or 1."""
+        """Optimizer steps after which the job can be saved: a rollout's, or 1 without sampling."""
         return self.info.steps_per_rollout
 
     @property
@@ -127,7 +128,7 @@ class Job:
         return self.sources[min(number, len(self.sources) - 1)]
 
     def batch(self, step: int, states: tuple[TrainState, ...]) -> tuple[list[Batch], Batch, Metrics]:
-        """Return the sources' batches, the batch that the step takes, and metrics of its generation."""
+        """Return (each source's batch, one batch of all for the train step, metrics of sampling)."""
         made = [source.batch(step, states[0]) for source in self.sources]
         batches = [batch for batch, _ in made]
         if len(batches) == 1:
@@ -145,7 +146,7 @@ class Job:
 
     @property
     def padded_shape(self) -> Batch:
-        """A shape that holds a batch of every source."""
+        """The shape to which each source's batches are padded, so that they can be concatenated."""
         return widest_shape(self.sources) if self.widest is None else self.widest
 
     def to_save(
@@ -172,7 +173,7 @@ class Job:
 
 
 def widest_shape(sources: Sequence[Source[Any]]) -> Batch:
-    """Return a shape that holds a batch of every source."""
+    """Return the smallest shape to which a batch of each source can be padded."""
 
     def widest(*shapes: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sizes = zip(*(s.shape for s in shapes), strict=True)
@@ -237,8 +238,8 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
 
 
 def _check_weights(run: Run, programs: Programs) -> None:
-    """Raise ValueError or OSError for files of the base, or of an adapter that the run starts from, that are
-    incomplete or do not fit: before the run's folder has anything.
+    """Raise ValueError or OSError for incomplete or unfitting weight files of the base or of the adapter that
+    the run starts from. It is called before anything is written into the run's folder.
     """
     pretrained.open_params(run.weights, programs.partition.stored.model)
     if run.start and run.adapter is None:
@@ -251,7 +252,7 @@ def _check_weights(run: Run, programs: Programs) -> None:
 def _check_token_ids(source: Source[Any], run: Run) -> None:
     """Raise ValueError if the rows have a token id beyond the model's embeddings.
 
-    A gather would silently read another row for it.
+    Without this check, the model would silently use the embedding of another token.
     """
     pretrained.check_token_id(run.weights, source.info.stats.largest_id, run.model.config.vocab)
 
@@ -291,8 +292,8 @@ def weight_fingerprints(run: Run) -> dict[str, Any]:
 
 
 def run_folder(settings: Run | Sweep, root: Path) -> Path:
-    """Return the folder of a run or a sweep. Raises ValueError for a name that leads out of `root`, or that
-    loop.store does not take.
+    """Return the folder of a run or a sweep. Raises ValueError for a name that leads out of `root`, or
+    that is not allowed with loop.store.
     """
     run = settings if isinstance(settings, Run) else settings.lead
     check_stored_name(settings.name, run.loop.store)
@@ -346,7 +347,7 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
 
 
 def _keep_own_rollouts(job: Job) -> None:
-    """Remove recorded rollouts of a run that starts again at step 0 with settings that change them."""
+    """Before a start at step 0, remove recorded rollouts if they are of other settings than the job's."""
     try:
         for m in job.members:
             runfolder.changes_since_start(m.folder, m.record, recorded_defaults(m.run))
@@ -355,8 +356,8 @@ def _keep_own_rollouts(job: Job) -> None:
 
 
 def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
-    """Return whether a finished job has lost some of its results, which is reported. Folders with files that
-    have changed, perhaps by hand, are set aside. Raises FileNotFoundError if there is no checkpoint from
+    """Return whether results of a finished job are missing or changed, and report the first of them. Folders
+    with changed files are renamed, to keep edits. Raises FileNotFoundError if there is no checkpoint from
     which the results could be written again.
     """
     folders = {job.folder, *(member.folder for member in job.members)}

@@ -60,13 +60,13 @@ OF_OBJECTIVE = {"SFT": 1.0, "preferences": 0.1, "a reward model": 0.2, "reinforc
 
 
 def learning_rate(run: Run) -> float:
-    """Return the learning rate of lr=auto, with two digits."""
+    """Return the learning rate that lr=auto means for this run, rounded to two digits."""
     full = RATE * OF_OBJECTIVE[objective_kind(run)] * (WIDTH / run.model.config.width) ** EXPONENT
     return float(f"{full * (OF_LORA if run.adapter else 1):.1e}")
 
 
 def objective_kind(run: Run) -> str:
-    """Return the row of OF_OBJECTIVE that a run belongs to."""
+    """Return the kind of a run's objective, a key of OF_OBJECTIVE: SFT, preferences, ..."""
     if isinstance(run.data, Prompts):
         return "reinforcement learning"
     if isinstance(run.data, PairRows):
@@ -109,7 +109,7 @@ def fitted(
 
 
 def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolved, list[str]]:
-    """Do the same as `fitted`. Raises ValueError or OSError if rows or tokenizer cannot be read."""
+    """Do the same as `fitted`, on one process. Raises ValueError or OSError for unreadable files."""
     run, lines = settings.value, _first_lines(settings)
     recorded = processes.from_first_process(lambda: _recorded(settings, root))
     if recorded:
@@ -162,8 +162,8 @@ def _measure(run: Run) -> RowLengths:
 
 
 def _open_names(settings: Resolved) -> list[str]:
-    """Return the names of the data settings to choose from the rows: [] unless the user's rows replace rows
-    that ship with jaxft, for which the recipe's numbers are made.
+    """Return the names of the data settings that follow from the rows: those that the user has not set, and
+    [] unless the user's rows replace rows that ship with jaxft, which the recipe's values fit.
     """
     data = settings.value.data
     if not _has_own_rows(settings) or not isinstance(data, Rows | PairRows | Prompts):
@@ -196,7 +196,7 @@ def _name_of(settings: Resolved, name: str) -> str:
 
 
 def _with(settings: Resolved, more: Chosen) -> Resolved:
-    """Return the settings with more of them chosen."""
+    """Return the settings with `more` set, and recorded as chosen by jaxft rather than by the user."""
     if not more:
         return settings
     recipe, *overrides = settings.line
@@ -207,9 +207,7 @@ def _with(settings: Resolved, more: Chosen) -> Resolved:
 
 
 def _recorded(settings: Resolved, root: Path) -> Chosen:
-    """Return the settings that were chosen when the run began, {} without a checkpoint. Settings that this
-    command gives are left out.
-    """
+    """Return what jaxft chose at the run's start and this command leaves open; {} without a checkpoint."""
     name, names = settings.value.name, _open_names(settings)
     folder = root / name
     own = [folder, folder.parent] if "/" in name else [folder]  # the runs of a sweep share its checkpoints
@@ -226,7 +224,7 @@ def _recorded(settings: Resolved, root: Path) -> Chosen:
 
 
 def _budget(settings: Resolved) -> int:
-    """Return the largest number of tokens of a microbatch: MICRO_TOKENS, or more if the recipe has more."""
+    """Return the most tokens of a microbatch: MICRO_TOKENS, or the recipe's number if it is greater."""
     data: Any = settings.value.data
 
     def own(name: str) -> int:
@@ -241,10 +239,10 @@ def _budget(settings: Resolved) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """A run, the lengths of its rows, and what its settings may cost.
+    """Chooses lengths and batches for a run from the lengths of its rows.
 
-    budget: the largest number of tokens of a microbatch. remat: the model's setting. devices: how many
-    devices the rows of a microbatch may be sharded over.
+    budget: the most tokens of a microbatch. remat: which activations the model stores for the backward pass.
+    devices: over how many devices the rows of a microbatch are sharded at most.
     """
 
     run: Run
@@ -284,7 +282,7 @@ class Fit:
         return chosen | ({"micro": fit._micro()} if "micro" in names else {})
 
     def lines(self, chosen: Mapping[str, Any]) -> list[str]:
-        """Return lines about the lengths of the rows, the chosen settings and what others would cost."""
+        """Return lines about the rows' lengths, the chosen settings and the memory of other settings."""
         data, longest, what = self.data, self.lengths.longest, self.data.unit.removesuffix("s")
         limit = getattr(data, self.limit)
         shown = ", ".join(f"{p} % up to {percentile(longest, p):,}" for p in (50, 90, 99))
@@ -333,7 +331,9 @@ class Fit:
         )
 
     def _split_line(self, limit: int, longer: int) -> str:
-        """Say how many documents are split. longer: a limit that would split few, within the context."""
+        """Return text about how many documents exceed `limit` tokens and are split. longer: a limit within
+        the model's context that would split few; it is recommended.
+        """
         split = 1 - self.lengths.covered(limit)
         line = f"longer {self.data.unit} are split (data.too_long), so that no token is lost"
         if split < 1 - COVERED / 100 or longer <= limit:
@@ -358,8 +358,8 @@ class Fit:
 
     def _length(self) -> int:
         """Return a limit that covers COVERED percent of the rows, or all if that takes little more memory: at
-        least the recipe's limit, within budget and context. Prompts get what the completions leave of these,
-        but at least half of the budget.
+        least the recipe's limit, at most the budget and the model's context. For prompts it is what
+        completions leave of both, but at least half of the budget.
         """
         data, context = self.data, self.run.model.config.max_positions
         most = min(context, self.budget // max(1, len(self.lengths.kinds)))
@@ -370,7 +370,7 @@ class Fit:
         return max(least, min(self._wanted_length(), max(1, most // LENGTH_STEP) * LENGTH_STEP))
 
     def _wanted_length(self) -> int:
-        """Return a limit that COVERED percent of the rows fit in, or all if that takes little more memory."""
+        """Return a length that fits COVERED percent of the rows, or all if that takes little more memory."""
         fit = self
         if isinstance(self.data, Prompts):
             longer = {"max_new": max(self.data.max_new, NEW_TOKENS)}
@@ -436,7 +436,7 @@ class Fit:
 def activation_bytes(model: Model, remat: RematPolicy) -> int:
     """Estimate the bytes that all layers store of each token for the backward pass; 0 if it is not known.
 
-    Every kernel is counted as used by every token.
+    Weights that only some tokens use (MoE) are counted for every token.
     """
     c, saved = model.config, REMAT[remat].saved
     if not isinstance(c, DenseConfig):
@@ -454,8 +454,8 @@ def activation_bytes(model: Model, remat: RematPolicy) -> int:
 
 
 def _mlp_widths(model: Model) -> tuple[int, int]:
-    """Return the summed output widths of the kernels into MLP hidden layers, and the summed input widths of
-    the kernels out of them.
+    """Return (summed output widths of the weights into MLP hidden layers, summed input widths of the weights
+    out of them), over all layers.
     """
     into = out = 0
     for spec in spec_paths(model.specs).values():

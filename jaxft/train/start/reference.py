@@ -30,7 +30,7 @@ VERSION = 1  # counts changes of how log-probs are computed
 
 def precompute(job: Job, report: Progress) -> Job:
     """Compute the calibrated base and the reference's log-probs, or find them in the cache; return the job
-    with these. report: called with lines about the progress.
+    that uses them. report: called with lines about the progress.
     """
     calibrate_base(job.calibration, job.folder, report)
     return precompute_reference(job, report)
@@ -72,7 +72,7 @@ def add_reference_logps(run: Run, p: Programs, source: Any, record: dict[str, An
 
 
 def reference_fingerprint(weights: str, adapter: str | None, settings: Any) -> str:
-    """Return a reference policy's name: a hash of its weights, adapter and the model's settings as JSON."""
+    """Return a reference policy's name in the cache: a hash of its weights, adapter and model settings."""
     text = json.dumps([VERSION, weights, adapter, settings], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
@@ -83,7 +83,7 @@ def cache_file(name: str, cache: Path | None = None) -> Path:
 
 
 def load_reference_logps(path: Path) -> dict[str, np.ndarray]:
-    """Return log-probs by the pair's key; {} if there is no file or it is damaged."""
+    """Return {hash of a pair: log-probs of its responses}; {} if there is no file or it is damaged."""
     try:
         with (
             path.open("rb") as file,
@@ -98,9 +98,8 @@ def load_reference_logps(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_logps(path: Path, logps: dict[str, np.ndarray]) -> str | None:
-    """Write log-probs by key atomically. Returns a line about a failure, or None.
-
-    A failure only costs time in the next run.
+    """Write {hash of a pair: log-probs} atomically. Returns None, or a line about an error: it costs only
+    time, because the next run computes them again.
     """
     part = path.with_suffix(f".{os.getpid()}.tmp")
     lengths = [len(x) for x in logps.values()]
@@ -127,7 +126,8 @@ def write_logps(path: Path, logps: dict[str, np.ndarray]) -> str | None:
 def add_cached_logps(
     source: Any, path: Path, compute: Callable[[list[Batch]], Iterable[np.ndarray]], report: Progress
 ) -> Any:
-    """Return the pair source with the reference's log-probs of every pair, from the file where it has them.
+    """Return the pair source with the reference's log-probs of every pair, which are read from the file
+    `path` or computed and added to it.
 
     compute(batches) yields log-probs [1, rows, M] of each batch; it is called for the missing pairs only.
     """

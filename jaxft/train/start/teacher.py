@@ -73,8 +73,8 @@ def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
         )
     if teacher.shares_base and teacher.adapter and run.adapter and run.adapter.changes_base:
         raise ValueError(
-            f"adapter.init={run.adapter.init} changes the base that the teacher shares, but its adapter "
-            f"{teacher.start} is for the unchanged one; use adapter.init=default"
+            f"adapter.init={run.adapter.init} changes the base that the teacher shares, but the teacher's "
+            f"adapter {teacher.start} is for the unchanged base; use adapter.init=default"
         )
     longest = teacher.model.config.max_positions if teacher.model else run.data.max_length
     if run.data.max_length > longest:
@@ -107,7 +107,7 @@ def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
 
 
 def teacher_fingerprints(teacher: Teacher | None) -> dict[str, str]:
-    """Return hashes of the weights that a teacher has in addition to the run's base."""
+    """Return hashes, by name, of a teacher's weights that are not the run's base, for its record."""
     fingerprints: dict[str, str] = {}
     if teacher and teacher.weights is not None:
         fingerprints["teacher_fingerprint"] = runfolder.weights_fingerprint(teacher.weights)
@@ -128,7 +128,7 @@ def with_teacher_storage(parts: Partition, teacher: Teacher | None) -> Partition
 
 
 def teacher_lines(run: Run, mesh: jax.sharding.Mesh) -> list[str]:
-    """Return lines for the log about a run's second model; none without one."""
+    """Return lines for the log about a run's second model; [] if it has none."""
     teacher = run.teacher
     if teacher is None:
         return []
