@@ -59,7 +59,7 @@ class LastingFile(io.FileIO):
     """A file descriptor that is replaced by /dev/null when a write to it fails."""
 
     def write(self, data: Any) -> int:
-        """Write the data, or drop it if it cannot be written; return the bytes written or dropped."""
+        """Write the data, or drop it if it cannot be written. Return how many bytes that was."""
         try:
             count = super().write(data)
             if count is None:  # non-blocking and full
