@@ -140,9 +140,8 @@ def cost_table(levels: Sequence[FaultLevel]) -> PaperTable:
                 row = (*row[:3], _difference(d), f"{p:.2g}", _verdict(d, p))
             rows.append(row)
     seeds, prompts = rewards(first.runs[losses[0]]).shape
-    caption = (
-        f"Mean true reward of completions of {prompts} held-out prompts after training, over {seeds} seeds."
-    )
+    over = f"{prompts} held-out prompts and {seeds} seed{'s' * (seeds > 1)}"
+    caption = f"Mean true reward of completions after training, over {over}."
     head = ("", "world", "true reward", "difference", "p (Holm)", "result")
     if not others:
         return PaperTable("costs", caption, (head[0], head[2]), tuple((row[0], row[2]) for row in rows))
@@ -163,13 +162,7 @@ def baseline_table(levels: Sequence[FaultLevel]) -> PaperTable:
     }
     adjusted = holm([d.p for d in duels.values()])
     rows = [
-        (
-            f"{label} - {baseline}",
-            name or "-",
-            _difference(d),
-            f"{p:.2g}",
-            _verdict(d, p),
-        )
+        (f"{label} - {baseline}", name or "-", _difference(d), f"{p:.2g}", _verdict(d, p))
         for ((name, label), d), p in zip(duels.items(), adjusted, strict=True)
     ]
     return PaperTable(
