@@ -241,9 +241,9 @@ def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
 
 
 def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> list[tuple[float, float]]:
-    """Return candidates of (low_freq_factor, high_freq_factor): Llama 3's (1, 4), and the two limits that a
-    line through the partly scaled frequencies gives. turns: full turns of each frequency in the original
-    length.
+    """Return candidates of (low_freq_factor, high_freq_factor): Llama 3's (1, 4), and two limits fitted to
+    the frequencies that are divided by more than 1 and less than `factor`; [] unless there is one divisor per
+    frequency. turns: full turns of each frequency in the original length.
     """
     if divisors.shape != turns.shape:
         return []

@@ -232,7 +232,7 @@ def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[i
 
 
 def tokenizer_ends(tokenizer: Any) -> list[int]:
-    """Return the tokenizer's EOS, and the tokens that end an assistant turn in its chat template."""
+    """Return the ids of the tokenizer's EOS and of tokens that end an assistant turn in its template."""
     template = template_of(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*eos, *(template.stop_tokens if template else ())]
