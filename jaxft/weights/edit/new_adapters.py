@@ -316,9 +316,9 @@ class Extraction:
 
 
 class KindError(NamedTuple):
-    """The change of a parameter over all its layers, and the error of its pairs. path: the parameter's path.
-    change: norm of the change divided by the norm of the base. error: norm of the part of the change that the
-    pairs lack, divided by the norm of the change.
+    """How much a parameter differs in base and tuned model, over all its layers, and how much its pairs miss.
+    path: the parameter's path. change: norm of the difference divided by the norm of the base. error: norm of
+    the difference minus the pairs' products, divided by the norm of the difference.
     """
 
     path: str

@@ -204,8 +204,8 @@ def _table(header: GgufHeader, name: str) -> np.ndarray:
     table = header.tensors[name]
     if table.kind not in FLOAT_TYPES or not math.prod(table.shape):
         raise ValueError(
-            f"{header.path}: {name} must have numbers of type {', '.join(FLOAT_TYPES)}; "
-            "use the model's Hugging Face folder"
+            f"{header.path}: {name} must have numbers of type {', '.join(FLOAT_TYPES)}, got {table.kind} "
+            f"{table.shape}; use the model's Hugging Face folder"
         )
     divisors = read_dequantised(table).astype(np.float64).ravel()
     if not (np.isfinite(divisors) & (divisors > 0)).all():

@@ -166,8 +166,8 @@ def save_gguf_adapter(
     for weight, pair in pairs.items():
         if set(pair) != LORA_PAIR or weight not in table or not table[weight][0].transposed:
             raise ValueError(
-                f"adapter of {weight}: llama.cpp's adapters have pairs a and b of linear layers, and no head "
-                f"of its own for a tied embedding; this one has {', '.join(sorted(pair))}: {MERGE_INSTEAD}"
+                f"adapter of {weight} has {', '.join(sorted(pair))}: llama.cpp applies only pairs a and b "
+                f"of linear layers and of a head that is not tied to the embeddings; {MERGE_INSTEAD}"
             )
     first = next(iter(pairs.values()))
     alpha = float(np.ravel(np.asarray(first["scale"], np.float32))[0]) * first["a"].shape[-1]

@@ -28,7 +28,11 @@ IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder: the index's files, model.safetensors, or the only one."""
+    """Return the safetensors files of a folder: the index's files, model.safetensors, or the only one.
+
+    Raises FileNotFoundError if there are none or one of the index is missing, ValueError for several without
+    an index and for pickled weights alone.
+    """
     index = folder / WEIGHT_INDEX
     if index.is_file():
         return _indexed_files(folder, index)

@@ -211,7 +211,9 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
 
 
 def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = None) -> list[TensorToWrite]:
-    """Return the tensors of a base tree under their Hugging Face names, quantised as `quant` says."""
+    """Return the tensors of a base tree under their Hugging Face names, the parameters in quant.layouts
+    quantised. quant: None quantises none; QTensors in `base` are then dequantised.
+    """
     leaves = tree.paths(base, is_qtensor)
     table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
     parts: dict[str, list[Tensor]] = {}  # by name: one, or several of a tensor that parameters share

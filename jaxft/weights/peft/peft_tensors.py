@@ -251,8 +251,8 @@ def _patterns(
     """Yield (pattern, value) for the modules whose value, a rank or an alpha, is not the default.
 
     A pattern matches only modules with the same value. It is the first of these for which that holds: the
-    module's name inside its layer with any number in place of the numbers in it, for all layers;
-    that name as it is; the full name. names: by module, all names that a pattern may match.
+    module's name inside its layer, for all layers, with any number in place of numbers in it; that name as it
+    is; the full name. names: by module, all names that a pattern may match.
     """
     patterns = {tensor: tensor.module for tensor, value in values.items() if value != default}
     for number in (r"\g<0>", r".\\d+."):
@@ -424,7 +424,7 @@ def module_fields(
 ) -> dict[str, Any]:
     """Return the fields of adapter_config.json that declare parameters and token rows trained in full.
 
-    nodes, full_names: see module_tensors, module_list.
+    nodes: see module_tensors. full_names: see module_list.
     """
     fields: dict[str, Any] = {"bias": settings.bias}
     saved = {path for path, node in nodes.items() if "weight" in node}

@@ -107,7 +107,7 @@ def _read_floats(weight: _Weight4Bit, table: np.ndarray, index: Index = ()) -> n
 
 
 def _read_bytes(weight: _Weight4Bit, shape: tuple[int, ...], index: Index = ()) -> np.ndarray:
-    """Read part of the codes, viewed as bytes of this shape; bnb_4bit_quant_storage may make them floats."""
+    """Read the part at `index` of the codes as uint8 of this shape; the files may store them as floats."""
     tensor, where = required(weight.files, weight.name), weight.files.where
     size, needed = math.prod(tensor.shape) * tensor.dtype.itemsize, math.prod(shape)
     if size != needed:
