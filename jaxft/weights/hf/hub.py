@@ -255,7 +255,7 @@ def _from_pypi(package: str) -> Path:
 
 
 def _wheel_member(package: str) -> Path:
-    """Return the path in the cache of a pinned package's model, which may not be downloaded yet."""
+    """Return the path in the cache of the model in a package of WHEELS; the file may not exist yet."""
     member = WHEELS[package].member if package in WHEELS else ""
     return cache_folder() / "pypi" / package.replace("==", "-") / Path(member).name
 

@@ -119,7 +119,7 @@ def check_targets(
     for field in ("target_modules", "exclude_modules"):
         value = config.get(field)
         if not isinstance(value, str | None) and not _are_strings(value):
-            raise ValueError(f"{where}: {field}={_short(value)}; expected a string or a list of strings")
+            raise ValueError(f"{where}: {field}={_short(value)}; correct it to a string or a list of strings")
     targets = config.get("target_modules")
     is_default = targets in (None, "all-linear")  # None: peft's default for the architecture
     left_out_by = _target_rule(where, config, ".*" if is_default else targets)
@@ -149,11 +149,11 @@ def _target_rule(where: Path, config: dict[str, Any], targets: Any) -> Callable[
     listed, unlisted = (x if isinstance(x, str) else frozenset(x) for x in (targets, excluded))
     numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
     if any(type(x) is not int for x in numbers):
-        raise ValueError(f"{where}: layers_to_transform={_short(layers)}; expected layer numbers")
+        raise ValueError(f"{where}: layers_to_transform={_short(layers)}; correct it to layer numbers")
     patterns = config.get("layers_pattern") or ".*"
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not _are_strings(patterns):
-        raise ValueError(f"{where}: layers_pattern={_short(patterns)}; expected strings")
+        raise ValueError(f"{where}: layers_pattern={_short(patterns)}; correct it to strings")
 
     def left_out_by(module: str) -> str | None:
         if not is_listed(listed, (module,), str(where)):
