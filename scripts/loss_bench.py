@@ -278,7 +278,10 @@ def race(
             levels.append(FaultLevel(name, value, world, runs))
     if levels:
         folder = args.out / f"robustness-{content_hash([str(sweep) for sweep in sweeps])}"
-        settings = {"config": args.config, "steps": args.steps, "seeds": args.seeds, "set": args.set}
+        settings = {
+            "config": args.config, "steps": args.steps, "seeds": args.seeds, "set": args.set,
+            "runs": [str(sweep) for sweep in sweeps],
+        }  # fmt: skip
         for path in write_robustness(levels, settings, folder):
             print(path)
     return 0

@@ -33,7 +33,7 @@ from jaxft.runs.metrics_log import METRICS, read_entries
 
 TRUE, PROXY = (names.SCORES + fn.__name__ for fn in (true_reward, proxy_reward))  # metrics of completions
 FAULTS = ("pairs", "temperature", "noise", "length_bias", "circle", "duplicates")  # settings that can vary
-PAGE = "index.html"
+ROBUSTNESS_PAGE = "index.html"
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,8 @@ def cost_table(levels: Sequence[FaultLevel]) -> PaperTable:
                 row = (*row[:3], _difference(d), f"{p:.2g}", _verdict(d, p))
             rows.append(row)
     seeds, prompts = rewards(first.runs[losses[0]]).shape
-    caption = (
-        f"Mean true reward of completions of {prompts} held-out prompts after training, over {seeds} seeds."
-    )
+    over = f"{prompts} held-out prompts and {seeds} seed{'s' * (seeds > 1)}"
+    caption = f"Mean true reward of completions after training, over {over}."
     head = ("", "world", "true reward", "difference", "p (Holm)", "result")
     if not others:
         return PaperTable("costs", caption, (head[0], head[2]), tuple((row[0], row[2]) for row in rows))
@@ -153,7 +152,7 @@ def cost_table(levels: Sequence[FaultLevel]) -> PaperTable:
     return PaperTable("costs", caption, head, tuple(rows))
 
 
-def losses_table(levels: Sequence[FaultLevel]) -> PaperTable:
+def baseline_table(levels: Sequence[FaultLevel]) -> PaperTable:
     """Return the differences of the other losses to the first loss on each level."""
     baseline, *others = levels[0].runs
     duels = {
@@ -163,13 +162,7 @@ def losses_table(levels: Sequence[FaultLevel]) -> PaperTable:
     }
     adjusted = holm([d.p for d in duels.values()])
     rows = [
-        (
-            f"{label} - {baseline}",
-            name or "-",
-            _difference(d),
-            f"{p:.2g}",
-            _verdict(d, p),
-        )
+        (f"{label} - {baseline}", name or "-", _difference(d), f"{p:.2g}", _verdict(d, p))
         for ((name, label), d), p in zip(duels.items(), adjusted, strict=True)
     ]
     return PaperTable(
@@ -300,7 +293,7 @@ def robustness_page(levels: Sequence[FaultLevel], settings: Mapping[str, Any]) -
         pictures = picture_html(robustness_panels(levels), f"Rewards by {setting}")
         note = "Dotted: the true reward before training. Faint lines: single seeds."
         pictures += f'<p class="note">{note}</p>'
-    duels = losses_table(levels).html() if len(levels[0].runs) > 1 else ""
+    duels = baseline_table(levels).html() if len(levels[0].runs) > 1 else ""
     over_training = picture_html(optimisation_panels(levels), "Rewards against KL")
     shown = {
         "Robustness": section(
@@ -325,8 +318,8 @@ def robustness_page(levels: Sequence[FaultLevel], settings: Mapping[str, Any]) -
 def write_robustness(levels: Sequence[FaultLevel], settings: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write the page and its tables as CSV and LaTeX into `folder`; return their paths."""
     tables = [cost_table(levels), optimisation_table(levels)]
-    tables += [losses_table(levels)] * (len(levels[0].runs) > 1)
-    files = {folder / PAGE: robustness_page(levels, settings)}
+    tables += [baseline_table(levels)] * (len(levels[0].runs) > 1)
+    files = {folder / ROBUSTNESS_PAGE: robustness_page(levels, settings)}
     for table in tables:
         files |= {folder / f"{table.name}.csv": table.csv(), folder / f"{table.name}.tex": table.latex()}
     make_folder(folder)

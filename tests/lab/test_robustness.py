@@ -10,9 +10,9 @@ import pytest
 from jaxft.lab.robustness import (
     FaultLevel,
     WorldRun,
+    baseline_table,
     cost_table,
     course,
-    losses_table,
     optimisation_panels,
     optimisation_table,
     parse_fault,
@@ -62,7 +62,7 @@ def test_planted_costs_are_found_and_none_where_none_was_planted():
     assert rows["dpo", "noise=0"][3:] == ("", "", "")
     mean = np.mean([[*run.prompts.values()] for run in levels[2].runs["dpo"]])
     assert float(rows["dpo", "noise=0.4"][2]) == pytest.approx(mean, abs=1e-3)
-    duels = by_first_two(losses_table(levels))
+    duels = by_first_two(baseline_table(levels))
     assert duels["ipo - dpo", "noise=0.4"][-1] == "different"
     assert duels["ipo - dpo", "noise=0"][-1] == "not distinguishable"
 

@@ -399,7 +399,7 @@ def _check_rank(rank: int, table: TensorTable) -> None:
 
 
 def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:
-    """Raise ValueError, naming the tensor, if the files of the tuned model lack one or it has another shape."""
+    """Raise ValueError, naming the tensor, if the tuned model lacks one of the base or has another shape."""
     before, after = ({name: x.shape for name, x in files.tensors.items()} for files in (base, tuned))
     for tensors in tensors_of(model).values():
         for name in (tensor.name for tensor in tensors):
