@@ -300,9 +300,7 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
-            raise ValueError(
-                f"{where}: {key} has type {type(patterns).__name__}, expected an object; correct the file"
-            )
+            raise ValueError(f"{where}: {key} has type {type(patterns).__name__}, expected an object")
         for pattern, value in patterns.items():
             tree.regex(pattern, f"{where}: {key}")
             if not (
