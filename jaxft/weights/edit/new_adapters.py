@@ -207,8 +207,9 @@ def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
 
 
 def _reduced(parts: list[_Part], rank: int) -> tuple[tuple[_A, _B], tuple[float, float]]:
-    """Return the sum of `factor a b` over the parts, reduced to a rank, and (squared norm of the dropped
-    part, squared norm of the sum). Two QR decompositions reduce the SVD to the size of the summed ranks.
+    """Return the pair (a, b) of at most rank `rank` whose product is nearest to the sum of `factor a b` over
+    the parts, and (squared norm of their difference, squared norm of the sum). Two QR decompositions reduce
+    the SVD to the size of the summed ranks.
     """
     a = np.concatenate([part.a * part.factor for part in parts], 1).astype(np.float64)
     b = np.concatenate([part.b for part in parts]).astype(np.float64)
@@ -398,7 +399,7 @@ def _check_rank(rank: int, table: TensorTable) -> None:
 
 
 def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:
-    """Raise ValueError, naming the tensor, if the files of two models differ in a shape."""
+    """Raise ValueError, naming the tensor, if the tuned model lacks one of the base or has another shape."""
     before, after = ({name: x.shape for name, x in files.tensors.items()} for files in (base, tuned))
     for tensors in tensors_of(model).values():
         for name in (tensor.name for tensor in tensors):

@@ -28,10 +28,8 @@ IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder: the index's files, model.safetensors, or the only one.
-
-    Raises FileNotFoundError if there are none or one of the index is missing, ValueError for several without
-    an index and for pickled weights alone.
+    """Return the safetensors files of a folder: the index's files, model.safetensors, or the only one. Raises
+    FileNotFoundError for a missing file, ValueError for several files without an index or pickled weights.
     """
     index = folder / WEIGHT_INDEX
     if index.is_file():

@@ -28,12 +28,14 @@ EXTENDED = "extended"  # the folder of the cache with models of weights/edit/ext
 
 @dataclass(frozen=True)
 class Located:
-    """A model on this machine. kind: "folder" (Hugging Face layout) or "gguf" (a file). ref: see locate."""
+    """A model on this machine. kind: "folder" (in Hugging Face layout) or "gguf" (a file). ref: the name that
+    locate got. revision: commit of a model from the hub, else None.
+    """
 
     kind: str
     path: Path
     ref: str
-    revision: str | None = None  # the resolved commit of a hub model
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ QUANTISED_BASE = (
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json. Raises FileNotFoundError; its message lists adapters in subfolders."""
+    """Read adapter_config.json. Raises FileNotFoundError if it is missing, with the names of adapters in
+    subfolders, and ValueError if it is not a JSON object.
+    """
     path = folder / "adapter_config.json"
     if folder.is_dir() and not path.is_file():
         named = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))

@@ -264,7 +264,9 @@ def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) 
 
 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether an adapter has a scalar head. Raises ValueError for other tasks, and for other heads."""
+    """Whether an adapter has a scalar head. Raises ValueError for a task_type other than CAUSAL_LM, SEQ_CLS
+    and null, for a classifier without the head "score", and for a language model with a classifier's head.
+    """
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise ValueError(
@@ -298,9 +300,7 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
-            raise ValueError(
-                f"{where}: {key} has type {type(patterns).__name__}, expected an object; correct the file"
-            )
+            raise ValueError(f"{where}: {key} has type {type(patterns).__name__}, expected an object")
         for pattern, value in patterns.items():
             tree.regex(pattern, f"{where}: {key}")
             if not (
