@@ -95,9 +95,9 @@ def read_world_run(folder: Path) -> WorldRun:
             f"{folder / METRICS} has no {keys[1]}; train it with score functions of its world and "
             "loop.eval_scores=true"
         )
-    values = np.array([[_number(entry.get(key)) for key in keys] for entry in entries])
+    kl, true, proxy = np.array([[_number(entry.get(key)) for key in keys] for entry in entries]).T
     rows = read_held_out(folder)
-    return WorldRun(*values.T, {name: row[TRUE] for name, row in rows.items() if TRUE in row})
+    return WorldRun(kl, true, proxy, {name: row[TRUE] for name, row in rows.items() if TRUE in row})
 
 
 def _number(value: Any) -> float:
