@@ -34,10 +34,10 @@ class TrialRate(NamedTuple):
 
 
 def run_of(study: Study, label: str, seed: int) -> Run:
-    """Return the run of a loss: the study's recipe with this loss and seed, and with a trial's numbers in its
-    state (see make_set_trial) instead of its settings.
+    """Return a Run whose compiled program trains any trial of a loss: the study's recipe with this loss and
+    seed. A trial's learning rate and knobs are in the train state, where make_set_trial writes them.
 
-    Rewards are log-prob ratios to the reference in nats, whatever the beta of the loss.
+    label: the loss's key in study.losses. Logged rewards are log-ratios to the reference, not times beta.
     """
     recipe, first = study.recipe, study.trials_of(label)[0]
     return replace(
@@ -77,9 +77,10 @@ def own_beta(loss: SearchedLoss) -> float:
 
 
 def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
-    """Return the preference objective of a loss whose searched knobs are scalars in aux["knobs"]. trial:
-    their first values. If the loss has a state that it updates from logged rewards, as BCO has, it gets them
-    in units of its beta.
+    """Return the preference objective of a loss that reads its knobs from the train state, aux["knobs"].
+
+    trial: the values of the knobs at step 0. A loss with a state, such as BCO's, updates it from
+    the logged rewards times its beta.
     """
 
     def with_knobs(knobs: Mapping[str, Any]) -> Objective:

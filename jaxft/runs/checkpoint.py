@@ -154,7 +154,10 @@ class Checkpoints:
         self._thread.start()
 
     def _begin(self, step: int) -> str:
-        """Make the folders of a save, on process 0. Return a unique name for the messages of this save."""
+        """Remove what killed saves have left, and make the folders of this save, on process 0.
+
+        Return a unique name, the topic of the sync.FileExchange of this save.
+        """
         make_folder(self.folder)
         for stale in (
             *self.folder.glob("*.tmp"),
@@ -254,8 +257,8 @@ class Checkpoints:
             self.report(f"an old checkpoint could not be removed: {error}; the next save tries again")
 
     def _agree_on_error(self, step: int, error: Exception, exchange: sync.FileExchange) -> OSError:
-        """Return a save's error as process 0 reports it, or this process's report if process 0 does not
-        respond.
+        """Return the error of a failed save, the same on all processes: process 0's. If process 0 does not
+        respond, return the error of this process.
         """
         try:
             if isinstance(error, TimeoutError):
@@ -271,7 +274,7 @@ class Checkpoints:
         return kind(*self._clean_up(step, error), str(self.folder))
 
     def _clean_up(self, step: int, error: Exception) -> tuple[int, str]:
-        """Remove the files of a failed save. Return the errno and a message with the intact checkpoints."""
+        """Remove the files of a failed save. Return its errno and a message that lists intact checkpoints."""
         published = (self.folder / str(step)).exists() and not (self.folder / f"{step}.tmp").exists()
         if sync.is_first():
             shutil.rmtree(self.folder / f"{step}.tmp", ignore_errors=True)
@@ -337,7 +340,9 @@ class Checkpoints:
                 read = partial(read_checkpoint, folder, abstract_state, restored)
                 reasons = [reason for reason in sync.run_on_all(sync.gather_texts, read) if reason]
             except OSError as error:
-                text = f"the checkpoint cannot be read: {error.strerror}; correct that and start again"
+                text = (
+                    f"cannot read the checkpoint: {error.strerror}; check disk and permissions, start again"
+                )
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return restored["state"], restored["meta"], candidate

@@ -134,7 +134,7 @@ def read_saved_json(path: Path) -> dict[str, Any]:
 
 
 def part_of(record: Any, name: str) -> dict[str, Any]:
-    """Return the dict called `name` in a record, {} where there is none."""
+    """Return record[name] if it is a dict, else {}. record: parsed JSON of any type."""
     part = record.get(name) if isinstance(record, dict) else None
     return part if isinstance(part, dict) else {}
 
@@ -194,10 +194,10 @@ def finished_steps(folder: Path) -> int:
 
 
 def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
-    """Return a number about the early end of a finished run, from its summary.json.
+    """Return a number from summary.json about why a run ended early; None for a run that has not finished.
 
-    by="patience": the loop.patience that ended the run, None for a run that it did not end. by="planned": how
-    many steps were planned for a run that a callback ended, None for a run that no callback ended.
+    by="patience": the value of loop.patience if this setting ended the run, else None. by="planned": how
+    many steps were planned if a callback ended the run, else None.
     """
     path = folder / SUMMARY
     number = read_saved_json(path).get(by) if path.exists() else None
@@ -282,7 +282,7 @@ def sync_results(folder: Path) -> None:
 
 
 def result_hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of the weights, settings and tokenizers that a run wrote, by path in its folder."""
+    """Return {path in a run's folder: SHA-256} of the files in adapter/, model/ and best/, except *.md."""
     paths = sorted(
         path
         for name in RESULTS
@@ -313,7 +313,10 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
 
 
 def _run_of(folder: Path) -> Path | None:
-    """Return `folder` if it is a finished run's, or the finished run that wrote it; None for others."""
+    """Return the folder of the finished run that `folder` is, or in which it is a result such as adapter/.
+
+    None for a run that has not finished, and for other folders.
+    """
     if (folder / SUMMARY).is_file():
         return folder
     inside = folder.resolve()
@@ -322,7 +325,9 @@ def _run_of(folder: Path) -> Path | None:
 
 
 def check_results(folder: Path) -> None:
-    """Raise FileNotFoundError or ValueError for the first of changed_results, if there is any."""
+    """Raise an error about the first file in changed_results: FileNotFoundError if it is missing, else
+    ValueError.
+    """
     again = "start the run's command again, which writes it from the last checkpoint"
     for changed in changed_results(folder):
         if changed.is_missing:
@@ -380,10 +385,10 @@ def earlier_end(folder: Path) -> str | None:
 
 
 def earlier_end_notes(ref: str | Path) -> list[str]:
-    """Return a warning if `ref` names weights of a run that was continued later and has not finished again,
-    else [].
+    """Return [warning] if the weights in `ref` are from an earlier end of a run, see earlier_end; else [].
 
-    Every command and setting that names weights of a run prints it: --run, --adapter, start=, reward=.
+    ref: what --run, --adapter, start= or reward= names: a run's folder, or adapter/ or model/ in it; [] for
+    other models.
     """
     line = earlier_end(Path(ref))
     return [f"warning: {line}; finish the run to update them"] if line else []

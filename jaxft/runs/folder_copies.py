@@ -68,7 +68,7 @@ LOCAL_ONLY = Copies()
 
 
 class Damaged(Exception):
-    """A result in a store does not match index.json."""
+    """A file of weights in a store, such as one in adapter/, does not match its hash in index.json."""
 
 
 class Mirror:
@@ -201,7 +201,7 @@ class Mirror:
     def fetch_results(self) -> list[str]:
         """Write the files of the store, without checkpoints, into the folder; return their names, [] if the
         store has no run. Files that the folder has already are not fetched. Raises OSError if the store
-        fails.
+        fails, and ValueError for damaged weights.
         """
         self._sent = self._read_index()["files"]
         paths = {name: self._path_of(name) for name in self._sent}
@@ -291,11 +291,11 @@ class Mirror:
         self._copying.submit(int).result()
 
     def _copy(self, step: int) -> None:
-        """Send a new checkpoint and the other files that have changed; delete older ones that are not here.
+        """Send the checkpoint of a step, checkpoints on disk that the store lacks, and other files that have
+        changed. Delete checkpoints from the store that are no longer on disk.
 
         Nothing is sent if the store has a later checkpoint: the run has gone back, because later checkpoints
-        on disk were damaged. Errors are only reported, because the checkpoint is on disk; the next call sends
-        missing files.
+        on disk were damaged. An error is only reported; the next call sends the missing files.
         """
         if step < self._newest:
             return
@@ -415,7 +415,7 @@ class Mirror:
         self._write_index()
 
     def _files(self) -> list[Path]:
-        """Return the files of the folder that are sent, the summary last."""
+        """Return the files to send, summary.json last: not checkpoints, links, temporary or damaged files."""
         paths = [
             path
             for path in self.folder.rglob("*")
@@ -446,7 +446,7 @@ def _complete_steps(names: list[str]) -> list[int]:
 
 
 def _is_set_aside(path: Path) -> bool:
-    """Return whether a file is in a damaged result. path: relative to the folder of the run or sweep."""
+    """Return whether a file is in a folder that manifest.set_aside has renamed, such as adapter.bad/."""
     return any(folder.suffix.rstrip("0123456789") == manifest.SET_ASIDE for folder in path.parents)
 
 
@@ -467,11 +467,11 @@ def mirrored(
     report: Callable[[str], None] = print,
     defaults: Mapping[str, Any] = NO_DEFAULTS,
 ) -> Iterator[Copies]:
-    """Fetch a run's folder from the store at `url`; yield the functions that copy it there; copy the rest
-    at the end. Without a store it does nothing.
+    """Fetch a run's folder from the store at `url`; yield the functions that copy it there; at the end of the
+    block, copy the files that have changed since. If `url` is None, nothing is fetched or copied.
 
-    records: settings of this start. defaults: see permitted_changes. A start that fails before it is accepted
-    copies nothing. Raises the errors of Mirror.open and Mirror.finish.
+    records: see Mirror.open. defaults: see permitted_changes. A start that fails before it is accepted copies
+    nothing. Raises the errors of Mirror.open and Mirror.finish.
     """
     if url is None:
         yield LOCAL_ONLY
@@ -519,8 +519,8 @@ def fetch_run(url: str) -> Path:
     """Fetch the folder of a run or a sweep, without checkpoints, into the cache; return its path there.
 
     url: the address of the folder, or of a folder in it. Files in the cache are not fetched again, and files
-    that are gone from the store are deleted. Raises ValueError for a wrong address, FileNotFoundError if the
-    store has no run there, and OSError if the store fails.
+    that are gone from the store are deleted. Raises ValueError for a wrong address or damaged weights,
+    FileNotFoundError if the store has no run there, and OSError if the store fails.
     """
     check_store_url(url, "run")
     parts = url.rstrip("/").split("/")

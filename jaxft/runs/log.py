@@ -102,7 +102,7 @@ class Log:
         try:
             ends = [tracker.log(step, metrics, perf) for tracker in self._trackers]
         except OSError as error:
-            text = f"cannot write metrics: {error.strerror}. Fix that and run the same command again"
+            text = f"cannot write metrics: {error.strerror}. Free disk space, then repeat the command"
             raise OSError(error.errno, text, str(self._folder)) from error
         if self._view is not None:
             self._view.log(step, metrics, perf)

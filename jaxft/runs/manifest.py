@@ -93,8 +93,8 @@ def format_manifest(body: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest. Raises Corrupt if it is missing, damaged or of another step than its
-    folder, ValueError if its layout is another one.
+    """Read the manifest.json of a checkpoint. Raises Corrupt if it is missing, does not match its own hash or
+    belongs to another step, ValueError if another version of jaxft wrote it in another layout.
     """
     try:
         body = json.loads((folder / NAME).read_bytes())
@@ -129,7 +129,7 @@ def hash_file(path: Path) -> str:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint or result to `<name>.bad`, or .bad2 and so on; return its new path."""
+    """Rename a damaged checkpoint or adapter/ to <name>.bad, or .bad2 if that exists; return the path."""
     target, count = folder.with_suffix(SET_ASIDE), 1
     while target.exists():
         count += 1
@@ -141,7 +141,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError if the leaves (by name) do not have the manifest's names, shapes and dtypes."""
+    """Raise ValueError if a state's leaves differ from the manifest's entries in name, shape or dtype."""
     required = {n: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for n, leaf in expected.items()}
     stored = {n: f"{entry['dtype']}{entry['shape']}" for n, entry in entries.items()}
     wrong = [n for n in {**required, **stored} if required.get(n) != stored.get(n)]
@@ -157,7 +157,7 @@ def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) 
 
 
 def check_files(folder: Path, files: dict[str, Any]) -> None:
-    """Raise Corrupt if a file does not match the manifest."""
+    """Raise Corrupt if a file is missing or differs. files: {name in `folder`: [size in bytes, hash]}."""
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():

@@ -51,14 +51,14 @@ def format_line(step: int, metrics: dict[str, float], perf: dict[str, float]) ->
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """Return the objects of a metrics.jsonl, [] if it does not exist. A line that a killed run left half
-    written is skipped.
+    """Return the objects of a metrics.jsonl, [] if it does not exist. Lines that are not an object with a
+    "step" are skipped, such as a line that a killed run left half written.
     """
     return [entry for _, entry in _lines(path)]
 
 
 def read_appended(path: Path, size: int) -> tuple[list[Entry], int]:
-    """Return the entries after the first `size` bytes of a file, and its size; [] and 0 without one."""
+    """Return (entries after the first `size` bytes of a log, bytes of the whole log); ([], 0) without one."""
     return [entry for _, entry in _lines(path, size)], path.stat().st_size if path.exists() else 0
 
 
@@ -80,9 +80,9 @@ def _lines(path: Path, start: int = 0) -> list[tuple[bytes, Entry]]:
 
 
 def truncate(path: Path, step: int) -> list[Entry]:
-    """Remove the entries after `step`, atomically; return the others.
+    """Remove the entries of steps after `step` from a log, atomically. Return the entries that remain.
 
-    Step 0 is a fresh start: all entries are removed and its evaluation runs again.
+    step 0 removes all entries, also those of step 0: the run starts afresh and evaluates again at step 0.
     """
     lines = [(text, entry) for text, entry in _lines(path) if step > 0 and entry["step"] <= step]
     content = b"".join(text for text, _ in lines)
@@ -145,7 +145,7 @@ class Jsonl:
         self._file = path.open("ab")
 
     def has(self, entry: Entry) -> bool:
-        """Return whether the file had this entry (without "perf") before the restart."""
+        """Return whether the file had this entry at the step of the restart, "perf" not compared."""
         return entry in self._repeated
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> None:
@@ -212,7 +212,7 @@ class DigestWriter:
         self._write(line, {})
 
     def add_file(self, path: Path) -> None:
-        """Append the digest of another file of the record."""
+        """Append the digest of another file of the run's folder, such as summary.json."""
         (sha256,) = files_sha256([path])
         self._write(f"{path.name} {sha256}\n".encode(), {FILE: path.name, "sha256": sha256})
 

@@ -46,11 +46,11 @@ class Sample(TypedDict):
 class Evaluation(TypedDict):
     """The evaluation before the first step or after the last one.
 
-    samples: completions of held-out prompts that are shown. scored: number of prompts whose completions were
-    scored. intervals: 95 % intervals of the means over these prompts. score_faults: lines about completions
-    without a score. nonfinite: number of prompts of which a completion ended because of non-finite logits.
-    part: which held-out rows the metrics are of, such as "11 of 50 held-out rows", if these are not all;
-    part_note: a line about it with the interval of the loss.
+    samples: completions of held-out prompts, to be printed. scored: number of prompts whose completions were
+    scored. intervals: 95 % intervals of the means over these prompts, by metric. score_faults: lines about
+    completions without a score. nonfinite: number of prompts of which a completion ended because of
+    non-finite logits. If loop.eval_fraction limited the evaluation to a part of the held-out rows: part, such
+    as "11 of 50 held-out rows", and part_note, a line for the user about it.
     """
 
     metrics: dict[str, float]
@@ -65,8 +65,9 @@ class Evaluation(TypedDict):
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Parameter counts of a model. quantised: which part is stored quantised, "" for none; generates: it
-    writes text. classifier: transformers has a sequence classifier for its reward models.
+    """Parameter counts of a model. quantised: which part is stored quantised, "" for none. generates: whether
+    it writes text. classifier: whether transformers can load a reward model of this architecture, as
+    AutoModelForSequenceClassification.
     """
 
     trainable: int

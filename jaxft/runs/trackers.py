@@ -89,10 +89,10 @@ OpenTracker: TypeAlias = Callable[[Path, int], Tracker]  # (folder, start_step)
 
 
 class Callback:
-    """Makes a tracker of a user's function (step, metrics), or of an object with the methods of a Tracker.
+    """Makes a Tracker of a callback: a function (step, metrics), or an object with the methods of a Tracker.
 
-    A function's metrics contain timings and memory as perf/name. An error in the callback is raised as a
-    RuntimeError from it. Raises ValueError for an object that is neither.
+    A function's `metrics` also has timings and memory, by names such as perf/seconds. If the callback
+    raises an error in `log`, a RuntimeError is raised from it. ValueError if `callback` is neither.
     """
 
     def __init__(self, callback: Any):

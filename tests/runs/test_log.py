@@ -354,7 +354,7 @@ def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
     try:
         with pytest.raises(
-            OSError, match=r"cannot write metrics: File too large. Fix that and run the same command again"
+            OSError, match=r"cannot write metrics: File too large. Free disk space, then repeat the command"
         ):
             writer.step(2, {"loss": 1.0}, {})
     finally:

@@ -65,9 +65,9 @@ class Resolved:
     """A recipe with all of its settings applied.
 
     value: what the config returned, with fields replaced. knobs: the values of all knobs. fields: the values
-    of the fields that dotted keys set. line: the recipe and the overrides as the command line has them.
-    defaults: the knobs' defaults. chosen: settings that train/start/open_settings.py chose because the
-    command leaves them open.
+    of the fields that dotted keys set. line: the recipe, then the overrides of the command line.
+    defaults: the knobs' defaults. chosen: {setting: value as written} of settings that the user left open and
+    that jaxft chose, such as a learning rate for lr=auto.
     """
 
     value: Any
@@ -95,10 +95,11 @@ def load_config(path: str, overrides: list[str], expected: type = object) -> Any
 
 def resolve_config(recipe: Recipe, overrides: list[str], expected: type = object) -> Resolved:
     """Call a file's `config` with the overrides that name knobs, then replace the fields that the remaining
-    overrides name. recipe: a file or its name, or the function itself. overrides: some may be an ObjectText.
+    overrides name. recipe: a recipe's name, a Python file, or the function `config` itself.
 
-    Raises ValueError or FileNotFoundError with one line about the first mistake. expected: the type that
-    `config` must return.
+    overrides: "knob=value" or "section.field=value"; an ObjectText for a value that is a Python object.
+    expected: the type that `config` must return. Raises ValueError or FileNotFoundError that says in one line
+    what is wrong.
     """
     fn, _ = _config_function(recipe)
     path = recipe if isinstance(recipe, str) else fn.__qualname__
@@ -247,7 +248,7 @@ def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str
 
 
 def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
-    """Parse an override by its setting's annotation, or by the setting's value `now` if `kind` is unknown."""
+    """Parse the text of a setting by its annotation `kind`; without one, by the type of its value `now`."""
     if isinstance(text, ObjectText):
         return _object_as(key, text, kind)
     if kind in (UNANNOTATED, Any):
@@ -275,8 +276,9 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
 
 
 def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
-    """Return the Python object of a setting. For a tuple annotation, a list or a single object becomes a
-    tuple and strings in it are parsed. Raises ValueError for an object of another type than the annotation's.
+    """Return the Python object in `text` as the value of a setting whose annotation is `kind`. If that is a
+    tuple, a list or a single object becomes a tuple, and strings in it are parsed. Raises ValueError if the
+    object does not have the annotation's type.
     """
     value, members = text.value, union_members(kind)
     origins = [typing.get_origin(member) or member for member in members]
@@ -300,7 +302,7 @@ def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
 def _with_fields(
     root: Any, texts: dict[str, str], knobs: list[str], recipe: str
 ) -> tuple[Any, dict[str, Any]]:
-    """Return (the value with dotted fields replaced, the new values by dotted key)."""
+    """Return (`root` with dotted fields replaced, {dotted key: new value}). texts: {dotted key: text}."""
     fields: dict[Steps, tuple[str, str]] = {}
     refused = list[str]()
     for key, text in texts.items():

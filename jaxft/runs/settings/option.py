@@ -22,11 +22,11 @@ Kind = Literal["same", "together", "unneeded", "absent"]
 
 @dataclass(frozen=True)
 class Option:
-    """An option of other tools.
+    """An option of other tools, such as learning_rate, and what to write for it in jaxft.
 
-    setting: the knob or dotted field of `recipe` that does the same, None without one. values: overrides for
-    values that jaxft names differently, by their lower-case text; "" for nothing to set. only_values: whether
-    any other value has no equivalent. example: a value as the tools write it. note: one line for readers.
+    setting: the knob or dotted field of `recipe` that does the same, or None. values: {value of the option in
+    lower case: what to write, such as "quant=nf4", or ""}. only_values: True if no other value has an
+    equivalent; else `setting` takes it as it is. example: a value as the tools write it. note: advice.
     """
 
     name: str
@@ -40,16 +40,16 @@ class Option:
     recipe: str = "sft"
 
     def overrides(self, value: Any) -> tuple[str, ...]:
-        """Return the overrides for a value of the option, such as ("lr=0.0001",); () for nothing to set.
+        """Return the overrides for a value of the option, such as ("lr=0.0001",); () if none is needed.
 
-        Raises ValueError if the value has no equivalent.
+        Raises ValueError if the value has no equivalent, or if it alone does not decide the overrides.
         """
         text = as_text(value)
         if text.lower() in self.values:
             return tuple(self.values[text.lower()].split())
         if self.kind != "same" or self.only_values:
             known = ", ".join(self.values)
-            raise ValueError(self.note or f"{self.name}={text} has no equivalent; these have one: {known}")
+            raise ValueError(self.note or f"{self.name}={text} has no equivalent; values with one: {known}")
         return (f"{self.setting}={text}",)
 
     def describe(self) -> str:
@@ -94,7 +94,7 @@ def options(names: str, **fields: Any) -> Iterator[Option]:
 
 
 def same(names: str, setting: str, example: Any, note: str = "", recipe: str = "sft") -> Iterator[Option]:
-    """Yield options whose values the setting takes as they are."""
+    """Yield options whose values `setting` takes as they are. names: as in `options`."""
     return options(names, setting=setting, note=note, example=example, recipe=recipe)
 
 
@@ -108,7 +108,7 @@ def mapped(
 
 
 def combined(names: str, setting: str | None, note: str, recipe: str = "sft") -> Iterator[Option]:
-    """Yield options that become a setting together with others."""
+    """Yield options whose value alone does not decide the setting; `note` says what to write instead."""
     return options(names, setting=setting, note=note, kind="together", recipe=recipe)
 
 
@@ -118,6 +118,6 @@ def unneeded(names: str, note: str) -> Iterator[Option]:
 
 
 def absent(names: str, note: str, harmless: str = "") -> Iterator[Option]:
-    """Yield options without an equivalent. harmless: values with which they do nothing, in lower case."""
+    """Yield options without an equivalent. harmless: lower-case values, split by spaces, that do nothing."""
     off = {"false": "", "none": "", "": "", **dict.fromkeys(harmless.split(), "")}
     return options(names, setting=None, note=note, kind="absent", values=off)

@@ -107,7 +107,7 @@ def module_file(module: str) -> Path:
 
 
 def members(kind: Definition) -> list[Definition]:
-    """Return the members of a union, or the annotation alone. An alias is replaced by what it stands for."""
+    """Return the members of a union annotation, [kind] for others. A type alias is replaced by its value."""
     node, file = kind
     if isinstance(node, ast.BinOp):
         return [m for side in (node.left, node.right) for m in members(Definition(side, file))]
@@ -195,7 +195,7 @@ def data_class(recipe: Path) -> Definition | None:
 
 
 def is_writable(kind: Definition) -> bool:
-    """Return whether a member of a union can be written on the command line, as can_be_written does."""
+    """Return whether the command line can set a value of an annotation, see setting_values.can_be_written."""
     node, file = kind
     if isinstance(node, ast.Constant):
         return node.value is not None and node.value is not Ellipsis
@@ -253,7 +253,7 @@ def constant_texts(node: ast.AST, file: Path) -> Iterator[str]:
 
 
 def takes_text(kind: Definition) -> bool:
-    """Return whether an annotation takes other text too, such as the path of a file."""
+    """Return whether a value may be any text, such as a path, and not only one of `choices(kind)`."""
     for node, file in members(kind):
         inner = node.slice if isinstance(node, ast.Subscript) else None
         first = inner.elts[0] if isinstance(inner, ast.Tuple) else inner
@@ -315,7 +315,7 @@ def meant_options(key: str, recipe: str | None = None) -> tuple[Option, ...]:
 
 
 def _line(option: Option, text: str | None, recipe: str | None) -> str:
-    """Return the advice of one row of the table, "" for none."""
+    """Return the advice about one option, "" for none. text, recipe: as in `advice`."""
     elsewhere = option.recipe not in ("sft", recipe)
     if option.name == option.setting:
         return f"{option.name} is a setting of recipes such as {option.recipe}" if elsewhere else ""
@@ -335,7 +335,8 @@ def _line(option: Option, text: str | None, recipe: str | None) -> str:
 
 
 def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | None:
-    """Return the settings for the options of a command line that are not among `options`; None if all are.
+    """Return an error's text that says which settings to write for options in `argv` that `options` lacks;
+    None if it lacks none. A file of another tool's settings in place of a recipe has a text, too.
 
     >>> options_as_settings(["sft", "--lr", "1e-4"], ["--help"])
     '--lr 1e-4: settings are written without dashes; write lr=1e-4'
@@ -368,7 +369,7 @@ def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | No
 
 
 def join_lines(lines: Sequence[str]) -> str:
-    """Join advice about several options in one line; the same remark about neighbours is written once.
+    """Join lines of advice, each "ADVICE; REMARK". A remark that successive lines share is written once.
 
     >>> join_lines(["a is x here; see x", "b is x here; see x"])
     'a is x here, b is x here; see x'
@@ -382,7 +383,7 @@ def join_lines(lines: Sequence[str]) -> str:
 
 
 def near_options(argv: Sequence[str], options: Sequence[str]) -> str | None:
-    """Return the options nearest to the first one that is not among `options`; None if all are."""
+    """Return an error's text for the first option in `argv` that `options` lacks; None if none is similar."""
     unknown = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
     wrong = next((option for option in unknown if option not in options), None)
     near = ", ".join(difflib.get_close_matches(wrong or "", options, 3, 0.3))

@@ -36,7 +36,7 @@ PROMPT_TEXTS = "chat_template_kwargs"  # the setting whose texts later commands 
 
 
 def union_members(kind: Any) -> tuple[Any, ...]:
-    """Return the members of a union annotation, or the annotation alone."""
+    """Return the members of a union annotation; (annotation,) for any other."""
     if typing.get_origin(kind) is typing.Annotated:
         return union_members(typing.get_args(kind)[0])
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
@@ -171,8 +171,8 @@ def _as_json(value: Any) -> Any:
 
 
 def absent_lines(defaults: Mapping[str, Any]) -> set[str]:
-    """Return the lines that `differences` returns if an old record lacks settings and the new one has their
-    defaults. defaults: by dotted name.
+    """Return the lines that `differences` returns for settings that an old record lacks, because they did not
+    exist then, and that a new record has with their defaults. defaults: {dotted name: default}.
     """
     return {f"{name}: {_ABSENT} -> {_short(default)}" for name, default in defaults.items()}
 
@@ -461,7 +461,9 @@ def parse_value(text: str, kind: Any) -> Any:
         names = ", ".join(f.name for f in dataclasses.fields(kind))
         raise ValueError(f"this is a section; set its fields: {names}")
     else:
-        raise ValueError("such a value cannot be written on the command line; change the config file")
+        raise ValueError(
+            f"a {describe_kind(kind)} cannot be written on the command line; set it in the recipe's file"
+        )
     raise _expected(text, kind)
 
 

@@ -78,8 +78,8 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[Setting]:
 
 
 def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
-    """Yield the knobs of a recipe. A knob without a comment in its file is described as the field of the same
-    name, whose bounds it has.
+    """Yield the knobs of a recipe. fields: a knob without a comment in the recipe has the description of the
+    field with the same last name, as lr of optim.lr; a numeric knob without bounds has that field's bounds.
     """
     same: dict[str, Setting] = {}
     for setting in sorted(fields, key=lambda s: s.name.count(".")):  # seed, not data.seed
@@ -108,7 +108,7 @@ def help_text(recipe: str, fields: Iterable[Setting] = ()) -> str:
 
 
 def with_recipes(settings: Iterable[Setting], recipes: Mapping[str, Any]) -> Iterator[Setting]:
-    """Yield settings with the other defaults that recipes have. recipes: name -> run."""
+    """Yield the settings with `elsewhere` filled in. recipes: {recipe's name: the run that it returns}."""
     values = {recipe: {s.name: s.default for s in settings_of(run)} for recipe, run in recipes.items()}
     for setting in settings:
         by_value: dict[str, list[str]] = {}
@@ -134,7 +134,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _section(value: Any, kind: Any) -> Any:
-    """Return the section that a field holds, an instance or a class; None if it is no section."""
+    """Return a field's section, None if it is none: its value, or the dataclass in its annotation."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return None if callable(value) else value
     classes = [c for c in union_members(kind) if isinstance(c, type) and dataclasses.is_dataclass(c)]
