@@ -191,7 +191,7 @@ def test_an_override_sets_its_value_and_nothing_else(toy, override, get, target)
         (["rows=a"], r"rows=a: this is a section; set its fields: train, batch"),
         (["optim.clip.x=1"], r"optim.clip.x: optim.clip is none and has no field 'x'"),
         (["optim.kind.x=1"], r"optim.kind is a str"),
-        (["extra=1"], r"extra=1: a dict cannot be written on the command line"),
+        (["extra=1"], r"extra=1: this setting cannot be set on the command line"),
         (["loss=toy.py"], r"'toy.py' names no function; write package.module:name or file.py:name"),
         (["loss=toy.py:plan"], r"toy.py has no 'plan'; it has: plain"),
         (["loss=nothing.here:f"], r"No module named 'nothing'"),

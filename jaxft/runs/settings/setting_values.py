@@ -461,9 +461,7 @@ def parse_value(text: str, kind: Any) -> Any:
         names = ", ".join(f.name for f in dataclasses.fields(kind))
         raise ValueError(f"this is a section; set its fields: {names}")
     else:
-        raise ValueError(
-            f"a {describe_kind(kind)} cannot be written on the command line; set it in the recipe's file"
-        )
+        raise ValueError("this setting cannot be set on the command line; set it in the recipe's Python file")
     raise _expected(text, kind)
 
 
