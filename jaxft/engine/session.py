@@ -287,7 +287,7 @@ class Session:
         return {it.slot for it in self.running.values()}
 
     def _choose(self, settings: RowChoices, allowed: np.ndarray, at: int, it: Running) -> None:
-        """Write a request's settings to entry `at` of the arrays for a program."""
+        """Write the settings of `it` to entry `at` of a program's arrays `settings` and `allowed`."""
         sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
         jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)
         settings.limit[at], settings.stops[at] = it.limit, NO_TOKEN

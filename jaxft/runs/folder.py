@@ -144,8 +144,8 @@ def write_record(
 ) -> list[str]:
     """Write config.json, and add this start to env.json, which has the earlier starts too.
 
-    step: the steps done before. attention: the train step's attention kernel. Return a line for each version,
-    flag, device or kernel that has changed since the last start.
+    record: the settings, for config.json. step: how many steps earlier starts have done. attention: the train
+    step's attention kernel. Return a line for each version, flag, device or kernel that has changed.
     """
     write_durable_json(folder / "config.json", record)
     path, now, before, lines = folder / "env.json", environment(step, attention), None, []
