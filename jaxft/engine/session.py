@@ -143,8 +143,9 @@ class Session:
     ) -> None:
         """Queue a prompt with one completion for each episode, a number of the caller's choice.
 
-        number: the prompt's number, for random keys. max_new: the most tokens of a completion. Raises
-        ValueError for settings that the engine is not compiled for.
+        number: the prompt's number, for random keys. max_new: the most tokens of a completion; None for the
+        limit in `choice`, or without one in the session's settings. Raises ValueError for settings that the
+        engine is not compiled for.
         """
         choice, d = choice or self.choice, self.engine.decoding
         same = replace(choice.sampling, max_new=d.sampling.max_new) == d.sampling

@@ -355,8 +355,8 @@ class ChangedResult(NamedTuple):
 
 
 def changed_results(folder: Path) -> list[ChangedResult]:
-    """Return the files of a run's results that differ from the recorded hashes, by their bytes on disk.
-    folder: see recorded_results; files without a hash pass.
+    """Return the files in recorded_results(folder) that are missing or no longer have the recorded SHA-256.
+    [] if nothing was recorded. The bytes on disk are hashed again.
     """
     recorded = recorded_results(folder) or {}
     present = [path for path in recorded if path.is_file()]

@@ -291,7 +291,7 @@ def advice(name: str, text: str | None = None, recipe: str | None = None) -> str
 
 
 def name_of_loss(theirs: str) -> str | None:
-    """Return the loss of another tool's loss_type, None for an unknown one.
+    """Return a sentence with the settings that do the same as a loss_type of TRL, None for an unknown one.
 
     >>> name_of_loss("dr_grpo")
     "TRL's loss_type dr_grpo is token_weights=constant_length"
