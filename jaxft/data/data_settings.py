@@ -137,7 +137,8 @@ class DataSettings:
 
     def for_attention(self, a: AttentionLayers) -> Self:
         """Return the settings adapted to a model: where its rope depends on the length of a text, pairs
-        cannot share a prompt. a: its attention layers. Raises ValueError for settings that it cannot have.
+        cannot share a prompt. a: the model's attention layers. Raises ValueError for settings that the model
+        rules out, such as data.layout=branches.
         """
         return self
 

@@ -263,8 +263,8 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
 
 
 def _with_texts_as_choices(row: Row) -> Row:
-    """Return a row whose choices are ARC's {"label": [...], "text": [...]} with the texts as choices, and an
-    answer that is one of the labels as probabilities. Other rows are unchanged.
+    """Rewrite a row with choices in ARC's form {"label": [...], "text": [...]}: the texts become the choices,
+    an answer that is one of the labels becomes probabilities. Return other rows unchanged.
     """
     choices, answer = row.fields.get("choices"), row.fields.get("answer")
     if not isinstance(choices, Mapping):

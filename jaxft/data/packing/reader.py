@@ -336,10 +336,11 @@ class CountedChunk(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """The columns of a chunk's examples.
+    """The result of tokenising a chunk.
 
-    labels: prefixes of the names of their rows, such as file names. rows, unreadable: numbers of rows that
-    can and cannot be read. left: number of rows that have examples. examples: see first_rows.
+    part: the columns of its examples. labels: prefixes of its rows' names, such as file names. rows,
+    unreadable: numbers of rows that can and cannot be read. left: number of rows that have examples.
+    examples: see first_rows.
     """
 
     labels: list[str]
@@ -444,7 +445,8 @@ def _hashes(
 ) -> ChunkColumns:
     """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
 
-    ends: where each piece ends in ids. further: a column of OF_CONTENT, which the content includes, or None.
+    ends: where each piece ends in ids. further: a value of each example that is part of its content too, such
+    as the columns that rewards read; None for none.
     """
     bounds, size = np.append(0, ends).tolist(), ends.shape[1]
     hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))
@@ -464,9 +466,8 @@ def _last_targets(
     ends: Int[np.ndarray, " sequences"],
     tokenizer: Any,
 ) -> Int[np.ndarray, " sequences"]:
-    """Return the token id of the last target of each sequence that is not whitespace.
-
-    ends: index after the last token of each sequence.
+    """Return, for each sequence, the token id of its last target; up to two targets of whitespace at the end
+    are skipped. ends: index after the last token of each sequence.
     """
     if not len(ends):
         return np.zeros(0, np.int32)

@@ -186,8 +186,8 @@ def task_of(
     row: Row, columns: Sequence[str], tasks: Sequence[str], settings: RowSettings = DEFAULT_ROW_SETTINGS
 ) -> str:
     """Return the first of the tasks that has a format for a row, the last one if none has. columns: see
-    data.columns. A format must fit some values too: there are ratings of responses, unless
-    settings.best_first, and labels are true or false.
+    data.columns. The row's values must fit too: responses in a list need ratings, unless settings.best_first
+    is set, and a label must be true or false.
     """
     for task in tasks:
         formats = formats_of(task)
