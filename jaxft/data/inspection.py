@@ -85,7 +85,7 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
 
 
 def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> str:
-    """Explain why a row (FILE:LINE) has no example: its error, the setting that leaves it out, or that no
+    """Explain why a row (FILE:LINE) has no example: its error, the settings that may leave it out, or that no
     dataset has such a row.
     """
     held_out = data.held_out if isinstance(data.held_out, str) else None

@@ -183,7 +183,7 @@ class Reader:
         return tuple(dict.fromkeys([*format_choice.names_in_datasets(self.formats), *theirs]))
 
     def count_columns(self, rows: Iterable[Row]) -> ColumnCounts:
-        """Return which columns the rows have."""
+        """Count the columns that the rows have."""
         return format_choice.count_columns(rows, self.settings.columns, self.formats)
 
     def format_of(self, counts: ColumnCounts, ref: str) -> ChosenFormat:
@@ -481,8 +481,8 @@ def _last_targets(
 
 
 def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
-    """Return the rows that warnings are derived from: the first, and the first with a system message and with
-    tools.
+    """Return the rows that warnings are derived from: the first row, the first with a system message, and the
+    first with tools; a row may occur more than once.
 
     rows: valid rows. columns: see data.columns.
     """
@@ -497,7 +497,7 @@ def _first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[R
 
 
 def _first_row_with_system(rows: Sequence[Row]) -> list[Row]:
-    """Return the first row with a column of messages that begins with a system message, [] without any."""
+    """Return the first row with a column `system` or a system message as a column's first, [] without any."""
 
     def begins(value: Any) -> bool:
         first = value[0] if isinstance(value, list | tuple) and value else None
@@ -525,8 +525,8 @@ def worker_count(setting: int | None, size: int) -> int:
 
 @contextmanager
 def start_workers(count: int, job: Reader) -> Iterator[MapChunks]:
-    """Yield a function that maps a function over chunks in `count` processes and returns results in order. It
-    calls the mapped function with a chunk and `job`.
+    """Yield a function that maps a function over chunks in `count` processes (1: this one) and returns the
+    results in order. It calls the mapped function with a chunk and `job`.
     """
     if count == 1:
         yield lambda function, chunks: (function(chunk, job=job) for chunk in chunks)

@@ -277,7 +277,7 @@ def choose_format(
 
 
 def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
-    """Return the row with missing `columns` filled from the row's synonyms of them."""
+    """Return the row with those of `columns` that it lacks, copied from columns that are synonyms."""
     others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 
