@@ -4,6 +4,7 @@
     python scripts/loss_bench.py --loss my.py:mine,beta=0.2 --loss my.py:mine,beta=1.0 --steps 20
     python scripts/loss_bench.py --loss my_losses.py:mine --only-look                 # seconds, no model
     python scripts/loss_bench.py --loss my_losses.py:mine --world noise=0.2      # rows with a known truth
+    python scripts/loss_bench.py --loss my_losses.py:mine --world --vary noise=0,0.2,0.4    # and their faults
     python scripts/loss_bench.py --zoo                      # a page of all losses on exact toys, no model
 
 A loss is file.py:name, package.module:name, or the bare name of one in jaxft/objectives/losses/; its knobs
@@ -12,12 +13,14 @@ then nothing is trained. The run trains one adapter per loss, all together on on
 (by default the pairs in configs/data). Its table has the number of held-out pairs, 95 % intervals, losses
 relative to step 0, and accuracies at the same KL; differences to the first loss of --against are over the
 same pairs, or with --seeds over seeds. Table and picture are in <out>/<losses>-<hash of the settings>; a
-finished run with the same settings is not repeated.
+finished run with the same settings is not repeated. With --world, <out>/robustness-<hash>/index.html shows
+true and annotators' rewards of sampled completions over training, and what the values of --vary cost.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
@@ -48,6 +51,7 @@ from jaxft.lab.loss_evaluation import (  # noqa: E402
     parse_losses,
     probe,
 )
+from jaxft.lab.robustness import FAULTS, parse_fault  # noqa: E402
 from jaxft.lab.worlds import World, WorldScore, proxy_reward, true_reward  # noqa: E402
 from jaxft.lab.zoo import write_zoo  # noqa: E402
 from jaxft.report.charts import Panel, draw  # noqa: E402
@@ -56,6 +60,7 @@ from jaxft.runs.settings.setting_values import describe, differences, find_file,
 
 MARKS = {True: ("ok", "green"), False: ("FAIL", "bold red"), None: ("note", "dim")}
 WIDTH = 120  # columns of a table in a file
+EVALUATIONS = 5  # of a run in a world, which sample completions
 SHORT, LONG = 16, 64  # tokens of the responses in the panel of lengths
 
 
@@ -91,7 +96,13 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="SETTING=VALUE",
         help="train on synthetic pairs whose true reward is known, such as noise=0.2 length_bias=2 pairs=200 "
-        "(jaxft/lab/worlds.py), and score completions by it",
+        "(jaxft/lab/worlds.py), score completions by it during training, and write a page about that",
+    )
+    parser.add_argument(
+        "--vary",
+        metavar="SETTING=VALUE,...",
+        help=f"train in a world for each value of a setting ({', '.join(FAULTS)}), such as noise=0,0.2,0.4, "
+        "and show what it costs each loss",
     )
     parser.add_argument(
         "--zoo", action="store_true", help="write a page of each --loss, by default all, to <out>/zoo.html"
@@ -245,9 +256,63 @@ def look(
 def race(
     chosen: Sequence[NamedLoss], probes: dict[str, Probe], args: argparse.Namespace, baseline: str
 ) -> int:
-    """Train an adapter per loss and seed in a sweep, and compare the results. Returns the exit code.
+    """Train an adapter per loss and seed, in each world if there are several, and compare the results.
+    Returns the exit code.
 
     baseline: the label of the loss that the others are compared with, "" for none.
+    """
+    from jaxft.lab.robustness import FaultLevel, read_world_run, write_robustness
+
+    levels, sweeps = [], []
+    for name, value, world in worlds_of(args):
+        if name:
+            print(f"\nworld: {name}")
+        code, sweep, labels = train_losses(chosen, probes, args, world, baseline)
+        if code:
+            return code
+        sweeps.append(sweep)
+        if world is not None:
+            runs = {loss: [read_world_run(sweep / run) for run in own] for loss, own in labels.items()}
+            if baseline:  # the loss that the others are compared with is the first one
+                runs = {file_name(baseline): runs.pop(file_name(baseline)), **runs}
+            levels.append(FaultLevel(name, value, world, runs))
+    if levels:
+        folder = args.out / f"robustness-{content_hash([str(sweep) for sweep in sweeps])}"
+        settings = {
+            "config": args.config, "steps": args.steps, "seeds": args.seeds, "set": args.set,
+            "runs": [str(sweep) for sweep in sweeps],
+        }  # fmt: skip
+        for path in write_robustness(levels, settings, folder):
+            print(path)
+    return 0
+
+
+def worlds_of(args: argparse.Namespace) -> list[tuple[str, float, World | None]]:
+    """Return (name, value, world) for each world of --world and --vary. name, value: of the varied setting,
+    "" and NaN without --vary. The only world is None without --world.
+    """
+    if args.world is None:
+        if args.vary:
+            raise ValueError(f"--vary {args.vary} varies a setting of a world; add --world")
+        return [("", math.nan, None)]
+    if not args.vary:
+        return [("", math.nan, world_of(args.world))]
+    setting, values = parse_fault(args.vary)
+    texts = [f"{setting}={value:g}" for value in values]
+    return [(text, value, world_of([*args.world, text])) for text, value in zip(texts, values, strict=True)]
+
+
+def train_losses(
+    chosen: Sequence[NamedLoss],
+    probes: dict[str, Probe],
+    args: argparse.Namespace,
+    world: World | None,
+    baseline: str,
+) -> tuple[int, Path, dict[str, list[str]]]:
+    """Train an adapter per loss and seed in a sweep, and print how they compare.
+
+    world: makes the rows; None for the config's rows. Returns (exit code, the sweep's folder, names of the
+    runs by the file name of their loss).
     """
     from jaxft.report import ranking
     from jaxft.runs.metrics_log import METRICS, read_entries
@@ -256,8 +321,7 @@ def race(
     from jaxft.train.start import open_settings
 
     rows, scoring = [], Scoring()
-    if args.world is not None:
-        world = world_of(args.world)
+    if world is not None:
         train, held_out = world.write(args.out / f"world-{content_hash(describe(world))}")
         rows, scoring = (
             [f"data={train}", f"held_out={held_out}"],
@@ -270,9 +334,14 @@ def race(
     resolved, lines = open_settings.fitted(resolved)
     print("\n".join(lines), end="\n" * bool(lines), flush=True)
     run: Any = resolved.value
-    run = replace(
-        run, scoring=scoring, loop=replace(run.loop, steps=args.steps, eval_every=max(1, args.steps // 2))
+    evaluations = 2 if world is None else EVALUATIONS
+    loop = replace(
+        run.loop,
+        steps=args.steps,
+        eval_every=max(1, args.steps // evaluations),
+        eval_scores=world is not None,
     )
+    run = replace(run, scoring=scoring, loop=loop)
     thirds = {kind for probe in probes.values() for kind in probe.kinds[2:]}
     if len(thirds) > 1:
         raise ValueError(
@@ -282,10 +351,13 @@ def race(
     extras = tuple(dict.fromkeys((*run.data.extras, *args.columns, *looked_up)))
     data = replace(run.data, third=thirds.pop() if thirds else run.data.third, extras=extras)
     runs: dict[str, Any] = {}
+    labels = dict[str, list[str]]()
     for loss in chosen:
         name = file_name(loss.label)
         one = replace(run, name=name, objective=objective_of(run, loss), data=data)
-        runs |= {name: one} if args.seeds == 1 else with_seeds(one, args.seeds)
+        of_loss = {name: one} if args.seeds == 1 else with_seeds(one, args.seeds)
+        labels[name] = [*of_loss]
+        runs |= of_loss
     settings = [
         {name: describe(r) for name, r in runs.items()},
         content_of(data.train),
@@ -304,7 +376,7 @@ def race(
         curves = {label: read_entries(args.out / sweep / label / METRICS) for label in runs}
         lines = [*ranking.baseline_lines(results, file_name(baseline)), ranking.equal_kl_line(curves)]
         print("\n".join(["", *filter(None, lines)]))
-    return code
+    return code, args.out / sweep, labels
 
 
 def world_of(settings: Sequence[str]) -> World:
@@ -390,7 +462,7 @@ def main() -> int:
         return 0
     if not args.loss:
         raise ValueError("name a loss with --loss, or use --zoo for a page of all")
-    world_of(args.world or [])  # raises before anything is computed
+    worlds_of(args)  # raises before anything is computed
     mine = parse_losses(args.loss)
     others = parse_losses(args.against, mine)
     well, probes = look(mine, others, args)

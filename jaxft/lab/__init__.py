@@ -16,6 +16,7 @@ verify.py: checks of a record, and a step computed again to the bit
 
 Rows and their truth:
 worlds.py: synthetic preference rows with a known true reward
+robustness.py: losses trained in worlds with a planted fault: its cost, over-optimisation, as one page
 influence.py: influence of training pairs on held-out pairs
 training_gradients.py: gradients of a held-out loss through training, weights of sources that follow them
 

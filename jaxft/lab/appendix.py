@@ -313,7 +313,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
         chosen[loss.label] = (x[1:], _means_by_step(curves, names.CHOSEN_LOGP))
         margin[loss.label] = (x, [0.0, *_means_by_step(curves, MARGIN)])
     ends = [max(kl) for kl, _ in against_kl.values()]
-    log_kl = max(ends) > WIDE_KL * min(ends)
+    log_kl = is_wide(ends)
     return [
         Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps, faint=of_seeds),
         Panel(
@@ -343,14 +343,19 @@ def _means_by_step(curves: Sequence[FinalCurve], name: str) -> list[float]:
     return np.mean(values, 0).tolist()
 
 
-def picture_html(study: StudyResult) -> str:
-    """Return the curves as an image in HTML."""
+def is_wide(ends: Sequence[float]) -> bool:
+    """Whether an axis of KL must be logarithmic to show several curves. ends: the largest KL of each."""
+    return max(ends) > WIDE_KL * min(ends)
+
+
+def picture_html(panels: Sequence[Panel], about: str) -> str:
+    """Return plots as an image in HTML. about: a description for readers who do not see it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PICTURE
-        draw(path, curve_panels(study), "", columns=2)
+        draw(path, panels, "", columns=2)
         encoded = base64.b64encode(path.read_bytes()).decode()
-    picture = f'<img alt="Curves of the losses" style="max-width:100%" src="data:image/png;base64,{encoded}">'
-    return f'{picture}<p class="note">Means over the seeds; the faint lines are the single seeds.</p>'
+    source = f"data:image/png;base64,{encoded}"
+    return f'<img alt="{escaped(about)}" style="max-width:100%" src="{source}">'
 
 
 # The page
@@ -362,6 +367,8 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
     distinguished = {table.name: _distinguished(table) for table in tables}
     declared = study.declaration
     conclusions = "".join(f"<li>{escaped(line)}</li>" for line in study.lines())
+    note = '<p class="note">Means over the seeds; the faint lines are the single seeds.</p>'
+    pictures = picture_html(curve_panels(study), "Curves of the losses") + note
     tuning, compared = study.pairs.prompt_counts()
     facts = {
         "declaration": declared["digest"],
@@ -393,7 +400,7 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
             + folded(f"At the same KL to the reference: {distinguished['same_kl']}", named["same_kl"])
             + folded(f"At the same KL and length: {distinguished['same_length']}", named["same_length"]),
         ),
-        "Curves": section("curves", "Curves", picture_html(study)),
+        "Curves": section("curves", "Curves", pictures),
         "Sensitivity": section(
             "sensitivity", "Sensitivity", named["sensitivity"] + folded("All trials", named["trials"])
         ),

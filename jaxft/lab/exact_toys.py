@@ -87,6 +87,21 @@ class Toy:
         """Return the toy with a fraction of the labels flipped."""
         return replace(self, prefer=(1 - flipped) * self.prefer + flipped * self.prefer.T)
 
+    def annotators_reward(self, bias: float) -> Float[np.ndarray, " N"]:
+        """Return the true rewards plus `bias` per 10 tokens."""
+        return self.reward + bias * self.length / 10
+
+    def with_annotators(self, bias: float = 0.0, circle: float = 0.0) -> "Toy":
+        """Return the toy with other annotators: i is preferred to j with probability sigmoid(a_i - a_j + c).
+
+        a: annotators_reward(bias). c: `circle` if j is the next response after i, -circle if i is the next
+        one after j, else 0; the last one is followed by the first, so that c has no order.
+        """
+        N, a = len(self.reward), self.annotators_reward(bias)
+        after = np.eye(N)[:, np.arange(-1, N - 1)] if N > 2 else np.zeros((N, N))  # [i, i + 1] is 1
+        gap = a[:, None] - a[None, :] + circle * (after - after.T)
+        return replace(self, prefer=1 / (1 + np.exp(-gap)))
+
 
 def bradley_terry_toy(
     reward: Sequence[float],

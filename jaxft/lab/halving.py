@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -79,15 +80,21 @@ class HeldOutPairs:
     @staticmethod
     def of(source: Any, fraction: float) -> "HeldOutPairs":
         """Divide the held-out prompts of a source at random, the same in every study of these rows. fraction:
-        the fraction of prompts that select settings.
+        the fraction of prompts that select settings. Raises ValueError for two rows of one name.
         """
         held, rows = np.asarray(source.split.held), source.split.rows
+        names = tuple(rows.names[i] for i in held)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(
+                f"{len(twice)} held-out rows have the name of another one, such as {twice[0]}: two of the "
+                "files in held_out have the same name; rename one"
+            )
         groups = np.unique(rows.group_by(0)[held], return_inverse=True)[1]
         count = int(groups.max()) + 1
         tuning = np.random.default_rng(0).permutation(count)[: round(fraction * count)]
         chosen, rejected = (rows.counts[held, 1 + rows.kinds.index(kind)] for kind in ("chosen", "rejected"))
         return HeldOutPairs(
-            tuple(rows.names[i] for i in held),
+            names,
             tuple(groups.tolist()),
             tuple(np.isin(groups, tuning).tolist()),
             tuple((chosen.astype(np.int64) - rejected).tolist()),

@@ -192,13 +192,19 @@ def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int
     """Return the gradients of the margins of all training and held-out pairs.
 
     state: the run's state after some steps, by default at step 0. seed: random seed of the projection. Runs
-    on one device. Raises ValueError for a run of other data or another kind of objective, and without
-    held-out rows.
+    on one device. Raises ValueError for a run of other data or another kind of objective, for rows of one
+    response and a label, and without held-out rows.
     """
     run = _open(parts, state)
     if not parts.model.generates:
         raise ValueError("margins are of log-probs, and this run's model has a scalar head; use --gradients")
     rows, key = run.source.split, jax.random.key(seed)
+    alone = np.flatnonzero((rows.rows.reads[:, :2] == 0).any(1))
+    if len(alone):
+        raise ValueError(
+            f"{rows.rows.names[alone[0]]}: a row of one response has no margin ({len(alone)} such rows); "
+            "leave these rows out, or use --gradients"
+        )
 
     def of_batch(trainable: Params, frozen: Params, batch: Pairs) -> Float[Array, "B P size"]:
         return map_gradients(parts.model, tree.combine(trainable, frozen), batch, key)
@@ -285,7 +291,8 @@ def predicted_margins(
 def gradients_of_rows(
     parts: Prepared, state: TrainState | None = None, size: int = SIZE, seed: int = 0
 ) -> RowGradients:
-    """Return the projected gradient of each training row's loss, and of the mean loss of held-out rows.
+    """Return the projected gradient of each training row's loss, and of the mean loss of held-out rows with
+    their weights.
 
     See margins_of_rows for state. Raises ValueError for a loss that couples rows, too.
     """
@@ -311,7 +318,9 @@ def gradients_of_rows(
             )
             for which in (run.source.split.train, run.source.split.held)
         )
-    found = RowGradients(run.names, train, held.mean(0))
+    split = run.source.split
+    weights = pair_layout.batch_means(split.rows, split.held, run.source.layout.settings.weighting).weights
+    found = RowGradients(run.names, train, weights[split.held] @ held)
     _check_finite(found.gradients, found.held_out)
     if not found.held_out.any():
         raise ValueError(

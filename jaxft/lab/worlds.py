@@ -89,9 +89,15 @@ class World:
         return self._pairs(self._prompts()[self.held_out :], self.pairs, "train")
 
     def held_out_rows(self) -> list[dict[str, Any]]:
-        """Return pairs of other prompts with the true labels."""
+        """Return pairs of other prompts with the true labels. Their proxy_reward has the annotators' bias."""
         clean = replace(self, noise=0.0, length_bias=0.0, circle=0.0, duplicates=0.0, temperature=0.0)
-        return clean._pairs(self._prompts()[: self.held_out], self.held_out, "held out")
+        rows = clean._pairs(self._prompts()[: self.held_out], self.held_out, "held out")
+        return [{**row, TRUTH: self._truth_of(_truth(row)["right"])} for row in rows]
+
+    def _truth_of(self, right: str) -> str:
+        """Return the column TRUTH of a row. right: its right completion."""
+        truth = {"right": right, **asdict(self.taste), "length_bias": self.length_bias}
+        return json.dumps(truth, ensure_ascii=False)
 
     def write(self, folder: Path | str) -> tuple[Path, Path]:
         """Write train.jsonl, held_out.jsonl and world.json (the settings); return the paths of the rows."""
@@ -128,9 +134,7 @@ class World:
     def _pair(self, prompts: Sequence["AnsweredPrompt"], n: int, rng: random.Random) -> dict[str, Any]:
         prompt = prompts[n % len(prompts)]
         others = [prompts[rng.randrange(len(prompts))].right for _ in range(8)]
-        truth = json.dumps(
-            {"right": prompt.right, **asdict(self.taste), "length_bias": self.length_bias}, ensure_ascii=False
-        )
+        truth = self._truth_of(prompt.right)
         row = {"prompt": prompt.text, TRUTH: truth}
         for _ in range(TRIES):
             a, b = (completion_of(prompt.right, others, rng) for _ in range(2))

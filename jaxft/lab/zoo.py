@@ -4,8 +4,9 @@
     jaxft loss-bench --zoo --loss my.py:mine --loss dpo
 
 On one toy with known rewards it shows where each loss leads with unlimited data: its true reward against its
-KL for values of beta, what flipped labels cost, whether the chosen response loses log-prob on the way; and
-the loss itself: its value and gradients over the margin, and its vector field. No model is needed.
+KL for values of beta, what flipped labels, annotators who like length, and annotators without an order cost,
+over-optimisation with biased annotators, whether the chosen response loses log-prob on the way; and the loss
+itself: its value and gradients over the margin, and its vector field. No model is needed.
 
 Losses that need more than a pair get it from the toy: ratings are the true rewards, a third response is drawn
 independently of the pair or is the best one, other pairs of the batch are the toy's in their frequencies, and
@@ -58,6 +59,9 @@ from jaxft.report.html_elements import escaped, folded, html_table, section
 
 BETAS = tuple(10.0 ** (k / 4) for k in range(-6, 7))  # times a loss's own beta
 FLIPS = (0.0, 0.1, 0.2, 0.3, 0.4)
+BIASES = (0.0, 0.5, 1.0, 1.5, 2.0)  # reward that annotators add per 10 tokens
+STRONG_BIAS = 1.5  # with which over-optimisation is shown
+CIRCLES = (0.0, 1.0, 2.0, 3.0)  # reward that they add to a response against the one after it
 LEAST_KL, MOST_KL = 0.01, 2.5  # nats that the picture of gains shows
 LABELLED = 97.0  # per cent of the possible gain below which a loss has its name in that picture
 SAME_KL = 0.3  # nats at which losses are compared
@@ -73,7 +77,8 @@ class Specimen:
     needs: what it reads in addition to a pair and the reference's log-probs. own: quality of the policy that
     it would reach with its own beta; by_beta: for other values of beta, in ascending order of KL, empty for a
     loss without one. same_kl: its true reward where beta leads to a KL of SAME_KL, None if none does.
-    by_flips: true reward for fractions of flipped labels. path: log-probs of similar responses.
+    by_flips, by_bias, by_circle: true reward for FLIPS, BIASES and CIRCLES. biased: with STRONG_BIAS and
+    values of beta, in ascending order of KL. path: log-probs of similar responses.
     """
 
     label: str
@@ -86,7 +91,20 @@ class Specimen:
     by_beta: tuple[tuple[float, Quality], ...]
     same_kl: float | None
     by_flips: tuple[float, ...]
+    by_bias: tuple[float, ...]
+    by_circle: tuple[float, ...]
+    biased: tuple["BiasedPolicy", ...]
     path: DisplacementPath
+
+
+class BiasedPolicy(NamedTuple):
+    """The policy that a loss leads to with biased annotators: its KL, and by how much its true reward and the
+    annotators' are above the reference's.
+    """
+
+    kl: float
+    true: float
+    annotators: float
 
 
 def zoo_toy() -> Toy:
@@ -113,6 +131,9 @@ def describe_loss(loss: NamedLoss) -> Specimen:
         tuple(by_beta),
         reward_at_same_kl(seen, toy, by_beta),
         tuple(_quality(seen, toy.with_noise(flips)).reward for flips in FLIPS),
+        tuple(_quality(seen, toy.with_annotators(bias=bias)).reward for bias in BIASES),
+        tuple(_quality(seen, toy.with_annotators(circle=circle)).reward for circle in CIRCLES),
+        tuple(sorted(_biased_policy(seen, toy, beta=x) for x in betas[::2])),
         find_displacement(seen),
     )
 
@@ -132,6 +153,13 @@ def _needs(seen: Probe) -> tuple[str, ...]:
 
 def _quality(seen: Probe, toy: Toy, **knobs: float) -> Quality:
     return quality(toy, minimise(open_risk(seen, toy, **knobs), toy).logp)
+
+
+def _biased_policy(seen: Probe, toy: Toy, **knobs: float) -> BiasedPolicy:
+    biased, liked = toy.with_annotators(bias=STRONG_BIAS), toy.annotators_reward(STRONG_BIAS)
+    reached = minimise(open_risk(seen, biased, **knobs), biased).logp
+    gained = np.exp(reached) - np.exp(toy.reference)
+    return BiasedPolicy(quality(toy, reached).kl, float(gained @ toy.reward), float(gained @ liked))
 
 
 def reward_at_same_kl(seen: Probe, toy: Toy, by_beta: Sequence[tuple[float, Quality]]) -> float | None:
@@ -393,7 +421,7 @@ def _overview(specimens: Sequence[Specimen], toy: Toy) -> str:
     at_kl = float(np.interp(SAME_KL, [q.kl for q in best], [q.reward for q in best]))
     head = (
         "loss", "needs", "orders by reward", "calibrated", "finite optimum", "sign at start", "reward", "KL",
-        "gain at the same KL", "reward, 20 % flipped", "moves",
+        "gain at the same KL", "reward, 20 % flipped", "reward, length bias", "moves",
     )  # fmt: skip
     rows = [[_link(x.label), *_cells(x, start.reward, at_kl)] for x in specimens]
     text = (
@@ -409,7 +437,8 @@ def _overview(specimens: Sequence[Specimen], toy: Toy) -> str:
         "reference the gradient raises the margin.</li>"
         "<li><b>Reward</b> and <b>KL</b> are those of the policy that the loss leads to with its own knobs; "
         f"{max(toy.reward):g} is a policy that always gives the best response. "
-        "<b>Reward, 20 % flipped</b>: if a fifth of the labels is wrong.</li>"
+        "<b>Reward, 20 % flipped</b>: if a fifth of the labels is wrong; <b>length bias</b>: if annotators "
+        f"add {BIASES[2]:g} per 10 tokens.</li>"
         "<li><b>Gain at the same KL</b>: over the reference, with the beta that leads to a KL of "
         f"{SAME_KL:g} nats, in per cent of the most that any policy can gain there; - if no beta leads to "
         "that KL.</li>"
@@ -462,6 +491,7 @@ def _cells(x: Specimen, start: float, at_kl: float) -> list[str]:
         f"{x.own.kl:.2f}",
         "-" if x.same_kl is None else f"{100 * (x.same_kl - start) / (at_kl - start):.0f} %",
         f"{x.by_flips[FLIPS.index(0.2)]:.3f}",
+        f"{x.by_bias[2]:.3f}",
         changes,
     ]
 
@@ -530,8 +560,28 @@ def _plots(x: Specimen, toy: Toy) -> list[Plot]:
             [Line(FLIPS, x.by_flips, COLOURS[2])],
             **rewards,
         ),
+        Plot(
+            "true reward if annotators like length",
+            "reward that they add per 10 tokens",
+            "true reward",
+            [Line(BIASES, x.by_bias, COLOURS[2])],
+            **rewards,
+        ),
+        Plot(
+            "true reward if annotators go in a circle",
+            "reward against the next response",
+            "true reward",
+            [Line(CIRCLES, x.by_circle, COLOURS[2])],
+            **rewards,
+        ),
     ]
     betas = sorted((math.log10(beta), q.reward) for beta, q in x.by_beta)
+    near = [policy for policy in x.biased if policy.kl <= MOST_KL]
+    if len(near) > 1:
+        kl, of_world, liked = (list(values) for values in zip(*near, strict=True))
+        title = f"over-optimisation: annotators add {STRONG_BIAS:g} per 10 tokens, values of beta"
+        lines = [Line(kl, of_world, blue, "true"), Line(kl, liked, red, "annotators'")]
+        plots.append(Plot(title, "KL, nats", "reward over the reference's", lines, levels=((0.0, ""),)))
     if len(betas) > 1:
         ticks = [(b, f"{10**b:.2g}") for b, _ in betas[::4]]
         line = Line([b for b, _ in betas], [r for _, r in betas], COLOURS[3])

@@ -120,7 +120,9 @@ def read_whole(reader: ParamReader) -> np.ndarray:
 
 
 def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: bool) -> np.ndarray:
-    """Read rows [N, D] of a table [V, D], or columns of a head [D, V] if `transposed`. numbers: token ids."""
+    """Return the vectors [N, D] of the token ids `numbers`: rows of a table [V, D], or columns of a head
+    [D, V] if `transposed`.
+    """
     rows, (tensor,) = [], reader.tensors
     for number in numbers:
         row = (slice(number, number + 1),)
@@ -149,7 +151,9 @@ def _small_parts(reader: ParamReader, tensor: Tensor, index: Index) -> list[Inde
 
 @contextlib.contextmanager
 def errors_name_tensor(reader: ParamReader, tensor: Tensor, index: Index) -> Iterator[None]:
-    """Add the file, the tensor and the part of it to the message of a ValueError."""
+    """Add to a ValueError raised in the context the file and the tensor, unless its message begins with the
+    file, and `index`, unless that is the whole tensor.
+    """
     try:
         yield
     except ValueError as e:
@@ -367,7 +371,7 @@ class Buffers:
 
 
 def _limits_by_device(array: Any, sharding: Sharding) -> dict[jax.Device, Limits]:
-    """Return the shard of an array that each of this process's devices stores."""
+    """Return for each of this process's devices the (start, stop) limits of its shard of the array."""
     indices = sharding.addressable_devices_indices_map(array.shape)
     return {device: limits(index or (), array.shape) for device, index in indices.items()}
 

@@ -58,7 +58,8 @@ def read_config(located: hub.Located) -> dict[str, Any]:
     quantised = config.get("quantization_config")
     if quantised is not None and not isinstance(quantised, dict):
         raise ValueError(
-            f"{located.path / 'config.json'}: quantization_config must be an object, got {quantised!r:.60}"
+            f"{located.path / 'config.json'}: quantization_config must be an object, got {quantised!r:.60}; "
+            "correct or download config.json again"
         )
     return config
 
@@ -97,7 +98,7 @@ def model_for(ref: str, **options: Any) -> Model:
 
 
 def _has_other_head(located: hub.Located) -> bool:
-    """Whether the model's files, if they are here and can be read, have a head that is not the embedding."""
+    """Whether a folder's files have a head that is not the embedding; False if they cannot be read."""
     if located.kind != "folder":
         return False
     try:
@@ -178,8 +179,8 @@ def config_differences(one: Any, other: Any, ignored: Collection[str] = NOT_COMP
 
 
 def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
-    """Return a reader for every base parameter in the files of `ref` by path. Raises ValueError if names or
-    shapes differ.
+    """Return by path a reader for every base parameter in the files of `ref`. Raises ValueError if their
+    tensors are not the model's, or if check_preset refuses them.
     """
     check_preset(ref, model.config)
     return param_readers(open_files(ref), model)

@@ -210,7 +210,7 @@ def quantisation_summary(stored: StoredModel, mesh: Mesh | None = None) -> str:
 
 
 def fp8_matmuls(q: QTensor, mesh: Mesh) -> str:
-    """State how a layer's FP8 weight is multiplied on the devices of a mesh, and why."""
+    """Return words such as "multiplied in FP8": how a mesh multiplies a layer's FP8 weight `q`, and why."""
     device = mesh.devices.flat[0]
     here, kind = has_fp8_matmuls(device), device.device_kind
     with jax.set_mesh(mesh):

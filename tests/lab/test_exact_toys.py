@@ -78,6 +78,25 @@ def test_flipped_labels_shrink_the_log_odds_that_dpo_learns():
         assert c[0] - c[1] == pytest.approx(math.log(q / (1 - q)) / beta, abs=1e-5)
 
 
+def test_biased_annotators_teach_dpo_their_reward():
+    """DPO with unlimited data is reference * exp(r / beta), where r is the reward that labels follow."""
+    beta, bias, length = 0.5, 0.8, [14, 6, 11, 20]
+    toy = bradley_terry_toy(REWARD, REFERENCE, length)
+    liked = np.array(REWARD) + bias * np.array(length) / 10
+    found = optimum(partial(P.dpo, beta=beta), toy.with_annotators(bias=bias)).logp
+    np.testing.assert_allclose(found, normalised(toy.reference + liked / beta), atol=1e-5)
+
+
+def test_annotators_in_a_circle_prefer_each_response_to_the_next_one():
+    toy = bradley_terry_toy([1.0, 1.0, 1.0, 1.0]).with_annotators(circle=2.0)
+    for i in range(4):
+        assert toy.prefer[i, (i + 1) % 4] == pytest.approx(1 / (1 + math.exp(-2.0)))
+        assert toy.prefer[(i + 1) % 4, i] == pytest.approx(1 / (1 + math.exp(2.0)))
+        assert toy.prefer[i, (i + 2) % 4] == 0.5
+    plain = bradley_terry_toy(REWARD, REFERENCE)
+    np.testing.assert_array_equal(plain.with_annotators().prefer, plain.prefer)
+
+
 @pytest.mark.parametrize("reward", [REWARD, [0.0, 0.4, 0.9, 1.3, 2.0, 0.7]])
 def test_the_risk_of_hinge_is_that_of_a_linear_program(reward):
     """min sum_ij w_ij t_ij over log-ratios c and t, where t_ij >= 0 and t_ij >= 1 - beta (c_i - c_j)."""

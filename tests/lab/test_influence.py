@@ -322,3 +322,34 @@ def test_a_mistake_is_one_line(place, monkeypatch, capsys, argv, text):
         argv = ["--config", "config.py", "data=train.jsonl", *given, *argv]
         code, _, error = call(monkeypatch, capsys, "influence", *argv)
     assert code == 1 and text in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_held_out_rows_count_by_their_weights(place):
+    """The held-out gradient is the weighted mean of the gradients of single held-out rows."""
+    held = [json.loads(line) for line in (place / "held.jsonl").read_text().splitlines()][:3]
+    weights = (1.0, 0.0, 5.0)
+    with working_directory(place):
+
+        def held_out_gradient(rows):
+            Path("weighted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            settings = {"data": "plain.jsonl", "held_out": "weighted.jsonl", "data.weight_column": "w"}
+            return gradients_of_rows(jaxft.prepare("config.py", **settings), size=512).held_out
+
+        Path("plain.jsonl").write_text("".join(json.dumps({**row, "w": 1.0}) + "\n" for row in rows()))
+        each = [held_out_gradient([{**row, "w": 1.0}]) for row in held]
+        together = held_out_gradient([{**row, "w": w} for row, w in zip(held, weights, strict=True)])
+    expected = np.average(each, axis=0, weights=weights)
+    np.testing.assert_allclose(together, expected, atol=2e-4 * np.abs(expected).max())
+
+
+def test_margins_of_single_responses_are_refused_in_one_line(place):
+    with working_directory(place):
+        single = [{"prompt": f"{n} ten?", "completion": "yes yes", "label": n % 2 == 0} for n in range(20)]
+        Path("unpaired.jsonl").write_text("".join(json.dumps(row) + "\n" for row in single))
+        parts = jaxft.prepare(
+            "config.py", data="unpaired.jsonl", held_out="held.jsonl", **{"data.unpaired": "true"}
+        )
+        with pytest.raises(
+            ValueError, match=r"unpaired.jsonl:1: a row of one response has no margin \(20 such"
+        ):
+            margins_of_rows(parts)

@@ -7,6 +7,7 @@ from contextlib import chdir
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,12 @@ from jaxft.lab.verify import record_problems
 from jaxft.objectives.losses.preference_losses import cdpo, dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
 from jaxft.objectives.metrics import Sum
+from jaxft.report.ranking import read_held_out
 from jaxft.runs.metrics_log import digests_path, read_entries, read_unfinished
 from jaxft.runs.settings.config import load_config
 from jaxft.train import loop
+from jaxft.train.compiled import HeldOutValues
+from jaxft.train.export.results import write_held_out
 
 EXAMPLE = Path(__file__).parents[2] / "configs/examples/four_losses.py"
 FILE = '''"""A study of two losses."""
@@ -412,3 +416,18 @@ def test_the_example_study_is_declared_on_the_shipped_pairs(tmp_path, monkeypatc
     out = capsys.readouterr().out
     assert "each of 4 losses: 6 trials on seed 0 (6 to step 3, then 2 to step 7, then 1 to step 20)" in out
     assert "24 held-out prompts select settings, 36 are compared" in out
+
+
+def test_held_out_rows_of_one_name_are_refused_by_a_study_and_numbered_in_a_run(tmp_path):
+    names = ["held.jsonl:1", "held.jsonl:2", "held.jsonl:1"]
+    rows = SimpleNamespace(names=names)
+    source = SimpleNamespace(split=SimpleNamespace(held=[0, 1, 2], rows=rows))
+    with pytest.raises(ValueError, match="1 held-out rows have the name of another one"):
+        halving.HeldOutPairs.of(source, 0.5)
+    job = SimpleNamespace(
+        sources=[SimpleNamespace(held_out_name=names.__getitem__)], members=[SimpleNamespace(folder=tmp_path)]
+    )
+    write_held_out(job, [HeldOutValues({2: {"loss": 0.3}, 0: {"loss": 0.1}, 1: {"loss": 0.2}}, {})])
+    assert {name: values["loss"] for name, values in read_held_out(tmp_path).items()} == {
+        "held.jsonl:1": 0.1, "held.jsonl:2": 0.2, "held.jsonl:1 (2)": 0.3,
+    }  # fmt: skip

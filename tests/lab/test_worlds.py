@@ -48,6 +48,15 @@ def test_annotators_with_a_length_bias_choose_longer_completions():
     assert proxy_reward("", text, row) - true_reward("", text, row) == pytest.approx(20.0)
 
 
+def test_annotators_of_held_out_prompts_have_the_bias_and_their_labels_have_not():
+    world = World(length_bias=7.0, pairs=20, held_out=10)
+    for row, fair in zip(world.held_out_rows(), World(pairs=20, held_out=10).held_out_rows(), strict=True):
+        assert (row["chosen"], row["rejected"]) == (fair["chosen"], fair["rejected"])
+        text = json.loads(row[TRUTH])["right"] + "x" * 50
+        scores = [WorldScore(world, fn)(row["prompt"], text, {}) for fn in (true_reward, proxy_reward)]
+        assert scores[1] - scores[0] == pytest.approx(3.5)
+
+
 def test_a_strong_circle_has_no_order_of_styles():
     wins = dict.fromkeys(itertools.permutations(range(3), 2), 0)
     for row in World(circle=50.0, pairs=300).rows():

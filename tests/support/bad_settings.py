@@ -46,7 +46,7 @@ SETTINGS = [
     ("adapter.token_head=false", "adapter.trainable_token_indices"),
     ("adapter.init=pizza", "adapter.init"), ("adapter.init=loftq", "quant=nf4"),
     ("adapter.init=pissa adapter.dora=true", "adapter.dora=false"),
-    ("adapter.init=pissa adapter.rank=33", "layers/attn/k, which has 32"),
+    ("adapter.init=pissa adapter.rank=33", "layers/attn/k, whose smaller side is 32"),
     ("adapter.init=eva adapter.targets=q,head", "leave head out of adapter.targets"),
     ("adapter.init=eva adapter.eva_rho=0", "eva_rho"), ("adapter.eva_rho=3", "adapter.init=eva"),
     ("adapter.init=eva adapter.eva_tokens=0", "eva_tokens"),

@@ -1,5 +1,6 @@
 """Whole sweeps: each member equals its separate run; non-finite members, resuming, user errors."""
 
+import csv
 import json
 from types import SimpleNamespace
 
@@ -203,7 +204,8 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
     (place.folder / "mine.py").write_text(MINE)
 
     def bench(*argv):
-        return place.run(*argv, script="loss_bench.py", JAXFT_CACHE=str(place.folder / "cache"))
+        cache = str(place.folder / "cache")
+        return place.run(*argv, script="loss_bench.py", PICTURES="1", JAXFT_CACHE=cache)
 
     argv = [
         "--loss",
@@ -394,3 +396,25 @@ def test_without_held_out_rows_the_table_has_the_metrics_of_the_last_step(place)
         "general loss before": place.metrics("bare/seed=0")[0]["general_loss"],
         "last step's accuracy": last["rewards/accuracies"], "last step's margin": last["rewards/margins"],
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_loss_bench_shows_what_a_planted_fault_costs(place):
+    argv = ["--loss", "ipo", "--against", "dpo", "--steps", "5", "--set", "lr=0.002", "--out", "runs/worlds"]
+    world = ["source=configs/data/calculator.jsonl", "pairs=12", "held_out=6", "length_bias=5"]
+    cache = str(place.folder / "cache")
+    code = place.run(
+        *argv, "--world", *world, "--vary", "noise=0.5,0", script="loss_bench.py", JAXFT_CACHE=cache
+    )
+    assert code == 0, place.err()
+    (page,) = (place.runs("worlds")).glob("robustness-*/index.html")
+    with (page.parent / "costs.csv").open() as file:
+        costs = [row[:2] for row in csv.reader(file)][1:]
+    assert costs == [[loss, level] for loss in ("dpo", "ipo") for level in ("noise=0", "noise=0.5")]
+    logs = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in place.runs("worlds").glob("ipo-dpo-*/*/metrics.jsonl")
+    ]
+    name = "eval_scores/true_reward"
+    assert len(logs) == 4 and all([e["step"] for e in log if name in e] == [*range(6)] for log in logs)
+    assert len({log[0][name] for log in logs}) == 1  # the same model, prompts and truth before training

@@ -4,6 +4,7 @@ table.
 
 import json
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +72,19 @@ def report_finished(job: Job, steps: int) -> int:
 
 def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
     """Write held_out.jsonl of each member: the name and the values of each held-out row after the last step,
-    from which `jaxft compare` takes differences on the same rows. A member without any has no such file.
+    from which `jaxft compare` takes differences on the same rows. A member without any has no such file. Of
+    rows of one name, from files of one name, all but the first get a number, as in "a.jsonl:1 (2)".
     """
     if not processes.is_first():
         return
     name = job.sources[0].held_out_name  # all of a sweep have the same held-out rows
     for member, (rows, prompts) in zip(job.members, values, strict=True):
-        named = [*((name(at), own) for at, own in rows.items()), *prompts.items()]
-        lines = [json.dumps({"row": row, **json_value(own)}) + "\n" for row, own in named]
+        named = [*((name(at), own) for at, own in sorted(rows.items())), *prompts.items()]
+        seen, lines = Counter[str](), list[str]()
+        for row, own in named:
+            seen[row] += 1
+            label = row if seen[row] == 1 else f"{row} ({seen[row]})"
+            lines.append(json.dumps({"row": label, **json_value(own)}) + "\n")
         if lines:
             write_durably(member.folder / HELD_OUT_ROWS, "".join(lines).encode())
 

@@ -118,10 +118,10 @@ class _Programs:
     """The functions that run one layer, with its parameters `params`, its number `index` and activations h
     [B, T, D].
 
-    forward(params, h, tokens, index) -> h after the layer. inputs(params, h, tokens, index, names) -> by name
-    of a weight its inputs [B, T, I], 0 at padding. both(params, h, tokens, index, names) -> (h after the
-    layer, inputs). groups(params, h, tokens, index) -> tuples of the names of weights that have the same
-    input, in the order in which the layer uses them.
+    forward(params, h, tokens, index) -> h after the layer. inputs(params, h, tokens, index, names) -> a dict
+    from each weight name in `names` to the weight's inputs [B, T, I], which are 0 at padding. both(params, h,
+    tokens, index, names) -> (h after the layer, inputs). groups(params, h, tokens, index) -> tuples of names
+    of weights that have the same input, in the order in which the layer uses them.
     """
 
     forward: Callable[..., Array]
@@ -245,7 +245,7 @@ def calibrate_layers(
 
 
 def layer_paths(specs: Specs, quant: Quant) -> list[str]:
-    """Return the paths of the parameters in layers that `quant` quantises, which are calibrated."""
+    """Return the paths of the parameters to calibrate: those inside layers that `quant` quantises."""
     of_layers = {path for path, spec in spec_paths(specs).items() if "layers" in spec.axes}
     return [path for path in quantised_paths(specs, quant) if path in of_layers]
 
@@ -267,8 +267,8 @@ def _with_leaf(params: Params, path: str, value: Array) -> Params:
 
 
 def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> str:
-    """Return the name in the cache of a model's calibrated codes. rows: CalibrationRows.digest. ranks: see
-    calibrate_layers.
+    """Return the name of the cache folder with the calibrated codes (rounded weights) of the model `ref`.
+    rows: the digest of the CalibrationRows. ranks: see calibrate_layers.
     """
     located = hub.locate(ref)
     files = hub.files_of(located)
@@ -280,25 +280,27 @@ def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> s
 
 
 def codes_folder(name: str) -> Path:
-    """Return the path of the calibrated codes `name` in the cache; it may not exist."""
+    """Return the path of the cache folder `name` with calibrated codes; it may not exist."""
     return cache_folder() / CALIBRATED / name
 
 
 def codes_damage(name: str) -> str | None:
-    """Return the problem with calibrated codes in the cache; None if they are complete or do not exist."""
+    """Return what is wrong with the cached codes `name`; None if they are complete or not in the cache."""
     folder = codes_folder(name)
     return folder_damage(folder) if folder.is_dir() else None
 
 
 def confirm_codes(record: Mapping[str, Any]) -> bool:
-    """Whether the cache has a run's codes unchanged, or not at all. record: {"codes": name, "sha256"}."""
+    """Whether a run's calibrated codes in the cache are unchanged; True if the cache does not have them.
+    record: the run's, with the name of the codes ("codes") and their hash ("sha256").
+    """
     name = str(record.get("codes"))
     return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")
 
 
 def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[CalibratedLayer]]) -> Iterator[int]:
-    """Compute and write calibrated codes unless the cache has them. After each layer, yield the number of
-    layers written so far.
+    """Compute and write calibrated codes; after each layer, yield the number of layers written so far. If the
+    cache has the codes undamaged, yield nothing.
 
     name: from codes_name. layers: returns the layers one by one. The folder appears in the cache only when it
     is complete, and replaces damaged codes. Raises OSError if the cache cannot be written.
@@ -331,8 +333,8 @@ def _returning(x: Any) -> Callable[[], Any]:
 
 
 def read_correction(name: str, weight: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the correction (a [in, R], b [R, out]) of the weight with the Hugging Face name `weight`. name:
-    the codes' name in the cache.
+    """Read the low-rank correction (a [in, R], b [R, out]) of a rounded weight from the cached codes `name`.
+    weight: the weight's Hugging Face name.
     """
     a, b = (open_codes(name).read(f"{weight}.{side}") for side in _SIDES)
     return a, b

@@ -265,9 +265,9 @@ def swept(
 
     state: a row [O] for each input, such as its weights or gradients. codes: initial codes. arrays: further
     arrays with a row for each input. choose(j, row of the state, arrays, matrix) -> (change [O], code [O]).
-    After it, the outer product of row j of the matrix and the change is subtracted from the state. Inputs are
-    processed in blocks, for speed: j is the input's number in its block, and choose gets only the block's
-    rows of `arrays` and the block's square of `matrix`.
+    After each choice, the outer product of row j of the matrix and the change is subtracted from the state.
+    Inputs are processed in blocks, for speed: j counts from the first input of the block, and choose gets
+    only the block's rows of `arrays` and the block's rows and columns of `matrix`.
     """
     ins, outs = state.shape
     size = next(n for n in range(min(INPUT_BLOCK, ins), 0, -1) if ins % n == 0)

@@ -234,8 +234,8 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
     """Add the tokens and the template of an extension to a tokenizer, in place. Return by id of each new
     token the ids into which its text was split before.
 
-    Raises ValueError for tokens that exist already or would still be split, and for a template that cannot
-    render a conversation or does not end turns with a special token.
+    Raises ValueError for tokens that are empty, exist already or would still be split, and for a template
+    that cannot render a conversation or does not end turns with a special token.
     """
     from tokenizers import AddedToken
 

@@ -98,14 +98,14 @@ def check_ranks(base: Specs, settings: Adapter, names: WeightNames) -> dict[str,
     for path, (ranks, _) in layouts.items():
         if path not in specs or path == "embed":
             raise ValueError(
-                f"{setting} changes the weights under an adapter, but never the embeddings; leave "
-                "embed_tokens, and a head that is tied to them, out of adapter.targets"
+                f"{setting} cannot start a pair of {path}, since it is the embedding table or a head that is "
+                "tied to it; leave embed_tokens and such a head out of adapter.targets"
             )
         values = min(specs[path].shape[-2:])
         if max(ranks) > values:
             raise ValueError(
-                f"{setting} starts from {max(ranks)} singular values of {path}, which has {values}; lower "
-                "adapter.rank, or leave it out of adapter.targets"
+                f"{setting} cannot start a pair of rank {max(ranks)} for {path}, whose smaller side is "
+                f"{values}; lower adapter.rank, or leave {path} out of adapter.targets"
             )
         if len(set(ranks) - {0}) > 1:
             raise ValueError(
@@ -137,7 +137,7 @@ def run_pairs(
 
 
 def read_start(folder: Path, model: Model, settings: Adapter | None) -> Params | None:
-    """Read the adapter at step 0 from a run's folder; None if the run's adapter does not change the base."""
+    """Read the adapter at step 0 from a run's folder; None if settings.init leaves the base unchanged."""
     if settings is None or not settings.changes_base:
         return None
     return peft_read.read_adapter(folder / INITIAL_ADAPTER / "start", model)[0]

@@ -115,8 +115,8 @@ def merge_on_read(
     if full_modules.unties(nodes) and "head" not in readers and model.generates:
         where = readers["embed"].files.where
         raise ValueError(
-            f"{where}: an adapter of the head or the embeddings, which are tied, cannot be merged while they "
-            "are read; write the merged model with scripts/export.py and use it as model="
+            f"{where}: an adapter of the head or the embeddings, which are tied, cannot be merged while the "
+            "files are read; write the merged model with scripts/export.py and use it as model="
         )
     for path, node in nodes.items():
         changed = partial(_merged_part, readers[path], node, token_ids)

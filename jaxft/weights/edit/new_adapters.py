@@ -91,7 +91,7 @@ class NamedAdapter(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """A combined adapter. dropped: norm of the part that svd dropped, as a fraction of the sum's norm."""
+    """A combined adapter. dropped: norm of what svd dropped, divided by the sum's norm; else 0."""
 
     params: Params
     settings: Adapter
@@ -202,14 +202,14 @@ def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
     if how.rank is not None and how.rank > min(ends):
         raise ValueError(
             f"--rank {how.rank}: {where} is a matrix of {ends[0]} x {ends[1]}, which has at most rank "
-            f"{min(ends)}; "
-            "lower it"
+            f"{min(ends)}; use --rank {min(ends)} or less"
         )
 
 
 def _reduced(parts: list[_Part], rank: int) -> tuple[tuple[_A, _B], tuple[float, float]]:
-    """Return the sum of `factor a b` over the parts, reduced to a rank, and (squared norm of the dropped
-    part, squared norm of the sum). Two QR decompositions reduce the SVD to the size of the summed ranks.
+    """Return the pair (a, b) of at most rank `rank` whose product is nearest to the sum of `factor a b` over
+    the parts, and (squared norm of their difference, squared norm of the sum). Two QR decompositions reduce
+    the SVD to the size of the summed ranks.
     """
     a = np.concatenate([part.a * part.factor for part in parts], 1).astype(np.float64)
     b = np.concatenate([part.b for part in parts]).astype(np.float64)
@@ -225,7 +225,7 @@ def _reduced(parts: list[_Part], rank: int) -> tuple[tuple[_A, _B], tuple[float,
 
 
 def _combined(parts: list[_Part], how: Combination, name: str) -> tuple[_A, _B]:
-    """Combine the pairs of a module by a method other than svd. name: of the module, for the random seed."""
+    """Combine a module's pairs by a method other than svd. name: text that the random seed depends on."""
     if how.method == "cat":
         scaled = [part.a * np.float32(part.factor) for part in parts]
         return np.concatenate(scaled, 1), np.concatenate([part.b for part in parts])
@@ -256,7 +256,7 @@ def _merged(
 
 
 def _largest(values: Float[np.ndarray, "M N"], density: float) -> Float[np.ndarray, "M N"]:
-    """Keep the fraction `density` of values of largest magnitude, rounded down; set the others to 0."""
+    """Keep the int(density * size) values of largest magnitude; set the others to 0."""
     count = int(density * values.size)
     mask = np.zeros(values.size, bool)
     if count:
@@ -270,8 +270,9 @@ def _as_adapter(
     model: Model,
     dropped: float,
 ) -> Combined:
-    """Return an adapter of these pairs, by path and module, padded with zeros to one rank, because some
-    programs load no adapters of several ranks.
+    """Return an adapter with these pairs, padded with zeros to one rank, because some programs load no
+    adapters of several ranks. pairs: by parameter path, (a, b) of each module, None for a module without one.
+    adapters: the sources, whose largest dropout the adapter gets. dropped: see Combined.
     """
     rank = max(pair[0].shape[1] for modules in pairs.values() for pair in modules if pair is not None)
 
@@ -316,9 +317,9 @@ class Extraction:
 
 
 class KindError(NamedTuple):
-    """The change of a parameter over all its layers, and the error of its pairs. path: the parameter's path.
-    change: norm of the change divided by the norm of the base. error: norm of the part of the change that the
-    pairs lack, divided by the norm of the change.
+    """How much a parameter differs in base and tuned model, over all its layers, and how much its pairs miss.
+    path: the parameter's path. change: norm of the difference divided by the norm of the base. error: norm of
+    the difference minus the pairs' products, divided by the norm of the difference.
     """
 
     path: str
@@ -393,12 +394,12 @@ def _check_rank(rank: int, table: TensorTable) -> None:
         if rank > min(sides):
             raise ValueError(
                 f"--rank {rank}: {path} is a matrix of {sides[0]} x {sides[1]}, which has at most rank "
-                f"{min(sides)}; lower it"
+                f"{min(sides)}; use --rank {min(sides)} or less"
             )
 
 
 def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:
-    """Raise ValueError, naming the tensor, if the files of two models differ in a shape."""
+    """Raise ValueError, naming the tensor, if the tuned model lacks one of the base or has another shape."""
     before, after = ({name: x.shape for name, x in files.tensors.items()} for files in (base, tuned))
     for tensors in tensors_of(model).values():
         for name in (tensor.name for tensor in tensors):

@@ -286,12 +286,13 @@ def _olmo2(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
 
 
 def _granite(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
-    """Read Granite's settings. A scale of 0 is not applied (granite.cpp); finetuned=false means no rope."""
+    """Read Granite's settings. A multiplier that is missing or 0 becomes 1, for attention head_dim**-0.5.
+    Raises ValueError for rope.scaling.finetuned=false, which means no rope.
+    """
     if not header.optional(header.key("rope.scaling.finetuned"), True):
         raise ValueError(
             f"{header.path}: metadata {header.key('rope.scaling.finetuned')} is false, which means a Granite "
-            "without rope; it is not supported; "
-            "use the model's Hugging Face folder"
+            "without rope; it is not supported; use the model's Hugging Face folder"
         )
     return {
         **_one_rope(header, sizes),

@@ -119,7 +119,9 @@ def _fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) 
 def _chunks(
     values: np.ndarray, importance: np.ndarray | None, count: int, block: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None, int]]:
-    """Yield (`count` blocks of `block` values, importances or None, number of blocks without padding)."""
+    """Yield a matrix [rows, inputs] in chunks, in row-major order: (values [count, block], importances of the
+    same shape or None, number of blocks that are not padding). Zeros pad the last chunk.
+    """
     blocks = values.reshape(-1, block)
     per_row = values.shape[-1] // block
     of_row = None

@@ -204,8 +204,8 @@ def _table(header: GgufHeader, name: str) -> np.ndarray:
     table = header.tensors[name]
     if table.kind not in FLOAT_TYPES or not math.prod(table.shape):
         raise ValueError(
-            f"{header.path}: {name} must have numbers of type {', '.join(FLOAT_TYPES)}; "
-            "use the model's Hugging Face folder"
+            f"{header.path}: {name} must have numbers of type {', '.join(FLOAT_TYPES)}, got {table.kind} "
+            f"{table.shape}; use the model's Hugging Face folder"
         )
     divisors = read_dequantised(table).astype(np.float64).ravel()
     if not (np.isfinite(divisors) & (divisors > 0)).all():
@@ -241,9 +241,9 @@ def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
 
 
 def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> list[tuple[float, float]]:
-    """Return candidates of (low_freq_factor, high_freq_factor): Llama 3's (1, 4), and the two limits that a
-    line through the partly scaled frequencies gives. turns: full turns of each frequency in the original
-    length.
+    """Return candidates of (low_freq_factor, high_freq_factor): Llama 3's (1, 4), and two limits fitted to
+    the frequencies that are divided by more than 1 and less than `factor`; [] unless there is one divisor per
+    frequency. turns: full turns of each frequency in the original length.
     """
     if divisors.shape != turns.shape:
         return []

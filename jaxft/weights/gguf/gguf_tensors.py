@@ -217,7 +217,7 @@ def _is_readable(kind: str) -> bool:
 
 
 def _block_format(tensors: dict[str, GgufTensor], name: str) -> BlockFormat | None:
-    """Return the BlockFormat of a tensor, None if no QTensor has its values.
+    """Return the BlockFormat of a tensor, None if no QTensor has its values. tensors: by Hugging Face name.
 
     A Q4_0 tensor is decoded as Q4_1 if the same tensor of another layer is Q4_1, so that all layers are
     alike: llama-quantize stores the first layers of mlp.down_proj of a Q4_0 model as Q4_1.

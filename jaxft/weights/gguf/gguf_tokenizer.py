@@ -411,8 +411,8 @@ def _begins_with_space(tokenizer: Any) -> bool:
 
 
 def _pre_name(tokenizer: Any, whole_words: bool) -> str:
-    """Return llama.cpp's name of the pre-tokenizer with this `whole_words` that splits SPLIT_PROBES as the
-    tokenizer does. Raises ValueError if there is none.
+    """Return llama.cpp's name of the PreTokenizer that splits SPLIT_PROBES as the tokenizer does and has this
+    value of `whole_words`. Raises ValueError if there is none.
     """
     from tokenizers import Tokenizer, models
 

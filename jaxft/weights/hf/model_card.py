@@ -20,12 +20,12 @@ USE_SECTION = "## Use"  # the heading of the section on how weights are loaded
 class Card:
     """The contents of the card of a folder of weights.
 
-    base: the base model, as weights.hf.hub.locate takes it. relation: of the weights to the base. library:
-    the library that loads the weights, such as peft. data: the data.train of the run, None for untrained
-    weights. scores: whether the model is a classifier that returns rewards. pad: padding token id with which
-    a classifier's adapter is loaded. loads: whether transformers has a class for the model. multimodal:
-    whether the weights are a multimodal model's, or an adapter for one. text_decoder: whether an adapter is
-    only for a multimodal base's text decoder.
+    base: the base model, as weights.hf.hub.locate takes it. relation: whether the weights are an adapter of
+    the base, a finetuned base or a quantised one. library: the library that loads them, such as peft. data:
+    the data.train of the run, None for untrained weights. scores: whether the model is a classifier that
+    returns rewards. pad: padding token id with which a classifier's adapter is loaded. loads: whether
+    transformers has a class for the model. multimodal: whether the weights are a multimodal model's, or an
+    adapter for one. text_decoder: whether an adapter is only for a multimodal base's text decoder.
     """
 
     title: str

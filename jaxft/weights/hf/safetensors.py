@@ -35,7 +35,7 @@ WRITE_ADVICE = "find the step that made them, or, if it is only the range of the
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a safetensors file. name: in the file. offset: the byte of the file at which it begins.
+    """A tensor in a safetensors file. name: its name there. offset: the byte of the file at which it begins.
     dtype: one of DTYPES, else UNSUPPORTED.
     """
 

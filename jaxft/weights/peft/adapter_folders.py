@@ -34,8 +34,8 @@ from jaxft.weights.peft.peft_config import read_adapter_config
 
 
 def adapter_folder(start: str) -> Path:
-    """Return the PEFT folder that `start` names: the folder itself, `adapter` in a run's folder, or the only
-    subfolder with an adapter, which is where peft saves a named adapter.
+    """Return the PEFT folder that `start` names: `adapter` in a run's folder, the only subfolder with an
+    adapter (peft saves a named adapter there), else the folder itself, which may not exist.
     """
     folder, inner = Path(start), Path(start) / "adapter"
     if inner.is_dir() or not folder.is_dir() or (folder / "adapter_config.json").is_file():

@@ -55,7 +55,9 @@ QUANTISED_BASE = (
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """Read adapter_config.json. Raises FileNotFoundError; its message lists adapters in subfolders."""
+    """Read adapter_config.json. Raises FileNotFoundError if it is missing, with the names of adapters in
+    subfolders, and ValueError if it is not a JSON object.
+    """
     path = folder / "adapter_config.json"
     if folder.is_dir() and not path.is_file():
         named = sorted(p.parent.name for p in folder.glob("*/adapter_config.json"))
@@ -119,7 +121,7 @@ def check_targets(
     for field in ("target_modules", "exclude_modules"):
         value = config.get(field)
         if not isinstance(value, str | None) and not _are_strings(value):
-            raise ValueError(f"{where}: {field}={_short(value)}; expected a string or a list of strings")
+            raise ValueError(f"{where}: {field}={_short(value)}; correct it to a string or a list of strings")
     targets = config.get("target_modules")
     is_default = targets in (None, "all-linear")  # None: peft's default for the architecture
     left_out_by = _target_rule(where, config, ".*" if is_default else targets)
@@ -149,11 +151,11 @@ def _target_rule(where: Path, config: dict[str, Any], targets: Any) -> Callable[
     listed, unlisted = (x if isinstance(x, str) else frozenset(x) for x in (targets, excluded))
     numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
     if any(type(x) is not int for x in numbers):
-        raise ValueError(f"{where}: layers_to_transform={_short(layers)}; expected layer numbers")
+        raise ValueError(f"{where}: layers_to_transform={_short(layers)}; correct it to layer numbers")
     patterns = config.get("layers_pattern") or ".*"
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not _are_strings(patterns):
-        raise ValueError(f"{where}: layers_pattern={_short(patterns)}; expected strings")
+        raise ValueError(f"{where}: layers_pattern={_short(patterns)}; correct it to strings")
 
     def left_out_by(module: str) -> str | None:
         if not is_listed(listed, (module,), str(where)):

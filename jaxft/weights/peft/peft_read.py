@@ -264,11 +264,14 @@ def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) 
 
 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether an adapter has a scalar head. Raises ValueError for other tasks, and for other heads."""
+    """Whether an adapter has a scalar head. Raises ValueError for a task_type other than CAUSAL_LM, SEQ_CLS
+    and null, for a classifier without the head "score", and for a language model with a classifier's head.
+    """
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
         raise ValueError(
-            f"{folder / 'adapter_config.json'}: modules_to_save={saved!r}; expected a list of names"
+            f"{folder / 'adapter_config.json'}: modules_to_save={saved!r}; expected a list of names; "
+            "correct it"
         )
     has_head = task == SEQ_CLS and "score" in saved
     if has_head or (task in ("CAUSAL_LM", None) and not set(saved) & set(SCORE_MODULES)):
@@ -292,7 +295,7 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     if type(rank) is not int or not 0 < rank < 2**16 or not numbers:
         raise ValueError(
             f"{where}: r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r}; expected a whole number r "
-            "from 1 to 65535 and finite numbers"
+            "from 1 to 65535 and finite numbers; correct them"
         )
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
@@ -305,7 +308,7 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
             ):
                 raise ValueError(
                     f"{where}: {key} has the value {value!r} for {pattern!r}; expected a whole number from 1 "
-                    f"to 65535{'' if key == 'rank_pattern' else ', or another finite number'}"
+                    f"to 65535{'' if key == 'rank_pattern' else ', or another finite number'}; correct it"
                 )
     with errors_name(str(where)):
         plain = Adapter(rank, float(alpha), float(dropout))

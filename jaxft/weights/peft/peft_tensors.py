@@ -127,8 +127,8 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
 
 
 def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
-    """Return the value of a module in config[key], a dict by pattern, else the default. As in PEFT, the first
-    pattern counts that matches the full name of the module or its end after a dot.
+    """Return the value for a module in config[key], a dict by pattern; without a match, the default. As in
+    PEFT, the first pattern that matches the module's full name, or its end after a dot, decides.
     """
     for pattern, value in (config.get(key) or {}).items():
         if matches_module(pattern, (module,), key):
@@ -250,9 +250,9 @@ def _patterns(
 ) -> Iterator[tuple[str, Number]]:
     """Yield (pattern, value) for the modules whose value, a rank or an alpha, is not the default.
 
-    A pattern matches only modules with the same value. It is the most general of these that does: the
-    module's name inside its layer (for all layers) with any number in place of numbers in it, that name as it
-    is, the full name. names: names of each module that patterns match.
+    A pattern matches only modules with the same value. It is the first of these for which that holds: the
+    module's name inside its layer, for all layers, with any number in place of numbers in it; that name as it
+    is; the full name. names: by module, all names that a pattern may match.
     """
     patterns = {tensor: tensor.module for tensor, value in values.items() if value != default}
     for number in (r"\g<0>", r".\\d+."):
@@ -424,7 +424,7 @@ def module_fields(
 ) -> dict[str, Any]:
     """Return the fields of adapter_config.json that declare parameters and token rows trained in full.
 
-    nodes, full_names: see module_tensors, module_list.
+    nodes: see module_tensors. full_names: see module_list.
     """
     fields: dict[str, Any] = {"bias": settings.bias}
     saved = {path for path, node in nodes.items() if "weight" in node}

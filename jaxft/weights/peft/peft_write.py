@@ -57,7 +57,8 @@ def save_adapter(
         _check_pair(path, pair, layouts.get(path))
     if missing := layouts.keys() - pairs.keys():
         raise ValueError(
-            f"adapter: no pair of {min(missing)}, which its settings declare; exclude it in the settings"
+            f"{folder}: the adapter has no pair of {min(missing)}, which its settings declare; add the "
+            "module to exclude_modules of the settings"
         )
     tensors, ranked = [], ranked_modules({path: layouts[path] for path in pairs}, model)
     for tensor, (rank, alpha) in ranked.items():

@@ -40,7 +40,7 @@ def _open(files: SafetensorsFiles, settings: ff.QuantConfig) -> ff.Weights:
 
 
 class _Weight4Bit(NamedTuple):
-    """A 4-bit weight [outs, ins] in the files. blocks: their number. state: the parsed quant_state."""
+    """A 4-bit weight [outs, ins] in the files. blocks: number of its blocks. state: parsed quant_state."""
 
     files: SafetensorsFiles
     name: str
@@ -98,7 +98,7 @@ def _decode_4bit(weight: _Weight4Bit, layout: QTensor, index: Index) -> dict[str
 
 
 def _read_floats(weight: _Weight4Bit, table: np.ndarray, index: Index = ()) -> np.ndarray:
-    """Dequantise a weight that no QTensor represents, all of it, [in, out]. table: values of the 16 codes."""
+    """Return a full weight [in, out] in float32, also for an `index`. table: values of the 16 codes."""
     count = weight.outs * weight.ins
     pairs = _read_bytes(weight, (-(-count // 2),))
     codes = np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[:count]
@@ -107,7 +107,7 @@ def _read_floats(weight: _Weight4Bit, table: np.ndarray, index: Index = ()) -> n
 
 
 def _read_bytes(weight: _Weight4Bit, shape: tuple[int, ...], index: Index = ()) -> np.ndarray:
-    """Read part of the codes, viewed as bytes of this shape; bnb_4bit_quant_storage may make them floats."""
+    """Read the part at `index` of the codes as uint8 of this shape; the files may store them as floats."""
     tensor, where = required(weight.files, weight.name), weight.files.where
     size, needed = math.prod(tensor.shape) * tensor.dtype.itemsize, math.prod(shape)
     if size != needed:

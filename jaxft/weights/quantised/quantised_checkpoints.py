@@ -157,8 +157,8 @@ def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
 
 
 def exceptions(plain: Collection[str], packed: Collection[str]) -> list[str]:
-    """Return the names by which a quantization_config excludes modules: the last part of each name in
-    `plain`, or the full name if the name of a quantised module in `packed` contains that part.
+    """Return the names by which a quantization_config excludes the modules `plain`, which are not quantised:
+    the last part of each name, or the full name if the name of a quantised module in `packed` contains it.
     """
     last = {name.rpartition(".")[2] for name in plain}
     clashing = {part for part in last if any(part in name for name in packed)}

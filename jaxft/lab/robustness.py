@@ -1,0 +1,328 @@
+"""Losses that are trained in a world with a planted fault: what the fault costs, and over-optimisation.
+
+    jaxft loss-bench --loss dpo --against ipo --world pairs=200 --vary noise=0,0.1,0.2,0.3,0.4 --seeds 2
+
+Each value of the varied setting of a World is a level: its labels differ, its held-out prompts are the same.
+Every loss is trained on every level, and completions of the held-out prompts are sampled at each evaluation.
+Their mean true reward over the levels is the robustness of a loss. Where annotators have a bias, the reward
+that they see can rise over training while the true one falls (Gao, Schulman & Hilton 2023, arXiv:2210.10760;
+for preference losses Rafailov et al. 2024, arXiv:2406.02900); both are shown against the KL to the reference.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxft import __version__
+from jaxft.distributed.disk import make_folder, write_durably
+from jaxft.lab.appendix import PaperTable, is_wide, picture_html
+from jaxft.lab.worlds import World, proxy_reward, true_reward
+from jaxft.objectives.metrics import HELD_OUT
+from jaxft.report.charts import Panel, Points
+from jaxft.report.document import html_page
+from jaxft.report.html_elements import escaped, record_table, section
+from jaxft.report.ranking import read_held_out
+from jaxft.report.statistics import Adjusted, Difference, holm, paired_difference
+from jaxft.runs import metric_names as names
+from jaxft.runs.metrics_log import METRICS, read_entries
+
+TRUE, PROXY = (names.SCORES + fn.__name__ for fn in (true_reward, proxy_reward))  # metrics of completions
+FAULTS = ("pairs", "temperature", "noise", "length_bias", "circle", "duplicates")  # settings that can vary
+ROBUSTNESS_PAGE = "index.html"
+
+
+@dataclass(frozen=True)
+class WorldRun:
+    """The evaluations of a run in a world, E of them; the first is before training.
+
+    kl: per token to the reference, on the held-out pairs. true, proxy: means over the completions of the
+    held-out prompts. prompts: true reward after training by the name of the prompt.
+    """
+
+    kl: Float[np.ndarray, " E"]
+    true: Float[np.ndarray, " E"]
+    proxy: Float[np.ndarray, " E"]
+    prompts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class FaultLevel:
+    """What was trained with one value of the varied setting. name: such as "noise=0.2", "" if no setting
+    varies. value: NaN if no setting varies. runs: by loss, one for each seed.
+    """
+
+    name: str
+    value: float
+    world: World
+    runs: Mapping[str, Sequence[WorldRun]]
+
+
+def parse_fault(text: str) -> tuple[str, tuple[float, ...]]:
+    """Return the setting and the values of `--vary SETTING=VALUE,VALUE,...`, in ascending order.
+
+    >>> parse_fault("noise=0.2,0,0.4")
+    ('noise', (0.0, 0.2, 0.4))
+    """
+    name, _, values = text.partition("=")
+    if name not in FAULTS:
+        raise ValueError(
+            f"--vary {text}: {name!r} cannot vary; use one of {', '.join(FAULTS)}, which leave the held-out "
+            "prompts and the true reward as they are"
+        )
+    try:
+        numbers = sorted({float(value) for value in values.split(",")})
+    except ValueError:
+        numbers = []
+    if len(numbers) < 2 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"--vary {text}: expected two or more different numbers, such as noise=0,0.2,0.4")
+    return name, tuple(numbers)
+
+
+def read_world_run(folder: Path) -> WorldRun:
+    """Read a run that was trained in a world and scored by both rewards at its evaluations.
+
+    Raises ValueError for a run without scores.
+    """
+    keys = [HELD_OUT + name for name in (names.KL, TRUE, PROXY)]
+    entries = [entry for entry in read_entries(folder / METRICS) if keys[1] in entry]
+    if not entries:
+        raise ValueError(
+            f"{folder / METRICS} has no {keys[1]}; train it with score functions of its world and "
+            "loop.eval_scores=true"
+        )
+    kl, true, proxy = np.array([[_number(entry.get(key)) for key in keys] for entry in entries]).T
+    rows = read_held_out(folder)
+    return WorldRun(kl, true, proxy, {name: row[TRUE] for name, row in rows.items() if TRUE in row})
+
+
+def _number(value: Any) -> float:
+    """Return a logged value, NaN for one that was not finite (null in the log) or is missing."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def rewards(runs: Sequence[WorldRun]) -> Float[np.ndarray, "S P"]:
+    """Return the true rewards after training by seed and prompt, of the prompts that all runs have scored."""
+    common = [name for name in runs[0].prompts if all(name in run.prompts for run in runs)]
+    return np.array([[run.prompts[name] for name in common] for run in runs])
+
+
+def compare_runs(one: Sequence[WorldRun], other: Sequence[WorldRun]) -> Difference:
+    """Return the paired difference of true rewards after training, `other` minus `one`. The i-th runs of both
+    must have the same seed.
+    """
+    both = rewards([*one, *other])
+    return paired_difference(both[: len(one)], both[len(one) :])
+
+
+# Tables
+
+
+def cost_table(levels: Sequence[FaultLevel]) -> PaperTable:
+    """Return the true reward of each loss on each level, and its difference to the first level."""
+    losses, (first, *others) = [*levels[0].runs], levels
+    costs = {
+        (label, level.name): compare_runs(first.runs[label], level.runs[label])
+        for label in losses
+        for level in others
+    }
+    adjusted = dict(zip(costs, holm([d.p for d in costs.values()]), strict=True))
+    rows = []
+    for label in losses:
+        for level in levels:
+            row = (label, level.name, f"{_last(level.runs[label], 'true'):.3f}", "", "", "")
+            if d := costs.get((label, level.name)):
+                p = adjusted[label, level.name]
+                row = (*row[:3], _difference(d), f"{p:.2g}", _verdict(d, p))
+            rows.append(row)
+    seeds, prompts = rewards(first.runs[losses[0]]).shape
+    over = f"{prompts} held-out prompts and {seeds} seed{'s' * (seeds > 1)}"
+    caption = f"Mean true reward of completions after training, over {over}."
+    head = ("", "world", "true reward", "difference", "p (Holm)", "result")
+    if not others:
+        return PaperTable("costs", caption, (head[0], head[2]), tuple((row[0], row[2]) for row in rows))
+    caption += (
+        f" Difference: to {first.name}, paired by prompt and seed, with its 95 % interval over both; p "
+        "(Holm): adjusted for all rows."
+    )
+    return PaperTable("costs", caption, head, tuple(rows))
+
+
+def baseline_table(levels: Sequence[FaultLevel]) -> PaperTable:
+    """Return the differences of the other losses to the first loss on each level."""
+    baseline, *others = levels[0].runs
+    duels = {
+        (level.name, label): compare_runs(level.runs[baseline], level.runs[label])
+        for level in levels
+        for label in others
+    }
+    adjusted = holm([d.p for d in duels.values()])
+    rows = [
+        (f"{label} - {baseline}", name or "-", _difference(d), f"{p:.2g}", _verdict(d, p))
+        for ((name, label), d), p in zip(duels.items(), adjusted, strict=True)
+    ]
+    return PaperTable(
+        "losses",
+        f"Differences in true reward to {baseline}, paired by prompt and seed, at 95 %; p (Holm): adjusted "
+        "for all rows.",
+        ("", "world", "difference", "p (Holm)", "result"),
+        tuple(rows),
+    )
+
+
+def _difference(d: Difference) -> str:
+    return f"{d.mean:+.3f} {d.interval.text(3)}"
+
+
+def _verdict(d: Difference, p: float) -> str:
+    return d.verdict(Adjusted(p)).partition(";")[0]
+
+
+def optimisation_table(levels: Sequence[FaultLevel]) -> PaperTable:
+    """Return both rewards over training: before, where the true one was highest, and at the end."""
+    rows = []
+    for level in levels:
+        for label, runs in level.runs.items():
+            kl, true, proxy = mean_curves(runs)
+            best = highest(true)
+            rows.append(
+                (
+                    label, level.name or "-", f"{true[0]:.3f}", f"{true[best]:.3f}", f"{kl[best]:.3g}",
+                    f"{true[-1]:.3f}", f"{proxy[0]:.3f}", f"{proxy[-1]:.3f}", f"{kl[-1]:.3g}",
+                    course(runs),
+                )
+            )  # fmt: skip
+    return PaperTable(
+        "optimisation",
+        "Means over prompts and seeds at the evaluations. Annotators' reward: the true one and their bias "
+        "for length. KL: per token to the reference, estimated on the held-out pairs. Over-optimised: the "
+        "true reward falls by more than two standard errors over the prompts from its highest value, while "
+        "the annotators' rises.",
+        (
+            "", "world", "true, before", "true, highest", "at KL", "true, at the end", "annotators', before",
+            "annotators', at the end", "KL at the end", "over training",
+        ),
+        tuple(rows),
+    )  # fmt: skip
+
+
+def highest(values: Float[np.ndarray, " E"]) -> int:
+    """Return the number of the evaluation with the highest value; 0 if no value is finite."""
+    return int(np.nanargmax(values)) if np.isfinite(values).any() else 0
+
+
+def course(runs: Sequence[WorldRun]) -> str:
+    """Return in words what became of the true reward over training: "rises", "falls", "over-optimised" or
+    "does not change".
+
+    A change counts if it is above two standard errors of the mean over prompts after training.
+    """
+    _, true, proxy = mean_curves(runs)
+    by_prompt = rewards(runs).mean(0)
+    least = 2 * float(by_prompt.std(ddof=1)) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.inf
+    best = highest(true)
+    if true[best] - true[-1] > least:
+        return "over-optimised" if proxy[-1] > proxy[best] else "falls"
+    return "rises" if true[-1] - true[0] > least else "does not change"
+
+
+def mean_curves(runs: Sequence[WorldRun]) -> Float[np.ndarray, "3 E"]:
+    """Return the means over seeds of (KL, true reward, annotators' reward) at each evaluation."""
+    return np.mean([[run.kl, run.true, run.proxy] for run in runs], axis=0)
+
+
+def _last(runs: Sequence[WorldRun], name: str) -> float:
+    return float(np.mean([getattr(run, name)[-1] for run in runs]))
+
+
+# The page
+
+
+def robustness_panels(levels: Sequence[FaultLevel]) -> list[Panel]:
+    """Return plots of both rewards after training over the varied setting; [] if none varies."""
+    if len(levels) < 2:
+        return []
+    x, setting = [level.value for level in levels], levels[0].name.partition("=")[0]
+    panels = []
+    for title, name in (("true reward", "true"), ("annotators' reward", "proxy")):
+        curves, faint = dict[str, Points](), dict[str, Points]()
+        for label, runs in levels[0].runs.items():
+            curves[label] = x, [_last(level.runs[label], name) for level in levels]
+            each = [[float(getattr(run, name)[-1]) for run in level.runs[label]] for level in levels]
+            faint[label] = (
+                [*x, math.nan] * len(runs),
+                [y for seed in zip(*each, strict=True) for y in (*seed, math.nan)],
+            )
+        before = None
+        if name == "true":
+            before = float(np.mean([run.true[0] for level in levels for run in _all_runs(level)]))
+        panels.append(Panel(f"{title} after training", setting, "mean", curves, faint=faint, level=before))
+    return panels
+
+
+def _all_runs(level: FaultLevel) -> list[WorldRun]:
+    return [run for runs in level.runs.values() for run in runs]
+
+
+def optimisation_panels(levels: Sequence[FaultLevel]) -> list[Panel]:
+    """Return a plot for each level: true reward, and dashed the annotators', against KL over training."""
+    panels = []
+    for level in levels:
+        true, proxy = dict[str, Points](), dict[str, Points]()
+        for label, runs in level.runs.items():
+            kl, of_world, of_annotators = mean_curves(runs)
+            true[label] = kl.tolist(), of_world.tolist()
+            proxy[label] = kl.tolist(), of_annotators.tolist()
+        log_kl = is_wide([float(np.nanmax(x)) for x, _ in true.values()])
+        title = f"true reward, dashed: annotators'{f'; {level.name}' * bool(level.name)}"
+        panels.append(Panel(title, "KL per token to the reference", "mean reward", true, proxy, log_x=log_kl))
+    return panels
+
+
+def robustness_page(levels: Sequence[FaultLevel], settings: Mapping[str, Any]) -> str:
+    """Return the HTML page. settings: of the runs, besides their losses."""
+    text = f"{len(levels[0].runs)} losses are trained on synthetic pairs whose true reward is known"
+    pictures = ""
+    if len(levels) > 1:
+        setting = levels[0].name.partition("=")[0]
+        text += f", in {len(levels)} worlds that differ in {setting}"
+        pictures = picture_html(robustness_panels(levels), f"Rewards by {setting}")
+        note = "Dotted: the true reward before training. Faint lines: single seeds."
+        pictures += f'<p class="note">{note}</p>'
+    duels = baseline_table(levels).html() if len(levels[0].runs) > 1 else ""
+    over_training = picture_html(optimisation_panels(levels), "Rewards against KL")
+    shown = {
+        "Robustness": section(
+            "robustness",
+            "Robustness",
+            f'<p class="text">{escaped(text)}.</p>{pictures}{cost_table(levels).html()}{duels}',
+        ),
+        "Over-optimisation": section(
+            "over-optimisation", "Over-optimisation", over_training + optimisation_table(levels).html()
+        ),
+        "Settings": section(
+            "settings",
+            "Settings",
+            record_table({level.name or "world": asdict(level.world) for level in levels})
+            + record_table({"": settings}),
+        ),
+    }
+    titled = {link: (link.lower(), html) for link, html in shown.items()}
+    return html_page("Losses in worlds with a planted fault", f"Written by jaxft {__version__}", titled)
+
+
+def write_robustness(levels: Sequence[FaultLevel], settings: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write the page and its tables as CSV and LaTeX into `folder`; return their paths."""
+    tables = [cost_table(levels), optimisation_table(levels)]
+    tables += [baseline_table(levels)] * (len(levels[0].runs) > 1)
+    files = {folder / ROBUSTNESS_PAGE: robustness_page(levels, settings)}
+    for table in tables:
+        files |= {folder / f"{table.name}.csv": table.csv(), folder / f"{table.name}.tex": table.latex()}
+    make_folder(folder)
+    for path, content in files.items():
+        write_durably(path, content.encode())
+    return [*files]
