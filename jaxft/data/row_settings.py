@@ -71,7 +71,7 @@ class RowSettings:
     response, or of a prompt alone where no response is read. extras: columns of numbers that batches contain.
     loss_on, sample_by, too_long: see sft.Rows. weight_column: see pairs.PairRows. tools: JSON of
     {environment: schemas of its tools}, which replace the tools of rows whose column "environment" has this
-    name (the name "" means every row); tools="" keeps the tools of the rows. optional: whether a row may lack a
+    name (the name "" is any row); tools="" keeps the tools of the rows. optional: whether a row may lack a
     prompt; an environment then writes it. separator: see sft.SolutionRows; last_step: last_step_only there.
     best_first: see pairs.PairRows. labels, question, unlabelled: see decision_rows.DecisionRows. reading: how
     the answers of a dataset of decisions name a choice, see decisions.reading_of; None: each row decides.
