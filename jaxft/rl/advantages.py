@@ -413,7 +413,7 @@ def _checked_weights(
 def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
     """Raise ValueError if all advantages are 0 because each is relative to a group of one."""
     valid = scores[has_score(scores)]
-    if group == 1 and valid.max() > valid.min() and not advantages.any():
+    if group == 1 and valid.size and valid.max() > valid.min() and not advantages.any():
         raise ValueError(
             "data.group=1: advantages relative to a group of one are all 0. "
             "Use data.group of at least 2, or another estimate."
