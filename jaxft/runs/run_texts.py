@@ -66,8 +66,8 @@ class Evaluation(TypedDict):
 @dataclass(frozen=True)
 class ModelSummary:
     """Parameter counts of a model. quantised: how frozen weights are quantised, as text; "" if none is.
-    generates: whether it writes text. classifier: whether transformers can load a reward model of this architecture, as
-    AutoModelForSequenceClassification.
+    generates: whether it writes text. classifier: whether transformers can load a reward model of this
+    architecture, as AutoModelForSequenceClassification.
     """
 
     trainable: int
