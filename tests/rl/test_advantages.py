@@ -366,6 +366,6 @@ def test_a_negative_missing_eos_penalty_is_refused():
 
 
 def test_a_group_of_one_without_any_score_is_no_error():
-    A.check_advantages(1, np.full((3, 1), NAN), np.zeros((3, 1, 4)))
+    A.check_advantages(1, np.full((3, 1), NAN), np.zeros((3, 4)))
     with pytest.raises(ValueError, match="data.group=1"):
-        A.check_advantages(1, np.array([[1.0], [2.0]]), np.zeros((2, 1, 4)))
+        A.check_advantages(1, np.array([[1.0], [2.0]]), np.zeros((2, 4)))
