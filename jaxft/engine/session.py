@@ -304,7 +304,9 @@ class Session:
             allowed[at], allowed[at, : len(words)] = 0, words
 
     def _decode(self, steps: int | None) -> None:
-        """Decode until enough rows have ended for waiting prompts, a smaller program or given tokens."""
+        """Decode at most `steps` steps, or until enough rows have ended for waiting prompts, a program of fewer
+        rows, or given tokens. steps: None for no limit of the caller.
+        """
         live = [it for it in self.running.values() if it.finish is None]
         if not live:
             return

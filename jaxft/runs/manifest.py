@@ -129,7 +129,7 @@ def hash_file(path: Path) -> str:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint or adapter/ to <name>.bad, or .bad2 if that exists; return the path."""
+    """Rename a damaged checkpoint or adapter/ to <name>.bad, .bad2 or so on; return the new path."""
     target, count = folder.with_suffix(SET_ASIDE), 1
     while target.exists():
         count += 1

@@ -68,8 +68,8 @@ class TrackedRun(NamedTuple):
 
 
 class Tracker(Protocol):
-    """A destination of metrics, or a callback of a run that is started from Python. Settings name one of
-    OPENERS, or a function of your own, `trackers=file.py:open_mine`: (folder, start_step) -> Tracker.
+    """A destination of metrics, or a callback of a run that is started from Python. On the command line:
+    `trackers=wandb`, trackio or mlflow, or `trackers=file.py:open_mine`, (folder, start_step) -> Tracker.
 
     A resumed run opens its trackers again with the step that it continues from; entries after that step are
     to be replaced.
@@ -143,7 +143,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted names, as on the command line, without None."""
+    """Return {dotted name: value} of nested settings, without those that are None."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -36,7 +36,7 @@ PROMPT_TEXTS = "chat_template_kwargs"  # the setting whose texts later commands 
 
 
 def union_members(kind: Any) -> tuple[Any, ...]:
-    """Return the members of a union annotation; (annotation,) for any other."""
+    """Return the members of a union annotation, (kind,) for any other. Annotated[X, ...] counts as X."""
     if typing.get_origin(kind) is typing.Annotated:
         return union_members(typing.get_args(kind)[0])
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
@@ -393,7 +393,7 @@ def _some_of(short: Collection[str]) -> str:
 
 
 def short_names(kind: Any) -> dict[str, str]:
-    """Return the short names that an annotation declares, {} for none."""
+    """Return {short name: package.module:name} of the ShortNames in an annotation, {} without them."""
     return {name: full for mark in _marks(kind) for name, full in mark.pairs}
 
 
