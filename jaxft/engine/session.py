@@ -304,8 +304,8 @@ class Session:
             allowed[at], allowed[at, : len(words)] = 0, words
 
     def _decode(self, steps: int | None) -> None:
-        """Decode at most `steps` steps, or until enough rows have ended for waiting prompts, a program of fewer
-        rows, or given tokens. steps: None for no limit of the caller.
+        """Decode at most `steps` steps (None: no such limit). Stop early when enough rows have ended to start
+        waiting prompts or to use a program of fewer rows, or to look for given tokens.
         """
         live = [it for it in self.running.values() if it.finish is None]
         if not live:
