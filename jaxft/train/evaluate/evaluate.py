@@ -76,8 +76,8 @@ def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux
 
 
 def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the metrics over all batches, and for each accuracy its number of pairs. `step` returns sums,
-    which are added on the host and divided once by their total weights.
+    """Return {metric: mean over all batches}, and for each accuracy the number of pairs that it counts.
+    `step` returns sums, which are added on the host and divided once by their total weights.
     """
     return held_out_floats(sum_metrics(step, batches))
 

@@ -67,7 +67,9 @@ class Clock:
 
     @contextlib.contextmanager
     def first(self, name: str) -> Iterator[bool]:
-        """Show progress as `part` does, but only the first time for `name`; yield whether it is the first."""
+        """Show progress as `part` does in the first call with `name`, nothing in later ones; yield True in
+        the first call, else False.
+        """
         if name in self._begun:
             yield False
             return
