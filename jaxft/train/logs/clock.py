@@ -67,9 +67,7 @@ class Clock:
 
     @contextlib.contextmanager
     def first(self, name: str) -> Iterator[bool]:
-        """Show progress as `part` does in the first call with `name`, nothing in later ones; yield True in
-        the first call, else False.
-        """
+        """Show progress as `part` does, only in the first call with `name`; yield True in that call only."""
         if name in self._begun:
             yield False
             return
