@@ -87,7 +87,7 @@ class Logs:
         (self._overview or self.members[0]).progress(text)
 
     def ends_at(self, step: int) -> None:
-        """Tell all logs that `step` is now the last step of the run."""
+        """Set the last step of the run to `step` in all logs."""
         for log in self._all:
             log.ends_at(step)
 

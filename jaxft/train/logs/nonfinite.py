@@ -62,7 +62,9 @@ class Diagnosis:
 
 
 class NonfiniteRecorder:
-    """Writes the first non-finite step of each member, if `loop.debug_nonfinite` is set."""
+    """Writes the first non-finite step of each member; without `loop.debug_nonfinite` only if it is the run's
+    first step and its loss is not finite.
+    """
 
     def __init__(self, job: Job, logs: Logs):
         self._job, self._logs = job, logs
