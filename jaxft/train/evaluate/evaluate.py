@@ -178,8 +178,8 @@ def selection_score(metrics: dict[str, float], loop: Loop) -> float | None:
     """Return the score that selects the best checkpoint, the lower the better: loop.best_metric, or minus it
     if greater is better.
 
-    None if `metrics` lacks that metric. Raises AgreedError if neither loop.greater_is_better nor the name says
-    which value is better.
+    None if `metrics` lacks that metric. Raises AgreedError if neither loop.greater_is_better nor the name
+    says which value is better.
     """
     default = LOSS if HELD_OUT + LOSS in metrics else REWARD
     name = loop.best_metric or HELD_OUT + default
