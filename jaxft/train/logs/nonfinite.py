@@ -226,7 +226,7 @@ def write_diagnosis(folder: Path, diagnosis: Diagnosis, batch: Batch, names: lis
 
 
 def first_nonfinite(diagnosis: Diagnosis, batch: Batch, names: list[str]) -> str:
-    """Return text that names the first non-finite array of a step. names: of the dataset rows in the batch."""
+    """Return text that names the first non-finite array of a step. names: of dataset rows in the batch."""
     for path, x in tree.paths(batch).items():
         if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
             bad = ~np.isfinite(x).reshape(*x.shape[:2], -1).all(-1)
