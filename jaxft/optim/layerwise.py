@@ -268,7 +268,9 @@ def _all_pieces(check: Callable, pieces: Any, fine: Bool[Array, ""]) -> Bool[Arr
 
 
 def _piece_by_piece(update: Callable, grads: Grads, before: Updated, key: Key[Array, ""] | None) -> Updated:
-    """Apply `update(grads, before, key)` to each index of the leaves' first axis, in place."""
+    """Apply `update(grads, before, key)` to each index i of the leaves' first axis, in place. The key of i is
+    fold_in(key, i).
+    """
 
     def one(i: Array, now: Any) -> Any:
         own_key = None if key is None else jax.random.fold_in(key, i)
@@ -294,7 +296,9 @@ def _rows_in_pieces(update: Callable, grads: Grads, before: Updated, key: Key[Ar
 
 
 def _row_pieces(grads: Grads) -> int:
-    """Return in how many pieces the rows of a large matrix are updated; 1 on a mesh."""
+    """Return the number of equal blocks of rows in which a large matrix is updated: the least for which a
+    block has at most PIECE elements; 1 on a mesh of several devices.
+    """
     matrix = jax.tree.leaves(grads)[0]
     if sharding.is_multi_device():
         return 1

@@ -43,8 +43,8 @@ class Codes:
 
 
 def _rows(shape: tuple[int, ...], stacked: int) -> tuple[int, int]:
-    """Return (number of rows, values per row) of an array; rows are divided into blocks. A row is the last
-    axis or, if that is shorter than a block, one of the `stacked` parameters.
+    """Return (number of rows, values per row) of an array of this shape; blocks never cross rows. A row runs
+    along the last axis or, if that is shorter than BLOCK, is one of the `stacked` layers, flattened.
     """
     total = math.prod(shape)
     last = shape[-1] if shape[-1] >= BLOCK else total // stacked

@@ -272,7 +272,9 @@ def make_schedule(o: Optim, steps: int) -> optax.Schedule:
 
 
 def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
-    """Return (path pattern, factor) pairs: o.lr_groups, then for o.lora_plus if there are LoRA pairs."""
+    """Return (path pattern, factor) pairs for scale_groups: o.lr_groups, then the groups of o.lora_plus, if
+    it is set and `specs` has LoRA matrices b.
+    """
     paths = spec_paths(specs)
     if o.lora_plus is None or not any(map(LORA_B.fullmatch, paths)):
         return o.lr_groups
@@ -502,8 +504,8 @@ BUFFERS = ("losses", "norms")  # fields that every device stores in full
 
 
 class SpikeState(NamedTuple):
-    """State of skip_spikes. wrapped: the optimizer's. losses, norms: losses and gradient norms of the last N
-    finite steps. finite, skipped: number of finite steps, and of steps that were skipped as spikes.
+    """State of skip_spikes. wrapped: the wrapped optimizer's state. losses, norms: losses and gradient norms
+    of the last N finite steps. finite, skipped: number of finite steps, and of steps skipped as spikes.
     """
 
     wrapped: OptState
@@ -518,7 +520,7 @@ def skip_spikes(optimizer: Optimizer, deviations: float, steps: int) -> Optimize
 
     A step is a spike if its loss or its gradient norm is more than `deviations` standard deviations above the
     mean of the `steps` finite steps before it. That mean includes earlier spikes, so that after a lasting
-    change steps are soon taken again. The first steps // 2 steps are never spikes (as in OLMo-core's
+    change steps are soon taken again. The first steps // 2 finite steps are never spikes (as in OLMo-core's
     SkipStepOptimizer). A spike advances neither the learning rate nor the optimizer's count of updates.
     """
 

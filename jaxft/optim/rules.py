@@ -140,7 +140,9 @@ EARLY = 9  # after t steps the average spans at most about t / 9 steps
 
 
 class EmaState(NamedTuple):
-    """State of an exponential moving average of the weights, with the state of the wrapped optimizer."""
+    """State of `ema`. updates: number of updates so far. average: the averaged weights. wrapped: the state of
+    the optimizer that updates the weights.
+    """
 
     updates: Int[Array, ""]
     average: Params
@@ -150,8 +152,8 @@ class EmaState(NamedTuple):
 class ScheduleFreeState(NamedTuple):
     """State of schedule_free.
 
-    updates: number of updates. total: the sum of their weights in the average. z: the base optimizer's
-    weights. wrapped: its state.
+    updates: number of updates so far. total: the sum of their squared learning rates. z: the base optimizer's
+    parameters. wrapped: the state of the base optimizer.
     """
 
     updates: Int[Array, ""]

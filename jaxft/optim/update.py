@@ -81,7 +81,7 @@ def standard_promotion() -> Iterator[None]:
 
 
 def is_updated(info: StepInfo) -> Bool[Array, ""]:
-    """Return whether a step changes parameters and optimizer state."""
+    """Return whether a step changes the parameters: it is finite and `info.frozen` is None or False."""
     return info.finite if info.frozen is None else info.finite & ~info.frozen
 
 

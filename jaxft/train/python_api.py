@@ -268,7 +268,9 @@ class RunResult:
 
     @property
     def samples(self) -> list[dict[str, str]]:
-        """Held-out prompts with the completions before and after training, and the rows' responses."""
+        """Held-out prompts that were completed before and after training, as dicts: "prompt", "before" and
+        "after" (the completions), "reference" (the row's response).
+        """
         pairs = same_prompts(self.summary["before"]["samples"], self.summary["after"]["samples"])
         return [
             {

@@ -190,6 +190,6 @@ def write_table(
 
 
 def _of_training(entries: list[dict]) -> dict[str, float]:
-    """Return the number of skipped steps and the last training metrics of a member's log entries."""
+    """Return {training metric: its last value in the log entries}, and under "skipped" the skipped steps."""
     last = {name: entry[name] for entry in entries for name in compare.TRAINED if entry.get(name) is not None}
     return {**last, "skipped": sum(entry.get("skipped", 0) for entry in entries)}

@@ -76,8 +76,8 @@ def make_eval_step(objective: Objective) -> Callable[[Params, Params, Batch, Aux
 
 
 def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the metrics over all batches, and for each accuracy its number of pairs. `step` returns sums,
-    which are added on the host and divided once by their total weights.
+    """Return {metric: mean over all batches}, and for each accuracy the number of pairs that it counts.
+    `step` returns sums, which are added on the host and divided once by their total weights.
     """
     return held_out_floats(sum_metrics(step, batches))
 
@@ -178,8 +178,8 @@ def selection_score(metrics: dict[str, float], loop: Loop) -> float | None:
     """Return the score that selects the best checkpoint, the lower the better: loop.best_metric, or minus it
     if greater is better.
 
-    None without held-out rows. Raises AgreedError if neither loop.greater_is_better nor the name says which
-    value is better.
+    None if `metrics` lacks that metric. Raises AgreedError if neither loop.greater_is_better nor the name
+    says which value is better.
     """
     default = LOSS if HELD_OUT + LOSS in metrics else REWARD
     name = loop.best_metric or HELD_OUT + default

@@ -439,15 +439,15 @@ def length_bucket(count: int, length: int) -> int:
 
 
 def read_sizes(size: int) -> tuple[int, ...]:
-    """Return, ascending, to how many positions with logits a row of `size` tokens is padded: few, or all."""
+    """Return, ascending, the numbers of positions with logits that a row of `size` tokens is padded to."""
     return (FEW_READS, size)
 
 
 def batches_of(
     rows: Sequence[_ScoredRow], batch: int, length: int
 ) -> list[tuple[tuple[int, int], list[_ScoredRow]]]:
-    """Return batches as (shape, rows), see TokenScorer._placed for the shape. The longest rows come first, so
-    that a lack of memory shows at once.
+    """Return (shape, at most `batch` rows) for each batch, the longest rows first, so that a lack of memory
+    shows at once. shape: (tokens, positions with logits) of a padded row. length: the most tokens of a row.
     """
     of_shape: dict[tuple[int, int], list[_ScoredRow]] = {}
     for row in rows:

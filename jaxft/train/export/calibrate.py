@@ -211,8 +211,8 @@ def plan_run(run: Run, source: Source[Any], tokenizer: Any) -> CalibrationPlan |
 
 
 def _as_in_run(run: Run, quant: Quant) -> Calibration:
-    """Return the settings of calibration rows in a file, read and rendered like the run's rows. data.columns
-    applies to them if the run's rows are for SFT.
+    """Return the settings of the calibration rows in the file quant.calibrate, read and rendered like the
+    run's rows. data.columns and data.format=plain apply to them only if the run's rows are for SFT.
     """
     assert quant.calibrate is not None
     rows = Calibration(quant.calibrate, tokens=quant.calibrate_tokens, max_length=run.data.max_length)
@@ -281,7 +281,7 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
     path = folder / CALIBRATED_JSON
     calibrated_codes(plan, progress)
     record = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
-    again = f"remove its folder {plan.name} from the cache of each machine that has another one"
+    again = f"remove the folder {plan.name} from the cache of every machine whose base differs"
     if not processes.all_equal(record):
         raise ValueError(f"the processes have different calibrated bases; {again}, and start again")
     with processes.agreement():

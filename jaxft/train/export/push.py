@@ -145,7 +145,9 @@ def _regular(path: Path) -> Path:
 
 
 def _complete(folder: Path) -> str:
-    """Return "adapter", "model" or "GGUF file". Raises FileNotFoundError or ValueError if files lack."""
+    """Return what `folder` has: "adapter", "model" or "GGUF file". Raises FileNotFoundError or ValueError if
+    files of it are missing or damaged.
+    """
     ggufs = sorted(folder.glob("*.gguf"))
     if (folder / "adapter_config.json").is_file():
         read_adapter_config(folder)
@@ -229,7 +231,7 @@ def _section(text: str) -> re.Match[str] | None:
 
 
 def _from_hub(text: str, repo: str) -> FileContent:
-    """Return a card whose code loads the weights from their repository."""
+    """Return the model card `text` with "from_pretrained(FOLDER" in its code replaced by the name `repo`."""
     return (
         text.replace("from_pretrained(FOLDER", f"from_pretrained({json.dumps(repo)}")
         .replace("from_pretrained(base, FOLDER", f"from_pretrained(base, {json.dumps(repo)}")

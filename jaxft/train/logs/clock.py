@@ -67,7 +67,7 @@ class Clock:
 
     @contextlib.contextmanager
     def first(self, name: str) -> Iterator[bool]:
-        """Show progress as `part` does, but only the first time for `name`; yield whether it is the first."""
+        """Show progress as `part` does, only in the first call with `name`; yield True in that call only."""
         if name in self._begun:
             yield False
             return

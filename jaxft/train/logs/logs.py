@@ -75,7 +75,7 @@ class Logs:
                 self._overview.step(step, shown, total_rates(perf))
 
     def sync(self) -> list[dict[str, Any]]:
-        """Sync all logs to disk; return what a checkpoint stores about them."""
+        """Sync all logs to disk; return the state of each member's log as JSON, for a checkpoint."""
         return [log.sync() for log in self._all][: len(self.members)]
 
     def message(self, text: str) -> None:
@@ -87,7 +87,7 @@ class Logs:
         (self._overview or self.members[0]).progress(text)
 
     def ends_at(self, step: int) -> None:
-        """Tell all logs that `step` is now the last step of the run."""
+        """Set the last step of the run to `step` in all logs."""
         for log in self._all:
             log.ends_at(step)
 
@@ -284,8 +284,8 @@ def eval_limit_lines(job: Job) -> list[str]:
 
 
 def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evaluation:
-    """Return the evaluation with a note on how many held-out rows it has read, unless it has read all. rows:
-    {index of a held-out row that was read: its metrics}.
+    """Return the evaluation `end`; if the job limits evaluations, with a note on how many held-out rows it
+    has read, and a 95 % interval of the loss or reward. rows: {index of a row that was read: its metrics}.
     """
     if job.limit.rows is None:
         return end
@@ -306,7 +306,7 @@ def with_part(job: Job, end: Evaluation, rows: dict[int, FloatMetrics]) -> Evalu
 
 
 def early_end_lines(job: Job) -> list[str]:
-    """Return a line about the step at which loop.patience or a callback ended a job, [] for another job."""
+    """Return a line about the step at which loop.patience or a callback ended the job; [] if neither did."""
     if job.ended_by is None:
         return []
     if job.ended_by == "callback":

@@ -62,7 +62,9 @@ class Diagnosis:
 
 
 class NonfiniteRecorder:
-    """Writes the first non-finite step of each member, if `loop.debug_nonfinite` is set."""
+    """Writes the first non-finite step of each member; without `loop.debug_nonfinite` only if it is the run's
+    first step and its loss is not finite.
+    """
 
     def __init__(self, job: Job, logs: Logs):
         self._job, self._logs = job, logs
@@ -224,7 +226,7 @@ def write_diagnosis(folder: Path, diagnosis: Diagnosis, batch: Batch, names: lis
 
 
 def first_nonfinite(diagnosis: Diagnosis, batch: Batch, names: list[str]) -> str:
-    """Describe the first non-finite array of a step, with the names of its rows."""
+    """Return text that names the first non-finite array of a step. names: of dataset rows in the batch."""
     for path, x in tree.paths(batch).items():
         if np.issubdtype(x.dtype, np.floating) and not np.isfinite(x).all():
             bad = ~np.isfinite(x).reshape(*x.shape[:2], -1).all(-1)

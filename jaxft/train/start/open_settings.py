@@ -60,7 +60,7 @@ OF_OBJECTIVE = {"SFT": 1.0, "preferences": 0.1, "a reward model": 0.2, "reinforc
 
 
 def learning_rate(run: Run) -> float:
-    """Return the learning rate that lr=auto means for this run, rounded to two digits."""
+    """Return the learning rate that lr=auto means for this run, rounded to two significant digits."""
     full = RATE * OF_OBJECTIVE[objective_kind(run)] * (WIDTH / run.model.config.width) ** EXPONENT
     return float(f"{full * (OF_LORA if run.adapter else 1):.1e}")
 
