@@ -154,7 +154,7 @@ def dpop(
 
 def rdpo(
     pair: PairBatch, beta: float = 0.1, alpha: float = 0.01, score: Score = reverse_kl
-) -> Annotated[PairLoss, Claims.of("difference", "finite", "raises_margin")]:
+) -> Annotated[PairLoss, Claims.of("finite", "raises_margin")]:
     """`-LS(beta D + alpha (|c| - |r|))`: R-DPO, which penalises length (Park et al. 2024, arXiv:2403.19159).
 
     The policy maximises reward - alpha |y| with a KL penalty beta, so reward = beta log(pi / pi_ref) + alpha
