@@ -88,7 +88,7 @@ POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # float32 counts smal
 
 @dataclass(frozen=True)
 class Choices:
-    """The texts that a setting accepts; for a setting that may be None, the user writes none."""
+    """The texts that a setting accepts. None among them: it may be None, which users write as none."""
 
     known: tuple[str | None, ...]
 
@@ -227,7 +227,7 @@ class ShortNames(NamedTuple):
 
 
 def _in(module: str, names: str) -> dict[str, str]:
-    """Return {name: "module:name"} for the functions of a module whose names are listed with spaces."""
+    """Return {name: "module:name"} for functions of a module. names: separated by spaces."""
     return {name: f"{module}:{name}" for name in names.split()}
 
 

@@ -127,7 +127,7 @@ class Rollout:
 @struct
 class TrainState:
     """Everything a run needs to resume. `bad` counts the steps whose loss, gradient norm or update was not
-    finite: [all such steps of the run, those without a finite step since].
+    finite: [in the whole run, in a row until now].
     """
 
     step: Int[Any, ""]
@@ -152,7 +152,7 @@ def without_fields(batch: T, names: tuple[str, ...]) -> T:
 
 
 def widened(batch: Any, like: Any) -> Any:
-    """Pad a batch of NumPy arrays with padding tokens, read positions and slots to the shapes of `like`."""
+    """Pad a batch of NumPy arrays to the shapes of `like`; added tokens, reads and slots are padding."""
     wide = jax.tree.map(
         lambda x, s: np.pad(x, [(0, n - m) for m, n in zip(x.shape, s.shape, strict=True)]), batch, like
     )

@@ -70,7 +70,7 @@ def map_with_path(fn: Callable, tree: Any, *rest: Any, is_leaf: Callable[[Any], 
 
 
 def nearest(name: str, available: list[str], count: int = 3) -> list[str]:
-    """Return the available names most similar to `name`, for an error message."""
+    """Return up to `count` available names, the most similar to `name`; the first ones if none is similar."""
     return difflib.get_close_matches(name, available, n=count, cutoff=0.3) or available[:count]
 
 

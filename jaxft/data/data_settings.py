@@ -137,7 +137,8 @@ class DataSettings:
 
     def for_attention(self, a: AttentionLayers) -> Self:
         """Return the settings adapted to a model: where its rope depends on the length of a text, pairs
-        cannot share a prompt. a: its attention layers. Raises ValueError for settings that it cannot have.
+        cannot share a prompt. a: the model's attention layers. Raises ValueError for settings that the model
+        rules out, such as data.layout=branches.
         """
         return self
 
@@ -191,7 +192,7 @@ class DataSettings:
         return 1
 
     def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
-        """Return a mask of a dataset's rows, True for rows to hold out: at least the fraction held_out.
+        """Return a mask of a dataset's rows, True for rows to hold out: about the fraction held_out of them.
 
         Rows with the same prompt are on the same side, and neither side is empty. If all rows have the same
         prompt, each row is assigned by itself.

@@ -43,7 +43,7 @@ def _extras(settings: RowSettings) -> ColumnTypes:
 
 
 def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
-    """Yield each row as a prompt and the token of its most probable choice, [] if it is too long."""
+    """Yield a list for each row: its prompt with the token of the most probable choice; [] if too long."""
     template = reader.settings.template
     chats = [_decision(row).prompt(template.arguments) for row in rows if isinstance(row, ParsedRow)]
     prompts = loss_mask.example_prompt_ids(chats, reader.tokenizer, template)
@@ -218,15 +218,15 @@ class DecisionBatches(PackedBatches):
         return tuple(map(self._with_choices, filled, parts))
 
     def positions(self, batch: Tokens) -> int:
-        """Return how many values a metrics.PerRow has for a batch: one for each element of `read`."""
+        """Return how many values a metrics.PerRow has for a batch: one for each element of `batch.read`."""
         return int(np.prod(batch.read.shape))
 
     def name_at(self, batch: Tokens, number: int, position: int) -> str:
-        """Return the name of the row whose decision is at a position in `read`; see BatchLayout."""
+        """Return the name of the row whose decision is at a position in flat batch.read; see BatchLayout."""
         return self.split.rows.names[self.example_at(batch, number, position)]
 
     def example_at(self, batch: Tokens, number: int, position: int) -> int:
-        """Return the index in split.rows of the decision at a position in `read`; see BatchLayout."""
+        """Return the index in split.rows of the decision at a position in flat batch.read."""
         _, rows, reads = batch.read.shape
         row, decision = divmod(position, reads)
         return int(self.held_plan.members[self.held_plan.offsets[number * rows + row] + decision])

@@ -263,8 +263,8 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
 
 
 def _with_texts_as_choices(row: Row) -> Row:
-    """Return a row whose choices are ARC's {"label": [...], "text": [...]} with the texts as choices, and an
-    answer that is one of the labels as probabilities. Other rows are unchanged.
+    """Rewrite a row with choices in ARC's form {"label": [...], "text": [...]}: the texts become the choices,
+    an answer that is one of the labels becomes probabilities. Return other rows unchanged.
     """
     choices, answer = row.fields.get("choices"), row.fields.get("answer")
     if not isinstance(choices, Mapping):
@@ -379,7 +379,7 @@ def _certain(number: int, names: Sequence[str]) -> tuple[float, ...]:
 
 
 def _soft(row: str, column: str, value: Any, names: Sequence[str]) -> tuple[float, ...] | None:
-    """Return the probabilities in a row's answer or label, None if it has no probabilities."""
+    """Return the probabilities in a row's answer or label, None if it has none. Raises InvalidRow."""
     if isinstance(value, list | tuple) and len(value) == len(names):
         return _probabilities(row, column, dict(zip(names, value, strict=True)), names)
     if not isinstance(value, Mapping):
@@ -407,7 +407,9 @@ def _no_choice(row: str, column: str, value: Any, names: Sequence[str], reading:
 def _probabilities(
     row: str, column: str, given: Mapping[str, Any], names: Sequence[str]
 ) -> tuple[float, ...]:
-    """Return the probabilities `given` by name, in the order of `names`, divided by their sum."""
+    """Return the probabilities `given` by name in the order of `names`, divided by their sum; 0 for a name
+    that `given` lacks. Raises InvalidRow unless they sum to about 1.
+    """
     for name, p in given.items():
         if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 + TOLERANCE:
             raise InvalidRow(

@@ -85,7 +85,7 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
 
 
 def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> str:
-    """Explain why a row (FILE:LINE) has no example: its error, the setting that leaves it out, or that no
+    """Explain why a row (FILE:LINE) has no example: its error, the settings that may leave it out, or that no
     dataset has such a row.
     """
     held_out = data.held_out if isinstance(data.held_out, str) else None
@@ -292,10 +292,10 @@ def _distinct(examples: Iterable[ShownExample]) -> Iterator[ShownExample]:
 
 
 def part_lengths(split: SplitRows, most: int) -> dict[str, np.ndarray]:
-    """Return the token counts of each part in the first `most` training rows; rows without the part have no
-    count.
+    """Return the token counts of each part, by name, in the first `most` training rows that have the part.
 
-    Rows with one response have the parts "all", "prompt" and "with loss" (their targets).
+    Pairs have the parts "prompt" and one for each kind of response; other rows "all", and if any has a loss,
+    "prompt" and "with loss" (their targets).
     """
     rows, members = split.rows, split.train[:most]
     counts = rows.counts[members]
@@ -460,7 +460,7 @@ class RowLengths:
         return float((self.longest <= limit).mean())
 
     def kept(self, limit: int) -> Int[np.ndarray, " rows"]:
-        """Return how many tokens of each row a length limit keeps: 0 if it leaves nothing of a response."""
+        """Return how many tokens of each row a length limit keeps: 0 if no token of a response fits."""
         room = limit - self.prompts[:, None]
         tokens = self.prompts + np.minimum(self.responses, room).sum(1)
         return np.where(self.prompts < limit + (not self.kinds), tokens, 0)
@@ -513,7 +513,7 @@ def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: in
 
 
 def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
-    """Return how many tokens a row needs for the pairs of any microbatch. tokens: of each pair."""
+    """Return how many tokens a row needs in any batch of the first epoch. tokens: number of each pair."""
     tokens = tokens[tokens > 0]
     if not len(tokens):
         return LENGTH_STEP
@@ -543,7 +543,7 @@ def limit_costs(
 ) -> list[LimitCost]:
     """Return the costs of the present limit, and of limits that cover 50, 90, 95, 99 and 100 % of the rows.
 
-    context: the positions of the model, which no limit exceeds.
+    context: the longest sequence, in tokens, that the model supports; the other limits stay within it.
     """
     now = getattr(data, data.length_settings[0])
     most = context - (data.episode_length if isinstance(data, Prompts) else 0)
@@ -572,9 +572,9 @@ def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: i
 
 
 def limit_alarms(data: object, stats: SourceStats, tokenizer: Any, context: int = UNLIMITED) -> list[str]:
-    """Return an alarm with a remedy if more than ALARMING of the rows are truncated or left out.
+    """Return a warning with a remedy, [] unless more than ALARMING of the rows are truncated or left out.
 
-    context: the positions of the model, which the remedy does not exceed.
+    context: the longest sequence, in tokens, that the model supports; the remedy stays within it.
     """
     if not isinstance(data, Rows | PairRows | Prompts):
         return []

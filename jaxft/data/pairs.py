@@ -249,7 +249,7 @@ class PairBatches(source.BatchLayout[Pairs]):
         return batch.index.size
 
     def name_at(self, batch: Pairs, number: int, position: int) -> str:
-        """Return the name of the pair in a slot, the position in the flat `index` of a held-out batch."""
+        """Return the name of the pair in a slot. position: the slot's index in flat batch.index."""
         return self.split.rows.names[batch.index.flat[position]]
 
     def prompts_of(self, batch: Pairs, row: int) -> Iterator[source.Prompt]:
@@ -280,7 +280,7 @@ class PairSource(source.RowSource[Pairs]):
         """Return evaluation batches of some pairs, with the shape of the held-out batches. Their weights sum
         to 1.
 
-        indices: of pairs in split.rows.
+        indices: the positions of these pairs in split.rows. Raises ValueError for an index outside of it.
         """
         members, pairs, count = np.asarray(indices, np.int64), self.split.rows, len(self.split.rows)
         if len(members) and (members.min() < 0 or members.max() >= count):
@@ -292,9 +292,9 @@ class PairSource(source.RowSource[Pairs]):
         return self.layout.evaluation(plan)
 
     def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-        """Return the values that were computed for the target tokens of a batch, by the pair's index in
-        split.rows; a pair's values are in the order of kinds, and within a response of its tokens. x: a value
-        for each element of `read`.
+        """Return a dict from a pair's index in split.rows to the values of its target tokens: one response
+        after the other, in the order of batch.kinds. x: a value, such as a log-prob, for each element of
+        batch.read.
         """
         return pair_layout.values_by_pair(batch, x)
 

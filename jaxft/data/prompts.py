@@ -296,7 +296,9 @@ def prompts_of_rollout(data: Prompts, train: PromptRows, rollout: int) -> Int[np
 
 
 def prompts_of_step(data: Prompts, rollout: int, part: int) -> Int[np.ndarray, " minibatch"]:
-    """Return the positions, in a rollout's prompts, of those that step `part` uses; passes are shuffled."""
+    """Return which of a rollout's prompts an optimizer step uses, as indices from 0 to data.batch - 1. part:
+    the step's number within the rollout, from 0. Every pass has another random order.
+    """
     turn, minibatch = divmod(part, data.minibatches)
     order = permutation(data.batch, data.seed, 5, rollout, turn)
     size = data.units_per_step

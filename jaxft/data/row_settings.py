@@ -69,13 +69,13 @@ class RowSettings:
 
     kinds: the responses that are read, such as "chosen" and "rejected". max_length: tokens of a prompt with a
     response, or of a prompt alone where no response is read. extras: columns of numbers that batches contain.
-    loss_on, sample_by: see sft.Rows. weight_column: see pairs.PairRows. tools: JSON of {environment: schemas
-    of its tools}, which replace the tools of rows whose column "environment" has this name; the name "" is
-    for all rows. "" keeps the tools of the rows. optional: whether a row may lack a prompt; an environment
-    then writes it. separator: see sft.SolutionRows; last_step: last_step_only there. best_first: see
-    pairs.PairRows. labels, question, unlabelled: see decision_rows.DecisionRows. reading: how the answers of
-    a dataset of decisions name a choice, see decisions.reading_of; None: each row decides. Others: see
-    DataSettings.
+    loss_on, sample_by, too_long: see sft.Rows. weight_column: see pairs.PairRows. tools: JSON of
+    {environment: schemas of its tools}, which replace the tools of rows whose column "environment" has this
+    name (the name "" is any row); tools="" keeps the tools of the rows. optional: whether a row may lack a
+    prompt; an environment then writes it. separator: see sft.SolutionRows; last_step: last_step_only there.
+    best_first: see pairs.PairRows. labels, question, unlabelled: see decision_rows.DecisionRows. reading: how
+    the answers of a dataset of decisions name a choice, see decisions.reading_of; None: each row decides.
+    Others: see DataSettings.
     """
 
     kinds: tuple[str, ...] = ()

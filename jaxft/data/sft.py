@@ -179,7 +179,7 @@ class PackedBatches(source.BatchLayout[Tokens]):
         return replace(flat, packed=self.settings.packing is True, source_names=names)
 
     def positions(self, batch: Tokens) -> int:
-        """Return how many values a metrics.PerRow has: T + 1 per row; value i is of example i, from 1."""
+        """Return how many values a metrics.PerRow has: T + 1 a row; value i is example i's, from 1."""
         _, rows, length = batch.ids.shape
         return rows * (length + 1)
 
@@ -397,7 +397,9 @@ def fill_rows(
 def _own_weights(
     own: Ragged, members: Int[np.ndarray, " members"], lengths: Int[np.ndarray, " examples"]
 ) -> Float[np.ndarray, " tokens"]:
-    """Return the weight of each token of the members, 1 in examples without. own: column TOKEN_WEIGHTS."""
+    """Return a weight for each token of the members; an example without weights in `own`, the column
+    TOKEN_WEIGHTS, has 1 for all of its tokens.
+    """
     weights = np.ones(lengths[members].sum(), np.float32)
     weights[np.repeat(own.counts[members] > 0, lengths[members])] = own.of(members)
     return weights

@@ -89,13 +89,12 @@ class SourceInfo:
 
     steps: optimizer steps of the run that data.epochs or data.tokens asks for. fingerprint: a hash of
     everything that the batches depend on. preview: the first training row as text. steps_per_rollout:
-    optimizer steps between two points where the run may be saved. samples: whether batches are sampled from
-    the model, which takes as long as an evaluation. recorded: what the batches depend on in addition to the
-    settings, by its name in the run's record: fingerprints of other models, the labels of a classifier.
-    eval_cost: the work of evaluating held-out rows, relative to training on as many rows: 1/3 without
-    gradients; for sampled completions, their number. learned_ends: token id -> number of training and
-    held-out sequences whose last target it is, without truncated ones. warnings: lines for the start of a
-    run.
+    optimizer steps between two points where the run may be saved. samples: whether batches have completions
+    that the model samples during the run. recorded: what the batches depend on in addition to the settings,
+    by its name in the run's record: fingerprints of other models, the labels of a classifier. eval_cost: the
+    work of evaluating held-out rows, relative to training on as many rows: 1/3 without gradients; for sampled
+    completions, their number. learned_ends: token id -> number of training and held-out sequences whose last
+    target it is, without truncated ones. warnings: lines for the start of a run.
     """
 
     steps: int
@@ -151,12 +150,12 @@ class Source(Protocol[BoundTo]):
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
         """Return the source with a limit on evaluations: its `evaluate` reads at most `most` held-out rows,
-        None for all. Where the train loop evaluates `held_out` instead, `most` counts batches, which `spread`
-        chooses, and `held_out_name` numbers the rows of these batches.
+        None for all. Where the train loop evaluates `held_out` instead, `most` counts batches: `spread`
+        chooses them, and positions in `held_out_name` count the values of these batches alone.
         """
 
     def row_names(self, step: int) -> list[str]:
-        """Return the name of the dataset row in each row of a batch; names of several are joined by ", "."""
+        """Return a text for each row of a batch: the names of the dataset rows in it, joined by ", "."""
 
     def prompts(self, count: int) -> list[Prompt]:
         """Return the first `count` held-out prompts, fewer if there are not as many."""
@@ -171,15 +170,15 @@ class Source(Protocol[BoundTo]):
 
 
 def open_for(a: AttentionLayers, data: DataSettings, tokenizer: Any, shards: int = 1) -> Any:
-    """Open data with settings adapted to a model with these attention layers, as the data of a Run already
-    is. Return a Source. shards: see DataSettings.open.
+    """Adapt the settings `data` to a model with these attention layers and open them; return a Source. The
+    settings of a Run are adapted already. shards: see DataSettings.open.
     """
     return data.for_attention(a).open(tokenizer, shards)
 
 
 @dataclass(frozen=True)
 class BatchLayout(Generic[SomeBatch]):
-    """The batches of a source of fixed rows: the parts that differ between packed texts, pairs and others.
+    """The layout of a RowSource's rows in batches; subclasses are for packed texts, pairs and decisions.
 
     settings: the settings of the data. split: all rows, and which are held out. plan(epoch): the examples of
     each row of an epoch; batch k has the rows from k * rows_per_step on. held_plan: the held-out examples of
@@ -214,7 +213,7 @@ class BatchLayout(Generic[SomeBatch]):
         raise NotImplementedError
 
     def positions(self, batch: SomeBatch) -> int:
-        """Return how many values a metrics.PerRow has for an evaluated batch."""
+        """Return how many values a metrics.PerRow (a metric of single rows) has for an evaluated batch."""
         raise NotImplementedError
 
     def name_at(self, batch: SomeBatch, number: int, position: int) -> str:

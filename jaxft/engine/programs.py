@@ -221,8 +221,8 @@ def decode_rows(
     """Sample further tokens of all live rows.
 
     read: how many slots of cached keys attention reads: the first ones of each row, and the last ones of each
-    prompt. used [R]: false for rows whose requests were dropped. until: int32 [2], the number of steps and
-    the number of live rows, at which decoding stops; and the allowed tokens in every step.
+    prompt. used [R]: false for rows whose requests were dropped. until: (int32 [2], uint32 [R, W]). Decoding
+    stops after until[0][0] steps, or when at most until[0][1] rows are live. until[1]: see allowed_logits.
     """
     limits, allowed = until
     state = replace(state, live=state.live & used)

@@ -143,8 +143,9 @@ class Session:
     ) -> None:
         """Queue a prompt with one completion for each episode, a number of the caller's choice.
 
-        number: the prompt's number, for random keys. max_new: the most tokens of a completion. Raises
-        ValueError for settings that the engine is not compiled for.
+        number: the prompt's number, for random keys. max_new: the most tokens of a completion; None for the
+        limit in `choice`, or without one in the session's settings. Raises ValueError for settings that the
+        engine is not compiled for.
         """
         choice, d = choice or self.choice, self.engine.decoding
         same = replace(choice.sampling, max_new=d.sampling.max_new) == d.sampling
@@ -287,7 +288,7 @@ class Session:
         return {it.slot for it in self.running.values()}
 
     def _choose(self, settings: RowChoices, allowed: np.ndarray, at: int, it: Running) -> None:
-        """Write a request's settings to entry `at` of the arrays for a program."""
+        """Write the settings of `it` to entry `at` of a program's arrays `settings` and `allowed`."""
         sampling = row_sampling(it.choice.sampling, self.engine.decoding.model.config.vocab)
         jax.tree.map(lambda array, x: array.__setitem__(at, x), settings.sampling, sampling)
         settings.limit[at], settings.stops[at] = it.limit, NO_TOKEN

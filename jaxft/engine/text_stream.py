@@ -133,11 +133,11 @@ class TextStream:
         return "".join(self._pieces)
 
     def add(self, token: int) -> str:
-        """Return the text that is certain after one more token."""
+        """Add a token; return the new text that no later token can change, "" if there is none yet."""
         return self.add_all([token])
 
     def add_all(self, tokens: Sequence[int]) -> str:
-        """Return the text that is certain after more tokens. With stop strings, call `add` for each token."""
+        """Add tokens, as `add` does. If the stream has stop strings, call `add` for each token instead."""
         if self.stopped:
             return ""
         for token in tokens:
@@ -147,7 +147,7 @@ class TextStream:
         return self._piece(self._certain(), self.stops)
 
     def finish(self) -> str:
-        """Return the rest of the text after the last token."""
+        """Return the text that `add` has not returned yet. Call it after the last token."""
         if self.stopped:
             return ""
         rest = self.decoder.decode(self._tail)[len(self._before) + self._ahead :]
@@ -191,7 +191,7 @@ class TextStream:
         return next((c for c in cuts if decode(self._tail[:c]) + decode(self._tail[c:end]) == text), None)
 
     def _piece(self, new: str, stops: Sequence[str]) -> str:
-        """Add text; return all text that can be passed on: up to a stop string, or to what may begin one."""
+        """Add text; return the text that can be shown: up to a stop string, or to what may begin one."""
         text = self._waiting + new
         places = [at for at in (text.find(stop) for stop in stops) if at >= 0]
         if places:

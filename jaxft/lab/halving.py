@@ -165,8 +165,8 @@ class Lab:
     _pairs_at: dict[int, int] = field(default_factory=dict)
 
     def pair_at(self, position: int) -> int:
-        """Return the number of the held-out pair at a position of the batches; looked up once, since a name
-        is read from the file of the rows.
+        """Return the index in `pairs` of the pair that a value of an evaluation belongs to; cached, because
+        the row's name is read from a file. position: as in Source.held_out_name.
         """
         if position not in self._pairs_at:
             name = self.job.sources[0].held_out_name(position)
@@ -468,7 +468,7 @@ def checkpoints_of(trial: Path) -> Checkpoints:
 
 
 def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
-    """Evaluate each state on the held-out pairs after a step. metrics: metrics of that training step."""
+    """Evaluate each state on the held-out pairs after step `step`. metrics: from training that step."""
     trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
     evaluations = []
     for k, (own, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):

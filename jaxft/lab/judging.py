@@ -61,7 +61,7 @@ class Judge(Protocol):
         """The name in tables."""
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return the values of each match, in both orders, see Verdicts."""
+        """Return a value for each match, with the first model's answer shown first and shown second."""
 
 
 # Questions and replies
@@ -110,7 +110,10 @@ def in_both_orders(matches: Sequence[Match]) -> list[list[dict[str, str]]]:
 
 
 def values_of(replies: Sequence[str], judge: str) -> Verdicts:
-    """Return the values of replies to `in_both_orders`. Raises ValueError if most name no answer."""
+    """Return the verdicts of a judge's replies, two for each match in the order of `in_both_orders`.
+
+    judge: its name, for errors. Raises ValueError if more than half of the replies have no verdict.
+    """
     verdicts = np.array([verdict(reply) for reply in replies])
     without = int(np.isnan(verdicts).sum())
     if without > MOST_WITHOUT * len(verdicts):
@@ -123,7 +126,7 @@ def values_of(replies: Sequence[str], judge: str) -> Verdicts:
 
 
 def values_of_scores(one: Float[np.ndarray, " P"], other: Float[np.ndarray, " P"]) -> Verdicts:
-    """Return the values from the scores of both models' answers; the order of showing has no effect."""
+    """Return 1 where the first model's answer has the higher score, 0 the lower, 1/2 equal, NaN for a NaN."""
     difference = one - other
     values = np.where(np.isnan(difference), np.nan, (np.sign(difference) + 1) / 2)
     return Verdicts(values, values)
@@ -273,7 +276,7 @@ def verdict_lines(judged: Judged, one: str, other: str) -> list[str]:
 
 
 def needed_line(judged: Judged) -> str:
-    """Return a line: not distinguishable, and how many prompts would show the present difference."""
+    """Return "not distinguishable", with the number of prompts that would show the difference, if known."""
     values = judged.by_prompt[judged.known] - 0.5
     count = None
     if len(values) > 1:

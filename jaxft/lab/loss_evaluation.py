@@ -150,12 +150,12 @@ def synthetic_pairs(
     reads: int = READS,
     dtype: DTypeLike = np.float32,
 ) -> PairBatch:
-    """Pairs [N, 1] of given summed log-ratios, lengths and summed reference log-probs: a number or an array
-    [N] per kind.
+    """Return pairs [N, 1] of NumPy arrays, such as synthetic_pairs({"chosen": 1.0, "rejected": -1.0}).
 
-    The log-prob of a response is spread evenly over its tokens, log sum_v p_v^2 is -1, columns are 1, and
-    ZERO_COLUMNS 0. A response of length 0 is missing; the mean length is over the N pairs. The arrays are
-    NumPy's. Raises ValueError if a pair has more than `reads` tokens.
+    ratio: summed log-ratio of each kind of response. length: tokens, 0 for a missing response. reference:
+    summed log-prob of the reference. Each is a number or an array [N]. A log-prob is spread evenly over the
+    response's tokens; log sum_v p_v^2 is -1. columns: names; `margin` and `score_rejected` are 0, others 1.
+    reads: positions of a row that have a loss. Raises ValueError if a pair has more tokens than `reads`.
     """
     kinds = tuple(sorted(ratio))  # the order of a dict's keys after jax.jit
     given = [
@@ -290,17 +290,16 @@ class Curve:
 
 
 def loss_at_start(loss: Callable[..., Array], pair: PairBatch) -> Array:
-    """The loss's values, with its state at step 0."""
+    """Return the loss of each pair [B, P], with the loss's state at step 0."""
     init = declaration(loss).init
     return loss_values(loss, pair, {name: jnp.asarray(x, jnp.float32) for name, x in init.items()})
 
 
 def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) -> Probe:
-    """Find the third response and the columns that the loss needs (columns are 1 in all pairs, `margin` and
-    `score_rejected` 0), and compile it.
+    """Find which third response (mismatched, gold or none) and which columns a loss needs, and compile it.
 
-    columns: further ones. Raises ValueError with the loss's own message, `from` its error, if it fails with
-    all inputs.
+    name: its label in errors. columns: names of columns that all pairs have in any case. Raises ValueError
+    with the loss's messages if it fails with each of these inputs.
     """
     failed = dict[str, tuple[str, Exception]]()
     inputs = [(PAIR, ()), *(((*PAIR, third), ()) for third in THIRDS), (PAIR, RATING_COLUMNS)]
@@ -324,7 +323,7 @@ def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) ->
 def _find_columns(
     loss: Callable[..., Array], kinds: tuple[str, ...], columns: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return `columns` and those that the loss reads, by its KeyErrors. Raises its other errors."""
+    """Return `columns` plus the columns for which the loss raises KeyError. Raises its other errors."""
     try:
         shape_of(loss, kinds, columns)
     except KeyError as error:
@@ -338,7 +337,7 @@ def _find_columns(
 def shape_of(
     loss: Callable[..., Array], kinds: tuple[str, ...], columns: tuple[str, ...]
 ) -> tuple[tuple[int, int], Any]:
-    """A batch's shape [B, P], and the shape and dtype of the loss's result for it."""
+    """Return ((B, P) of a test batch, shape and dtype of the loss on it), without computing the loss."""
     pair = pack_rows(synthetic_pairs(dict.fromkeys(kinds, np.zeros(6)), columns=columns), 2)
     return (3, 2), jax.eval_shape(partial(loss_at_start, loss), pair)
 
@@ -353,14 +352,14 @@ def one_line(error: Exception) -> str:
 
 
 def add_nats(pair: PairBatch, nats: dict[str, Array]) -> PairBatch:
-    """The pairs with `nats` more log-prob of each kind of response, spread evenly over its tokens."""
+    """Return the pairs with nats[kind] added to each response's log-prob, spread evenly over its tokens."""
     responses = {kind: replace(x, logp=x.logp + nats[kind]) for kind, x in pair.responses.items()}
     each = pair.spread({kind: nats[kind] / x.length for kind, x in pair.responses.items()})
     return replace(pair, responses=responses, tokens=replace(pair.tokens, logp=pair.tokens.logp + each))
 
 
 def _run_with_gradient(loss: Callable[..., Array], pair: PairBatch) -> LossResult:
-    """As in the objective, slots without weight are excluded from the sum, not from the computation."""
+    """Return the value of each pair, and gradients of the sum over the pairs whose weight is above 0."""
 
     def total(nats: dict[str, Array]) -> tuple[Array, Array]:
         values = loss_at_start(loss, add_nats(pair, nats))
@@ -416,7 +415,7 @@ def evaluate_each(probe: Probe, pair: PairBatch) -> LossResult:
 
 
 def evaluate_pairs(probe: Probe, **given: Any) -> LossResult:
-    """evaluate_each of synthetic_pairs with `ratio`, `length` and `reference`."""
+    """Return evaluate_each for synthetic_pairs(**given): `ratio`, and perhaps `length` and `reference`."""
     return evaluate_each(probe, synthetic_pairs(**given, columns=probe.columns))
 
 
@@ -440,10 +439,10 @@ def same_result(*results: LossResult) -> bool:
 def evaluate_margins(
     probe: Probe, margin: np.ndarray, length: Mapping[str, Any] | int = TOKENS
 ) -> LossResult:
-    """Pairs [N], each in a separate batch; half the margin is gained by the chosen response, half lost by the
-    rejected one.
+    """Return values and gradients [N] of a pair for each margin [N] in nats, each in a separate batch.
 
-    The reference's log-probs are low enough for the policy's to stay below 0, and the same for all margins.
+    The chosen response's log-ratio is half the margin, the rejected one's minus half of it. The reference's
+    log-probs are the same for all margins, and so low that the policy's stay below 0.
     """
     known = -max(-TOKENS * PER_TOKEN, 0.55 * float(np.abs(margin).max()))
     ratio = {"chosen": margin / 2, "rejected": -margin / 2} | dict.fromkeys(probe.kinds[2:], 0.0)
@@ -451,9 +450,10 @@ def evaluate_margins(
 
 
 def margin_span(probe: Probe) -> float:
-    """How far in nats a curve must go to show the loss's bends; for DPO 3 / beta.
+    """Return up to which margin, in nats, a curve shows the loss's bends; 30 for DPO with beta=0.1.
 
-    The smallest of SPANS within which the slope over the margin changes by most of its value at 0.
+    It is the smallest of SPANS within which the slope differs from its value at 0 by more than 80 %; 30 if
+    there is none, if the slope at 0 is 0, or if a slope is not finite.
     """
     for reach in SPANS:
         result = evaluate_margins(probe, np.linspace(-reach, reach, 25))
@@ -466,7 +466,7 @@ def margin_span(probe: Probe) -> float:
 
 
 def margin_curve(probe: Probe, span: float, length: Mapping[str, Any] | int = TOKENS) -> Curve:
-    """The loss over margins from -span to span, closer together near 0."""
+    """Return the loss over margins from -span to span nats, closer together near 0."""
     margin = span * np.sinh(np.linspace(-3, 3, 2 * ROWS - 1)) / np.sinh(3.0)
     result = evaluate_margins(probe, margin, length)
     return Curve(margin, result.value, result.gradient)

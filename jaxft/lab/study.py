@@ -228,7 +228,7 @@ class Study:
 
     @property
     def waves(self) -> int:
-        """Number of waves, which train a trial of every loss: in all stages, and with the other seeds."""
+        """Number of waves: one for each trial of each stage, and one for each seed after the first."""
         return sum(rung.trials for rung in self.rungs) + len(self.seeds) - 1
 
     @property
@@ -282,7 +282,7 @@ def _value(values: Values, fraction: float) -> float:
 
 
 def _halton(number: int, base: int) -> float:
-    """Return entry `number` of van der Corput's sequence in a base (Halton 1960); entry 0 is its second."""
+    """Return the digits of number + 1 in `base`, mirrored at the point (Halton 1960); 1 / base for 0."""
     number, point, scale = number + 1, 0.0, 1.0
     while number:
         scale /= base

@@ -59,7 +59,7 @@ from jaxft.report.html_elements import escaped, folded, html_table, section
 
 BETAS = tuple(10.0 ** (k / 4) for k in range(-6, 7))  # times a loss's own beta
 FLIPS = (0.0, 0.1, 0.2, 0.3, 0.4)
-BIASES = (0.0, 0.5, 1.0, 1.5, 2.0)  # reward that annotators add per 10 tokens
+LENGTH_BIASES = (0.0, 0.5, 1.0, 1.5, 2.0)  # reward that annotators add per 10 tokens
 STRONG_BIAS = 1.5  # with which over-optimisation is shown
 CIRCLES = (0.0, 1.0, 2.0, 3.0)  # reward that they add to a response against the one after it
 LEAST_KL, MOST_KL = 0.01, 2.5  # nats that the picture of gains shows
@@ -77,8 +77,8 @@ class Specimen:
     needs: what it reads in addition to a pair and the reference's log-probs. own: quality of the policy that
     it would reach with its own beta; by_beta: for other values of beta, in ascending order of KL, empty for a
     loss without one. same_kl: its true reward where beta leads to a KL of SAME_KL, None if none does.
-    by_flips, by_bias, by_circle: true reward for FLIPS, BIASES and CIRCLES. biased: with STRONG_BIAS and
-    values of beta, in ascending order of KL. path: log-probs of similar responses.
+    by_flips, by_bias, by_circle: true reward for FLIPS, LENGTH_BIASES and CIRCLES. biased: with STRONG_BIAS
+    and values of beta, in ascending order of KL. path: log-probs of similar responses.
     """
 
     label: str
@@ -131,7 +131,7 @@ def describe_loss(loss: NamedLoss) -> Specimen:
         tuple(by_beta),
         reward_at_same_kl(seen, toy, by_beta),
         tuple(_quality(seen, toy.with_noise(flips)).reward for flips in FLIPS),
-        tuple(_quality(seen, toy.with_annotators(bias=bias)).reward for bias in BIASES),
+        tuple(_quality(seen, toy.with_annotators(bias=bias)).reward for bias in LENGTH_BIASES),
         tuple(_quality(seen, toy.with_annotators(circle=circle)).reward for circle in CIRCLES),
         tuple(sorted(_biased_policy(seen, toy, beta=x) for x in betas[::2])),
         find_displacement(seen),
@@ -438,7 +438,7 @@ def _overview(specimens: Sequence[Specimen], toy: Toy) -> str:
         "<li><b>Reward</b> and <b>KL</b> are those of the policy that the loss leads to with its own knobs; "
         f"{max(toy.reward):g} is a policy that always gives the best response. "
         "<b>Reward, 20 % flipped</b>: if a fifth of the labels is wrong; <b>length bias</b>: if annotators "
-        f"add {BIASES[2]:g} per 10 tokens.</li>"
+        f"add {LENGTH_BIASES[2]:g} per 10 tokens.</li>"
         "<li><b>Gain at the same KL</b>: over the reference, with the beta that leads to a KL of "
         f"{SAME_KL:g} nats, in per cent of the most that any policy can gain there; - if no beta leads to "
         "that KL.</li>"
@@ -564,7 +564,7 @@ def _plots(x: Specimen, toy: Toy) -> list[Plot]:
             "true reward if annotators like length",
             "reward that they add per 10 tokens",
             "true reward",
-            [Line(BIASES, x.by_bias, COLOURS[2])],
+            [Line(LENGTH_BIASES, x.by_bias, COLOURS[2])],
             **rewards,
         ),
         Plot(

@@ -146,8 +146,8 @@ def check_first_loss(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_falling_logp(beta: float | None, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Detect a falling log-prob of chosen responses: of held-out ones since step 0, of training ones relative
-    to the reference. beta: as in preference_alarms.
+    """Detect a falling log-prob of chosen responses: on held-out pairs below its value at step 0, on training
+    pairs below the reference's (only with `beta`, see preference_alarms).
     """
     memory, depths = {"reported": 0.0, **memory}, []
     held_out = HELD_OUT + CHOSEN_LOGP

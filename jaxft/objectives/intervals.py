@@ -30,7 +30,7 @@ class Interval(NamedTuple):
 
 
 class Paired(NamedTuple):
-    """The mean difference of two models on the same rows.
+    """The mean difference of two models on the same rows, the second minus the first.
 
     rows: number of rows. interval: of the difference. p: p-value of the sign test; None if the models' values
     are not all 0, 1 or 1/2.
@@ -170,7 +170,7 @@ def paired_fractions(first: Sequence[float], second: Sequence[float]) -> Paired:
 
 
 def fraction_text(fraction: float, count: float | None, unit: str = "pairs") -> str:
-    """Return a fraction as text, with its interval and count of units if the count is not None."""
+    """Return a fraction as text, with its interval and `count` in `unit`, unless the count is None or 0."""
     if not count:
         return f"{fraction:.2f}"
     return f"{fraction:.2f} {wilson(fraction, count).text(2)} of {count:,.0f} {unit}"

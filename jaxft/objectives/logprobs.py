@@ -146,7 +146,7 @@ class LanguageModel(Protocol):
 
 
 class HeadInput(NamedTuple):
-    """A model's head as input of a pass over heads. params: of the model. h: hidden states at the positions
+    """A model's head and the hidden states that it is applied to. params: of the model. h: at the positions
     whose log-probs are computed.
     """
 

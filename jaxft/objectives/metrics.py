@@ -55,7 +55,9 @@ class WinRate:
 
     @staticmethod
     def of(margin: Float[Array, "..."], tied: Bool[Array, "..."], where: Bool[Array, "..."]) -> "WinRate":
-        """Return the fraction of margins above 0 where a mask is True; NaN if one is NaN."""
+        """Return the fraction of margins above 0 where a mask is True; a `tied` one counts 1/2. NaN if any
+        is NaN.
+        """
         w = where.astype(margin.dtype)
         tie = tied.astype(margin.dtype)
         won = jnp.where(jnp.isnan(margin), margin, jnp.where(tied, 0, (margin > 0).astype(margin.dtype)))

@@ -68,7 +68,7 @@ class Facts:
 
 
 def no_summary(first: dict[str, Any], last: dict[str, Any]) -> list[str]:
-    """Return no lines."""
+    """Return no lines: the default of Report.summary."""
     return []
 
 
@@ -85,27 +85,27 @@ class Report(NamedTuple):
 
 
 def no_aux(trainable: Params, at_base: bool) -> Aux:
-    """Return an empty aux."""
+    """Return an empty aux: the default of Objective.init."""
     return {}
 
 
 def same_aux(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
-    """Return aux unchanged."""
+    """Return aux unchanged: the default of Objective.update."""
     return aux
 
 
 def no_scores(params: Params, batch: Batch, aux: Aux) -> Scores:
-    """Return no scores."""
+    """Return no scores: the default of Objective.score."""
     return Scores()
 
 
 def never_frozen(batch: Batch) -> Bool[Array, ""]:
-    """Return False."""
+    """Return False: the default of Objective.frozen_policy."""
     return jnp.zeros((), bool)
 
 
 def same_batch(batch: Batch) -> Batch:
-    """Return the batch unchanged."""
+    """Return the batch unchanged: the default of Objective.batch_spec."""
     return batch
 
 

@@ -100,7 +100,7 @@ def _by_shard(x: Shaped[Array, "B Cm ..."], sharding: ReadSharding) -> Shaped[Ar
 
 
 def _in_order(x: Shaped[Array, "CB m ..."], sharding: ReadSharding) -> Shaped[Array, "B M ..."]:
-    """Invert _by_shard and _to_slots: move the value or array of each slot to its read position."""
+    """Move the value or array of each slot to its read position: the inverse of _to_slots, then _by_shard."""
     rows, size, *rest = x.shape
     joined = jnp.moveaxis(x.reshape(sharding.num_shards, rows // sharding.num_shards, size, *rest), 0, 1)
     flat = joined.reshape(rows // sharding.num_shards, sharding.num_shards * size, *rest)
@@ -151,7 +151,7 @@ def read_logps(
     reads: tuple[Int[Array, "B M"], Int[Array, "B M"]],
     graded: Graded = ("logp",),
 ) -> LogProbs:
-    """Return token_logps at read positions. reads: (read positions, targets)."""
+    """Return the LogProbs of targets at read positions. reads: (read positions, targets)."""
     return read_logps_of_heads([HeadInput(model, params, h_BTD)], reads, graded)[0]
 
 

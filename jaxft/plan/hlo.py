@@ -119,7 +119,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Return the index of the bracket that closes the one at `start`; the length of `text` if none does."""
+    """Return the index of the `)` that closes the `(` at `start`; the length of `text` if none does."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -216,8 +216,8 @@ def _counter_trips(
 
 
 def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, index: int) -> Instruction | None:
-    """Return the instruction of `inside` that makes element `index` of the tuple `named[0]`, or of the root
-    if `named` is None; None if that instruction is no tuple.
+    """Return the instruction that makes element `index` of a tuple, None if `inside` lacks it or no tuple
+    has it. inside: a computation by name. The tuple is the instruction named[0]; without `named`, the root.
     """
     one = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
     if one is None or one.opcode != "tuple" or index >= len(one.operands):
@@ -226,7 +226,9 @@ def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, inde
 
 
 def _copied(inside: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
-    """Follow copies, bitcasts and conversions in a computation from `one` back to what they copy."""
+    """Return the instruction that `one` copies, bitcasts or converts, perhaps in several steps; `one` if it
+    does nothing of this kind, None if its operand is not in the computation `inside`.
+    """
     while (
         one is not None
         and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")

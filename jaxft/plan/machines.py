@@ -200,7 +200,7 @@ def chip_name(text: str) -> str | None:
 
 
 def local() -> Machine:
-    """Return a machine of the devices of this process's jax backend."""
+    """Return a machine of jax's devices in this process; its chip is None if CHIPS has none of their kind."""
     devices = jax.devices()
     kind = devices[0].device_kind
     candidates = [chip for chip in CHIPS.values() if kind.startswith(chip.kind)]

@@ -82,7 +82,7 @@ def record(step: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
 
 
 def programs_report(plans: Sequence[Plan]) -> str:
-    """Return as text the GiB of each program in addition to resident arrays, and whether the largest fits."""
+    """Return the GiB of resident arrays, the further GiB of each program, and whether the largest fits."""
     resident = min(
         p.total - _program_bytes(p) if p.total is not None else sum(p.parts.values()) for p in plans
     )

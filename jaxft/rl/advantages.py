@@ -103,7 +103,8 @@ def update_moments(moments: Moments, scores: GroupScores) -> Moments:
 
 
 def scale_scores(scores: GroupScores, moments: Moments) -> GroupScores:
-    """Divide scores by the running standard deviation (unbiased; 1 until two scores differ). The mean stays.
+    """Divide scores by the running standard deviation (unbiased; 1 until two scores differ), and
+    subtract no mean.
 
     Engstrom et al. 2020 (arXiv:2005.12729) for scores instead of returns; TRL 0.11's use_score_scaling.
     """
@@ -241,9 +242,9 @@ def gfpo(
     (Shrivastava et al. 2025, arXiv:2508.09726, eq. 2).
 
     retain: None for half of the group, as the paper's 8 of 16. metric: brevity, token_efficiency or your own
-    function of (scores, lengths). The first of equal completions is retained. Token weights count all
-    completions, as the paper's do; grpo's deviation is unbiased, the paper's is not. Raises ValueError if the
-    group has no more than `retain` completions.
+    function of (scores, lengths). Of equal metrics the first is retained. Token weights count all
+    completions, as the paper's do; grpo's deviation is unbiased, the paper's is not. Raises ValueError unless
+    `retain` is in 1 .. N - 1; a group of one has retain=1.
 
     >>> scores, lengths = np.array([[1.0, 0.0, 1.0, 0.0]]), np.array([[10, 20, 40, 30]])
     >>> gfpo(scores, lengths, retain=2, advantage=centred)
@@ -412,7 +413,7 @@ def _checked_weights(
 def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
     """Raise ValueError if all advantages are 0 because each is relative to a group of one."""
     valid = scores[has_score(scores)]
-    if group == 1 and valid.max() > valid.min() and not advantages.any():
+    if group == 1 and valid.size and valid.max() > valid.min() and not advantages.any():
         raise ValueError(
             "data.group=1: advantages relative to a group of one are all 0. "
             "Use data.group of at least 2, or another estimate."

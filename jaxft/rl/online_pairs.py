@@ -77,6 +77,7 @@ def best_and_worst_batch(
     shape: Pairs,
 ) -> Pairs:
     """Return the batch of the chosen prompts' pairs, with equal weights. chosen: indices of prompts.
+    trains_policy has no effect.
 
     If none of these prompts has a pair, all gradients are 0, and only the optimizer's momentum is applied.
     """

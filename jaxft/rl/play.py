@@ -5,7 +5,8 @@ while other rows go on sampling; the answer's tokens are appended to the row, an
 Which tokens are sampled depends on keys and prompts only, not on which answer came first.
 
 An episode ends when the environment says so, at a limit of turns or tokens, or with a fault. An episode that
-a limit ends has the sum of its turns' rewards so far as its score: 0 if it only called tools. Faults that
+a limit ends is scored as others are: by the environment's score or, if that is None, by the sum of the turns'
+rewards so far, 0 if it only called tools. Faults that
 exclude the episode from training and means: the environment or a tool raises, takes longer than the time-out,
 returns a wrong type or too much text, or the chat template rejects the messages. Errors in the model's own
 calls are returned to the model (tools.py). Both are counted by kind.
@@ -142,7 +143,7 @@ Ended = Callable[[int, Trajectory], None]  # called with the number of an episod
 
 
 def ignore(*ignored: Any) -> None:
-    """Do nothing, such as with an episode that has ended."""
+    """Accept any arguments and do nothing."""
 
 
 def rollout(
@@ -295,8 +296,8 @@ class _Rollout:
             self.calls.submit(episode.number, work)
 
     def _decisions(self, wait: bool) -> list[_Decision]:
-        """Return what to do after the calls that have ended, the same on all processes. wait: for at least
-        one.
+        """Return what to do after the calls that have ended, the same on all processes. wait: whether
+        to wait until a call has ended.
         """
 
         def on_first() -> list[Any]:

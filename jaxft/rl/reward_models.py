@@ -139,8 +139,7 @@ def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = N
 def read_before_pad(batch: Pairs, pad: int) -> Pairs:
     """If a response ends with the token `pad`, read its reward one token earlier, as transformers does.
 
-    batch: [micro, rows, ...]. If `pad` is the whole response, the reward is read at the last token before the
-    response; if the responses of a row share a prompt, always at the last token of that prompt.
+    batch: [micro, rows, ...]. If `pad` is the whole response, its reward is read at the prompt's last token.
     """
     last = batch.last.reshape(*batch.ids.shape[:2], -1)
     ends = np.take_along_axis(batch.ids, last, 2).reshape(batch.last.shape)

@@ -128,8 +128,8 @@ class FunctionReward(Reward):
         return any(map(inspect.iscoroutinefunction, (self.fn, type(self.fn).__call__)))
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
-        """Begin a call, with copies that the function may change, and return a function that returns its
-        result. An async function runs meanwhile. columns: the row.
+        """Prepare a call, with copies that the function may change; return a function that returns the call's
+        result. An async function starts now, a plain one when the result is asked for. columns: of the row.
         """
         given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
         if not self.is_async:
@@ -339,8 +339,8 @@ def exact(prompt: Any, completion: str, row: dict[str, Any], column: str = "answ
 def number(
     prompt: Any, completion: str, row: dict[str, Any], column: str = "answer", tolerance: float = 1e-6
 ) -> float:
-    """Return 1 if the last numbers of the completion and of the row's `column` are equal within a relative
-    `tolerance`, else 0.
+    """Return 1 if the last numbers of the completion and of the row's `column` differ by at most
+    `tolerance`, relative or absolute, else 0.
 
     Raises ValueError for a row whose column has no number.
 

@@ -175,6 +175,6 @@ def evaluation_metrics(
 
 
 def _kl(episodes: Episodes, rollout: RolloutScores) -> float:
-    """The mean over episodes of the summed difference of log-probs to the reference's."""
+    """Return the mean over episodes of `sum_t (log pi - log pi_ref)` at their sampled tokens."""
     valid = episodes.valid.ravel()
     return float((rollout.logps - rollout.reference)[valid].sum() / max(valid.sum(), 1))

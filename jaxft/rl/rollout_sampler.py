@@ -231,7 +231,7 @@ def to_bytes(trajectories: Sequence[Trajectory], weights: int, prompts: str = ""
 
 
 def from_bytes(content: bytes) -> list[Trajectory]:
-    """Return the rollout of `to_bytes`."""
+    """Return the trajectories from the content of an npz file that `to_bytes` returned."""
     with np.load(io.BytesIO(content)) as arrays:
         tokens, logps, about = arrays["tokens"], arrays["logps"], json.loads(arrays["about"].tobytes())
     trajectories = list[Trajectory]()

@@ -65,11 +65,12 @@ class Trajectory:
     """One episode.
 
     prompt: index of the dataset row in the rollout. start: token ids of the prompt. score: the environment's
-    score of the whole episode, NaN for none. ended: by a stop token or by the environment rather than by a
-    limit. fault: the kind of the fault that excludes the episode from training and means, "" for none. turns:
-    messages as the model was shown them, for completions.jsonl. faults: all faults, also calls that were
-    answered with an error message and exclude nothing. rewards: values of the reward functions that read the
-    environment, by name; NaN where one returned None.
+    score of the whole episode, NaN for none. ended: whether no limit ended it: the last turn has a stop token
+    and the environment, if there is one, ended the episode. fault: the kind of the fault that excludes the
+    episode from training and means, "" for none. turns: messages as the model was shown them, for
+    completions.jsonl. faults: all faults, also calls that were answered with an error message and exclude
+    nothing. rewards: values of the reward functions that read the environment, by name; NaN where one
+    returned None.
     """
 
     prompt: int
@@ -160,7 +161,7 @@ class Episodes:
 
     @cached_property
     def ended(self) -> Bool[np.ndarray, "G N"]:
-        """Mask of episodes that ended by a stop token or the environment rather than by a limit."""
+        """Mask of episodes that no limit and no fault ended, see Trajectory.ended."""
         return self.by_prompt([t.ended for t in self.trajectories])
 
     @cached_property

@@ -53,8 +53,9 @@ EXCHANGE = ".exchange"  # a folder for messages between the processes of a save
 class Checkpoints:
     """The checkpoints in a folder.
 
-    report: called with a line about each event that matters to the user. copies: hooks that copy
-    checkpoints to an object store (folder_copies.Copies), called on process 0.
+    keep_last, keep_best: how many of the newest and of the lowest-scored checkpoints to keep. report: called
+    with a line about each event that matters to the user. copies: hooks that copy checkpoints to an object
+    store (folder_copies.Copies), called on process 0.
     """
 
     def __init__(
@@ -154,9 +155,8 @@ class Checkpoints:
         self._thread.start()
 
     def _begin(self, step: int) -> str:
-        """Remove what killed saves have left, and make the folders of this save, on process 0.
-
-        Return a unique name, the topic of the sync.FileExchange of this save.
+        """Remove the folders of killed saves and make this save's, on process 0. Return a unique name, the
+        topic of this save's sync.FileExchange.
         """
         make_folder(self.folder)
         for stale in (

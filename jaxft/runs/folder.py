@@ -144,8 +144,8 @@ def write_record(
 ) -> list[str]:
     """Write config.json, and add this start to env.json, which has the earlier starts too.
 
-    step: the steps done before. attention: the train step's attention kernel. Return a line for each version,
-    flag, device or kernel that has changed since the last start.
+    record: the settings, for config.json. step: how many steps earlier starts have done. attention: the train
+    step's attention kernel. Return a line for each version, flag, device or kernel that has changed.
     """
     write_durable_json(folder / "config.json", record)
     path, now, before, lines = folder / "env.json", environment(step, attention), None, []
@@ -355,8 +355,8 @@ class ChangedResult(NamedTuple):
 
 
 def changed_results(folder: Path) -> list[ChangedResult]:
-    """Return the files of a run's results that differ from the recorded hashes, by their bytes on disk.
-    folder: see recorded_results; files without a hash pass.
+    """Return the files in recorded_results(folder) that are missing or no longer have the recorded SHA-256.
+    [] if nothing was recorded. The bytes on disk are hashed again.
     """
     recorded = recorded_results(folder) or {}
     present = [path for path in recorded if path.is_file()]

@@ -422,7 +422,7 @@ def load_equal_adapters(
 
 
 def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Params) -> dict[str, Params]:
-    """Read adapters by name. A DoRA adapter has `gain`, output factors on this base, for its `magnitude`.
+    """Read adapters by name. In a DoRA adapter, `gain` (factors of this base's outputs) replaces `magnitude`.
 
     base: the parameters of `ref`, quantised or not. Raises ValueError for an adapter that does not fit the
     base, and for adapters that cannot share one program.

@@ -117,7 +117,7 @@ class EntrySteps:
         return {"entries": len(self._steps), "steps": step_ranges(self._steps)}
 
     def missing(self, logged: dict[str, Any]) -> str:
-        """Return which entries of an earlier `logged` are missing now, "steps 3-9", or "" if none is."""
+        """Return which entries of an earlier `logged` are missing: "steps 3-9", "2 of 9 entries" or ""."""
         steps = {
             step for first, last, every in logged["steps"] for step in range(first, last + 1, every or 1)
         }
@@ -228,7 +228,7 @@ class DigestWriter:
 
 
 def add_files(log: Path, files: Iterable[Path]) -> str:
-    """Append digests of files to the digests of a finished log; return the last digest."""
+    """Append digests of the `files` that exist to the digests of a finished log; return the last digest."""
     writer = DigestWriter(log, whole_lines(log))
     for path in files:
         if path.is_file():

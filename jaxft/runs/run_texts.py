@@ -65,9 +65,9 @@ class Evaluation(TypedDict):
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """Parameter counts of a model. quantised: which part is stored quantised, "" for none. generates: whether
-    it writes text. classifier: whether transformers can load a reward model of this architecture, as
-    AutoModelForSequenceClassification.
+    """Parameter counts of a model. quantised: how frozen weights are quantised, as text; "" if none is.
+    generates: whether it writes text. classifier: whether transformers can load a reward model of this
+    architecture, as AutoModelForSequenceClassification.
     """
 
     trainable: int
@@ -177,7 +177,7 @@ def result_lines(
 
 
 def before_and_after(before: Evaluation, after: Evaluation) -> list[str]:
-    """Return a table of the most important metrics before and after training, with 95 % intervals."""
+    """Return a table, as lines, of important metrics before and after training; [] without such metrics."""
     rows = [
         (label, metric_cell(before, name), metric_cell(after, name))
         for name, label in headlines(after).items()
@@ -223,7 +223,7 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
 
 
 def headlines(evaluation: Evaluation) -> dict[str, str]:
-    """Return the metrics of an evaluation that result lines show, with their labels; scores first."""
+    """Return {metric: its label} of the metrics of an evaluation that result lines show, scores first."""
     prefix, metrics = HELD_OUT + SCORES, evaluation["metrics"]
     scores = {
         name: f"{name.removeprefix(prefix)} of the completions of {evaluation['scored']} held-out prompts"

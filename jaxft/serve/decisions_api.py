@@ -231,14 +231,14 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Read:
-    """A request to the scheduler that reads a decision's probabilities, and the token of each choice."""
+    """request: one next token, whose log-probs answer a decision. tokens: the token id of each choice."""
 
     request: TokenRequest
     tokens: tuple[int, ...]
 
 
 def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
-    """Return the request that reads a decision. Raises ValueError for a prompt of more than `most` tokens."""
+    """Return the request for a decision. Raises ValueError for a prompt of more than `most` tokens."""
     prompt, tokens = decision_prompt(model, decision, most)
     grammar = OneOf(tokens, model.vocab)
     settings = RequestSettings(Sampling(1, 0.0), (), model.adapter, True, grammar, among_allowed=True)

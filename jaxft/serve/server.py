@@ -275,7 +275,7 @@ async def _read(service: Service, request: Any) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _arriving(bodies: dict[asyncio.Timeout, None], limit: asyncio.Timeout) -> AsyncIterator[None]:
-    """Count a body while it arrives; of too many, the oldest times out. bodies: time-outs of all."""
+    """Add `limit` to `bodies` while a body arrives. Above MOST_WAITING bodies, the oldest times out now."""
     bodies[limit] = None
     if len(bodies) > MOST_WAITING:
         oldest = next(iter(bodies))

@@ -24,7 +24,7 @@ TRAIN = [sys.executable, "-c", "from jaxft.cli.commands import main; raise Syste
 
 
 def address() -> str:
-    """Return HOST:PORT of this node in the Ray cluster, with a free port, for the coordinator."""
+    """Return HOST:PORT for the coordinator of jax.distributed: this node's IP address and a free port."""
     import ray
 
     with socket.socket() as free:

@@ -363,3 +363,9 @@ def test_gae_refuses_gamma_and_lambda_outside_0_to_1(wrong):
 def test_a_negative_missing_eos_penalty_is_refused():
     with pytest.raises(ValueError, match="missing_eos=-1.0 would reward a missing end token"):
         A.missing_eos(np.ones((1, 1)), np.ones((1, 1), bool), -1.0)
+
+
+def test_a_group_of_one_without_any_score_is_no_error():
+    A.check_advantages(1, np.full((3, 1), NAN), np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="data.group=1"):
+        A.check_advantages(1, np.array([[1.0], [2.0]]), np.zeros((2, 4)))

@@ -97,7 +97,9 @@ def _require_short(name: str, text: str) -> None:
 
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
-    """Render an example and mark its targets. loss_on: LOSS_ON or NOTHING. Raises ValueError."""
+    """Render an example, mark its targets. loss_on: one of LOSS_ON, or NOTHING for texts that are only read.
+    Raises InvalidRow, or UnusableTemplate if the chat template fails for every row.
+    """
     match example:
         case Text(name, text):
             return Rendered(name, text, ((0, len(text)),), begin=True, end=True)
@@ -266,7 +268,9 @@ def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -
 
 
 def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int) -> bool:
-    """Whether the rendered prompt shows a word put in place of a message's content; True if rejected."""
+    """Whether the prompt, with a word in place of a message's content, shows that word when rendered; True if
+    the template rejects it.
+    """
     word = "Qx7wZk9y"
     message = {**prompt[index], "content": word}
     try:

@@ -121,7 +121,7 @@ def _require_answers(
     marked = [{**answer, "content": word} for answer, word in zip(answers, words, strict=True)]
     text = render_messages(template, [*before, *marked], chat.tools).lower()
     if not all(word.lower() in text for word in words):
-        raise HiddenPart("it does not show what answers the turn")
+        raise HiddenPart("it does not show the content of a message that answers the turn")
 
 
 def _restart(

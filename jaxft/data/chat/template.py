@@ -202,7 +202,7 @@ def failure_text(error: Exception) -> str:
 
 def _probed_after(bare: Template, system: list[Message], tools: list | None) -> Template:
     """Return the template with the texts that begin and end turns, read from its renderings of conversations
-    that begin with `system`.
+    that begin with `system`. bare: the template before these fields are set. tools: schemas, None for none.
     """
 
     def rendered(messages: Sequence[Message], generation: bool = False) -> str:
@@ -242,7 +242,8 @@ def _ends_of_text(
     """Return the text that ends the last assistant turn of a conversation, and the text that ends earlier
     ones, each in a list, [] for none.
 
-    behind: what follows the last response. between: what follows a response before the next question.
+    special: matches a special token. opening: the generation prompt. behind: what follows the last response.
+    between: what follows a response before the next question.
     """
     shared = list(special.finditer(commonprefix([behind, between])))
     if shared:

@@ -165,7 +165,7 @@ class StoredRows(NamedTuple):
 
 
 class CannotWrite(Exception):
-    """The cache cannot be written; the message is the system's reason."""
+    """The cache cannot be written; the message is the reason."""
 
 
 def row_cache_folder(cache: Path | None = None) -> Path:

@@ -95,7 +95,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
     """Return the index of each example's row if each in turn goes into the first row, of `size` tokens, with
     enough free tokens; lengths must not increase. Examples of one length are placed together: a row receives
-    free // length of them before the next row gets any.
+    free // length of them before the next row gets any. Raises ValueError for an example that fits no row.
     """
     if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
         raise ValueError(
@@ -188,7 +188,8 @@ def wrap_examples(
 
     documents: the index of the document that each example is a part of; a document's parts follow one
     another. key: seed and epoch. order_by: sort documents by these numbers, and leave the rows in that order.
-    Every token is in one row; only the last row may be shorter, and has at least 2 tokens.
+    Every token is in one row. The end of the text may fill a shorter row; where that would have one token, it
+    takes another from the row before.
     """
     seed, epoch = key
     first = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1))
@@ -235,7 +236,7 @@ def limit_reads(plan: RowPlan, reads: Int[np.ndarray, " members"], most: int) ->
 def split_lengths(length: int, size: int) -> Int[np.ndarray, " pieces"]:
     """Return the lengths of the pieces that a document is split into: `size` tokens each but for the last.
 
-    No piece has a single token, which would have no target. size: at least 3.
+    A last piece of one token, which would have no target, takes another from the one before. size: 3 or more.
     """
     pieces = np.full(-(-length // size), size)
     pieces[-1] = length - size * (len(pieces) - 1)

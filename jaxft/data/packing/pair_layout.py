@@ -183,7 +183,7 @@ class PairLayout:
 @dataclass(frozen=True)
 class BatchMeans:
     """Quantities that depend on all pairs of an optimizer batch: the weight of each pair and the mean length
-    of each kind.
+    of each kind of response, in target tokens.
     """
 
     weights: Float[np.ndarray, " pairs"]
@@ -327,7 +327,7 @@ def _read_arrays(
 def _last_columns(
     runs: _Runs, layout: PairLayout, at: tuple[np.ndarray, np.ndarray], kinds: int
 ) -> Int[np.ndarray, "B P A"]:
-    """Return the column of the last token of each response, which is a target. at: row and slot of pairs."""
+    """Return the column of the last token of each response, which is a target. at: each pair's row, slot."""
     last = np.zeros((layout.rows, layout.shape.slots, kinds), np.int32)
     responses = runs.piece[0] > 0 if len(runs.piece) else np.zeros(0, bool)
     if responses.any():

@@ -183,7 +183,7 @@ class Reader:
         return tuple(dict.fromkeys([*format_choice.names_in_datasets(self.formats), *theirs]))
 
     def count_columns(self, rows: Iterable[Row]) -> ColumnCounts:
-        """Return which columns the rows have."""
+        """Count the columns that the rows have."""
         return format_choice.count_columns(rows, self.settings.columns, self.formats)
 
     def format_of(self, counts: ColumnCounts, ref: str) -> ChosenFormat:
@@ -336,10 +336,11 @@ class CountedChunk(NamedTuple):
 
 
 class TokenisedChunk(NamedTuple):
-    """The columns of a chunk's examples.
+    """The result of tokenising a chunk.
 
-    labels: prefixes of the names of their rows, such as file names. rows, unreadable: numbers of rows that
-    can and cannot be read. left: number of rows that have examples. examples: see first_rows.
+    part: the columns of its examples. labels: prefixes of its rows' names, such as file names. rows,
+    unreadable: numbers of rows that can and cannot be read. left: number of rows that have examples.
+    examples: see first_rows.
     """
 
     labels: list[str]
@@ -444,7 +445,8 @@ def _hashes(
 ) -> ChunkColumns:
     """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
 
-    ends: where each piece ends in ids. further: a column of OF_CONTENT, which the content includes, or None.
+    ends: where each piece ends in ids. further: a value of each example that is part of its content too, such
+    as the columns that rewards read; None for none.
     """
     bounds, size = np.append(0, ends).tolist(), ends.shape[1]
     hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))
@@ -464,9 +466,8 @@ def _last_targets(
     ends: Int[np.ndarray, " sequences"],
     tokenizer: Any,
 ) -> Int[np.ndarray, " sequences"]:
-    """Return the token id of the last target of each sequence that is not whitespace.
-
-    ends: index after the last token of each sequence.
+    """Return, for each sequence, the token id of its last target; up to two targets of whitespace at the end
+    are skipped. ends: index after the last token of each sequence.
     """
     if not len(ends):
         return np.zeros(0, np.int32)
@@ -480,8 +481,8 @@ def _last_targets(
 
 
 def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
-    """Return the rows that warnings are derived from: the first, and the first with a system message and with
-    tools.
+    """Return the rows that warnings are derived from: the first row, the first with a system message, and the
+    first with tools; a row may occur more than once.
 
     rows: valid rows. columns: see data.columns.
     """
@@ -496,7 +497,7 @@ def _first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[R
 
 
 def _first_row_with_system(rows: Sequence[Row]) -> list[Row]:
-    """Return the first row with a column of messages that begins with a system message, [] without any."""
+    """Return the first row with a column `system` or a system message as a column's first, [] without any."""
 
     def begins(value: Any) -> bool:
         first = value[0] if isinstance(value, list | tuple) and value else None
@@ -524,8 +525,8 @@ def worker_count(setting: int | None, size: int) -> int:
 
 @contextmanager
 def start_workers(count: int, job: Reader) -> Iterator[MapChunks]:
-    """Yield a function that maps a function over chunks in `count` processes and returns results in order. It
-    calls the mapped function with a chunk and `job`.
+    """Yield a function that maps a function over chunks in `count` processes (1: this one) and returns the
+    results in order. It calls the mapped function with a chunk and `job`.
     """
     if count == 1:
         yield lambda function, chunks: (function(chunk, job=job) for chunk in chunks)

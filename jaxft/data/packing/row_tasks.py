@@ -258,8 +258,8 @@ def _common_length(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def _mask_from_border(name: str, border: int, response: MaskedTokens) -> MaskedTokens:
-    """Return the sequence up to its last target; all tokens from `border` to the first target become targets
-    too.
+    """Return the sequence up to its last target; all tokens from index `border` to the first target become
+    targets too. name: the row's. Raises InvalidRow without any target.
     """
     ids, learned = response[0], response[1].copy()
     learned[: max(border, 1)] = False

@@ -183,7 +183,7 @@ class TokenisedRows:
         return ends[ends >= 0]
 
     def group_by(self, *pieces: int) -> Int[np.ndarray, " examples"]:
-        """Group examples that have the same tokens in `pieces` (0: the prompt). Return each one's group."""
+        """Return each example's group number. A group has the same tokens in `pieces` (0: the prompt)."""
         return number_groups(np.asarray(self.hashes)[:, list(pieces)])
 
     def content_hashes(self) -> UInt64[np.ndarray, " rows"]:

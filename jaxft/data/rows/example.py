@@ -74,7 +74,7 @@ class DecisionChoice:
 
     @property
     def name(self) -> str:
-        """The value as text: JSON's for booleans and numbers."""
+        """The value as text; booleans and numbers as JSON writes them."""
         return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
 
 
@@ -150,8 +150,8 @@ def is_placeholder(text: str) -> bool:
 
 
 def has_placeholder(example: Example) -> bool:
-    """Whether the response of an example, its text, or the end of a prompt without a response, is a
-    placeholder.
+    """Whether a turn of the example's response, its text, all steps of a solution, or the last turn of a
+    prompt without a response is a placeholder.
     """
     match example:
         case Chat(messages=messages, response=response):

@@ -186,8 +186,8 @@ def task_of(
     row: Row, columns: Sequence[str], tasks: Sequence[str], settings: RowSettings = DEFAULT_ROW_SETTINGS
 ) -> str:
     """Return the first of the tasks that has a format for a row, the last one if none has. columns: see
-    data.columns. A format must fit some values too: there are ratings of responses, unless
-    settings.best_first, and labels are true or false.
+    data.columns. The row's values must fit too: responses in a list need ratings, unless settings.best_first
+    is set, and a label must be true or false.
     """
     for task in tasks:
         formats = formats_of(task)
@@ -277,7 +277,7 @@ def choose_format(
 
 
 def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
-    """Return the row with missing `columns` filled from the row's synonyms of them."""
+    """Return the row with those of `columns` that it lacks, copied from columns that are synonyms."""
     others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 

@@ -192,7 +192,7 @@ def _decision(row: Row, settings: RowSettings, format: str, reading: str | None 
 
 
 def _with_choices(row: Row) -> Row:
-    """Return a question with its choices as a conversation."""
+    """Return a row with its question and choices as one conversation, in the column `messages`."""
     fields = {**row.fields, "answer": None}
     asked = parse(Row(row.name, fields), DECISION, replace(DEFAULT_ROW_SETTINGS, unlabelled=True)).messages
     own = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}

@@ -84,7 +84,7 @@ class InvalidRows:
 
     @contextmanager
     def skip(self) -> Iterator[None]:
-        """Run the body for one row. If it raises InvalidRow, `add` that."""
+        """Run the body of `with` for one row. If it raises InvalidRow, `add` that."""
         try:
             yield
         except InvalidRow as error:
@@ -100,7 +100,9 @@ class InvalidRows:
             self.check(ref, seen if total is None else total)
 
     def check(self, ref: str, total: int) -> None:
-        """Raise ValueError if all `total` rows of dataset `ref` are invalid, or a fraction above `limit`."""
+        """Raise ValueError if all `total` rows of dataset `ref` are invalid, or a fraction above `limit`.
+        With limit=None do nothing: `add` has raised.
+        """
         if self.limit is None or not self.tallies:
             return
         count, allowed = self.total, math.floor(self.limit * total + 1e-9)  # 0.29 * 100 is just below 29

@@ -78,8 +78,8 @@ def rating_columns(responses: int) -> tuple[str, ...]:
 
 
 def with_ratings(row: Row, settings: RowSettings) -> Row:
-    """Return a ranking with a number in each column of ratings: the row's rating, or minus the rank; 0 where
-    the response is missing.
+    """Return a ranking's row with a number in each of its columns of ratings: the row's rating, or minus the
+    rank if it has no ratings; 0 where the response is missing.
     """
     further = [kind for kind in settings.kinds if kind.startswith("rank_")]
     fields = {_RATING + kind: 0.0 for kind in further}

@@ -159,7 +159,7 @@ def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
                 ) from error
             if error.code < 500 or attempt == ATTEMPTS - 1:
                 raise ValueError(
-                    f"{file}: the server refuses it ({error}); check the URL and your access"
+                    f"{file}: the server refuses it ({error}); check the URL, and that you may read the file"
                 ) from error
         except (OSError, HTTPException) as error:
             if attempt == ATTEMPTS - 1:
@@ -243,7 +243,7 @@ def remote_files(ref: str) -> list[RemoteFile]:
         raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
     if not ref.startswith("hf://"):
         if has_hidden_query(ref):
-            raise ValueError(f"data {ref!r}: runs do not store the query of a URL; give the whole URL again")
+            raise ValueError(f"data {ref!r}: runs store *** for the query of a URL; give the whole URL again")
         if OTHER_FILES.search(ref.partition("?")[0]):
             raise ValueError(f"data {ref!r}: only Parquet files are read behind a URL; download this file")
         return [_described(RemoteFile(ref, 0, ""))]

@@ -249,7 +249,7 @@ class Calls:
             self.release(number, keep=False)
 
     def submit(self, number: int, work: Callable[[Task], Any]) -> None:
-        """Queue work of an episode by its number. It must have no other work in progress."""
+        """Queue work of an episode by its number. The episode must have no other work in progress."""
         if number not in self.workers:
             self.workers[number] = self.idle.pop() if self.idle else self._started(number)
         worker = self.workers[number]
@@ -258,7 +258,7 @@ class Calls:
 
     def finished(self, wait: bool) -> list[tuple[int, Any]]:
         """Return (number, result or exception) of work that has ended since the last call, in the order of
-        numbers. wait: until there is some; [] if nothing is in progress.
+        numbers. wait: whether to wait until some has ended. [] if nothing is in progress.
         """
         results = list[tuple[int, Any]]()
         while True:

@@ -309,8 +309,8 @@ def _missing_argument(make: Callable[[], Any]) -> str:
 def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
     """Return the environment of a class with reset(row) -> prompt and step(state, text).
 
-    make: makes the object of an episode. members: its methods; other public ones are tools. The first state
-    is None.
+    make: makes the object of an episode. members: its methods; the public ones except reset and step are
+    tools. The first state is None.
     """
     methods = _tool_methods(members, ("reset", "step"))
 

@@ -11,7 +11,7 @@ is false) it has the network, writes and deletes whatever the user of the run ma
 started may go on.
 
 It is not a security boundary: it reads all files that the user of the run may read, `memory` is of each of
-its processes, the number of processes is not limited for root, and a fault of the kernel is not kept from it.
+its processes, the number of processes is not limited for root, and code can use a fault of the kernel.
 For code that is meant to do harm, use a container or a machine of its own.
 """
 
@@ -97,8 +97,8 @@ def calculator_rows(count: int, seed: int) -> list[RowColumns]:
 def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> list[RowColumns]:
     """Return `count` conversations that show the format of calls: rows for SFT, with tools.
 
-    chained: the fraction of them with two calls, to the same tool or to both. Few need both, so that a model
-    still has to learn that.
+    chained: the fraction of conversations with two calls, of which about half call both tools and the others
+    one tool twice.
     """
     rng = random.Random(seed)
     tools = [tool_schema(getattr(Calculator, name)) for name in OPERATORS]
@@ -348,7 +348,7 @@ def villages() -> Passages:
 
 
 def search_rows(count: int, seed: int, two_searches: float = 0.5) -> list[RowColumns]:
-    """Return questions about the villages. two_searches: the fraction that needs the village's name first."""
+    """Return questions about the villages. two_searches: the fraction that has to find the village first."""
     rng, rows = random.Random(seed), list[RowColumns]()
     for _ in range(count):
         village, river, year, painter = rng.choice(_facts())

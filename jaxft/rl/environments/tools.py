@@ -1,8 +1,8 @@
 """Tools: plain functions that a model calls, their JSON schemas, and calls in the text of a turn.
 
 A function's signature and its docstring in Google's style (with an `Args:` section) give the schema that the
-model is shown, see data.columns.tool_schema. Calls are read in the format of the chat template, as the server
-reads them.
+model is shown, see data.rows.columns.tool_schema. Calls are read in the format of the chat template, as
+the server reads them.
 
 Failures that the model can cause are returned to it as error messages: an unknown name, malformed JSON, wrong
 arguments, a ValueError, TypeError, ArithmeticError or LookupError of the tool, a result that is too long. Any

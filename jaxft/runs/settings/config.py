@@ -78,8 +78,8 @@ class Resolved:
     chosen: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Return the record of the settings: the value as JSON, and under "command" the knobs and fields that
-        were set, the command line's recipe and overrides, and settings that were chosen.
+        """Return the record of the settings: the value as JSON, and under "command" this object's `knobs`,
+        `fields`, `line` ([] if an override is a Python object), and `chosen` unless it is empty.
         """
         is_line = all(isinstance(part, str) and not isinstance(part, ObjectText) for part in self.line)
         line = list(self.line) if is_line else []  # Python's objects are on no command line

@@ -118,6 +118,6 @@ def unneeded(names: str, note: str) -> Iterator[Option]:
 
 
 def absent(names: str, note: str, harmless: str = "") -> Iterator[Option]:
-    """Yield options without an equivalent. harmless: lower-case values, split by spaces, that do nothing."""
+    """Yield options without an equivalent. harmless: values with nothing to replace, as false has."""
     off = {"false": "", "none": "", "": "", **dict.fromkeys(harmless.split(), "")}
     return options(names, setting=None, note=note, kind="absent", values=off)

@@ -78,7 +78,7 @@ def defined_names(source: str) -> list[str]:
 
 @functools.cache
 def definition(name: str, file: Path) -> ast.AST | None:
-    """Return the class, function, assigned value or import of a name at the top of a file."""
+    """Return the class, function, assigned value or import of a name at the top of a file, or None."""
     source = statements(file).get(name, "")
     if re.search(r"^class ", source, re.MULTILINE):
         source = re.split(r"\n\n    (?:def|@)", source)[0]  # its fields, without methods
@@ -90,7 +90,7 @@ def definition(name: str, file: Path) -> ast.AST | None:
 
 
 def defined_as(name: ast.AST, file: Path) -> Definition | None:
-    """Return the definition of a name, or of a name in an imported module, in jaxft or in the file."""
+    """Return the definition of NAME or MODULE.NAME in `file` or, if imported, in jaxft; None for others."""
     if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):  # processes.Hosts
         statement = definition(name.value.id, file)
         if isinstance(statement, ast.ImportFrom):
@@ -182,7 +182,7 @@ def _fields_below(cls: Definition, prefix: str, data: Definition | None) -> Iter
 
 
 def data_class(recipe: Path) -> Definition | None:
-    """Return the class of data that a recipe's `config` names, None if it names none of jaxft's."""
+    """Return the DataSettings class of jaxft that a recipe's `config` names, None if it names none."""
     config = definition("config", recipe)
     for node in ast.walk(config) if config else ():
         is_class = isinstance(node, ast.Name) and node.id[:1].isupper()
@@ -291,7 +291,7 @@ def advice(name: str, text: str | None = None, recipe: str | None = None) -> str
 
 
 def name_of_loss(theirs: str) -> str | None:
-    """Return the loss of another tool's loss_type, None for an unknown one.
+    """Return a sentence with the settings that do the same as a loss_type of TRL, None for an unknown one.
 
     >>> name_of_loss("dr_grpo")
     "TRL's loss_type dr_grpo is token_weights=constant_length"
