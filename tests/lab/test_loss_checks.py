@@ -235,6 +235,7 @@ def test_other_ways_to_break_a_law(loss, law, text):
         ),
         (P.sppo_hard, "difference", "adding the same to both log-ratios changes it$"),
         (P.ipo, "difference", "changes it, unless their lengths agree"),
+        (P.rdpo, "difference", "claimed, but other lengths or log-probs of the reference"),
     ],
 )
 def test_a_false_claim_fails(loss, claim, text):

@@ -131,6 +131,7 @@ def test_a_loss_with_a_state_has_it_in_each_slot_from_the_start_of_each_trial(pl
     text = text.replace('"ipo": SearchedLoss(ipo,', '"bco": SearchedLoss(bco,')
     bco_import = "from jaxft.objectives.losses.reference_free_losses import bco\n"
     text = text.replace("import dpo, ipo\n", f"import dpo\n{bco_import}")
+    text = text.replace("evaluations=2", "evaluations=3")
     assert run(place, text, "bco.py") == 0
     with working_directory(place):
         study, _ = load_study("bco.py")
@@ -139,7 +140,9 @@ def test_a_loss_with_a_state_has_it_in_each_slot_from_the_start_of_each_trial(pl
         assert loop.run(replace(settings, loop=replace(settings.loop, eval_every=5))) == 0
     entries = read_entries(place / "runs/bco-alone/metrics.jsonl")
     expected = {entry["step"]: entry for entry in entries if "eval_loss" in entry}
-    for entry in read_entries(place / "runs/bco/trials/bco-2-seed0/metrics.jsonl"):
+    found = read_entries(place / "runs/bco/trials/bco-2-seed0/metrics.jsonl")
+    assert [entry["step"] for entry in found] == [3, 6, 9]
+    for entry in found:
         alone = expected[entry["step"]]
         assert entry["eval_loss"] == pytest.approx(alone["eval_loss"], rel=2e-3)
         margin = trial.knobs["beta"] * entry["eval_rewards/margins"]
