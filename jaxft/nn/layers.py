@@ -72,8 +72,8 @@ _take.defvjp(lambda table, ids, dtype: (_take(table, ids, dtype), (table, ids)),
 
 
 def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:
-    """Return the embeddings that a table's LoRA adapter adds: its own, or, if `table.rows` assigns an adapter
-    to each row of ids, that adapter's.
+    """Return the embeddings that the LoRA adapter of a table adds. With `table.rows` [B] the table has a
+    stack of adapters, and the tokens in row i of `ids` use adapter `table.rows[i]`.
     """
     if table.rows is None:
         a = sharding.constrain(table.a, None, "rank")
@@ -87,7 +87,7 @@ def _embedded_pair(table: Adapted, ids: Int[Array, "B T"], dtype: DTypeLike) -> 
 def with_token_rows(
     h: Float[Array, "B T D"], table: TokenRows, ids: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Return the embeddings `h` of `ids`, with the trained rows of the table for the tokens that have one."""
+    """Return the embeddings `h` of `ids`, with the tokens in `table.ids` replaced by their trained rows."""
     order = np.argsort(table.ids)
     ordered = jnp.asarray(np.asarray(table.ids)[order], ids.dtype)
     at = jnp.minimum(jnp.searchsorted(ordered, ids), len(order) - 1)
@@ -233,7 +233,9 @@ def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array,
 
 
 def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"], head: Adapted) -> Array:
-    """Add to the base's logits the term of each row's adapter. head: its leaves start with the axis B."""
+    """Add to the base's logits the output of a LoRA adapter for each row of the batch; apply DoRA's gains.
+    head: the adapters, leaves with a leading axis B.
+    """
     low = batched_dot(group_rows(h, len(head.a)), head.a.astype(h.dtype), (1, 0), h.dtype)
     low = low * head.scale.astype(h.dtype)[:, None, None]
     logits = logits + batched_dot(low, head.b.astype(h.dtype), (1, 0), logits.dtype).reshape(logits.shape)
@@ -241,15 +243,18 @@ def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"
 
 
 def _head_matmul(h: Float[Array, "... D"], w: Weight, transposed: bool) -> Float[Array, "... V"]:
-    """Return logits by a table [V, D] (`transposed`) or a head [D, V], with its trained rows if any."""
+    """Return logits by a table [V, D] (`transposed`) or a head [D, V], and by the trained rows of a
+    TokenRows.
+    """
     if not isinstance(w, TokenRows):
         return matmul(h, w, transposed, True)
     return matmul(h, w.weight, transposed, True).at[..., np.asarray(w.ids)].set(matmul(h, w.rows, True, True))
 
 
 def base_table(table: Weight) -> Weight:
-    """Return the table that a tied head reads: without the table's adapter, and the base's in place of one
-    that is trained in full; trained rows of tokens remain.
+    """Return the embedding table that a tied head uses: the base's, without a LoRA adapter of the table, or a
+    table trained in its place (Replaced), as these are for embeddings only. A TokenRows is returned
+    unchanged.
     """
     if isinstance(table, Adapted):
         return table.weight
@@ -257,7 +262,9 @@ def base_table(table: Weight) -> Weight:
 
 
 def head_params(params: dict[str, Weight]) -> dict[str, Weight]:
-    """Return the part of `params` that lm_head reads: "head"; if tied, "embed" and an adapter's "head"."""
+    """Return the entries of `params` that lm_head uses: "head"; with a tied head, "embed" (see base_table)
+    and, if the head has an adapter, "head".
+    """
     head = params.get("head")
     tied = head is None or (isinstance(head, Adapted) and head.weight is None)
     table = {"embed": base_table(params["embed"])} if tied and "embed" in params else {}

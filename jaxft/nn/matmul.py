@@ -63,7 +63,7 @@ def wide_einsum(spec: str, x: Array, y: Array, widen: bool = True) -> Array:
 def _widened(product: Callable[[Array, Array], Array], x: Array, y: Array) -> Array:
     """Return `product(x, y)`; on a CPU without 16-bit matmuls, convert 16-bit x and y to float32 first.
 
-    With either, products of single elements are exact in float32.
+    The conversion loses no precision: float32 stores the product of two 16-bit floats exactly.
     """
     if x.dtype.itemsize != 2 or cpu_has_bfloat16_matmuls():
         return product(x, y)
@@ -130,7 +130,9 @@ def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "
 
 
 def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
-    """Return `g @ w^T` in dtype `out`, in FP8 if `times` is: the gradient of `times` with respect to x."""
+    """Return `g @ w^T` in dtype `out`, multiplied in FP8 if multiplies_in_fp8(w): the gradient with respect
+    to x of `times(x, w)`, whose result has the gradient g.
+    """
     if multiplies_in_fp8(w):
         return times_transposed_in_fp8(g, w).astype(out)
     return dot(g, expand_after(w, g), (-1, 1), out)
@@ -364,10 +366,10 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 def linear(x: Float[Array, "... I"], w: Weight, key: Array | None = None) -> Float[Array, "... O"]:
     """Return `x @ w` for a plain, quantised or LoRA-adapted weight [I, O].
 
-    key: for dropout of the adapter's input; None for no dropout. A weight may have several adapters (see
-    lora.Adapted): if its leaves have an axis over K adapters, the rows of x are K equal groups, one for each;
-    if it has `rows` [B], row i of x uses adapter rows[i]. If it has a `gain`, as in inference, nothing is
-    dropped.
+    key: for dropout of the adapter's input; None for no dropout. An adapted weight (lora.Adapted) may have
+    several adapters: if its leaves have an axis over K adapters, the rows of x are K equal groups, one for
+    each; if it has `rows` [B], row i of x uses adapter rows[i]. With a `gain` (DoRA in inference) dropout is
+    not applied.
     """
     if isinstance(w, InputTap):
         w.tapped.inputs[w.name] = x
@@ -457,10 +459,11 @@ def is_scaled_by_channel(w: QTensor) -> bool:
 
 
 def multiplies_in_fp8(w: Any) -> bool:
-    """Return whether matmuls with a weight run in FP8, or emulate it, on the devices of the ambient mesh.
+    """Return whether matmuls with a weight run in FP8 on the devices of the ambient mesh, or are emulated
+    there.
 
-    False for weights with a scale per block of inputs: such scales vary along the contracted axis, so they
-    cannot be applied to the result of a matmul.
+    False unless the weight is stored in fp8 with one scale per output channel: scales per block of inputs
+    vary along the contracted axis, so they cannot be applied to the result of a matmul.
     """
     if not isinstance(w, QTensor) or not is_scaled_by_channel(w):
         return False

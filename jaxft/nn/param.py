@@ -55,8 +55,8 @@ class ParamSpec:
     """One parameter: its shape, the logical name of each axis (see sharding.AXES) and its initialiser.
 
     heads: number of heads along its "heads" or "kv_heads" axis; a mesh shards that axis between heads only.
-    For the outputs of a fused projection: the number that mesh.tensor must divide. numbers: the numbers, in
-    the model, of the layers that are stacked along its "layers" axis; None for 0, 1, ... (layer_numbers).
+    For the outputs of a fused projection: the number that mesh.tensor must divide. numbers: the indices in
+    the model of the layers that are stacked along its "layers" axis; None for 0, 1, ... (layer_numbers).
 
     >>> up = ParamSpec((2, 8, 32), ("layers", "width", "mlp"), fan_in(8))
     >>> count_params({"up": up}), kernel(up).lead
@@ -126,7 +126,7 @@ def is_spec(x: Any) -> bool:
 
 
 def layer_numbers(spec: ParamSpec) -> range:
-    """Return the numbers, in the model, of the layers that are stacked along a parameter's "layers" axis:
+    """Return the indices in the model of the layers that are stacked along a parameter's "layers" axis:
     `spec.numbers`, or 0, 1, ... if it is None. Without a "layers" axis the range is empty.
     """
     sizes = dict(zip(spec.axes, spec.shape, strict=True))

@@ -76,10 +76,11 @@ class Quant:
 
 
 def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quant | None:
-    """Return the Quant of `kind`; with kind=None, the Quant that a run's config.json, `record`, has.
+    """Return the Quant of `kind`; with kind=None, the Quant in `record`, the dict of a run's config.json.
 
     With kind=None, return None if the record has no quantisation, or if its adapter.init is one of
     RESIDUAL_INITS: that run quantised a changed base, and its exported adapter is for the unquantised base.
+    Raises ValueError for unknown settings in the record.
     """
     if kind is not None:
         return Quant.parse(kind)
@@ -298,7 +299,9 @@ def take_rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
 
 
 def _decoded(q: QTensor, codes: Array, per_input: Callable[[Array], Array]) -> Array:
-    """Return the weight of unpacked codes. per_input: repeats scales, one per block, to the codes' shape."""
+    """Return the dequantised weight from its unpacked codes. per_input: repeats an array with one entry per
+    block to the shape of the codes.
+    """
     scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
     value = FORMATS[q.kind].decode(codes) * per_input(scale.astype(jnp.float32))
     if q.offset is not None:

@@ -92,12 +92,12 @@ def scale_largest(x: Float[Array, "*L N block O"]) -> Scales:
 
 
 def nearest_nf4(x: Array, scale: Array, offset: None) -> Array:
-    """Return the nf4 codes: of the level that is nearest to `x / scale`."""
+    """Return the nf4 code of each element: the index of the level nearest to `x / scale`."""
     return _above(x * _inverse(scale), NF4_BOUNDS)
 
 
 def nearest_fp4(x: Array, scale: Array, offset: None) -> Array:
-    """Return the fp4 codes (sign, two exponent bits, fraction bit): of the level nearest to `x / scale`."""
+    """Return the fp4 code (sign, two exponent bits, fraction bit) of the level nearest to `x / scale`."""
     xp, scaled = x.__array_namespace__(), x * _inverse(scale)
     nth = _above(xp.abs(scaled), FP4_BOUNDS)
     code = nth ^ ((nth & np.uint8(2)) << np.uint8(1))  # ascending 0 .. 7 are the codes 0, 1, 6, 7, 4, 5, 2, 3
@@ -172,7 +172,8 @@ def look_up(codes: Integer[Array, "..."], table: np.ndarray) -> Float[Array, "..
 
 
 def by_bits(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
-    """Return `table[codes]`: each bit of a code selects a half of what is left of the table.
+    """Return `table[codes]`: each bit of a code, from the highest to the lowest, selects a half of the
+    remaining table.
 
     The last selection is integer arithmetic, not `jnp.where` of two scalars: XLA would make arrays of these
     and move them out of a scan over layers, 16 float32 arrays of a weight's size (compiled for an H100).
@@ -225,8 +226,8 @@ def encode_scales(absmax: Float[Array, "*L N O"]) -> tuple[UInt8[Array, "*L N O"
 def _mean(x: Float[Array, "*L M"]) -> Any:
     """Return the mean of non-negative numbers over the last axis, with the same bits in NumPy and XLA.
 
-    Their sums differ in the order of additions, so this adds the second half of the numbers to the first
-    half until one is left.
+    NumPy's and XLA's sums differ in the order of additions, so this adds the second half of the numbers to
+    the first half until one is left.
     """
     xp, count = x.__array_namespace__(), x.shape[-1]
     half = 1 << max(0, (count - 1).bit_length())
@@ -238,11 +239,11 @@ def _mean(x: Float[Array, "*L M"]) -> Any:
 
 
 def _rounded_alone(product: Array, positive: Array) -> Array:
-    """Return `product`, a float32 array, so that it is rounded before a sum uses it: XLA's CPU compiler would
-    fuse the multiplication and the sum.
+    """Return the float32 array `product` unchanged, but rounded before a sum uses it: XLA's CPU compiler
+    would fuse the multiplication and the sum.
 
-    The result is `product` OR the sign bit of `positive`, which is 0. The compiler does not know this, and
-    does not fuse across integer operations.
+    positive: float32 without negative numbers. The result is `product` OR the sign bit of `positive`, which
+    is 0. The compiler does not know this, and does not fuse across integer operations.
     """
     return (product.view(np.uint32) | positive.view(np.uint32) & np.uint32(1 << 31)).view(np.float32)
 

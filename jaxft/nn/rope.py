@@ -53,10 +53,10 @@ class Rope:
       linear: all frequencies divided by `factor`;
       dynamic: a larger theta for examples longer than original_max_positions (NTK-aware);
       llama3: low frequencies divided by `factor`; low_freq_factor and high_freq_factor bound the transition;
-      yarn: the same as arXiv:2309.00071 does it; beta_fast, beta_slow and truncate bound the transition;
+      yarn: as llama3, by arXiv:2309.00071; beta_fast, beta_slow and truncate bound the transition;
       longrope: arXiv:2402.13753; frequency i divided by short_factor[i] or, for examples longer than
         original_max_positions, by long_factor[i];
-      proportional: frequencies of the full head; those after the fraction `rotated` are 0;
+      proportional: frequencies of the full head, divided by `factor`; after the fraction `rotated` 0;
       none: no rotation.
     rotated: fraction of a head's dimensions that are rotated, starting with the first.
     attention_factor: factor on cos and sin (yarn, longrope); None computes it from factor, mscale and
@@ -159,7 +159,7 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
 def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Return the frequencies (radians per position) as [d/2] in float64, for d rotated dimensions.
 
-    For dynamic and longrope: those of examples with up to original_max_positions tokens. kind none: zeros.
+    dynamic and longrope: for examples with up to original_max_positions tokens. kind none: zeros.
     """
     dims = rotated_dims(rope, head_dim)
     freqs = rope.theta ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
@@ -177,7 +177,9 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _long(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return longrope's frequencies above original_max_positions; for other kinds those of `frequencies`."""
+    """Return longrope's frequencies above original_max_positions; for other kinds the result of
+    `frequencies`.
+    """
     freqs = frequencies(rope, head_dim)
     if rope.kind != "longrope":
         return freqs
@@ -185,7 +187,7 @@ def _long(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _llama3(rope: Rope, freqs: np.ndarray) -> np.ndarray:
-    """Divide long wavelengths by the factor, as Llama 3.1's reference code does."""
+    """Divide low frequencies (long wavelengths) by rope.factor, as Llama 3.1's reference code does."""
     wavelength = 2 * math.pi / freqs
     smooth = (_original(rope) / wavelength - rope.low_freq_factor) / (
         rope.high_freq_factor - rope.low_freq_factor
@@ -195,7 +197,7 @@ def _llama3(rope: Rope, freqs: np.ndarray) -> np.ndarray:
 
 def _yarn(rope: Rope, freqs: np.ndarray) -> np.ndarray:
     """Return YaRN's frequencies. Frequencies with fewer than beta_slow turns in original_max_positions are
-    divided by the factor, those with more than beta_fast turns are kept, with a linear transition in between.
+    divided by the factor; above beta_fast turns they are unchanged, with a linear transition in between.
     """
     dims = 2 * len(freqs)
 
@@ -277,7 +279,9 @@ def rope_angles(
 def _by_length(
     rope: Rope, head_dim: int, lengths: Int[Array, "B T"], freqs: Float[Array, " E2"]
 ) -> Float[Array, "B T E2"]:
-    """Return the frequencies for examples of these lengths. freqs: of examples up to the original length."""
+    """Return the frequencies [B, T, d/2] of dynamic or longrope for examples of these lengths. freqs: for
+    lengths up to original_max_positions.
+    """
     original, wide = _original(rope), freqs.dtype
     freqs = to_rank(freqs, 3)
     if rope.kind == "longrope":

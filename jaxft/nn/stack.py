@@ -72,7 +72,7 @@ class Mixer(NamedTuple):
 @dataclass(frozen=True)
 class BlockLayer:
     """A layer of a block. name: the key of its parameters in the block's parameters; "" if it is the only
-    layer. numbers: for each block of the stack, the number of this layer in the model.
+    layer. numbers: for each block of the stack, the index of this layer in the model.
     """
 
     layer: Layer
@@ -128,7 +128,7 @@ class LayerPlace:
 
 
 def layer_places(stacks: Stacks) -> list[LayerPlace]:
-    """Return the place of every layer of a model, in the order of the layers' numbers."""
+    """Return the place of every layer of a model, in the order of the layers' indices in the model."""
     places = {
         number: LayerPlace("/".join(filter(None, (stack.name, layer.name))), layer, index)
         for stack in stacks
@@ -149,8 +149,8 @@ class Remat:
     """A remat policy: the arrays that a block of layers stores for its backward pass.
 
     saved: names (jax.ad_checkpoint.checkpoint_name) of arrays that are stored in addition to the block's
-    input; None stores everything. blocks: the input of every blocks-th block only is stored. offload: inputs
-    are stored in the host's pinned memory.
+    input; None stores everything. blocks: only the input of every `blocks`-th block is stored. offload:
+    inputs are stored in the host's pinned memory.
     """
 
     saved: tuple[str, ...] | None
@@ -181,8 +181,8 @@ class RowOptions:
 class LayerMean:
     """A mean that a layer outputs and objectives log, such as a fraction of zeros.
 
-    total, weight: sums over each row, [B]; the mean is sum(total) / sum(weight). numbers: set once the
-    outputs of several layers are stacked: the numbers of these layers in the model.
+    total, weight: sums over each row, [B]; the mean is sum(total) / sum(weight). numbers: () from a layer;
+    once the outputs of several layers are stacked, the indices of these layers in the model.
     """
 
     total: Any
@@ -287,7 +287,7 @@ def _of_layers(x: Array, numbers: range) -> Array:
 def _joined(by_layer: Sequence[tuple[range, LayerOutputs]]) -> LayerOutputs:
     """Return the outputs by name, each stacked over all layers that have it, in the order of the layers.
 
-    by_layer: for each BlockLayer its numbers and its outputs, stacked over blocks.
+    by_layer: for each BlockLayer its `numbers` and its outputs, stacked over blocks.
     """
     joined: LayerOutputs = {}
     for name in dict.fromkeys(name for _, outputs in by_layer for name in outputs):

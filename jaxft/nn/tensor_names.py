@@ -46,12 +46,14 @@ class TensorName(NamedTuple):
         return self.module.rpartition("{i}.")[2]
 
     def axes(self, spec: ParamSpec) -> tuple[str, ...]:
-        """Return the parameter's axes, "layers" or "experts", that the files split into one tensor each."""
+        """Return the axes ("layers", "experts") of a parameter along which the files have a tensor for each
+        index.
+        """
         return tuple(axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in self.template)
 
     def is_linear(self, spec: ParamSpec) -> bool:
-        """Return whether each matrix of the parameter is the weight of one linear layer in the files, neither
-        a part of a fused tensor nor one of several in it.
+        """Return whether each matrix of the parameter is a tensor of its own in the files, the weight of one
+        linear layer: not a part of a fused tensor, nor one of several matrices in a tensor.
         """
         return self.transposed and self.part is None and self.axes(spec) == lead_axes(spec)
 
