@@ -137,7 +137,7 @@ def test_a_loss_with_a_state_has_it_in_each_slot_from_the_start_of_each_trial(pl
         study, _ = load_study("bco.py")
         trial = study.trials_of("bco")[2]
         settings = replace(trial_arrays.plain_run(study, "bco", trial, 0), name="bco-alone")
-        assert loop.run(replace(settings, loop=replace(settings.loop, eval_every=5))) == 0
+        assert loop.run(replace(settings, loop=replace(settings.loop, eval_every=3))) == 0
     entries = read_entries(place / "runs/bco-alone/metrics.jsonl")
     expected = {entry["step"]: entry for entry in entries if "eval_loss" in entry}
     found = read_entries(place / "runs/bco/trials/bco-2-seed0/metrics.jsonl")
