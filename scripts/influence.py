@@ -13,7 +13,8 @@ With --gradients it is the cosine of the gradients of the losses, for any loss, 
 another are found; it takes longer than an epoch. With --leave-out an adapter is trained without each source,
 and one with all of them, together in one program. With --through STEPS the held-out loss after so many
 steps of training is differentiated with respect to the weights of the sources, and weights that lower it are
-fitted by gradient descent. runs/<name>/influence.csv has all influences; --keep writes the rows of highest
+fitted by gradient descent: with SmolLM2-135M, 2 steps of 4 pairs and 16 held-out pairs in 12 minutes and 2.5
+GB on two busy cores. runs/<name>/influence.csv has all influences; --keep writes the rows of highest
 influence.
 """
 
