@@ -296,10 +296,18 @@ def worlds_of(args: argparse.Namespace) -> list[tuple[str, float, World | None]]
             raise ValueError(f"--vary {args.vary} varies a setting of a world; add --world")
         return [("", math.nan, None)]
     if not args.vary:
-        return [("", math.nan, world_of(args.world))]
-    setting, values = parse_fault(args.vary)
-    texts = [f"{setting}={value:g}" for value in values]
-    return [(text, value, world_of([*args.world, text])) for text, value in zip(texts, values, strict=True)]
+        worlds = [("", math.nan, world_of(args.world))]
+    else:
+        setting, values = parse_fault(args.vary)
+        texts = [f"{setting}={int(x) if x == int(x) else x}" for x in values]
+        worlds = [(text, x, world_of([*args.world, text])) for text, x in zip(texts, values, strict=True)]
+    if worlds[0][2].held_out < 2:
+        raise ValueError(
+            f"--world held_out={worlds[0][2].held_out}: rewards are compared on at least 2 held-out prompts"
+        )
+    for _, _, world in worlds:
+        world.rows()  # raises before anything is trained
+    return worlds
 
 
 def train_losses(

@@ -231,7 +231,16 @@ def course(runs: Sequence[WorldRun]) -> str:
 
 
 def mean_curves(runs: Sequence[WorldRun]) -> Float[np.ndarray, "3 E"]:
-    """Return the means over seeds of (KL, true reward, annotators' reward) at each evaluation."""
+    """Return the means over seeds of (KL, true reward, annotators' reward) at each evaluation.
+
+    Raises ValueError for runs with different numbers of evaluations.
+    """
+    counts = {len(run.true) for run in runs}
+    if len(counts) > 1:
+        raise ValueError(
+            f"runs of one loss have {' and '.join(map(str, sorted(counts)))} evaluations with different "
+            "seeds; leave out loop.patience, or train the shorter runs to the end"
+        )
     return np.mean([[run.kl, run.true, run.proxy] for run in runs], axis=0)
 
 

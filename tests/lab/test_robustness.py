@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scripts_in_process import call
 
 from jaxft.lab.robustness import (
     FaultLevel,
@@ -90,6 +91,12 @@ def test_only_prompts_that_every_run_has_scored_are_compared():
 def test_the_course_of_the_true_reward_is_named(true, proxy, result):
     prompts = np.random.default_rng(1).normal(true[-1], 0.5, 25)  # a standard error of about 0.1
     assert course([world_run(prompts, true, proxy, kl=[0.0, 0.1, 0.2])]) == result
+
+
+def test_runs_of_different_lengths_are_one_line():
+    runs = [world_run([1.0, 2.0]), world_run([1.0, 2.0], (0.0, 1.0, 2.0), (0.0, 1.0, 2.0), (0.0, 0.1, 0.2))]
+    with pytest.raises(ValueError, match="runs of one loss have 2 and 3 evaluations with different seeds"):
+        course(runs)
 
 
 def test_a_single_prompt_shows_no_change():
@@ -182,3 +189,19 @@ def test_a_run_without_scores_is_one_line(tmp_path):
 def test_a_fault_that_cannot_vary_is_one_line(text, message):
     with pytest.raises(ValueError, match=message):
         parse_fault(text)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--vary", "noise=0,0.2"], "--vary noise=0,0.2 varies a setting of a world; add --world"),
+        (["--world", "held_out=1"], "rewards are compared on at least 2 held-out prompts"),
+        (["--world", "noise=0.1", "--vary", "noise=0,0.2"], "noise is given twice"),
+        (["--world", "--vary", "noise=0,0.7"], "world.noise=0.7 turns most labels around"),
+        (["--world", "--vary", "pairs=20,30.5"], "pairs=30.5: expected int"),
+        (["--world", "gap=9.5", "--vary", "pairs=20,30"], "world.gap=9.5: no two of"),
+    ],
+)
+def test_worlds_that_cannot_be_made_are_one_line_before_any_training(monkeypatch, capsys, args, message):
+    code, _, error = call(monkeypatch, capsys, "loss_bench", "--loss", "dpo", "--against", "ipo", *args)
+    assert code == 1 and message in error and error.count("\n") == 1
