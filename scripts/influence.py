@@ -119,7 +119,7 @@ def main() -> int:
         raise ValueError("--out needs --keep, the fraction of the rows to write; add --keep 0.5")
     for option, given in {"--leave-out": args.leave_out, "--through": args.through is not None}.items():
         if given and (args.keep is not None or args.gradients):
-            raise ValueError(f"{option} is about sources; leave out --keep, --out and --gradients")
+            raise ValueError(f"{option} compares sources, not rows; leave out --keep, --out and --gradients")
     if args.through is not None:
         if args.leave_out:
             raise ValueError("--through and --leave-out are two ways to judge sources; use one of them")

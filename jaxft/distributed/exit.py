@@ -63,7 +63,7 @@ def exit_for_restart(text: str) -> NoReturn:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Exit immediately with `code`, waiting for no thread and without the line of set_killed_message."""
+    """Flush the output and exit with `code` at once: wait for no thread, print no killed message."""
     clear_killed_message()
     with contextlib.suppress(Exception):
         sys.stdout.flush()

@@ -450,7 +450,7 @@ def evaluate_margins(
 
 
 def margin_span(probe: Probe) -> float:
-    """Return up to which margin, in nats, a curve shows the loss's bends; 30 for DPO with beta=0.1.
+    """Return the largest margin to plot, in nats, so that a loss's curvature shows; 30 for DPO, beta=0.1.
 
     It is the smallest of SPANS within which the slope differs from its value at 0 by more than 80 %; 30 if
     there is none, if the slope at 0 is 0, or if a slope is not finite.

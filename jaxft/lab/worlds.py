@@ -273,7 +273,7 @@ class Features(NamedTuple):
 
 
 def features(completion: str, right: str) -> Features:
-    """Return the features of any text as a completion. right: the right completion."""
+    """Return the features of a completion, which may be any text. right: the right completion."""
     text, longer = completion.strip(), len(completion) - len(right)
     expected = json_object(right)
     if expected is None:

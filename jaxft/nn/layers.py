@@ -233,9 +233,7 @@ def lm_head(params: dict[str, Weight], h: Float[Array, "... D"]) -> Float[Array,
 
 
 def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"], head: Adapted) -> Array:
-    """Add to the base's logits the output of a LoRA adapter for each row of the batch; apply DoRA's gains.
-    head: the adapters, leaves with a leading axis B.
-    """
+    """Add the output of each row's LoRA adapter to the base's logits. head: its leaves start with axis B."""
     low = batched_dot(group_rows(h, len(head.a)), head.a.astype(h.dtype), (1, 0), h.dtype)
     low = low * head.scale.astype(h.dtype)[:, None, None]
     logits = logits + batched_dot(low, head.b.astype(h.dtype), (1, 0), logits.dtype).reshape(logits.shape)
@@ -243,18 +241,15 @@ def _with_pairs_of_rows(logits: Float[Array, "B *T V"], h: Float[Array, "B *T D"
 
 
 def _head_matmul(h: Float[Array, "... D"], w: Weight, transposed: bool) -> Float[Array, "... V"]:
-    """Return logits by a table [V, D] (`transposed`) or a head [D, V], and by the trained rows of a
-    TokenRows.
-    """
+    """Return logits by a table [V, D] (`transposed`) or a head [D, V]; either may be a TokenRows."""
     if not isinstance(w, TokenRows):
         return matmul(h, w, transposed, True)
     return matmul(h, w.weight, transposed, True).at[..., np.asarray(w.ids)].set(matmul(h, w.rows, True, True))
 
 
 def base_table(table: Weight) -> Weight:
-    """Return the embedding table that a tied head uses: the base's, without a LoRA adapter of the table, or a
-    table trained in its place (Replaced), as these are for embeddings only. A TokenRows is returned
-    unchanged.
+    """Return the table that a tied head uses: without a LoRA adapter of the embeddings, and the base's in
+    place of a trained one (Replaced). Trained rows of tokens (TokenRows) remain.
     """
     if isinstance(table, Adapted):
         return table.weight
@@ -262,9 +257,7 @@ def base_table(table: Weight) -> Weight:
 
 
 def head_params(params: dict[str, Weight]) -> dict[str, Weight]:
-    """Return the entries of `params` that lm_head uses: "head"; with a tied head, "embed" (see base_table)
-    and, if the head has an adapter, "head".
-    """
+    """Return the entries of `params` that lm_head uses: "head"; if tied, "embed" and the adapter's "head"."""
     head = params.get("head")
     tied = head is None or (isinstance(head, Adapted) and head.weight is None)
     table = {"embed": base_table(params["embed"])} if tied and "embed" in params else {}

@@ -130,8 +130,8 @@ def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "
 
 
 def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
-    """Return `g @ w^T` in dtype `out`, multiplied in FP8 if multiplies_in_fp8(w): the gradient with respect
-    to x of `times(x, w)`, whose result has the gradient g.
+    """Return `g @ w^T` in dtype `out`, in FP8 if multiplies_in_fp8(w). It is the gradient of x in `times(x,
+    w)`.
     """
     if multiplies_in_fp8(w):
         return times_transposed_in_fp8(g, w).astype(out)
@@ -459,8 +459,7 @@ def is_scaled_by_channel(w: QTensor) -> bool:
 
 
 def multiplies_in_fp8(w: Any) -> bool:
-    """Return whether matmuls with a weight run in FP8 on the devices of the ambient mesh, or are emulated
-    there.
+    """Return whether a weight is multiplied in FP8, or in emulated FP8, on the devices of the ambient mesh.
 
     False unless the weight is stored in fp8 with one scale per output channel: scales per block of inputs
     vary along the contracted axis, so they cannot be applied to the result of a matmul.

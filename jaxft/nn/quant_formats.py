@@ -172,8 +172,7 @@ def look_up(codes: Integer[Array, "..."], table: np.ndarray) -> Float[Array, "..
 
 
 def by_bits(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
-    """Return `table[codes]`: each bit of a code, from the highest to the lowest, selects a half of the
-    remaining table.
+    """Return `table[codes]`: each bit of a code, the highest first, selects a half of the remaining table.
 
     The last selection is integer arithmetic, not `jnp.where` of two scalars: XLA would make arrays of these
     and move them out of a scan over layers, 16 float32 arrays of a weight's size (compiled for an H100).

@@ -177,9 +177,7 @@ def frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def _long(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return longrope's frequencies above original_max_positions; for other kinds the result of
-    `frequencies`.
-    """
+    """Return longrope's frequencies above original_max_positions; for other kinds, `frequencies(rope)`."""
     freqs = frequencies(rope, head_dim)
     if rope.kind != "longrope":
         return freqs
@@ -279,9 +277,7 @@ def rope_angles(
 def _by_length(
     rope: Rope, head_dim: int, lengths: Int[Array, "B T"], freqs: Float[Array, " E2"]
 ) -> Float[Array, "B T E2"]:
-    """Return the frequencies [B, T, d/2] of dynamic or longrope for examples of these lengths. freqs: for
-    lengths up to original_max_positions.
-    """
+    """Return dynamic's or longrope's frequencies for `lengths`. freqs: up to original_max_positions."""
     original, wide = _original(rope), freqs.dtype
     freqs = to_rank(freqs, 3)
     if rope.kind == "longrope":

@@ -46,9 +46,7 @@ class TensorName(NamedTuple):
         return self.module.rpartition("{i}.")[2]
 
     def axes(self, spec: ParamSpec) -> tuple[str, ...]:
-        """Return the axes ("layers", "experts") of a parameter along which the files have a tensor for each
-        index.
-        """
+        """Return the parameter's axes, "layers" or "experts", along which files have a tensor per index."""
         return tuple(axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in self.template)
 
     def is_linear(self, spec: ParamSpec) -> bool:

@@ -291,7 +291,7 @@ def neutral(like: Metrics) -> Metrics:
 
 
 def by_layer(metrics: Metrics) -> Metrics:
-    """Replace each PerLayer by one Sum per layer, by its logged name; for metrics on the host."""
+    """Replace each PerLayer by a Sum per layer, under its logged name; for metrics on the host."""
     out: Metrics = {}
     for name, m in metrics.items():
         out |= m.layers(name) if isinstance(m, PerLayer) else {name: m}

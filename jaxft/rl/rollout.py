@@ -215,7 +215,7 @@ class Rollouts(Prompts):
 
     @property
     def reads_given(self) -> bool:
-        """True if batches read log-probs of given tokens too."""
+        """True if batches also read log-probs of the tokens of observations."""
         return self.observations
 
     @property

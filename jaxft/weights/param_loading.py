@@ -133,7 +133,7 @@ def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: boo
 
 
 def _small_parts(reader: ParamReader, tensor: Tensor, index: Index) -> list[Index]:
-    """Split a part of a tensor into parts of at most PIECE_BYTES bytes that are contiguous in the files.
+    """Split a part of a tensor into parts of at most PIECE_BYTES bytes, or of COPY_COLUMNS slices if larger.
 
     Quantised tensors are not split, because some are dequantised whole.
     """

@@ -311,8 +311,8 @@ def test_flipped_labels_and_a_bad_source_are_found_in_the_default_world_on_a_rea
         (["--out", "x.jsonl"], "--out needs --keep"),
         (["held_out=none"], "no rows are held out to measure the influence on; set held_out=FILE"),
         (["--leave-out"], "the run has one source; name several, as in data=a.jsonl,b.jsonl"),
-        (["--leave-out", "--gradients"], "--leave-out is about sources"),
-        (["--through", "2", "--keep", "0.5"], "--through is about sources"),
+        (["--leave-out", "--gradients"], "--leave-out compares sources, not rows"),
+        (["--through", "2", "--keep", "0.5"], "--through compares sources, not rows"),
         (["--through", "0"], "--through 0: expected a number of steps, at least 1"),
     ],
 )

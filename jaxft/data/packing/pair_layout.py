@@ -206,7 +206,7 @@ class _Runs:
 
 
 def tokens_per_pair(pairs: TokenisedRows, branches: bool) -> Int[np.ndarray, " pairs"]:
-    """Return the number of tokens that each pair takes in a row."""
+    """Return each pair's tokens in a row. branches: count the prompt once, not once per response."""
     prompt, responses = pairs.counts[:, 0], pairs.counts[:, 1:]
     return responses.sum(1) + prompt * (1 if branches else (responses > 0).sum(1))
 

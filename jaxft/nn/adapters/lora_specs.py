@@ -107,7 +107,7 @@ def _check_exclusions(excluded: str | frozenset[str], modules: Sequence[ModuleNa
 
 
 def _check_layers(settings: Adapter, targets: Sequence[str], layers: AbstractSet[int | None]) -> None:
-    """Raise ValueError if layers_to_transform lists a layer without any of the targets.
+    """Raise ValueError if layers_to_transform is empty or lists a layer without any of the targets.
 
     targets: their paths. layers: the numbers of the layers that have a target; None for one outside layers.
     """

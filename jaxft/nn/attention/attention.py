@@ -57,7 +57,10 @@ def dense(
 
 
 def cudnn(q_BTHE, k_BTKE, v_BTKE, ranges, softcap=None, implementation: Literal["cudnn", "xla"] = "cudnn"):
-    """cuDNN's flash attention for NVIDIA GPUs, for rows that are one example each, padded at the end."""
+    """cuDNN's flash attention for NVIDIA GPUs, for rows that are one example each, padded at the end.
+
+    Raises ValueError for shared prompts, sliding windows and a soft cap.
+    """
     if ranges.prompt_start is not None or ranges.windowed or softcap is not None:
         raise ValueError(
             "cuDNN attention supports no shared prompts, sliding window or soft cap; call attention.pallas"
@@ -216,9 +219,9 @@ def attention_by(
     """Attention by a given kernel, divided over the ambient mesh. choice: see chosen_kernel.
 
     Each device computes its rows and heads. Layout "heads", if the mesh shards time: heads are sharded
-    instead during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509). "gathered" and "ring", if the
-    number of heads does not divide: each device computes an early and a late part of the queries, and gathers
-    all keys or passes them around a ring (ring_attention.py).
+    instead during attention (Ulysses, Jacobs et al. 2023, arXiv:2309.14509). "gathered" and "ring", if
+    the devices cannot share the heads evenly or context_keys is set: each device computes an early and a late
+    part of the queries, and gathers all keys or passes them around a ring (ring_attention.py).
     """
     chex.assert_equal_shape([k_BTKE, v_BTKE])
     chex.assert_equal_shape_prefix([q_BTHE, k_BTKE, ranges.own_start], 2)

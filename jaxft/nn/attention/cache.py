@@ -412,8 +412,8 @@ def select_rows(layers: CacheParts, rows: Array) -> CacheParts:
 
 
 def clear_values(layers: CacheParts, rows: Array) -> CacheParts:
-    """Set the cached values (v) of rows to 0, before the rows are used again: a NaN of an earlier completion
-    would remain NaN when attention multiplies it by a weight of 0.
+    """Set the cached values (v) of rows and their scales to 0, before the rows are used again: a NaN of an
+    earlier completion would remain NaN when attention multiplies it by a weight of 0.
     """
 
     def cleared(x: Array) -> Array:

@@ -182,7 +182,7 @@ def _gguf_defaults(header: GgufHeader, repo: str) -> dict[str, FileContent]:
 
 
 def _gguf_notes(header: GgufHeader) -> list[str]:
-    """Return lines on the card of a GGUF file and on its license."""
+    """Return notes to print about a GGUF file's card and license."""
     notes = [f"a repository without {CARD} gets a short model card from the header of {header.path.name}"]
     if "license" not in gguf_metadata(header):
         notes.append(f"warning: {header.path.name} states no license; its model card says license: unknown")

@@ -82,7 +82,7 @@ def first_batches(source: Source[Any], tokens: int) -> Iterator[Batch]:
 def eva_adapter(
     model: Model, base: Params, adapter: Params, settings: Adapter, rows: FirstRows, mesh: Mesh
 ) -> Params:
-    """Return a fresh adapter with the first `a` of EVA, sharded as its leaves are.
+    """Return `adapter` with each `a` initialised by EVA, sharded as before.
 
     model: over the whole tree. Every process calls it; process 0 alone computes the directions, because the
     libraries of other hosts may round otherwise. The rows pass through the model once for each MOMENT_BYTES

@@ -68,8 +68,8 @@ def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
         )
     if teacher.shares_base and trains_base(parts):
         raise ValueError(
-            "the teacher shares the run's base, which is trained; give it weights of its own, the same ones: "
-            f"teacher.weights={run.weights}"
+            "the teacher shares the run's base, which is trained; load a second copy: set "
+            f"teacher.weights={run.weights} and teacher.model"
         )
     if teacher.shares_base and teacher.adapter and run.adapter and run.adapter.changes_base:
         raise ValueError(
