@@ -130,7 +130,7 @@ def hash_file(path: Path) -> str:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged folder, such as adapter, to adapter.bad, or else adapter.bad2, ...; return the path."""
+    """Rename a damaged folder, e.g. adapter to adapter.bad, or else adapter.bad2, ...; return the new path."""
     target, count = folder.with_suffix(SET_ASIDE), 1
     while target.exists():
         count += 1

@@ -26,8 +26,8 @@ class Option:
 
     setting: the knob or dotted field of `recipe` that does the same, or None. values: {value of the option in
     lower case: what to write, such as "quant=nf4", or ""}. only_values: if True, other values have no
-    equivalent; if False and kind is "same", `setting` takes them unchanged. example: a value as tools write it.
-    note: advice.
+    equivalent; if False and kind is "same", `setting` takes them unchanged. example: a value as the tools
+    write it. note: advice.
     """
 
     name: str
