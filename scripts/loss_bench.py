@@ -295,19 +295,19 @@ def worlds_of(args: argparse.Namespace) -> list[tuple[str, float, World | None]]
         if args.vary:
             raise ValueError(f"--vary {args.vary} varies a setting of a world; add --world")
         return [("", math.nan, None)]
-    if not args.vary:
-        worlds = [("", math.nan, world_of(args.world))]
-    else:
+    texts = [""]
+    values: tuple[float, ...] = (math.nan,)
+    if args.vary:
         setting, values = parse_fault(args.vary)
-        texts = [f"{setting}={int(x) if x == int(x) else x}" for x in values]
-        worlds = [(text, x, world_of([*args.world, text])) for text, x in zip(texts, values, strict=True)]
-    if worlds[0][2].held_out < 2:
+        texts = [f"{setting}={int(x) if x.is_integer() else x}" for x in values]
+    worlds = [world_of([*args.world, text] if text else args.world) for text in texts]
+    if worlds[0].held_out < 2:
         raise ValueError(
-            f"--world held_out={worlds[0][2].held_out}: rewards are compared on at least 2 held-out prompts"
+            f"--world held_out={worlds[0].held_out}: rewards are compared on at least 2 held-out prompts"
         )
-    for _, _, world in worlds:
+    for world in worlds:
         world.rows()  # raises before anything is trained
-    return worlds
+    return [*zip(texts, values, worlds, strict=True)]
 
 
 def train_losses(
