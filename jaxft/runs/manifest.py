@@ -130,7 +130,7 @@ def hash_file(path: Path) -> str:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged folder, e.g. adapter to adapter.bad, or else adapter.bad2, ...; return the new path."""
+    """Rename a damaged folder, e.g. adapter to adapter.bad (or .bad2, ...); return its new path."""
     target, count = folder.with_suffix(SET_ASIDE), 1
     while target.exists():
         count += 1
