@@ -34,10 +34,11 @@ class TrialRate(NamedTuple):
 
 
 def run_of(study: Study, label: str, seed: int) -> Run:
-    """Return a Run whose compiled program trains any trial of a loss: the study's recipe with this loss and
-    seed. A trial's learning rate and knobs are in the train state, where make_set_trial writes them.
+    """Return the study's recipe with one of its losses, as a Run that is compiled once for all trials of it.
 
-    label: the loss's key in study.losses. Logged rewards are log-ratios to the reference, not times beta.
+    A trial's learning rate and knobs are arrays in the train state, which make_set_trial's function writes;
+    the state begins with the recipe's rate and the first trial's knobs. label: the loss's key in
+    study.losses. Logged rewards are log-ratios to the reference, not multiplied by beta.
     """
     recipe, first = study.recipe, study.trials_of(label)[0]
     return replace(
@@ -79,8 +80,8 @@ def own_beta(loss: SearchedLoss) -> float:
 def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
     """Return the preference objective of a loss that reads its knobs from the train state, aux["knobs"].
 
-    trial: the values of the knobs at step 0. A loss with a state, such as BCO's, updates it from
-    the logged rewards times its beta.
+    trial: has the values of the knobs at step 0. A loss with a state, such as BCO's mean reward, updates it
+    from beta times the logged rewards, as these are logged without beta.
     """
 
     def with_knobs(knobs: Mapping[str, Any]) -> Objective:

@@ -155,8 +155,8 @@ class Checkpoints:
         self._thread.start()
 
     def _begin(self, step: int) -> str:
-        """Remove the folders of killed saves and make this save's, on process 0. Return a unique name, the
-        topic of this save's sync.FileExchange.
+        """On process 0: delete unfinished saves of killed processes and create `<step>.tmp`. Return a unique
+        name for this save, under which the processes exchange messages: the topic of its sync.FileExchange.
         """
         make_folder(self.folder)
         for stale in (

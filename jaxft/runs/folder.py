@@ -282,7 +282,10 @@ def sync_results(folder: Path) -> None:
 
 
 def result_hashes(folder: Path) -> dict[str, str]:
-    """Return {path in a run's folder: SHA-256} of the files in adapter/, model/ and best/, except *.md."""
+    """Return {path relative to a run's folder: SHA-256 in hex} of the files in adapter/, model/ and best/.
+
+    *.md files are left out, as a user may edit a model card. {} for a run without these folders.
+    """
     paths = sorted(
         path
         for name in RESULTS
@@ -313,9 +316,9 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
 
 
 def _run_of(folder: Path) -> Path | None:
-    """Return the folder of the finished run that `folder` is, or in which it is a result such as adapter/.
+    """Return the folder of a finished run, RUN, if `folder` is RUN or a result in it, such as RUN/adapter.
 
-    None for a run that has not finished, and for other folders.
+    None for a run without summary.json, which has not finished, and for any other folder.
     """
     if (folder / SUMMARY).is_file():
         return folder
@@ -385,10 +388,10 @@ def earlier_end(folder: Path) -> str | None:
 
 
 def earlier_end_notes(ref: str | Path) -> list[str]:
-    """Return [warning] if the weights in `ref` are from an earlier end of a run, see earlier_end; else [].
+    """Return [a warning] if a finished run was continued and has not finished again, else []. Its weights are
+    then older than its last logged step.
 
-    ref: what --run, --adapter, start= or reward= names: a run's folder, or adapter/ or model/ in it; [] for
-    other models.
+    ref: the value of --run, --adapter, start= or reward=. [] if it is no folder of a run or in a run.
     """
     line = earlier_end(Path(ref))
     return [f"warning: {line}; finish the run to update them"] if line else []

@@ -291,11 +291,12 @@ class Mirror:
         self._copying.submit(int).result()
 
     def _copy(self, step: int) -> None:
-        """Send the checkpoint of a step, checkpoints on disk that the store lacks, and other files that have
-        changed. Delete checkpoints from the store that are no longer on disk.
+        """Send the checkpoint of a step, checkpoints on disk that the store lacks, and changed logs. Delete
+        checkpoints from the store that are no longer on disk.
 
-        Nothing is sent if the store has a later checkpoint: the run has gone back, because later checkpoints
-        on disk were damaged. An error is only reported; the next call sends the missing files.
+        Nothing is sent if a newer checkpoint waits to be copied, if `settle` has been called, or if the store
+        has a later checkpoint: then the run has gone back, because later ones on disk were damaged. An error
+        is only reported; the next call sends the missing files.
         """
         if step < self._newest:
             return
@@ -415,7 +416,9 @@ class Mirror:
         self._write_index()
 
     def _files(self) -> list[Path]:
-        """Return the files to send, summary.json last: not checkpoints, links, temporary or damaged files."""
+        """Return the paths of the run's files to send, summary.json last. Left out are checkpoints, links,
+        the lock, index.json, temporary files (.part, .tmp) and folders that were renamed as damaged (.bad).
+        """
         paths = [
             path
             for path in self.folder.rglob("*")
@@ -446,7 +449,7 @@ def _complete_steps(names: list[str]) -> list[int]:
 
 
 def _is_set_aside(path: Path) -> bool:
-    """Return whether a file is in a folder that manifest.set_aside has renamed, such as adapter.bad/."""
+    """Return whether a file is in a damaged folder that manifest.set_aside has renamed, as adapter.bad/."""
     return any(folder.suffix.rstrip("0123456789") == manifest.SET_ASIDE for folder in path.parents)
 
 

@@ -93,8 +93,9 @@ def format_manifest(body: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the manifest.json of a checkpoint. Raises Corrupt if it is missing, does not match its own hash or
-    belongs to another step, ValueError if another version of jaxft wrote it in another layout.
+    """Return the contents of a checkpoint's manifest.json without the hash of itself. Raises Corrupt if the
+    file is missing, does not match this hash or belongs to another step, and ValueError if another version of
+    jaxft wrote it in another layout.
     """
     try:
         body = json.loads((folder / NAME).read_bytes())
@@ -129,7 +130,7 @@ def hash_file(path: Path) -> str:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint or adapter/ to <name>.bad, .bad2 or so on; return the new path."""
+    """Rename a damaged folder, e.g. adapter to adapter.bad (or .bad2, ...); return its new path."""
     target, count = folder.with_suffix(SET_ASIDE), 1
     while target.exists():
         count += 1

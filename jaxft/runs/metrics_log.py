@@ -58,7 +58,9 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def read_appended(path: Path, size: int) -> tuple[list[Entry], int]:
-    """Return (entries after the first `size` bytes of a log, bytes of the whole log); ([], 0) without one."""
+    """Return (entries appended to a log since it had `size` bytes, its size now in bytes); ([], 0) if the
+    log does not exist.
+    """
     return [entry for _, entry in _lines(path, size)], path.stat().st_size if path.exists() else 0
 
 
@@ -80,9 +82,10 @@ def _lines(path: Path, start: int = 0) -> list[tuple[bytes, Entry]]:
 
 
 def truncate(path: Path, step: int) -> list[Entry]:
-    """Remove the entries of steps after `step` from a log, atomically. Return the entries that remain.
+    """Remove the entries of steps later than `step` from a log, where a run resumes. Return the others.
 
-    step 0 removes all entries, also those of step 0: the run starts afresh and evaluates again at step 0.
+    step 0 removes all entries, also step 0's, because a fresh run evaluates at step 0 again. The file is
+    replaced atomically. Lines that are not entries, such as a half-written one, are removed too.
     """
     lines = [(text, entry) for text, entry in _lines(path) if step > 0 and entry["step"] <= step]
     content = b"".join(text for text, _ in lines)

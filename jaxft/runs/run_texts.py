@@ -49,8 +49,8 @@ class Evaluation(TypedDict):
     samples: completions of held-out prompts, to be printed. scored: number of prompts whose completions were
     scored. intervals: 95 % intervals of the means over these prompts, by metric. score_faults: lines about
     completions without a score. nonfinite: number of prompts of which a completion ended because of
-    non-finite logits. If loop.eval_fraction limited the evaluation to a part of the held-out rows: part, such
-    as "11 of 50 held-out rows", and part_note, a line for the user about it.
+    non-finite logits. part, part_note: present only if loop.eval_fraction limits evaluations. part: the rows
+    that were evaluated, such as "11 of 50 held-out rows". part_note: a line that tells the user so.
     """
 
     metrics: dict[str, float]
@@ -66,8 +66,8 @@ class Evaluation(TypedDict):
 @dataclass(frozen=True)
 class ModelSummary:
     """Parameter counts of a model. quantised: how frozen weights are quantised, as text; "" if none is.
-    generates: whether it writes text. classifier: whether transformers can load a reward model of this
-    architecture, as AutoModelForSequenceClassification.
+    generates: whether it writes text; a reward model does not. classifier: whether transformers has an
+    AutoModelForSequenceClassification of this architecture, to load a reward model with.
     """
 
     trainable: int

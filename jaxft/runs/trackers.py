@@ -89,10 +89,11 @@ OpenTracker: TypeAlias = Callable[[Path, int], Tracker]  # (folder, start_step)
 
 
 class Callback:
-    """Makes a Tracker of a callback: a function (step, metrics), or an object with the methods of a Tracker.
+    """A Tracker that passes metrics to a callback: a function (step, metrics), or an object with the methods
+    log and close of a Tracker. ValueError for anything else.
 
-    A function's `metrics` also has timings and memory, by names such as perf/seconds. If the callback
-    raises an error in `log`, a RuntimeError is raised from it. ValueError if `callback` is neither.
+    A function's `metrics` also has timings and memory, by names such as perf/seconds. If the callback raises
+    an error when metrics are passed to it, `log` raises a RuntimeError.
     """
 
     def __init__(self, callback: Any):

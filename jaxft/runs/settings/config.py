@@ -66,8 +66,8 @@ class Resolved:
 
     value: what the config returned, with fields replaced. knobs: the values of all knobs. fields: the values
     of the fields that dotted keys set. line: the recipe, then the overrides of the command line.
-    defaults: the knobs' defaults. chosen: {setting: value as written} of settings that the user left open and
-    that jaxft chose, such as a learning rate for lr=auto.
+    defaults: the knobs' defaults. chosen: {setting: its value as text} of settings that jaxft chose because
+    the user set no value, or auto: the learning rate, and lengths and batches that fit the rows.
     """
 
     value: Any
@@ -276,9 +276,10 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
 
 
 def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
-    """Return the Python object in `text` as the value of a setting whose annotation is `kind`. If that is a
-    tuple, a list or a single object becomes a tuple, and strings in it are parsed. Raises ValueError if the
-    object does not have the annotation's type.
+    """Return the value of a setting that was set to a Python object, `text.value`. kind: its annotation.
+
+    For a tuple annotation, a list or a single object becomes a tuple, and strings in it are parsed as on the
+    command line. Raises ValueError if the object does not have the annotation's type.
     """
     value, members = text.value, union_members(kind)
     origins = [typing.get_origin(member) or member for member in members]

@@ -25,8 +25,9 @@ class Option:
     """An option of other tools, such as learning_rate, and what to write for it in jaxft.
 
     setting: the knob or dotted field of `recipe` that does the same, or None. values: {value of the option in
-    lower case: what to write, such as "quant=nf4", or ""}. only_values: True if no other value has an
-    equivalent; else `setting` takes it as it is. example: a value as the tools write it. note: advice.
+    lower case: what to write, such as "quant=nf4", or ""}. only_values: if True, other values have no
+    equivalent; if False and kind is "same", `setting` takes them unchanged. example: a value as the tools
+    write it. note: advice.
     """
 
     name: str
@@ -108,7 +109,9 @@ def mapped(
 
 
 def combined(names: str, setting: str | None, note: str, recipe: str = "sft") -> Iterator[Option]:
-    """Yield options whose value alone does not decide the setting; `note` says what to write instead."""
+    """Yield options that cannot be translated by their value alone: what replaces them depends on other
+    options, the rows or the devices. note: what to write instead, also the error of Option.overrides.
+    """
     return options(names, setting=setting, note=note, kind="together", recipe=recipe)
 
 

@@ -107,7 +107,9 @@ def module_file(module: str) -> Path:
 
 
 def members(kind: Definition) -> list[Definition]:
-    """Return the members of a union annotation, [kind] for others. A type alias is replaced by its value."""
+    """Return the parts of a union annotation, such as int and None of `int | None`; [kind] for an annotation
+    that is no union. A type alias is replaced by its value.
+    """
     node, file = kind
     if isinstance(node, ast.BinOp):
         return [m for side in (node.left, node.right) for m in members(Definition(side, file))]
@@ -253,7 +255,9 @@ def constant_texts(node: ast.AST, file: Path) -> Iterator[str]:
 
 
 def takes_text(kind: Definition) -> bool:
-    """Return whether a value may be any text, such as a path, and not only one of `choices(kind)`."""
+    """Return whether an annotation allows values that `choices(kind)` does not list: any text, such as a
+    path, or a function as FILE.py:NAME. A tuple allows what its first type allows.
+    """
     for node, file in members(kind):
         inner = node.slice if isinstance(node, ast.Subscript) else None
         first = inner.elts[0] if isinstance(inner, ast.Tuple) else inner
@@ -369,7 +373,7 @@ def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | No
 
 
 def join_lines(lines: Sequence[str]) -> str:
-    """Join lines of advice, each "ADVICE; REMARK". A remark that successive lines share is written once.
+    """Join lines of advice. Where neighbours have the same text after "; ", it is written once, at the end.
 
     >>> join_lines(["a is x here; see x", "b is x here; see x"])
     'a is x here, b is x here; see x'

@@ -78,8 +78,9 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[Setting]:
 
 
 def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
-    """Yield the knobs of a recipe. fields: a knob without a comment in the recipe has the description of the
-    field with the same last name, as lr of optim.lr; a numeric knob without bounds has that field's bounds.
+    """Yield the knobs of a recipe. fields: the dotted fields of its run. A knob that has no comment in the
+    recipe gets the description of the field with its name, as lr of optim.lr; a number without bounds gets
+    that field's bounds too.
     """
     same: dict[str, Setting] = {}
     for setting in sorted(fields, key=lambda s: s.name.count(".")):  # seed, not data.seed
