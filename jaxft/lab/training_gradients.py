@@ -187,8 +187,8 @@ def short_training(
         raise ValueError("the recipe holds out no rows; set held_out=")
     if parts.mesh.size > 1:
         raise ValueError(
-            f"gradients through training run on one device, not {parts.mesh.size}; make only one visible, such "
-            "as by CUDA_VISIBLE_DEVICES=0"
+            f"gradients through training run on one device, not {parts.mesh.size}; make only one visible, "
+            "such as by CUDA_VISIBLE_DEVICES=0"
         )
     if not asked_for(parts.model.attention.settings).endswith("=reference"):
         raise ValueError("the fast attention kernels have no second derivative; set attention=reference")

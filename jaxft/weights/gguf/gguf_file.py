@@ -331,8 +331,8 @@ def write_gguf_file(
     """Write a GGUF file and rename it into place when it is complete; on an error no file is left.
 
     check(part): called once the header and the 1-D tensors are written and before the matrices are fetched;
-    part: the unfinished file. An error in it ends the writing. Raises ValueError for a tensor whose values
-    are not finite.
+    part: the unfinished file. An error in it ends the writing. Raises ValueError if a tensor's fetch does
+    (values that are not finite), or if it returns the wrong number of bytes.
     """
     tensors = sorted(tensors, key=lambda tensor: len(tensor.shape) > 1)  # 1-D ones first
     part = path.with_name(path.name + ".part")
