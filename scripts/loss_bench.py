@@ -23,9 +23,10 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -263,13 +264,14 @@ def race(
     """
     from jaxft.lab.robustness import FaultLevel, read_world_run, write_robustness
 
-    levels, sweeps = [], []
+    levels, sweeps, failed = [], [], 0
     for name, value, world in worlds_of(args):
         if name:
             print(f"\nworld: {name}")
         code, sweep, labels = train_losses(chosen, probes, args, world, baseline)
-        if code:
+        if code and (code != 1 or world is None or not finished(sweep, labels)):
             return code
+        failed |= code  # a run diverged; the page shows it
         sweeps.append(sweep)
         if world is not None:
             runs = {loss: [read_world_run(sweep / run) for run in own] for loss, own in labels.items()}
@@ -284,7 +286,12 @@ def race(
         }  # fmt: skip
         for path in write_robustness(levels, settings, folder):
             print(path)
-    return 0
+    return failed
+
+
+def finished(sweep: Path, labels: Mapping[str, Sequence[str]]) -> bool:
+    """Whether all runs of a sweep have trained to the end, finite or not: each has held-out values."""
+    return all((sweep / run / "held_out.jsonl").is_file() for own in labels.values() for run in own)
 
 
 def worlds_of(args: argparse.Namespace) -> list[tuple[str, float, World | None]]:
@@ -305,8 +312,9 @@ def worlds_of(args: argparse.Namespace) -> list[tuple[str, float, World | None]]
         raise ValueError(
             f"--world held_out={worlds[0].held_out}: rewards are compared on at least 2 held-out prompts"
         )
-    for world in worlds:
-        world.rows()  # raises before anything is trained
+    made = [world.rows() for world in worlds]  # raises before anything is trained
+    if any(one == other for one, other in pairwise(made)):
+        raise ValueError(f"--vary {args.vary}: two worlds have the same rows; use values further apart")
     return [*zip(texts, values, worlds, strict=True)]
 
 
@@ -328,12 +336,13 @@ def train_losses(
     from jaxft.train.settings import Scoring
     from jaxft.train.start import open_settings
 
-    rows, scoring = [], Scoring()
+    rows: list[str] = []
+    scores: tuple[WorldScore, ...] = ()
     if world is not None:
         train, held_out = world.write(args.out / f"world-{content_hash(describe(world))}")
-        rows, scoring = (
+        rows, scores = (
             [f"data={train}", f"held_out={held_out}"],
-            Scoring((WorldScore(world, true_reward), WorldScore(world, proxy_reward))),
+            (WorldScore(world, true_reward), WorldScore(world, proxy_reward)),
         )
     resolved = open_settings.resolve(args.config, [*rows, *args.set])
     for text in args.set:
@@ -349,7 +358,9 @@ def train_losses(
         eval_every=max(1, args.steps // evaluations),
         eval_scores=world is not None,
     )
-    run = replace(run, scoring=scoring, loop=loop)
+    if rows and [f"data={run.data.train}", f"held_out={run.data.held_out}"] != rows:
+        raise ValueError("--set replaces the rows of --world; leave out its data settings")
+    run = replace(run, scoring=replace(run.scoring, by=scores, regex=None) if rows else Scoring(), loop=loop)
     thirds = {kind for probe in probes.values() for kind in probe.kinds[2:]}
     if len(thirds) > 1:
         raise ValueError(
@@ -415,6 +426,8 @@ def _check_setting(text: str, with_it: Any, without: Any) -> None:
     changed = differences(without, with_it)
     if text.startswith(("name=", "run.name=")):
         raise ValueError(f"--set {text} has no effect: the bench names its runs itself; leave it out")
+    if changed and all(line.startswith(("loop.steps", "loop.eval_")) for line in changed):
+        raise ValueError(f"--set {text} has no effect: the bench sets steps and evaluations; use --steps")
     if changed and all(line.startswith("objective") for line in changed):
         raise ValueError(
             f"--set {text} has no effect: the bench replaces the config's loss. Use --loss name,knob=value"

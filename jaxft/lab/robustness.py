@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
 from jaxft.lab.appendix import PaperTable, is_wide, picture_html
 from jaxft.lab.worlds import World, proxy_reward, true_reward
+from jaxft.objectives.intervals import LEVEL
 from jaxft.objectives.metrics import HELD_OUT
 from jaxft.report.charts import Panel, Points
 from jaxft.report.document import html_page
@@ -111,10 +113,12 @@ def rewards(runs: Sequence[WorldRun]) -> Float[np.ndarray, "S P"]:
     return np.array([[run.prompts[name] for name in common] for run in runs])
 
 
-def compare_runs(one: Sequence[WorldRun], other: Sequence[WorldRun]) -> Difference:
-    """Return the paired difference of true rewards after training, `other` minus `one`. The i-th runs of both
-    must have the same seed.
+def compare_runs(one: Sequence[WorldRun], other: Sequence[WorldRun]) -> Difference | None:
+    """Return the paired difference of true rewards after training, `other` minus `one`; None if a run has no
+    reward, since it diverged. The i-th runs of both must have the same seed.
     """
+    if not all(run.prompts for run in (*one, *other)):
+        return None
     both = rewards([*one, *other])
     return paired_difference(both[: len(one)], both[len(one) :])
 
@@ -122,32 +126,42 @@ def compare_runs(one: Sequence[WorldRun], other: Sequence[WorldRun]) -> Differen
 # Tables
 
 
+def least_fault(levels: Sequence[FaultLevel]) -> FaultLevel:
+    """Return the level with the smallest fault, to which the others are compared: the value nearest to 0, or
+    the most pairs.
+    """
+    if levels[0].name.startswith("pairs="):
+        return max(levels, key=lambda level: level.value)
+    return min(levels, key=lambda level: abs(level.value))
+
+
 def cost_table(levels: Sequence[FaultLevel]) -> PaperTable:
-    """Return the true reward of each loss on each level, and its difference to the first level."""
-    losses, (first, *others) = [*levels[0].runs], levels
+    """Return the true reward of each loss on each level, and its difference to the level of least_fault."""
+    losses, first = [*levels[0].runs], least_fault(levels)
+    others = [level for level in levels if level is not first]
     costs = {
         (label, level.name): compare_runs(first.runs[label], level.runs[label])
         for label in losses
         for level in others
     }
-    adjusted = dict(zip(costs, holm([d.p for d in costs.values()]), strict=True))
+    adjusted = _adjusted(costs)
     rows = []
     for label in losses:
         for level in levels:
             row = (label, level.name, f"{_last(level.runs[label], 'true'):.3f}", "", "", "")
-            if d := costs.get((label, level.name)):
-                p = adjusted[label, level.name]
-                row = (*row[:3], _difference(d), f"{p:.2g}", _verdict(d, p))
+            if level is not first:
+                row = (*row[:3], *_cells(costs[label, level.name], adjusted.get((label, level.name))))
             rows.append(row)
-    seeds, prompts = rewards(first.runs[losses[0]]).shape
-    over = f"{prompts} held-out prompts and {seeds} seed{'s' * (seeds > 1)}"
+    counts = [len(run.prompts) for level in levels for run in _all_runs(level) if run.prompts]
+    seeds = len(first.runs[losses[0]])
+    over = f"{min(counts, default=0)} held-out prompts and {seeds} seed{'s' * (seeds > 1)}"
     caption = f"Mean true reward of completions after training, over {over}."
     head = ("", "world", "true reward", "difference", "p (Holm)", "result")
     if not others:
         return PaperTable("costs", caption, (head[0], head[2]), tuple((row[0], row[2]) for row in rows))
     caption += (
-        f" Difference: to {first.name}, paired by prompt and seed, with its 95 % interval over both; p "
-        "(Holm): adjusted for all rows."
+        f" Difference: to {first.name}, paired, with its 95 % interval over {_units(seeds)}; p (Holm): "
+        "adjusted for all rows. All seeds share the pairs and labels of a world."
     )
     return PaperTable("costs", caption, head, tuple(rows))
 
@@ -160,26 +174,38 @@ def baseline_table(levels: Sequence[FaultLevel]) -> PaperTable:
         for level in levels
         for label in others
     }
-    adjusted = holm([d.p for d in duels.values()])
+    adjusted = _adjusted(duels)
     rows = [
-        (f"{label} - {baseline}", name or "-", _difference(d), f"{p:.2g}", _verdict(d, p))
-        for ((name, label), d), p in zip(duels.items(), adjusted, strict=True)
+        (f"{label} - {baseline}", name or "-", *_cells(d, adjusted.get((name, label))))
+        for (name, label), d in duels.items()
     ]
+    seeds = len(levels[0].runs[baseline])
     return PaperTable(
         "losses",
-        f"Differences in true reward to {baseline}, paired by prompt and seed, at 95 %; p (Holm): adjusted "
-        "for all rows.",
+        f"Paired differences in true reward to {baseline}, with 95 % intervals over {_units(seeds)}; p "
+        "(Holm): adjusted for all rows.",
         ("", "world", "difference", "p (Holm)", "result"),
         tuple(rows),
     )
 
 
-def _difference(d: Difference) -> str:
-    return f"{d.mean:+.3f} {d.interval.text(3)}"
+def _units(seeds: int) -> str:
+    return "prompts and seeds" if seeds > 1 else "the prompts, of this seed alone"
 
 
-def _verdict(d: Difference, p: float) -> str:
-    return d.verdict(Adjusted(p)).partition(";")[0]
+def _adjusted(
+    differences: Mapping[tuple[str, str], Difference | None],
+) -> dict[tuple[str, str], float]:
+    """Return the p-values of the known differences, adjusted by holm."""
+    known = {key: d.p for key, d in differences.items() if d is not None}
+    return dict(zip(known, holm([*known.values()]), strict=True))
+
+
+def _cells(d: Difference | None, p: float | None) -> tuple[str, str, str]:
+    """Return a comparison's difference, adjusted p-value and result as texts."""
+    if d is None or p is None:
+        return "", "", "a run diverged"
+    return f"{d.mean:+.3f} {d.interval.text(3)}", f"{p:.2g}", d.verdict(Adjusted(p)).partition(";")[0]
 
 
 def optimisation_table(levels: Sequence[FaultLevel]) -> PaperTable:
@@ -199,9 +225,9 @@ def optimisation_table(levels: Sequence[FaultLevel]) -> PaperTable:
     return PaperTable(
         "optimisation",
         "Means over prompts and seeds at the evaluations. Annotators' reward: the true one and their bias "
-        "for length. KL: per token to the reference, estimated on the held-out pairs. Over-optimised: the "
-        "true reward falls by more than two standard errors over the prompts from its highest value, while "
-        "the annotators' rises.",
+        "for length. KL: per token to the reference, estimated on the tokens of chosen responses; it is an "
+        "indication, and very large where these lose log-prob. Over-optimised: the true reward falls from "
+        "its highest value and the annotators' rises, both by more than chance.",
         (
             "", "world", "true, before", "true, highest", "at KL", "true, at the end", "annotators', before",
             "annotators', at the end", "KL at the end", "over training",
@@ -216,17 +242,26 @@ def highest(values: Float[np.ndarray, " E"]) -> int:
 
 
 def course(runs: Sequence[WorldRun]) -> str:
-    """Return in words what became of the true reward over training: "rises", "falls", "over-optimised" or
-    "does not change".
+    """Return in words what became of the true reward over training: "rises", "falls", "over-optimised",
+    "does not change" or "diverged".
 
-    A change counts if it is above two standard errors of the mean over prompts after training.
+    A change counts if it is larger than in 95 % of runs without any: it is a difference of two means over
+    prompts, each with the standard error that it has after training, and over seeds with their own spread,
+    and the highest of all evaluations is chosen (Bonferroni).
     """
     _, true, proxy = mean_curves(runs)
-    by_prompt = rewards(runs).mean(0)
-    least = 2 * float(by_prompt.std(ddof=1)) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else math.inf
-    best = highest(true)
+    if not np.isfinite(true[-1]) or not all(run.prompts for run in runs):
+        return "diverged"
+    by_prompt, best = rewards(runs).mean(0), highest(true)
+    if len(by_prompt) < 2:
+        return "does not change"
+    error = 2 * by_prompt.var(ddof=1) / len(by_prompt)
+    if len(runs) > 1:
+        error += np.var([run.true[best] - run.true[-1] for run in runs], ddof=1) / len(runs)
+    level = (1 - LEVEL) / 2 / max(1, len(true) - 1)
+    least = NormalDist().inv_cdf(1 - level) * math.sqrt(error)
     if true[best] - true[-1] > least:
-        return "over-optimised" if proxy[-1] > proxy[best] else "falls"
+        return "over-optimised" if proxy[-1] - proxy[best] > least else "falls"
     return "rises" if true[-1] - true[0] > least else "does not change"
 
 

@@ -64,7 +64,7 @@ class World:
 
     source: str = "configs/data/extraction.jsonl"
     taste: Taste = Taste()
-    pairs: Annotated[int, at_least(2)] = 200
+    pairs: Annotated[int, between(2, 100_000)] = 200
     held_out: Annotated[int, at_least(0)] = 60
     gap: Annotated[float, between(0.0, 10.0)] = 0.5
     temperature: Annotated[float, at_least(0)] = 0.0
@@ -148,9 +148,10 @@ class World:
             )
         liked = [proxy_reward("", text, row) for text in (a, b)]
         gap = liked[0] - liked[1] + self.circle * CIRCLE[(style_of(a) - style_of(b)) % 3]
-        wins = (
-            gap > 0 if self.temperature == 0 else rng.random() < 1 / (1 + math.exp(-gap / self.temperature))
-        )
+        wins = gap > 0
+        if self.temperature:  # drawn by its own generator, so that all temperatures have the same pairs
+            likely = 1 / (1 + math.exp(min(-gap / self.temperature, 700.0)))
+            wins = random.Random(f"{self.seed} label {n} {a} {b}").random() < likely
         chosen, rejected = (0, 1) if wins else (1, 0)
         texts = (a, b)
         return {

@@ -86,10 +86,14 @@ def test_only_prompts_that_every_run_has_scored_are_compared():
         ([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], "rises"),
         ([1.0, 1.1, 1.05], [1.0, 3.0, 5.0], "does not change"),
         ([1.0, math.nan, 3.0], [1.0, math.nan, 3.0], "rises"),
+        ([1.0, 3.0, 1.0], [1.0, 3.0, 3.01], "falls"),
+        ([3.0, 2.0, math.nan], [3.0, 4.0, math.nan], "diverged"),
     ],
 )
 def test_the_course_of_the_true_reward_is_named(true, proxy, result):
-    prompts = np.random.default_rng(1).normal(true[-1], 0.5, 25)  # a standard error of about 0.1
+    prompts = np.random.default_rng(1).normal(
+        np.nan_to_num(true[-1]), 0.5, 25
+    )  # a standard error of about 0.1
     assert course([world_run(prompts, true, proxy, kl=[0.0, 0.1, 0.2])]) == result
 
 
@@ -97,6 +101,46 @@ def test_runs_of_different_lengths_are_one_line():
     runs = [world_run([1.0, 2.0]), world_run([1.0, 2.0], (0.0, 1.0, 2.0), (0.0, 1.0, 2.0), (0.0, 0.1, 0.2))]
     with pytest.raises(ValueError, match="runs of one loss have 2 and 3 evaluations with different seeds"):
         course(runs)
+
+
+def test_noise_alone_has_no_course():
+    """Evaluations are means over 40 prompts of values without any change; at most 5 % are called one."""
+    rng, called = np.random.default_rng(5), 0
+    for _ in range(400):
+        values = rng.normal(0, 1, (6, 40))
+        run = world_run(values[-1], values.mean(1), values.mean(1), kl=np.linspace(0, 1, 6))
+        called += course([run]) in ("falls", "over-optimised")
+    assert called <= 0.05 * 400 + 2 * math.sqrt(400 * 0.05 * 0.95)
+
+
+def test_one_seed_that_collapses_is_no_course_of_the_loss():
+    prompts = np.random.default_rng(3).normal(3.0, 0.3, 30)
+    runs = [world_run(prompts + x - 3, (3.0, x), (3.0, 9.0), kl=(0.0, 1.0)) for x in (3.0, 3.0, -3.0)]
+    assert course(runs) == "does not change"
+
+
+def test_a_diverged_run_is_named_and_leaves_the_other_comparisons_as_they_are():
+    levels = levels_of(cost=1.0)
+    plain = by_first_two(cost_table(levels[:2]))
+    lost = WorldRun(np.array([0.0, math.nan]), np.array([1.0, math.nan]), np.array([1.0, math.nan]), {})
+    levels[2].runs["dpo"][1] = lost
+    rows = by_first_two(cost_table(levels))
+    assert rows["dpo", "noise=0.4"][3:] == ("", "", "a run diverged")
+    assert rows["dpo", "noise=0.2"][3] == plain["dpo", "noise=0.2"][3]
+    assert by_first_two(baseline_table(levels))["ipo - dpo", "noise=0.4"][-1] == "a run diverged"
+    assert "diverged" in [row[-1] for row in optimisation_table(levels).rows]
+
+
+@pytest.mark.parametrize(
+    "names, first", [(("length_bias=-2", "length_bias=0", "length_bias=2"), 1), (("pairs=20", "pairs=90"), 1)]
+)
+def test_costs_are_relative_to_the_smallest_fault(names, first):
+    levels = [
+        FaultLevel(name, float(name.partition("=")[2]), World(), {"dpo": [world_run([1.0 * n, 2.0, 4.0])]})
+        for n, name in enumerate(names)
+    ]
+    empty = [row[1] for row in cost_table(levels).rows if row[3:] == ("", "", "")]
+    assert empty == [names[first]]
 
 
 def test_a_single_prompt_shows_no_change():
@@ -200,6 +244,8 @@ def test_a_fault_that_cannot_vary_is_one_line(text, message):
         (["--world", "--vary", "noise=0,0.7"], "world.noise=0.7 turns most labels around"),
         (["--world", "--vary", "pairs=20,30.5"], "pairs=30.5: expected int"),
         (["--world", "gap=9.5", "--vary", "pairs=20,30"], "world.gap=9.5: no two of"),
+        (["--world", "--vary", "pairs=20,1000000000"], "world.pairs=1000000000"),
+        (["--world", "pairs=20", "--vary", "noise=0,0.001"], "two worlds have the same rows"),
     ],
 )
 def test_worlds_that_cannot_be_made_are_one_line_before_any_training(monkeypatch, capsys, args, message):

@@ -25,6 +25,17 @@ def test_the_planted_fraction_of_labels_is_flipped_and_nothing_else_changes():
         assert {a["chosen"], a["rejected"]} == {b["chosen"], b["rejected"]} and a["prompt"] == b["prompt"]
 
 
+def test_temperatures_change_labels_alone_and_no_difference_is_too_large():
+    plain = World(pairs=60).rows()
+    for temperature in (0.1, 1.0, 1e-4):
+        for a, b in zip(plain, World(pairs=60, temperature=temperature).rows(), strict=True):
+            assert {a["chosen"], a["rejected"]} == {b["chosen"], b["rejected"]} and a["prompt"] == b["prompt"]
+    cold = World(pairs=60, temperature=1e-4).rows()
+    assert [row["chosen"] for row in cold] == [row["chosen"] for row in plain]
+    hot = World(pairs=60, temperature=1e4).rows()
+    assert 15 <= sum(row["true_margin"] < 0 for row in hot) <= 45
+
+
 def test_a_seed_decides_all_rows():
     assert World(seed=3).rows() == World(seed=3).rows() != World(seed=4).rows()
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -336,8 +337,7 @@ def make_scorer(
                 "the rows, or set scoring.by= to nothing"
             )
 
-    prompt_names = [_prompt_name(text, number) for number, text in enumerate(texts[: scoring.prompts])]
-    prompt_names = prompt_names if functions else []
+    prompt_names = _prompt_names(texts[: scoring.prompts]) if functions else []
 
     def score(completions: Sequence[Completed]) -> Scored:
         shown = [one.shown() for one in completions[::group][:samples]]
@@ -365,10 +365,14 @@ def make_scorer(
     return score
 
 
-def _prompt_name(text: PromptText, number: int) -> str:
-    """Return a prompt's name: a hash of its text, response and `number`, which differs for repeats."""
-    digest = hashlib.sha256(json.dumps([text.prompt, text.reference, number]).encode()).hexdigest()
-    return f"prompt {digest[:16]}"
+def _prompt_names(texts: Sequence[PromptText]) -> list[str]:
+    """Return the prompts' names: a hash of text and response, and of how often both occurred before."""
+    seen, names = Counter[PromptText](), list[str]()
+    for text in texts:
+        digest = hashlib.sha256(json.dumps([text.prompt, text.reference, seen[text]]).encode()).hexdigest()
+        names.append(f"prompt {digest[:16]}")
+        seen[text] += 1
+    return names
 
 
 class ScoredPrompt(NamedTuple):
