@@ -215,8 +215,8 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
 
 
 def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> Model:
-    """Return the model with functions that take parameters with these specs and pass base(params) to the
-    functions of the given model.
+    """Return `model` for parameters with other specs: each function first turns them into the parameters of
+    `model`, by base(params).
     """
 
     def on_whole(fn: Callable) -> Callable:
@@ -228,8 +228,8 @@ def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> M
 
 
 def adapted_like(model: Model, adapter: Params) -> Model:
-    """Return the model over {"base", "adapter"} for an adapter without settings, one of those that
-    nn.adapters.lora_rows.of_equal_shapes returns.
+    """Return the model over {"base", "adapter"} whose specs follow from the arrays of `adapter` instead of
+    adapter settings: for adapters that nn.adapters.lora_rows.of_equal_shapes returns.
     """
     return replace(
         adapted(model, None), specs={"base": model.specs, "adapter": specs_like(model.specs, adapter)}

@@ -589,9 +589,9 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
 
 
 def needs_recomputed_logps(data: Rollouts, objective: Objective) -> bool:
-    """Return whether log-probs are recomputed with the training program after sampling.
-
-    A single on-policy update without reference or critic has the ratio 1; a ratio to the sampler needs none.
+    """Return whether the training program computes log-probs again after sampling: for a reference or a
+    critic and, unless ratios are to the sampler, for a quantised cache, several steps per rollout and
+    corrections.
     """
     scored = objective.facts.reference != "none" or objective.facts.critic
     if data.rules.ratio_to_sampler:

@@ -316,7 +316,9 @@ def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Par
 def engine_sizes(
     data: Any, model: Model, stop: tuple[int, ...], group: int, prompt_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[Decoding, Slots]:
-    """Return a rollout's engine settings. stop: token ids. prompt_size: as in compile_rollout_sampler."""
+    """Return how a rollout decodes, and its slots. data: Rollouts. stop: token ids that end a completion.
+    group: completions per prompt. prompt_size: as in compile_rollout_sampler.
+    """
     sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p, data.min_p)
 
     def tokens(group: int) -> int:  # of a prompt with its episodes

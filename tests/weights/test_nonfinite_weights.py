@@ -155,7 +155,7 @@ def test_an_adapter_that_is_not_finite_is_named(adapter, model):
         ({"lora_alpha": float("nan")}, "and finite numbers"),
         ({"lora_alpha": 10**400}, "and finite numbers"),
         ({"lora_alpha": 1e39}, "and finite numbers"),
-        ({"lora_alpha": 1e-50}, "adapter.alpha must be a finite number other than 0"),
+        ({"lora_alpha": 1e-50}, "adapter.alpha must be finite and other than 0 in float32"),
         ({"lora_dropout": float("nan")}, "and finite numbers"),
         ({"alpha_pattern": {"up_proj": float("inf")}}, "alpha_pattern has the value inf for 'up_proj'"),
         ({"alpha_pattern": {"up_proj": "8"}}, "alpha_pattern has the value '8' for 'up_proj'"),

@@ -39,7 +39,7 @@ class TokenRows:
 def attach_replacement(name: str, base: Any, node: Mapping[str, Any], token_ids: tuple[int, ...]) -> Any:
     """Return what a model uses in place of the base's parameter `name`: an array, Replaced or TokenRows.
 
-    node: of the adapter, see above. token_ids: the tokens of its rows.
+    node: the adapter's {"weight": array} or {"rows": array}. token_ids: the tokens of these rows.
     """
     if "rows" in node:
         return TokenRows(base, node["rows"], token_ids)

@@ -108,7 +108,7 @@ class Adapter:
                 "modules_to_save, bias or trainable_token_indices"
             )
         if not 0.0 < abs(self.alpha) < 3.4e38 or not abs(self.scale) > 1e-37:  # of float32
-            raise ValueError(f"adapter.alpha must be a finite number other than 0, got {self.alpha}")
+            raise ValueError(f"adapter.alpha must be finite and other than 0 in float32, got {self.alpha}")
         layers = self.layers_to_transform or ()
         if len(set(layers)) < len(layers):
             raise ValueError(

@@ -109,9 +109,9 @@ class AttentionSettings:
     """Attention settings that all layers of a model share.
 
     softcap: see dense. context_keys: how devices get the keys of a row that mesh.context shards: "gathered",
-    or "ring" (passed around a ring). "auto" shards heads instead if their number divides; else it passes keys
-    around a ring if a device has at least RING_LEAST tokens of a row, and gathers them otherwise. kernel: the
-    kernel that each device runs; "auto" takes the fastest.
+    or "ring" (passed around a ring). "auto" shards heads instead if devices can share them evenly; else it
+    passes keys around a ring if a device has at least RING_LEAST tokens of a row, and gathers them otherwise.
+    kernel: the kernel that each device runs; "auto" takes the fastest.
     """
 
     softcap: float | None = None

@@ -247,9 +247,9 @@ class NextToken:
     """The token of each row that a decoding step processes.
 
     positions: of the token in its text (prompt and completion), int32 [R]. counts: the number of tokens of
-    its completion so far, this one included, int32 [R]. groups: which rows complete which prompt. read: how
-    many of a row's slots attention reads, from the first; prompt_read: how many of a prompt's, up to the
-    last; None for all.
+    its completion so far, this one included, int32 [R]. groups: which rows complete which prompt. read:
+    attention sees only the first `read` slots of a row. prompt_read: it sees only the last `prompt_read`
+    slots of a prompt. None: it sees all.
     """
 
     positions: Any

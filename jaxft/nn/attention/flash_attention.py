@@ -276,8 +276,9 @@ def _blocks(x_BT: jax.Array, block: int) -> jax.Array:
 
 
 def _visits(ranges: KeyRanges, size: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """Return for each of the C query blocks [C, D / B] indices into the list of all D key blocks, of which
-    only the first `count` are visited, and `count` [C]. size: keys of a row.
+    """Return which key blocks each query block visits: indices [B * C, D] into the key blocks of all rows,
+    the visited ones first, and how many are visited [B * C]. C, D: query and key blocks of a row. size: keys
+    of a row.
     """
     B, T = ranges.own_start.shape
     C, D = T // block, size // block

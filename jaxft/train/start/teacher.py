@@ -55,7 +55,9 @@ def _same_weights(one: str, other: str) -> bool:
 
 
 def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
-    """Raise ValueError for a teacher that doesn't go together with the objective or the other settings."""
+    """Raise ValueError for a teacher that the objective does not read, a missing one that it reads, or one
+    that shares a base which the run changes.
+    """
     teacher, is_read = run.teacher, facts.teacher or facts.reference == TEACHER
     if teacher is None:
         if is_read:
