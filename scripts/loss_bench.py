@@ -291,7 +291,9 @@ def race(
 
 def finished(sweep: Path, labels: Mapping[str, Sequence[str]]) -> bool:
     """Whether all runs of a sweep have trained to the end, finite or not: each has held-out values."""
-    return all((sweep / run / "held_out.jsonl").is_file() for own in labels.values() for run in own)
+    from jaxft.runs.metrics_log import HELD_OUT_ROWS
+
+    return all((sweep / run / HELD_OUT_ROWS).is_file() for own in labels.values() for run in own)
 
 
 def worlds_of(args: argparse.Namespace) -> list[tuple[str, float, World | None]]:

@@ -51,6 +51,13 @@ class WorldRun:
     proxy: Float[np.ndarray, " E"]
     prompts: Mapping[str, float]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the run has no finite KL or no reward after training. The completions of a model with
+        non-finite logits are empty texts, which have a reward.
+        """
+        return not (np.isfinite([self.kl[-1], self.true[-1]]).all() and self.prompts)
+
 
 @dataclass(frozen=True)
 class FaultLevel:
@@ -114,10 +121,10 @@ def rewards(runs: Sequence[WorldRun]) -> Float[np.ndarray, "S P"]:
 
 
 def compare_runs(one: Sequence[WorldRun], other: Sequence[WorldRun]) -> Difference | None:
-    """Return the paired difference of true rewards after training, `other` minus `one`; None if a run has no
-    reward, since it diverged. The i-th runs of both must have the same seed.
+    """Return the paired difference of true rewards after training, `other` minus `one`; None if a run
+    diverged. The i-th runs of both must have the same seed.
     """
-    if not all(run.prompts for run in (*one, *other)):
+    if any(run.diverged for run in (*one, *other)):
         return None
     both = rewards([*one, *other])
     return paired_difference(both[: len(one)], both[len(one) :])
@@ -249,9 +256,9 @@ def course(runs: Sequence[WorldRun]) -> str:
     prompts, each with the standard error that it has after training, and over seeds with their own spread,
     and the highest of all evaluations is chosen (Bonferroni).
     """
-    _, true, proxy = mean_curves(runs)
-    if not np.isfinite(true[-1]) or not all(run.prompts for run in runs):
+    if any(run.diverged for run in runs):
         return "diverged"
+    _, true, proxy = mean_curves(runs)
     by_prompt, best = rewards(runs).mean(0), highest(true)
     if len(by_prompt) < 2:
         return "does not change"
@@ -266,10 +273,18 @@ def course(runs: Sequence[WorldRun]) -> str:
 
 
 def mean_curves(runs: Sequence[WorldRun]) -> Float[np.ndarray, "3 E"]:
-    """Return the means over seeds of (KL, true reward, annotators' reward) at each evaluation.
+    """Return the means over seeds of (KL, true reward, annotators' reward) at each evaluation; NaN after the
+    last evaluation of a run that diverged, which ends early.
 
-    Raises ValueError for runs with different numbers of evaluations.
+    Raises ValueError for other runs with different numbers of evaluations.
     """
+    most = max(len(run.true) for run in runs)
+    if any(run.diverged for run in runs):
+        padded = [
+            [np.pad(x, (0, most - len(x)), constant_values=math.nan) for x in (run.kl, run.true, run.proxy)]
+            for run in runs
+        ]
+        return np.mean(padded, axis=0)
     counts = {len(run.true) for run in runs}
     if len(counts) > 1:
         raise ValueError(
@@ -280,7 +295,7 @@ def mean_curves(runs: Sequence[WorldRun]) -> Float[np.ndarray, "3 E"]:
 
 
 def _last(runs: Sequence[WorldRun], name: str) -> float:
-    return float(np.mean([getattr(run, name)[-1] for run in runs]))
+    return float(np.mean([math.nan if run.diverged else getattr(run, name)[-1] for run in runs]))
 
 
 # The page
@@ -329,11 +344,12 @@ def optimisation_panels(levels: Sequence[FaultLevel]) -> list[Panel]:
 
 def robustness_page(levels: Sequence[FaultLevel], settings: Mapping[str, Any]) -> str:
     """Return the HTML page. settings: of the runs, besides their losses."""
-    text = f"{len(levels[0].runs)} losses are trained on synthetic pairs whose true reward is known"
+    losses = ", ".join(levels[0].runs)
+    text = f"Trained on synthetic pairs whose true reward is known: {losses}"
     pictures = ""
     if len(levels) > 1:
         setting = levels[0].name.partition("=")[0]
-        text += f", in {len(levels)} worlds that differ in {setting}"
+        text += f"; in {len(levels)} worlds that differ in {setting}"
         pictures = picture_html(robustness_panels(levels), f"Rewards by {setting}")
         note = "Dotted: the true reward before training. Faint lines: single seeds."
         pictures += f'<p class="note">{note}</p>'

@@ -14,6 +14,7 @@ from jaxft.lab.robustness import (
     baseline_table,
     cost_table,
     course,
+    mean_curves,
     optimisation_panels,
     optimisation_table,
     parse_fault,
@@ -123,7 +124,11 @@ def test_a_diverged_run_is_named_and_leaves_the_other_comparisons_as_they_are():
     levels = levels_of(cost=1.0)
     plain = by_first_two(cost_table(levels[:2]))
     lost = WorldRun(np.array([0.0, math.nan]), np.array([1.0, math.nan]), np.array([1.0, math.nan]), {})
-    levels[2].runs["dpo"][1] = lost
+    empty = WorldRun(np.array([0.0, math.nan]), np.array([1.0, 0.7]), np.array([1.0, 0.7]), {"prompt 0": 0.7})
+    assert lost.diverged and empty.diverged and not levels[0].runs["dpo"][0].diverged
+    kl, _, _ = mean_curves([world_run([1.0], (0.0, 1.0, 2.0), (0.0, 1.0, 2.0), (0.0, 0.1, 0.2)), empty])
+    assert kl[0] == 0 and np.isnan(kl[1:]).all() and len(kl) == 3
+    levels[2].runs["dpo"][1] = empty
     rows = by_first_two(cost_table(levels))
     assert rows["dpo", "noise=0.4"][3:] == ("", "", "a run diverged")
     assert rows["dpo", "noise=0.2"][3] == plain["dpo", "noise=0.2"][3]
