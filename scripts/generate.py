@@ -254,11 +254,11 @@ def completions(
         stops = {name: stop_tokens(source.ref, model, tokenizers[name]) for name in sources}
         forms = {name: compile_grammar(grammar, tokenizers[name], stops[name]) for name in sources if grammar}
         base = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}
-        own, settings = load_adapters(sources, model, base["base"], mesh)
+        adapters, settings = load_adapters(sources, model, base["base"], mesh)
         whole, begin = adapted(model, settings), time.perf_counter()
         engines, new_ids = dict[tuple[int, ...], Engine](), dict[str, list[list[int]]]()
         for name, stop in stops.items():
-            params = {**base, **own[name]}
+            params = {**base, **adapters[name]}
             if stop not in engines:
                 decoding = Decoding(whole, sampling, stop, cache=args.kv_cache, constrained=bool(grammar))
                 slots = slots_for(len(ids[name]), 1, longest, args.batch)

@@ -88,8 +88,8 @@ def parse_hlo(text: str) -> HloProgram:
         # a line of a kernel's multi-line attributes may begin with a bracket too
         elif re.fullmatch(r"\}(, execution_thread=.*)?", line.rstrip()):
             now = None
-        elif (one := _instruction(line)) is not None:
-            now[one.name] = one
+        elif (op := _instruction(line)) is not None:
+            now[op.name] = op
     if text and (not entry or now is not None):
         raise ValueError(
             "the HLO text of the compiled program has no complete entry computation; report it with the "
@@ -139,20 +139,20 @@ def walk(program: HloProgram) -> Iterator[tuple[Instruction, str, float, bool]]:
 def _walk(
     program: HloProgram, name: str, times: float, fused: bool
 ) -> Iterator[tuple[Instruction, str, float, bool]]:
-    for one in program.computations.get(name, {}).values():
-        yield one, name, times, fused
-        called = called_computations(one)
-        iterations = trip_count(program, one, name) if one.opcode == "while" else 1
-        if one.opcode in ("while", "call", "conditional", "fusion", "async-start"):
+    for op in program.computations.get(name, {}).values():
+        yield op, name, times, fused
+        called = called_computations(op)
+        iterations = trip_count(program, op, name) if op.opcode == "while" else 1
+        if op.opcode in ("while", "call", "conditional", "fusion", "async-start"):
             for inner in called:
-                yield from _walk(program, inner, times * iterations, fused or one.opcode == "fusion")
+                yield from _walk(program, inner, times * iterations, fused or op.opcode == "fusion")
 
 
-def called_computations(one: Instruction) -> list[str]:
+def called_computations(op: Instruction) -> list[str]:
     """Return the names of the computations that an instruction calls."""
-    branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+    branches = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
     more = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
-    return [*_CALLED.findall(one.attributes), *more]
+    return [*_CALLED.findall(op.attributes), *more]
 
 
 def trip_count(program: HloProgram, loop: Instruction, where: str) -> int:
@@ -179,7 +179,7 @@ def _counter_trips(
     where, condition, body: names of the computations that contain the loop, test the counter and change it.
     """
     inside = program.computations.get(condition, {})
-    root = next((one for one in inside.values() if one.root), None)
+    root = next((op for op in inside.values() if op.root), None)
     if root is not None and root.opcode == "fusion":  # a fused comparison has its operands in order
         compare = next(
             (
@@ -205,7 +205,7 @@ def _counter_trips(
     step = _copied(inner, _element(inner, None, int(index[1])))
     if step is not None and step.opcode == "fusion" and called_computations(step):  # a fused addition
         inner = program.computations.get(called_computations(step)[0], {})
-        step = next((one for one in inner.values() if one.root), None)
+        step = next((op for op in inner.values() if op.root), None)
     adds = (
         [_constant(inner.get(name)) for name in step.operands]
         if step is not None and step.opcode == "add"
@@ -219,26 +219,26 @@ def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, inde
     """Return the instruction that makes element `index` of a tuple, None if `inside` lacks it or no tuple
     has it. inside: a computation by name. The tuple is the instruction named[0]; without `named`, the root.
     """
-    one = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
-    if one is None or one.opcode != "tuple" or index >= len(one.operands):
+    op = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
+    if op is None or op.opcode != "tuple" or index >= len(op.operands):
         return None
-    return inside.get(one.operands[index])
+    return inside.get(op.operands[index])
 
 
-def _copied(inside: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
+def _copied(inside: dict[str, Instruction], op: Instruction | None) -> Instruction | None:
     """Return the instruction that `one` copies, bitcasts or converts, perhaps in several steps; `one` if it
     does nothing of this kind, None if its operand is not in the computation `inside`.
     """
     while (
-        one is not None
-        and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")
-        and one.operands
+        op is not None
+        and op.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")
+        and op.operands
     ):
-        one = inside.get(one.operands[0])
-    return one
+        op = inside.get(op.operands[0])
+    return op
 
 
-def _constant(one: Instruction | None) -> int | None:
-    if one is None or one.opcode != "constant" or not re.fullmatch(r"-?\d+", one.literal):
+def _constant(op: Instruction | None) -> int | None:
+    if op is None or op.opcode != "constant" or not re.fullmatch(r"-?\d+", op.literal):
         return None
-    return int(one.literal)
+    return int(op.literal)

@@ -333,16 +333,16 @@ def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -
     return {}
 
 
-def cell_text(one: Mapping[str, Any] | None) -> str:
+def cell_text(planned: Mapping[str, Any] | None) -> str:
     """Return a result of `smallest` as text: GiB per device, and the number of devices if more than one; "–"
     if nothing fits, "" for None.
     """
-    if one is None:
+    if planned is None:
         return ""
-    if not one:
+    if not planned:
         return "–"
-    size = f"{one['total'] / 2**30:.1f}"
-    return size if one["devices"] == 1 else f"{size} × {one['devices']}"
+    size = f"{planned['total'] / 2**30:.1f}"
+    return size if planned["devices"] == 1 else f"{size} × {planned['devices']}"
 
 
 def rows_of_fits(
@@ -365,7 +365,7 @@ def rows_of_fits(
                     best = smallest(cells, chip, model, method, objective)
                     first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else best
                     if best and first:  # SFT and DPO both have to fit
-                        best = max(best, first, key=lambda one: (one["devices"], one["total"]))
+                        best = max(best, first, key=lambda planned: (planned["devices"], planned["total"]))
                     row.append(cell_text(best))
                 if any(row):
                     name = MODELS[model].partition("/")[2].removesuffix("-Instruct")

@@ -237,8 +237,8 @@ def matmul_flops(jaxpr: Any, counts: Callable[[Any], bool] = _is_any) -> float:
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(one, "jaxpr", one)
+        for item in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(item, "jaxpr", item)
             if hasattr(inner, "eqns"):
                 yield inner
 
@@ -423,7 +423,7 @@ def plans(
     machine = replace(machine, devices=list(p.mesh.devices.flat))
     with jax.set_mesh(p.mesh):
         planned = [_plan_program(run, p, machine, program) for program in select(run, p)]
-    return sorted(planned, key=lambda one: -math.inf if one.total is None else -one.total)
+    return sorted(planned, key=lambda item: -math.inf if item.total is None else -item.total)
 
 
 def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> Plan:

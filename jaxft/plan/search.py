@@ -106,11 +106,11 @@ def search(command: Command, machine: Machine, most: int, log: Callable[[str], N
             continue
         log(f"{len(tried) + 1} of at most {most}: {choice}")
         try:
-            one = Trial(choice, plan(command.load(choice.overrides(command)), machine))
+            trial = Trial(choice, plan(command.load(choice.overrides(command)), machine))
         except ValueError as error:
-            one = Trial(choice, None, str(error))
-        tried.append(one)
-        log("  " + trial_summary(one))
+            trial = Trial(choice, None, str(error))
+        tried.append(trial)
+        log("  " + trial_summary(trial))
 
     def sort() -> None:
         tried.sort(key=lambda t: (t.seconds, _missing(t)))

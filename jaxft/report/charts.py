@@ -256,9 +256,9 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
 
     runs: entries of metrics.jsonl by the run's name. Some kinds may have no value in these runs.
     """
-    entries = [entry for own in runs.values() for entry in own]
+    entries = [entry for run_entries in runs.values() for entry in run_entries]
     known = _metric_names(entries)
-    units = {loss_unit(_metric_names(own)) for own in runs.values() if own}
+    units = {loss_unit(_metric_names(run_entries)) for run_entries in runs.values() if run_entries}
     unit = units.pop() if len(units) == 1 else "loss (units differ between the runs)"
     has_rollouts = names.REWARD in known
     kinds = [
@@ -408,7 +408,7 @@ def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
     """
     panels = []
     for chart in make_charts(runs, learning_kinds(runs)):
-        curves = [(run, curve) for run, own in chart.curves.items() for curve in own]
+        curves = [(run, curve) for run, run_curves in chart.curves.items() for curve in run_curves]
         for label in dict.fromkeys(curve.label for _, curve in curves):
             sides: list[dict[str, Points]] = [
                 {run: _known_points(c.steps, smoothed(c.values, smoothing_factor(c)))

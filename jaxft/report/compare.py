@@ -223,10 +223,10 @@ class Table:
         intervals = self.intervals or ({},) * len(sides)
         return [
             [
-                _cell(title, start, row) + (f" {own[title].text(2)}" if title in own else "")
+                _cell(title, start, row) + (f" {of_row[title].text(2)}" if title in of_row else "")
                 for title in self.titles
             ]
-            for (start, row), own in zip(sides, intervals, strict=True)
+            for (start, row), of_row in zip(sides, intervals, strict=True)
         ]
 
     def text(self) -> str:

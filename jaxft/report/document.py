@@ -190,7 +190,9 @@ def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
         "Learning": make_charts(runs, learning_kinds(runs)),
         "Optimizer, speed and memory": make_charts(runs, STEP_CHARTS),
     }
-    count = sum(len(own) for charts in groups.values() for chart in charts for own in chart.curves.values())
+    count = sum(
+        len(group) for charts in groups.values() for chart in charts for group in chart.curves.values()
+    )
     most = max(FEWEST, min(MOST, POINTS // max(1, count)))
     return {
         "runs": [printable_message(name) for name in runs],
@@ -207,7 +209,9 @@ def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
 def chart_json(chart: Chart, most: int) -> dict[str, Any]:
     """Return a chart with curves of at most `most` points."""
     curves = [
-        curve_json(number, curve, most) for number, own in enumerate(chart.curves.values()) for curve in own
+        curve_json(number, curve, most)
+        for number, group in enumerate(chart.curves.values())
+        for curve in group
     ]
     kind = chart.kind
     texts = {"title": kind.title, "unit": kind.unit, "about": kind.about}
@@ -218,7 +222,9 @@ def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
     """Return a curve as JSON. run: the index of its run. most: about how many points it may have."""
     x, y = thinned(curve.steps, curve.values, most)
     whole = len(x) == len(curve.intervals)
-    bars = [[float(f"{end:.4g}") for end in one] if one else None for one in curve.intervals] if whole else []
+    bars = (
+        [[float(f"{end:.4g}") for end in ends] if ends else None for ends in curve.intervals] if whole else []
+    )
     return {
         "run": run,
         "label": printable_message(curve.label),

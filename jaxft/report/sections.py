@@ -76,10 +76,11 @@ def facts_of_runs(runs: Runs) -> str:
     if len(runs) == 1:
         return record_table(facts)
     first = next(iter(facts.values()))
-    shared = {name for name in first if all(own.get(name) == first[name] for own in facts.values())}
+    shared = {name for name in first if all(values.get(name) == first[name] for values in facts.values())}
     same = {name: value for name, value in first.items() if name in shared}
     differing = {
-        run: {name: value for name, value in own.items() if name not in shared} for run, own in facts.items()
+        run: {name: value for name, value in values.items() if name not in shared}
+        for run, values in facts.items()
     }
     table = record_table(differing, only_differences=True)
     return record_table({f"all {len(runs)} runs": same}) + (table and f"<h3>Differences</h3>{table}")
@@ -142,8 +143,8 @@ def run_facts(run: RunFiles) -> dict[str, Any]:
     adapter = part_of(settings, "adapter")
     trained = [f"LoRA of rank {adapter['rank']}" if "rank" in adapter else "no adapter"]
     if run.parameters:
-        total, own = parameter_totals(run.parameters)
-        trained.append(f"{own:,} of {total:,} parameters")
+        total, trainable = parameter_totals(run.parameters)
+        trained.append(f"{trainable:,} of {total:,} parameters")
     return {
         "base model": settings.get("weights"),
         "starts from": settings.get("start"),
@@ -300,7 +301,7 @@ def turns_html(turns: Any) -> str:
         role = str(turn.get("role"))
         calls = [
             f"{call.get('name')}({json.dumps(call.get('arguments'), ensure_ascii=False)})"
-            for call in (one.get("function") or {} for one in turn.get("tool_calls") or ())
+            for call in (called.get("function") or {} for called in turn.get("tool_calls") or ())
         ]
         text = "\n".join(filter(None, (str(turn.get("content") or ""), *calls)))
         writer = role if role in ("assistant", "tool", "user") else "user"
@@ -409,7 +410,7 @@ def parameters_section(runs: Runs) -> str:
 
 def parameter_table_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of parameters, and how many of them are trained."""
-    total, own = parameter_totals(rows)
+    total, trainable = parameter_totals(rows)
     sharded = any(row.get("sharding") is not None for row in rows)
     head = ["parameter", "shape", "axes", "number", "stored as", *(["sharding"] if sharded else []), ""]
     cells = [
@@ -424,8 +425,10 @@ def parameter_table_of(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    percent = 100 * own / max(1, total)
-    return f"<p>{own:,} of {total:,} parameters are trained ({percent:.2f} %).</p>" + html_table(head, cells)
+    percent = 100 * trainable / max(1, total)
+    return f"<p>{trainable:,} of {total:,} parameters are trained ({percent:.2f} %).</p>" + html_table(
+        head, cells
+    )
 
 
 def parameter_totals(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:

@@ -266,8 +266,8 @@ def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
 
 def process_independent(record: dict[str, Any]) -> dict[str, Any]:
     """Return the settings and library versions that every process of a run must agree on."""
-    own = ("weights_path", "weights_revision", "hosts", *NOT_COMPARED)
-    return {**{name: value for name, value in record.items() if name not in own}, **versions()}
+    excluded = ("weights_path", "weights_revision", "hosts", *NOT_COMPARED)
+    return {**{name: value for name, value in record.items() if name not in excluded}, **versions()}
 
 
 # Results

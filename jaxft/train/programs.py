@@ -175,7 +175,7 @@ def _check_mesh(run: Run, mesh: jax.sharding.Mesh) -> None:
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda s, own: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=own), shapes, shardings
+        lambda s, spec: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spec), shapes, shardings
     )
 
 
@@ -247,9 +247,9 @@ def start(
         merged = adapter_folder(run.start) if run.start and run.adapter is None else None
         without = pairs.without if pairs else None
         base = pretrained.load_base(run.weights, p.partition.stored, p.mesh, skip, merged, without)
-    own = HeadSettings(run.adapter, run.start if run.adapter else None)
+    heads = HeadSettings(run.adapter, run.start if run.adapter else None)
     others = initial_params.init_all_but_base(
-        p.partition.model, p.mesh, run.seed, own, run.weights, run.heads
+        p.partition.model, p.mesh, run.seed, heads, run.weights, run.heads
     )
     if pairs:
         others["adapter"] = place_pairs(pairs.start, others["adapter"])
@@ -260,7 +260,7 @@ def start(
         others["adapter"] = eva_adapter(model, base, others["adapter"], run.adapter, rows, p.mesh)
     if run.teacher:
         others[TEACHER] = load_teacher(run.teacher, run, p.mesh)
-    others = with_magnitudes(base, others, {"adapter": own, **run.heads})
+    others = with_magnitudes(base, others, {"adapter": heads, **run.heads})
     trainable, frozen = partition.split_params(p.partition, {"base": base, **others})
     if restored is not None:
         return restored, frozen

@@ -237,17 +237,17 @@ def content_warnings(
     for chat in examples:
         if not isinstance(chat, Chat):
             continue
-        own = template.of_chat(chat)
+        used = template.of_chat(chat)
         prompt = chat.messages[: chat.response] or chat.messages
-        for index in _perhaps_hidden(own, chat, prompt):
+        for index in _perhaps_hidden(used, chat, prompt):
             role = prompt[index]["role"]
-            if role in warnings or _shows(own, chat, prompt, index):
+            if role in warnings or _shows(used, chat, prompt, index):
                 continue
             remedy = "use a tokenizer whose template shows it"
-            if index == 0 and role == "system" and _shows(replace(own, merges=True), chat, prompt, index):
+            if index == 0 and role == "system" and _shows(replace(used, merges=True), chat, prompt, index):
                 remedy = "set data.system=merge"
             warnings[role] = (
-                f"warning: {chat.name}: {own.name} does not show the content of message {index}, a {role} "
+                f"warning: {chat.name}: {used.name} does not show the content of message {index}, a {role} "
                 f"message, so the model does not see it; {remedy}"
             )
     return tuple(warnings.values())
@@ -294,16 +294,16 @@ def prompt_warnings(
     for chat in examples:
         if not (isinstance(chat, Chat) and 0 < chat.response < len(chat.messages)):
             continue
-        own = template.of_chat(chat)
-        lost = _prompt_that_is_not_trained(own, chat)
+        used = template.of_chat(chat)
+        lost = _prompt_that_is_not_trained(used, chat)
         if lost:
-            merges = replace(own, merges=True)
+            merges = replace(used, merges=True)
             remedy = "use another chat template"
             if chat.messages[0]["role"] == "system" and not _prompt_that_is_not_trained(merges, chat):
                 remedy = "set data.system=merge: this template moves or drops the system message"
             return (
-                f"warning: {chat.name}: {own.name} ends a prompt with {lost!r}, which is not in front of the "
-                f"row's response: completions begin where the model is not trained; {remedy}",
+                f"warning: {chat.name}: {used.name} ends a prompt with {lost!r}, which is not in front of "
+                f"the row's response: completions begin where the model is not trained; {remedy}",
             )
     return ()
 
@@ -355,12 +355,12 @@ def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
     if isinstance(example, Completion):
         text = example.prompt
     elif template is not None:
-        messages, own = example.messages[: example.response], template.of_chat(example)
+        messages, used = example.messages[: example.response], template.of_chat(example)
         with _named(example):
             try:
-                text = render_messages(own, messages, example.tools, generation=True)
+                text = render_messages(used, messages, example.tools, generation=True)
             except REJECTIONS as error:
-                problem = rejection(own, messages, example.tools, error, "prompt without a response")
+                problem = rejection(used, messages, example.tools, error, "prompt without a response")
                 raise InvalidRow(example.name, "row that the chat template rejects", problem) from error
     elif example.plain:
         text = fallback_prompt(example.messages[: example.response])

@@ -517,10 +517,10 @@ def _other_task(row: Row, formats: Formats) -> str | None:
     """Return the task of a format that a row fits, other than the tasks of `formats`; None without one. That
     format has a column that `formats` lack, or all columns of the row.
     """
-    here, own = known_columns(formats), {candidate.task for candidate in formats.values()}
+    here, tasks = known_columns(formats), {candidate.task for candidate in formats.values()}
     named = {str(name).strip().lower(): value for name, value in row.fields.items()}
     fits = list[tuple[int, bool, str]]()
-    for candidate in (x for x in ROW_FORMATS if x.task not in own and x.task in TASKS):
+    for candidate in (x for x in ROW_FORMATS if x.task not in tasks and x.task in TASKS):
         required = tuple(tuple(map(str.lower, group)) for group in candidate.required)
         foreign = [c for group in required for c in group if c in named and c not in here]
         is_one = _has(named, required) and candidate.fits(Row(row.name, named))
