@@ -11,7 +11,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_c
 
 
 class Array(NamedTuple):
-    """One array of an HLO type. In `layout`, S(n) is a memory space other than the device's main memory."""
+    """An array of an HLO type such as f32[8,128]{1,0}. layout: the text in braces, "" without any; S(n)
+    in it is a memory space other than main memory.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -28,7 +30,8 @@ class Instruction:
     """One HLO instruction: `name = type opcode(operands), attributes`.
 
     operands: names of the instructions whose results it reads. literal: the text between the brackets, such
-    as a constant's value or a parameter's number. root: whether its result is that of its computation.
+    as a constant's value or a parameter's index. root: whether the instruction is marked ROOT, so that its
+    result is the result of the computation that contains it.
     """
 
     name: str
@@ -49,9 +52,9 @@ class Instruction:
 class HloProgram:
     """A parsed HLO module.
 
-    computations: the instructions of each computation, by name of the computation and of the instruction.
-    entry: name of the computation that the program starts with. unknown_loops: names of while loops without a
-    known trip count, which count as one iteration; `walk` fills it.
+    computations: name of a computation -> name of an instruction in it -> the instruction. entry: name of the
+    computation that the program starts with. unknown_loops: names of the while loops whose trip count is
+    unknown, which count as one iteration; empty until `walk` visits them.
     """
 
     computations: dict[str, dict[str, Instruction]]
@@ -66,7 +69,7 @@ def bits(dtype: str) -> int:
 
 
 def arrays(text: str) -> list[Array]:
-    """Parse the arrays of an HLO type, with their layouts if the text has them."""
+    """Parse the arrays of an HLO type: one, or several for a tuple such as (f32[8,128]{1,0}, u32[])."""
     return [
         Array(t, tuple(int(n) for n in dims.split(",") if n), layout or "")
         for t, dims, layout in _ARRAY.findall(text)
@@ -74,8 +77,9 @@ def arrays(text: str) -> list[Array]:
 
 
 def parse_hlo(text: str) -> HloProgram:
-    """Parse the text of `compiled.as_text()`, which may be empty. Raises ValueError for a text without a
-    complete entry computation.
+    """Parse the text that `compiled.as_text()` returns; an empty text becomes a program without computations.
+
+    Raises ValueError for another text that lacks an entry computation or its end.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, now = "", None
@@ -92,8 +96,8 @@ def parse_hlo(text: str) -> HloProgram:
             now[op.name] = op
     if text and (not entry or now is not None):
         raise ValueError(
-            "the HLO text of the compiled program has no complete entry computation; report it with the "
-            "version of jax"
+            "the HLO text of the compiled program has no complete entry computation; it begins "
+            f"{text[:60]!r}. This version of jax may have another HLO syntax: use the one that jaxft requires"
         )
     return HloProgram(computations, entry)
 
@@ -216,8 +220,10 @@ def _counter_trips(
 
 
 def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, index: int) -> Instruction | None:
-    """Return the instruction that makes element `index` of a tuple, None if `inside` lacks it or no tuple
-    has it. inside: a computation by name. The tuple is the instruction named[0]; without `named`, the root.
+    """Return the instruction whose result is element `index` of a tuple.
+
+    inside: the instructions of a computation by name. named: named[0] is the instruction that builds the
+    tuple; None for the root. Return None if that is no `tuple` instruction or has no such element.
     """
     op = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
     if op is None or op.opcode != "tuple" or index >= len(op.operands):

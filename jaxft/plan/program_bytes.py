@@ -31,11 +31,11 @@ _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # libtpu's send 
 class Collective:
     """One collective operation of a step.
 
-    kind: one of COLLECTIVES, by what it does: see as_all_reduce. size: bytes of the full array: after a
-    gather, before a scatter, or reduced. group: devices per replica group. span: hosts or slices per group.
-    times: executions per step. groups: indices of the devices of each group; pairs for a permutation.
-    overlapped: it runs during matmuls, because the program starts it before them or splits both into
-    interleaved pieces.
+    name: of its HLO instruction. kind: one of COLLECTIVES, by its effect, see as_all_reduce. size: bytes of
+    the full array: after a gather, before a scatter, or reduced. group: devices per replica group. span:
+    hosts or slices per group. times: executions per step. dtypes: of its arrays, as XLA spells them. groups:
+    indices of the devices of each group; (from, to) pairs for a permutation. overlapped: it runs during
+    matmuls, because the program starts it before them or splits both into interleaved pieces.
     as_all_reduce: an all-gather or reduce-scatter that the compiler implements as an all-reduce of the full
     array, zero-padded or sliced (as libtpu does on large slices); it moves twice as many bytes.
     crossing: fraction of a permutation's pairs that connect different hosts or slices.
@@ -55,14 +55,14 @@ class Collective:
 
     @property
     def moved(self) -> float:
-        """Bytes sent per device and execution: (n - 1) / n of the array in a ring, twice for all-reduce."""
+        """Bytes a device sends per execution: (n - 1) / n of the array of n devices, twice if all-reduce."""
         if self.kind == "collective-permute":
             return float(self.size)
         return self._passes * self.size * (self.group - 1) / self.group
 
     @property
     def across(self) -> float:
-        """Bytes per device and execution that leave a host or slice, divided evenly over its devices."""
+        """Bytes that leave a host or slice in an execution, divided by the devices that send them."""
         if self.span == 1:
             return 0.0
         if self.kind == "collective-permute":
@@ -73,7 +73,7 @@ class Collective:
 
     @property
     def gathers_or_scatters(self) -> bool:
-        """Whether it counts as moving weights or their gradients: a gather, a scatter, or overlapped."""
+        """Whether it counts as weight communication: an all-gather, a reduce-scatter, or overlapped."""
         return self.kind in ("all-gather", "reduce-scatter") or self.overlapped
 
     @property
@@ -402,9 +402,9 @@ LARGE_WEIGHT = 2**24  # elements
 def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
     """Return the bytes per device of the arrays that are in memory during every program, by kind.
 
-    These are unquantised weights, quantised weights, adapters, the teacher's parameters, optimizer state,
-    auxiliary state such as references, and the reward models of `run` that have a separate base (none if
-    `run` is None).
+    The keys are "weights" (unquantised), "quantised base", "adapters", with a teacher TEACHER, with a run
+    whose reward models have a separate base "reward models", "optimizer" (its state) and "references" (all
+    auxiliary state).
     """
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     sizes |= {} if p.partition.model.teacher is None else {TEACHER: 0}  # 0 if it is the base
@@ -421,7 +421,7 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
 
 
 def replicated_weights(p: Programs) -> list[str]:
-    """Return a line that lists the weights of LARGE_WEIGHT elements or more that every device has in full,
+    """Return [line], which lists the weights of LARGE_WEIGHT elements or more that every device has in full
     because the mesh divides none of their axes; [] if there are none.
     """
     ways = math.prod(dict(p.mesh.shape)[axis] for axis in ("fsdp", "context", "tensor"))
@@ -446,7 +446,7 @@ def device_bytes(arrays: Any) -> int:
 
 
 def _hlo_dtype(dtype: Any) -> str:
-    """Return a name for hlo.bits of a dtype's size; numpy's itemsize of int4 and uint4 is a full byte."""
+    """Return a name of as many bits for hlo.bits; numpy counts a full byte for int4 and uint4."""
     return "s4" if dtype.name in ("int4", "uint4") else f"u{8 * dtype.itemsize}"
 
 
@@ -469,9 +469,10 @@ def _size(number: str, unit: str) -> int:
 
 
 def largest_arrays(program: hlo.HloProgram, count: int = 5) -> dict[str, int]:
-    """Return the bytes of the largest arrays that a compiled program allocates, by dtype and shape.
+    """Return the bytes of the `count` largest arrays that a compiled program allocates, largest first.
 
-    Arguments do not count, nor values inside fusions, which are never in memory, nor views such as bitcasts.
+    The keys are dtypes and shapes, such as "bf16[8,128]"; arrays of equal dtype and shape are one item.
+    Left out are arguments, values inside fusions, which are never in memory, and views such as bitcasts.
     """
     made: dict[str, int] = {}
     arguments: set[str] = set()

@@ -239,7 +239,8 @@ def start(
     """
     pairs = None
     if run.quant and run.quant.calibrate and run.quant.codes is None:
-        raise ValueError("quant.calibrate: the base is not calibrated yet; use jaxft.train or jaxft.prepare")
+        setting = f"quant.calibrate={run.quant.calibrate}"
+        raise ValueError(f"{setting}: the base is not calibrated yet; use jaxft.train or jaxft.prepare")
     if run.adapter and run.adapter.changes_base:
         pairs = run_pairs(run.weights, p.partition.stored, run.adapter, folder, restored is not None)
     if base is None:
@@ -445,7 +446,7 @@ def _check_init(run: Run, parts: Partition) -> None:
         raise ValueError(f"{setting} compensates for quantisation; set quant=nf4, or use adapter.init=pissa")
     calibrated = run.quant is not None and run.quant.calibrate is not None
     if calibrated and run.adapter.init != QERA:
-        raise ValueError(f"{setting} changes the base before quant.calibrate; use adapter.init=qera")
+        raise ValueError(f"{setting} changes the base before it is calibrated; use adapter.init=qera")
     if run.adapter.init == QERA and not calibrated:
         raise ValueError(f"{setting} corrects a calibrated base; set quant=nf4 quant.calibrate=run")
     check_ranks(parts.specs["base"], run.adapter, parts.model.weight_names)
