@@ -146,7 +146,7 @@ def paired_difference(
 
 
 def _linearised(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Return values whose plain mean and standard error equal the weighted ones of x. w: weights, of mean 1."""
+    """Return values whose mean and standard error equal the weighted ones of x. w: weights, of mean 1."""
     mean = (w * x).mean()
     return mean + w * (x - mean)
 
@@ -257,8 +257,8 @@ def equivalence(d: Difference, margin: float) -> float:
     """
     if margin <= 0:
         raise ValueError(
-            f"an equivalence test has margin={margin}; use a number above 0: the largest difference that does "
-            "not matter"
+            f"an equivalence test has margin={margin}; use a number above 0: the largest difference that "
+            "does not matter"
         )
     if d.error == 0:
         return 1.0 if abs(d.mean) >= margin else (1 - min(1.0, margin)) ** d.prompts
