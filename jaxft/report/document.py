@@ -53,8 +53,8 @@ curves.png and training.png.</p></noscript>
 
 
 class PageSection(NamedTuple):
-    """A section of the page: the text of its link, the run's file that it shows, and the function of the runs
-    that returns its HTML.
+    """A section of the page. link: the text of the link to it. file: the run's file that it shows, for
+    errors. write: returns its HTML for the runs.
     """
 
     link: str
@@ -82,8 +82,8 @@ SECTIONS = {
 
 
 def shown_section(name: str, runs: Sequence[RunFiles]) -> str:
-    """Return the HTML of a section. name: a key of SECTIONS. Raises ValueError that names the run's file if
-    its content is not as jaxft writes it.
+    """Return the HTML of the section `name`, a key of SECTIONS. Raises ValueError that names the run's file
+    if its content is not as jaxft writes it.
     """
     try:
         return SECTIONS[name].write(runs)
@@ -184,7 +184,7 @@ DARK_COLOURS = (
 def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
     """Return all data that page.js draws: the runs' names, colours, and groups of charts with their curves.
 
-    Of a curve with too many points for the page, each range of steps has the lowest and the highest value.
+    A curve with too many points for the page keeps the lowest and the highest value of each range of steps.
     """
     groups = {
         "Learning": make_charts(runs, learning_kinds(runs)),
@@ -240,8 +240,8 @@ def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
 def thinned(
     steps: Sequence[int], values: Sequence[float | None], most: int
 ) -> tuple[list[int], list[float | None]]:
-    """Return the steps and values of about `most` points of a curve. It is split into equal parts, of which
-    the lowest point, the highest one and the first that is not finite (None) remain.
+    """Return the steps and values of about `most` points of a curve. The curve is split into equal parts, and
+    each keeps its lowest point, its highest point and its first point that is not finite (None).
     """
     if len(steps) <= most:
         return list(steps), list(values)

@@ -1,7 +1,7 @@
 """The sections of a report, each a function of the runs that returns HTML, "" for nothing to show.
 
-The last one is the reliability diagram of models that choose between options (decisions): how often choices
-of each confidence are right.
+The last section shows, for models that choose between options (decisions), how often choices of each
+confidence are right (a reliability diagram).
 """
 
 import json
@@ -266,9 +266,11 @@ def rewards_section(runs: Runs) -> str:
 
 
 def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
-    """Return a table of completions: the first `each` ones of each of COMPLETION_STEPS steps.
+    """Return a table of completions with their rewards, from COMPLETION_STEPS steps spread evenly over the
+    run.
 
-    entries: lines of completions.jsonl. The steps are spread evenly over the run.
+    entries: lines of completions.jsonl. each: how many completions of a step the table has, from the first
+    on.
     """
     steps = list(dict.fromkeys(entry["step"] for entry in entries))
     count = min(COMPLETION_STEPS, len(steps))
@@ -292,7 +294,7 @@ def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
 def turns_html(turns: Any) -> str:
     """Return the turns of an episode after its prompt, coloured by who wrote them; "" without turns.
 
-    turns: chat messages, from the first one of the prompt.
+    turns: the episode's chat messages, beginning with the prompt's.
     """
     messages = [turn for turn in turns or () if isinstance(turn, dict)]
     begins = [number for number, turn in enumerate(messages) if turn.get("role") == "assistant"]
@@ -310,7 +312,7 @@ def turns_html(turns: Any) -> str:
 
 
 def last_message(prompt: Any) -> str:
-    """Return a prompt that is a string as it is; of a list of messages, the text of the last one."""
+    """Return the text of a prompt's last message; a prompt that is a string is returned as it is."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         return str(prompt[-1].get("content", ""))
     return str(prompt)
@@ -468,7 +470,9 @@ def environment_section(runs: Runs) -> str:
 
 
 def grouped(named: Iterable[tuple[str, Any]]) -> list[tuple[list[str], Any]]:
-    """Return [(names, value), ...]: names with equal values are together, names with empty ones left out."""
+    """Return [(names, value), ...]: names with equal values are together, and names with an empty
+    value such as {} or "" are left out.
+    """
     groups: dict[str, tuple[list[str], Any]] = {}
     for name, value in named:
         if value:
