@@ -15,6 +15,7 @@ from jaxft.data.decisions import DecisionPrompts
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
+from jaxft.distributed.exit import shorten_error
 from jaxft.models.adapted import adapted, adapted_like
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, in_dtype, of_equal_shapes, with_gains
@@ -151,10 +152,10 @@ def _own_base(folder: Path) -> tuple[str, list[str]]:
         package = next((f"pypi:{p}" for p, wheel in hub.WHEELS.items() if wheel.name == name), None)
         if package is None:
             raise type(error)(
-                f"{folder}: its base {hub.short_message(repr(ref))} cannot be read "
-                f"({hub.short_message(error)}); use --model"
+                f"{folder}: its base {shorten_error(repr(ref))} cannot be read "
+                f"({shorten_error(error)}); use --model"
             ) from error
-        return package, [f"warning: {hub.short_message(error)}; using the same model in {package}"]
+        return package, [f"warning: {shorten_error(error)}; using the same model in {package}"]
     return ref, []
 
 
