@@ -141,18 +141,6 @@ def shipped_recipes() -> list[ShippedRecipe]:
     return sorted(recipes, key=lambda recipe: "CPU" not in recipe.hardware)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown.
-
-    >>> print(table(["name", "is"], [["`a`", "b|c"]]))
-    | name | is |
-    | --- | --- |
-    | `a` | b\\|c |
-    """
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
 
 

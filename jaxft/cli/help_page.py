@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from jaxft import annotations
-from jaxft.cli.commands import shipped_recipes, summary, table
+from jaxft.cli.commands import shipped_recipes, summary
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.pairs import PairRows
@@ -28,6 +28,7 @@ from jaxft.runs.settings.settings_list import (
     settings_of,
     with_recipes,
 )
+from jaxft.runs.terminal import markdown_table
 from jaxft.train.recipes import without_model_weights
 from jaxft.train.settings import Run
 
@@ -107,7 +108,7 @@ def page() -> str:
 
 def _commands() -> Iterator[str]:
     yield "## Commands of jaxft"
-    yield table(["command", "does"], [(f"`{command}`", summary(command)) for command in COMMANDS])
+    yield markdown_table(["command", "does"], [(f"`{command}`", summary(command)) for command in COMMANDS])
 
 
 def _recipes() -> Iterator[str]:
@@ -124,14 +125,14 @@ def _recipes() -> Iterator[str]:
         defaults = textwrap.fill(defaults, 110, break_long_words=False, break_on_hyphens=False)
         yield f"### {recipe.recipe}\n\n{about}\n\n```\n{defaults}\n```"
     rows = [(f"`{knob.name}`", _kind(knob), knob.text) for _, knob in sorted(knobs.items())]
-    yield "### Knobs\n\n" + table(["knob", "values", "meaning"], rows)
+    yield "### Knobs\n\n" + markdown_table(["knob", "values", "meaning"], rows)
 
 
 def _settings() -> Iterator[str]:
     yield "## Settings by section"
     for title, group in settings_of_any_run().items():
         rows = [(f"`{s.name}`", f"`{s.default}`" * (s.default is not None), _kind(s), s.text) for s in group]
-        yield f"### {title}\n\n" + table(["setting", "default", "values", "meaning"], rows)
+        yield f"### {title}\n\n" + markdown_table(["setting", "default", "values", "meaning"], rows)
 
 
 def _functions() -> Iterator[str]:
@@ -140,13 +141,13 @@ def _functions() -> Iterator[str]:
         rows = [
             (f"`{name}`", first_sentence(" ".join(_docstring(path).split()))) for name, path in names.items()
         ]
-        yield f"### {title}\n\n" + table(["name", "is"], rows)
+        yield f"### {title}\n\n" + markdown_table(["name", "is"], rows)
 
 
 def _options() -> Iterator[str]:
     yield "## Options of other tools"
     rows = [(f"`{o.name}`", ", ".join(o.tools), f"`{o.recipe}`", o.describe()) for o in OPTIONS]
-    yield table(["option", "of", "recipe", "here"], rows)
+    yield markdown_table(["option", "of", "recipe", "here"], rows)
 
 
 def _docstring(path: str) -> str:
