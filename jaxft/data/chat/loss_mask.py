@@ -68,8 +68,8 @@ class WeightedTokens(NamedTuple):
 class Rendered:
     """An example as text, with the ranges of its characters that are targets.
 
-    name: the row's FILE:LINE, for errors. learned: the ranges that are targets. begin, end: whether to add BOS
-    and EOS. learns_end: whether the added EOS is a target. weights: (range, factor of the loss) where the
+    name: the row's FILE:LINE, for errors. learned: the ranges that are targets. begin, end: whether to add
+    BOS and EOS. learns_end: whether the added EOS is a target. weights: (range, factor of the loss) where the
     factor is not 1. prompt: how many characters at the start are a plain prompt, which is tokenised alone; 0
     without one. Raises InvalidRow if the text is not valid Unicode.
     """
@@ -102,8 +102,8 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
     """Return the example as text, with the ranges of its characters that are targets.
 
     template: None if the tokenizer has none. loss_on: the turns that are targets, as in data.loss_on; NOTHING
-    for none, where the template may leave out parts of turns. Raises InvalidRow; ValueError for a conversation
-    without a template; UnusableTemplate if the template fails for every row.
+    for none, where the template may leave out parts of turns. Raises InvalidRow; ValueError for a
+    conversation without a template; UnusableTemplate if the template fails for every row.
     """
     match example:
         case Text(name, text):
@@ -284,8 +284,8 @@ def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -
 
 
 def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int) -> bool:
-    """Whether the template shows the content of message `index`: a unique word in its place is in the rendered
-    prompt. True also if the template rejects the prompt with this word.
+    """Whether the template shows the content of message `index`: a unique word in its place is in the
+    rendered prompt. True also if the template rejects the prompt with this word.
     """
     word = "Qx7wZk9y"
     message = {**prompt[index], "content": word}
@@ -302,8 +302,8 @@ def prompt_warnings(
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
     """Return a warning if a rendered conversation does not begin with its rendered prompt, from which a model
-    generates the response: it then generates after text that it is not trained on. The warning names the first
-    such row.
+    generates the response: it then generates after text that it is not trained on. The warning names the
+    first such row.
     """
     template = template_of(tokenizer, settings)
     if template is None:
@@ -346,8 +346,8 @@ def example_prompt_ids(
     """Yield the token ids of each example's prompt, which ends where a model generates the response, or an
     InvalidRow with its error.
 
-    most: a prompt that has clearly more tokens than this is an InvalidRow, found without tokenising all of it;
-    None for no limit.
+    most: a prompt that has clearly more tokens than this is an InvalidRow, found without tokenising all of
+    it; None for no limit.
 
     Preference rows, rollouts and generation get their prompts here. In SFT the same ids precede the response.
     """
@@ -389,8 +389,8 @@ def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
 
 
 def _short(text: str, most: int, tokenizer: Any) -> str:
-    """Return the text unchanged, or raise InvalidRow with the reason TOO_MANY if a beginning of it already has
-    more than `most` + SPARE_TOKENS tokens. So a much too long text is not tokenised as a whole.
+    """Return the text unchanged, or raise InvalidRow with the reason TOO_MANY if a beginning of it already
+    has more than `most` + SPARE_TOKENS tokens. So a much too long text is not tokenised as a whole.
     """
     size = 4 * (most + SPARE_TOKENS)
     while size < len(text):
@@ -429,8 +429,8 @@ def _from_prompt(
     begin with those of the prompt.
 
     prompt: the token ids of the prompt alone. ids, offsets: token ids and ranges of the whole text, which are
-    returned unchanged if they begin with `prompt`. If they do not, the text after the prompt is tokenised with
-    one of ANCHORS in front, because a tokenizer may put a space in front of a text's first word.
+    returned unchanged if they begin with `prompt`. If they do not, the text after the prompt is tokenised
+    with one of ANCHORS in front, because a tokenizer may put a space in front of a text's first word.
     """
     if ids[: len(prompt)] == prompt:
         return ids, offsets

@@ -60,10 +60,10 @@ def next_prompt(
 ) -> NextPrompt:
     """Return the prompt that follows a sampled turn and the messages that answer it.
 
-    chat: the conversation before the turn. ways: alternative wordings of the turn; the first that the template
-    appends without a change of earlier text is used, else the first that it renders. stopped: whether the
-    model sampled the end-of-turn token; if not, the returned ids begin with it. Raises InvalidRow if the
-    template rejects all ways, or the tokenizer has no template.
+    chat: the conversation before the turn. ways: alternative wordings of the turn; the first that the
+    template appends without a change of earlier text is used, else the first that it renders. stopped:
+    whether the model sampled the end-of-turn token; if not, the returned ids begin with it. Raises InvalidRow
+    if the template rejects all ways, or the tokenizer has no template.
 
     Example: with ChatML, a sampled turn "4<|im_end|>" and the answer {"role": "user", "content": "Why?"}, the
     ids encode "\\n<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n".
