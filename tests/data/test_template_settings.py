@@ -132,7 +132,8 @@ def test_qwen3_learns_the_thinking_of_the_last_turn_and_cuts_that_of_earlier_one
     messages = (Q, thinking("why", "one", key), Q, thinking("how", "two", key))
     part = "the reasoning_content" if key else "the thinking block"
     hides = (
-        f"^r:1: the chat template of stock/qwen3 misrenders a turn that is trained on: it does not show {part} of message 1"
+        "^r:1: the chat template of stock/qwen3 misrenders a turn that is trained on: "
+        f"it does not show {part} of message 1"
     )
     with pytest.raises(ValueError, match=f"{hides}, .*data.loss_on=completion"):
         render("qwen3", *messages)

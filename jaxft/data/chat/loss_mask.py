@@ -92,7 +92,7 @@ class Rendered:
 
 
 def _require_short(name: str, text: str) -> None:
-    """Raise InvalidRow if the text of row `name` is above LONGEST_TEXT: tokenising takes memory and time."""
+    """Raise InvalidRow if a text has more than LONGEST_TEXT characters. name: the row's FILE:LINE."""
     if len(text) > LONGEST_TEXT:
         problem = f"its text has {len(text)} characters, more than {LONGEST_TEXT}; shorten or split it"
         raise InvalidRow(name, TOO_LONG, problem)
@@ -152,11 +152,10 @@ def tokenise_examples(
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[MaskedTokens | InvalidRow]:
-    """Yield (token ids, loss mask) of each example in order, untruncated, or an InvalidRow with its error.
+    """Yield (token ids, loss mask), untruncated, for each example in order, or an InvalidRow with its error.
 
-    examples: an InvalidRow among them is yielded unchanged. loss mask: True where a token is a target.
-    loss_on: as in data.loss_on. Raises ValueError for a slow tokenizer, plain text if it has no EOS, and
-    conversations if it has no chat template.
+    The mask is True where a token is a target. loss_on: as in data.loss_on. Raises ValueError for a slow
+    tokenizer, for plain text if it has no EOS, and for conversations if it has no chat template.
     """
     for outcome in tokenise_weighted(examples, tokenizer, loss_on, settings):
         yield outcome if isinstance(outcome, InvalidRow) else (outcome.ids, outcome.learned)
@@ -168,9 +167,7 @@ def tokenise_weighted(
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[WeightedTokens | InvalidRow]:
-    """Do what `tokenise_examples` does, but yield WeightedTokens, which also contain each token's factor in
-    the loss.
-    """
+    """Do what `tokenise_examples` does, but yield WeightedTokens, with a loss factor for each token."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} is slow (written in Python): it has no character "
@@ -208,8 +205,8 @@ def tokenise_weighted(
 def _in_chunks(
     function: Callable[[Any], Value], examples: Iterable[Any]
 ) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
-    """Yield (examples, results) for every EXAMPLES_AT_ONCE examples. A result is function(example), or the
-    InvalidRow that it raises; an example that is an InvalidRow is its own result.
+    """Yield (examples, results) in lists of up to EXAMPLES_AT_ONCE. A result is function(example), or the
+    InvalidRow that it raises. The result of an InvalidRow in `examples` is that InvalidRow.
     """
     examples = list(examples)
     for at in range(0, len(examples), EXAMPLES_AT_ONCE):
@@ -301,9 +298,8 @@ def prompt_warnings(
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning if a rendered conversation does not begin with its rendered prompt, from which a model
-    generates the response: it then generates after text that it is not trained on. The warning names the
-    first such row.
+    """Return a warning for the first conversation whose text does not begin with its prompt as text: a model
+    is then trained after other text than it generates the response after.
     """
     template = template_of(tokenizer, settings)
     if template is None:
@@ -346,10 +342,8 @@ def example_prompt_ids(
     """Yield the token ids of each example's prompt, which ends where a model generates the response, or an
     InvalidRow with its error.
 
-    most: a prompt that has clearly more tokens than this is an InvalidRow, found without tokenising all of
-    it; None for no limit.
-
-    Preference rows, rollouts and generation get their prompts here. In SFT the same ids precede the response.
+    most: a prompt that has far more tokens than this is an InvalidRow, and is not tokenised as a whole; None
+    for no limit. In SFT, the same prompt ids precede the response.
     """
     template = template_of(tokenizer, settings)
 
@@ -389,8 +383,8 @@ def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
 
 
 def _short(text: str, most: int, tokenizer: Any) -> str:
-    """Return the text unchanged, or raise InvalidRow with the reason TOO_MANY if a beginning of it already
-    has more than `most` + SPARE_TOKENS tokens. So a much too long text is not tokenised as a whole.
+    """Return the text unchanged. Raises InvalidRow with the reason TOO_MANY if a beginning of it already has
+    more than `most` + SPARE_TOKENS tokens: a much too long text is not tokenised as a whole.
     """
     size = 4 * (most + SPARE_TOKENS)
     while size < len(text):
@@ -425,12 +419,12 @@ def _ids_of(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[in
 def _from_prompt(
     r: Rendered, prompt: list[int], ids: list[int], offsets: list[Span], tokenizer: Any
 ) -> tuple[list[int], list[Span]]:
-    """Return (token ids, their character ranges) of a text that begins with a plain prompt. The returned ids
-    begin with those of the prompt.
+    """Return token ids of a text that begin with the ids `prompt` of its prompt, and each token's range of
+    characters.
 
-    prompt: the token ids of the prompt alone. ids, offsets: token ids and ranges of the whole text, which are
-    returned unchanged if they begin with `prompt`. If they do not, the text after the prompt is tokenised
-    with one of ANCHORS in front, because a tokenizer may put a space in front of a text's first word.
+    ids, offsets: the same for the whole text tokenised at once; returned if the ids begin with `prompt`. Else
+    the text after the prompt is tokenised with one of ANCHORS in front: a tokenizer may add a space to a
+    text's first word.
     """
     if ids[: len(prompt)] == prompt:
         return ids, offsets
@@ -482,8 +476,9 @@ def _pieces(r: Rendered, tokenizer: Any) -> Iterator[np.ndarray]:
             if end is not None and start is not None:
                 break
         else:
-            problem = f"no token begins near character {at + middle}, where the text must be divided to save "
-            problem += "memory; split the row"
+            problem = (
+                f"no token begins near character {at + middle}, where a long text is divided; split the row"
+            )
             raise InvalidRow(r.name, TOO_LONG, problem)
         yield ids[skipped:end]
         here, ids, skipped = following, next_ids, start

@@ -123,7 +123,7 @@ def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _S
 def _require_answers(
     template: Template, chat: Chat, before: tuple[Message, ...], answers: tuple[Message, ...]
 ) -> None:
-    """Raise HiddenPart if the template drops an answer's content. The answers follow the messages `before`."""
+    """Raise HiddenPart if the template drops the content of an answer. before: all messages before them."""
     words = [f"Qx7w{number}Zk" for number in range(len(answers))]
     marked = [{**answer, "content": word} for answer, word in zip(answers, words, strict=True)]
     text = render_messages(template, [*before, *marked], chat.tools).lower()
