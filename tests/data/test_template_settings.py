@@ -166,7 +166,7 @@ def test_a_samples_prompt_is_printed_as_the_question_alone():
 @pytest.mark.parametrize("name", ("deepseek-r1", "deepseek-r1-distill"))
 def test_deepseek_r1_hides_the_thinking_of_every_turn(name):
     answer = turn("assistant", "<think>\nwhy\n</think>\n\none")
-    with pytest.raises(ValueError, match=f"stock/{name} hides .* the thinking block of message 1"):
+    with pytest.raises(ValueError, match=f"stock/{name} misrenders .* the thinking block of message 1"):
         render(name, Q, answer, loss_on="completion")
     text, learned = render(name, Q, answer, Q, A, loss_on="completion")
     assert learned == [f"a{EOS}"] and "why" not in text

@@ -441,9 +441,7 @@ def _from_prompt(
 
 
 def fallback_prompt(messages: Sequence[Message]) -> str:
-    """Return a prompt as plain text for a tokenizer without a chat template: the system messages, then the
-    last message as in FALLBACK.
-    """
+    """Return the prompt if there is no chat template: system messages, then a user turn as in FALLBACK."""
     *system, user = [m["content"] for m in messages]
     return "".join(f"{text}\n\n" for text in system) + FALLBACK.format(user)
 
@@ -476,9 +474,7 @@ def _pieces(r: Rendered, tokenizer: Any) -> Iterator[np.ndarray]:
             if end is not None and start is not None:
                 break
         else:
-            problem = (
-                f"no token begins near character {at + middle}, where a long text is divided; split the row"
-            )
+            problem = f"no token begins near character {at + middle}, where it must be divided; split the row"
             raise InvalidRow(r.name, TOO_LONG, problem)
         yield ids[skipped:end]
         here, ids, skipped = following, next_ids, start
