@@ -162,7 +162,7 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
 
 
 def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]:
-    """Return the items of an option, separated by commas; None: those of data.NAME in the run's settings."""
+    """Return the items of an option, separated by commas; for None, data.NAME of the run's settings."""
     if option is not None:
         return tuple(item.strip() for item in option.split(",") if item.strip())
     return tuple(source.record["data"].get(name, ())) if source.record else ()

@@ -108,7 +108,7 @@ EXAMPLES = "h100:8, h100:2x8 (hosts x GPUs), 24gb (a GPU of that memory), v5e:4x
 @dataclass(frozen=True)
 class Machine:
     """Devices to compile for. name: for reports, such as h100:8. chip: their data sheet, None if CHIPS has
-    none. devices: jax's devices, or those of a topology description, which can only be compiled for.
+    none. devices: jax's devices, or devices of a topology description, for which jax can only compile.
     """
 
     name: str

@@ -59,7 +59,7 @@ class WordWorld:
 
     @property
     def best(self) -> int:
-        """The index in BIASES of the annotators' bias, which is also that of the best loss."""
+        """The index in BIASES of the annotators' bias, which is also the best loss's index."""
         return int(np.random.default_rng(self.seed).integers(len(BIASES)))
 
     @cached_property

@@ -277,7 +277,7 @@ def choose_format(
 
 
 def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
-    """Return the row with those of `columns` that it lacks, copied from columns that are synonyms."""
+    """Return the row with each of `columns` that it lacks, copied from a column whose name is a synonym."""
     others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 

@@ -112,7 +112,7 @@ def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Exam
 
 
 def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict[str, Example]:
-    """Raise InvalidRow: rows with these columns are known, but cannot be read. It replaces their `parse`."""
+    """Raise InvalidRow. It is the `parse` of a format that jaxft recognises and cannot read."""
     raise row.invalid(reason, problem)
 
 

@@ -466,7 +466,7 @@ def _map_slots(fn: Callable[..., Array], keys: Keys, *others: Keys) -> Keys:
 
 
 def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLayers) -> LayerKeys:
-    """Append the keys and values of a chunk to those of its rows. new: as `store` returns them."""
+    """Append the keys and values of a chunk to its rows' cache. new: as `store` returns them."""
 
     def of(keys: Keys | None, layers: np.ndarray) -> Keys | None:
         if keys is None:
