@@ -57,7 +57,7 @@ PROPOSED_SYNONYMS = {
 PROPOSED_BY_NAME = ("query", "document", "choices", "answer", "completions", "labels")
 LABEL_NAMES = ("label", "labels", "task", "category", "premise", "hypothesis")  # that are never proposed
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-NEARER = 0.85  # of those of PROPOSED_BY_NAME
+NEARER = 0.85  # similarity of names in PROPOSED_BY_NAME
 NEAR = 0.75  # similarity of names that may be a misspelling of one another
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 

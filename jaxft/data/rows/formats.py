@@ -195,8 +195,8 @@ def _with_choices(row: Row) -> Row:
     """Return a row with its question and choices as one conversation, in the column `messages`."""
     fields = {**row.fields, "answer": None}
     asked = parse(Row(row.name, fields), DECISION, replace(DEFAULT_ROW_SETTINGS, unlabelled=True)).messages
-    own = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}
-    return Row(row.name, {**own, "messages": [*asked]})
+    others = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}
+    return Row(row.name, {**others, "messages": [*asked]})
 
 
 # ---- numbers
