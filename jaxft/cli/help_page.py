@@ -44,8 +44,11 @@ DATA_KINDS = {
 
 
 def settings_of_any_run() -> dict[str, list[Setting]]:
-    """Return heading -> settings of a Run, with their defaults and those of COMPARED_RECIPES that differ.
-    Settings that all kinds of rows share come first; headings that begin as "Of SFT" have those of one kind.
+    """Return heading -> settings of any recipe. Each setting has its default, and the defaults of the recipes
+    in COMPARED_RECIPES that differ from it.
+
+    The settings that all recipes have come first. Headings such as `Of SFT, data: ...` follow, with the
+    settings `data.*` that only the recipes of one task have.
     """
     with without_model_weights():
         recipes = {name: load_config(name, [], expected=Run) for name in COMPARED_RECIPES}
@@ -63,7 +66,9 @@ def settings_of_any_run() -> dict[str, list[Setting]]:
 
 
 def settings_of_recipe(recipe: str, overrides: Sequence[str] = ()) -> dict[str, list[Setting]]:
-    """Return heading -> the knobs of a recipe, and the settings of its run."""
+    """Return heading -> settings of a recipe: first its knobs (the parameters of its config(...)), then the
+    fields of its Run by section. overrides: `name=value`, which change the defaults.
+    """
     with without_model_weights():
         fields = list(settings_of(load_config(recipe, [*overrides], expected=Run)))
     return {f"Knobs of {recipe}": list(knobs_of(recipe, fields)), **by_section(fields)}
@@ -151,7 +156,9 @@ def _options() -> Iterator[str]:
 
 
 def _docstring(path: str) -> str:
-    """Return the docstring of the function `package.module:name`, also of one inside a PreferenceLoss."""
+    """Return the docstring of the function `package.module:name`; for a PreferenceLoss, that of its function
+    `fn`.
+    """
     fn = load_callable(path)
     return inspect.getdoc(fn.fn if isinstance(fn, PreferenceLoss) else fn) or ""
 
