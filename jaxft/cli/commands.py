@@ -165,8 +165,8 @@ def complete_command_line() -> None:
     commands = parser.add_subparsers()
     for name in COMMANDS:
         chosen = name == next(iter(words[1:]), None)  # only this command's script is loaded
-        own = [command_parser(name)] if chosen else []
-        commands.add_parser(name, parents=own, add_help=not own, conflict_handler="resolve")
+        parents = [command_parser(name)] if chosen else []
+        commands.add_parser(name, parents=parents, add_help=not parents, conflict_handler="resolve")
     argcomplete.autocomplete(parser, always_complete_options=False)
 
 

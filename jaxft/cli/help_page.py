@@ -54,8 +54,8 @@ def settings_of_any_run() -> dict[str, list[Setting]]:
     for kind, cls in DATA_KINDS.items():
         bases = [base for base in DATA_KINDS.values() if base is not cls and issubclass(cls, base)]
         inherited = {setting.name for base in bases for setting in settings_of(base, "data.")}
-        own = [setting for setting in settings_of(cls, "data.") if setting not in shared]
-        rest = [setting for setting in own if setting.name not in inherited]
+        of_kind = [setting for setting in settings_of(cls, "data.") if setting not in shared]
+        rest = [setting for setting in of_kind if setting.name not in inherited]
         by_title = by_section(with_recipes(rest, recipes))
         groups |= {f"Of {kind}, {title}": group for title, group in by_title.items()}
     return groups

@@ -112,9 +112,9 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """
     with contextlib.suppress(OSError):  # a folder that may be written and not read
         remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))
-    own = f"{prefix}{here()}-"
+    begin = f"{prefix}{here()}-"
     with (
-        tempfile.TemporaryDirectory(dir=parent, prefix=own, ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(dir=parent, prefix=begin, ignore_cleanup_errors=True) as folder,
         owned(Path(folder)),
     ):
         yield Path(folder)

@@ -51,7 +51,7 @@ def compile_all(lowered: Mapping[Key, Any], platform: str, options: Any = None) 
     "gpu" or "tpu". options: compiler options for jax's `compile`.
     """
     run = map_in_threads if platform == "cpu" else map
-    return dict(zip(lowered, run(lambda one: one.compile(options), lowered.values()), strict=True))
+    return dict(zip(lowered, run(lambda program: program.compile(options), lowered.values()), strict=True))
 
 
 def trim_heap() -> None:

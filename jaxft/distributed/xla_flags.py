@@ -156,8 +156,8 @@ def has_tpu(dev: Path, pci: Path) -> bool:
         return False
     vendors = list(pci.glob("*/vendor"))
     try:
-        own = [file.with_name("device") for file in vendors if file.read_text().strip() == TPU_VENDOR]
-        return not vendors or any(file.read_text().strip() in TPU_IDS for file in own)
+        devices = [file.with_name("device") for file in vendors if file.read_text().strip() == TPU_VENDOR]
+        return not vendors or any(file.read_text().strip() in TPU_IDS for file in devices)
     except OSError:
         return True
 
@@ -249,8 +249,8 @@ def has_huge_pages() -> bool:
 
 def flag_libraries(variable: str) -> list[Path]:
     """Return the installed libraries that parse XLA_FLAGS or LIBTPU_INIT_ARGS; libtpu parses both."""
-    own = os.environ.get("TPU_LIBRARY_PATH")
-    tpu = [Path(own)] if own else libraries("libtpu", "libtpu.so")
+    path = os.environ.get("TPU_LIBRARY_PATH")
+    tpu = [Path(path)] if path else libraries("libtpu", "libtpu.so")
     if variable == "LIBTPU_INIT_ARGS":
         return tpu
     jax_library = libraries("jaxlib", "libjax_common.so")

@@ -3,7 +3,7 @@
 `parse_losses` reads `name` or `file.py:name,beta=0.2`. `synthetic_pairs` makes a batch of given log-ratios,
 lengths and log-probs. `probe(name, loss)` finds the inputs that a loss needs and compiles it; evaluate_each
 and evaluate_batch call it, margin_curve follows it over the margin: c - r, the summed log-ratio
-log pi(y) - log pi_ref(y) of the chosen response minus that of the rejected one. loss_checks.py checks the
+log pi(y) - log pi_ref(y) of the chosen response minus the same of the rejected one. loss_checks.py checks the
 results.
 """
 

@@ -125,8 +125,8 @@ def by_turn(rollout: RolloutScores, advantage: Advantage = adv.grpo, gamma: floa
     for k in reversed(range(count)):
         returns = by_turns[:, k] + gamma * returns
         of_turn = np.where(has_turn[:, k], returns, np.nan).reshape(shape)
-        own = advantage(of_turn, rollout.lengths).reshape(-1, 1)
-        out = np.where((turns == k) & mask, own, out)
+        turn_advantages = advantage(of_turn, rollout.lengths).reshape(-1, 1)
+        out = np.where((turns == k) & mask, turn_advantages, out)
     return AdvantageEstimate(out, None, {})
 
 

@@ -58,8 +58,8 @@ def to_pairs(rows: Rollout) -> Pairs:
     assert rows.last is not None  # rollout_layout.py writes it
     offsets = np.zeros_like(rows.read)
     for response in (0, 1):
-        own = rows.responses == response
-        offsets = np.where(own, np.cumsum(own, 1) - 1, offsets)
+        of_response = rows.responses == response
+        offsets = np.where(of_response, np.cumsum(of_response, 1) - 1, offsets)
     return Pairs(
         ids=rows.ids, segments=rows.segments, positions=rows.positions, read=rows.read, targets=rows.targets,
         responses=rows.responses, offsets=offsets.astype(np.int32), lengths=lengths,

@@ -316,8 +316,8 @@ class _Rollout:
                     return self._begun(episode, value)
                 case _Scored(score, rewards):
                     total = math.fsum(turn.reward for turn in episode.turns if not math.isnan(turn.reward))
-                    own = total if score is None else score
-                    return _Decision(number, "end", score=own, rewards=rewards)
+                    end_score = total if score is None else score
+                    return _Decision(number, "end", score=end_score, rewards=rewards)
                 case _Answer():
                     return self._answered(episode, value)
                 case _:
@@ -331,15 +331,15 @@ class _Rollout:
     def _begun(self, episode: _Episode, begun: Beginning) -> _Decision:
         """Return the decision to start from the environment's prompt, or from the row's own."""
         rows = self.rows
-        own = rows.prompts[episode.prompt]
-        chat: Any = own
+        row_prompt = rows.prompts[episode.prompt]
+        chat: Any = row_prompt
         if too_large := self._too_large("the prompt of reset", begun.prompt):
             return _Decision(episode.number, "end", fault=too_large)
         if self.play.environment.continues:
-            chat = _with_prompt(own, begun.prompt)
+            chat = _with_prompt(row_prompt, begun.prompt)
         episode.state, episode.chat = begun.state, chat
         ids = list(rows.ids[episode.prompt])
-        if chat != own:
+        if chat != row_prompt:
             (encoded,) = example_prompt_ids([chat], self.play.tokenizer, rows.template)
             if isinstance(encoded, InvalidRow):
                 raise encoded
@@ -556,14 +556,14 @@ def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
     return kind, valid_text(text[:FAULT_SIZE])
 
 
-def _with_prompt(own: Chat | Completion, prompt: FirstPrompt) -> Chat:
+def _with_prompt(chat: Chat | Completion, prompt: FirstPrompt) -> Chat:
     """Return a row's prompt combined with the prompt that the environment's reset returned."""
-    if isinstance(own, Completion):
-        own = Chat(own.name, ({"role": "user", "content": own.prompt},), 1)
-    messages = own.messages[: own.response]
+    if isinstance(chat, Completion):
+        chat = Chat(chat.name, ({"role": "user", "content": chat.prompt},), 1)
+    messages = chat.messages[: chat.response]
     if isinstance(prompt, str):  # as TRL appends it
         last = messages[-1]
         messages = (*messages[:-1], {**last, "content": (last["content"] or "") + prompt})
     elif prompt is not None:
         messages = tuple(prompt)
-    return replace(own, messages=messages, response=len(messages))
+    return replace(chat, messages=messages, response=len(messages))

@@ -62,9 +62,9 @@ def source_rewards(scored: ScoredEpisodes) -> dict[str, Sum]:
     """Return the mean score of the completions of each source of prompts; {} for one source."""
     prompts, means = scored.episodes.prompts, dict[str, Sum]()
     for number, name in enumerate(prompts.source_names):
-        own = scored.scores[np.array(prompts.sources) == number]
-        own = own[has_score(own)]
-        means[f"{REWARD}/{name}"] = Sum(np.float64(own.sum()), np.float64(own.size))
+        scores = scored.scores[np.array(prompts.sources) == number]
+        scores = scores[has_score(scores)]
+        means[f"{REWARD}/{name}"] = Sum(np.float64(scores.sum()), np.float64(scores.size))
     return means
 
 

@@ -293,10 +293,10 @@ def _split(item: str) -> tuple[str, str]:
 
 def _name_of(path: Path) -> str:
     """Return the name of a run or an adapter folder: `runs/sft/adapter` is sft."""
-    own = path.resolve()
-    while own.name in ("adapter", "model", "best") and own.parent.name:
-        own = own.parent
-    return own.name
+    folder = path.resolve()
+    while folder.name in ("adapter", "model", "best") and folder.parent.name:
+        folder = folder.parent
+    return folder.name
 
 
 def _base_name(ref: str) -> str:
@@ -361,7 +361,7 @@ def load_each(
     chosen, residual = common_dtype(weights, dtype), common_residual(weights, dtype)
     base = pretrained.model_for(ref, dtype=jnp.dtype(chosen), residual=residual)
     frozen = pretrained.load_frozen(ref, base, mesh, common_quant(weights, kind))
-    folders = {name: one.adapter for name, one in named.items() if one.adapter is not None}
+    folders = {name: item.adapter for name, item in named.items() if item.adapter is not None}
     trees = load_equal_adapters(folders, ref, base, frozen, mesh)
     model, notes = adapted_like(base, next(iter(trees.values()))), pretrained.file_notes(ref, base)
     loaded = {}
@@ -417,7 +417,7 @@ def load_equal_adapters(
     errors: as in read_adapters.
     """
     loaded = read_adapters(folders, ref, model, base)
-    equal = [in_dtype(one, model.dtype) for one in of_equal_shapes(list(loaded.values()))]
+    equal = [in_dtype(tree, model.dtype) for tree in of_equal_shapes(list(loaded.values()))]
     return adapter_folders.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
 
 
@@ -432,4 +432,4 @@ def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Par
     files = pretrained.open_files(ref)
     adapters = {name: peft_read.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
     check_stackable(adapters)
-    return {name: with_gains(base, one) for name, one in adapters.items()}
+    return {name: with_gains(base, tree) for name, tree in adapters.items()}

@@ -212,8 +212,8 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
     alarms: the alarms of each run, by its name.
     """
     by_text: dict[str, list[tuple[str, str]]] = {}
-    for name, own in alarms.items():
-        for alarm in own:
+    for name, run_alarms in alarms.items():
+        for alarm in run_alarms:
             by_text.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), []).append((alarm, name))
     joint = []
     for same in by_text.values():

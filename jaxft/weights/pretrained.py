@@ -154,7 +154,7 @@ def check_preset(ref: str, config: ModelConfig) -> None:
     theirs = model_types.family_of(hf_config).from_hf(hf_config)
     if differing := config_differences(config, theirs):
         raise ValueError(
-            f"{ref}: jaxft's settings for this name and those of the files differ: {'; '.join(differing)}. "
+            f"{ref}: jaxft's settings for this name and the files' settings differ: {'; '.join(differing)}. "
             f"Use the files' folder as the model: {located.path}"
         )
 

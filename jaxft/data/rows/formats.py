@@ -112,7 +112,7 @@ def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Exam
 
 
 def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict[str, Example]:
-    """Raise InvalidRow: rows with these columns are known, but cannot be read. It replaces their `parse`."""
+    """Raise InvalidRow. It is the `parse` of a format that jaxft recognises and cannot read."""
     raise row.invalid(reason, problem)
 
 
@@ -195,8 +195,8 @@ def _with_choices(row: Row) -> Row:
     """Return a row with its question and choices as one conversation, in the column `messages`."""
     fields = {**row.fields, "answer": None}
     asked = parse(Row(row.name, fields), DECISION, replace(DEFAULT_ROW_SETTINGS, unlabelled=True)).messages
-    own = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}
-    return Row(row.name, {**own, "messages": [*asked]})
+    others = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}
+    return Row(row.name, {**others, "messages": [*asked]})
 
 
 # ---- numbers
