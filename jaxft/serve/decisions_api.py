@@ -98,7 +98,7 @@ def _input(value: Any) -> str:
     texts = list[str]()
     for item in value:
         if not isinstance(item, dict) or item.get("role") != "user":
-            raise ApiError(400, f"input: {item!r:.60} is no message with role=user; use only these", "input")
+            raise ApiError(400, f"input: every message must have the role user, got {item!r:.40}", "input")
         content = item.get("content")
         parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(

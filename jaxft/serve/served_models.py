@@ -48,10 +48,10 @@ ONE_INSTRUCTION = (["user"], ["system", "user"])
 class ServedModel:
     """A model that the server offers under a name.
 
-    stop: token ids that end a completion. vocab: number of embeddings; token ids are below it. adapter:
-    index of its adapter in the stack of adapters; BASE without one, or if the only adapter cannot be stacked. plain:
-    whether it was trained on plain text (data.format=plain) and takes no conversations. tools: the format of
-    its tool calls. decision: labels and question of a model that was trained on decisions.
+    stop: token ids that end a completion. vocab: number of embeddings; token ids are below it. adapter: its
+    adapter's index in the stack of adapters; BASE without one, or if the only adapter cannot be stacked.
+    plain: whether it was trained on plain text (data.format=plain) and takes no conversations. tools: the
+    format of its tool calls. decision: labels and question of a model that was trained on decisions.
     """
 
     name: str
