@@ -113,8 +113,8 @@ def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
 
 
 class ShippedRecipe(NamedTuple):
-    """A recipe in the list of commands: its name, its docstring's first sentence, and the parts of its line
-    `Hardware: WHAT; TIME.`
+    """A row of `jaxft list`: a recipe's name, and from its docstring the first sentence and WHAT and TIME of
+    the line `Hardware: WHAT; TIME.`
     """
 
     recipe: str
@@ -139,18 +139,6 @@ def shipped_recipes() -> list[ShippedRecipe]:
     """Return the recipes that ship with jaxft, recipes for CPUs first."""
     recipes = [read_recipe(file) for file in sorted((ROOT / "configs").glob("*.py"))]
     return sorted(recipes, key=lambda recipe: "CPU" not in recipe.hardware)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown.
-
-    >>> print(table(["name", "is"], [["`a`", "b|c"]]))
-    | name | is |
-    | --- | --- |
-    | `a` | b\\|c |
-    """
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
@@ -223,20 +211,25 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
 
 
 def topics_settings_and_commands(**_: Any) -> list[str]:
-    """Return the words that `jaxft help` accepts: commands, names of topics, and settings of sft."""
+    """Return the words that `jaxft help` accepts: commands, topics, and settings of the recipe sft."""
     return [*COMMANDS, *(topic.name for topic in topics()), *setting_names("sft")]
 
 
 def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return the words that `jaxft settings` accepts: a recipe's settings, and recipes as the first word."""
+    """Return the words that `jaxft settings` accepts: a recipe as the first word, and the settings of the
+    recipe named so far, else of sft. parsed_args: the arguments before this word.
+    """
     recipe = next(iter(parsed_args.words or ()), parsed_args.config)
     recipes = [] if parsed_args.words else [file.stem for file in (ROOT / "configs").glob("*.py")]
     return [*recipes, *setting_names(recipe or "sft")]
 
 
 def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return the recipes and Python files that begin with `prefix`; after a recipe, its knobs and dotted
-    fields; after `NAME=`, the values of that setting.
+    """Return the completions of an argument that begins with `prefix`, for argcomplete.
+
+    The first argument is completed to recipes and Python files; later ones to the recipe's settings, such as
+    `lr=` and `optim.clip=` (for an empty prefix: parameters of its config(...), and sections such as
+    `optim.`); after `NAME=`, to the values of that setting. parsed_args: the arguments before this one.
     """
     given = [parsed_args.config, *(parsed_args.overrides or ())]
     recipe = next((item for item in given if item and "=" not in item and item != prefix), None)

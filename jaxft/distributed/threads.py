@@ -22,7 +22,7 @@ def cores() -> int:
 
 
 def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> list[Returned]:
-    """Return `[fn(item) for item in items]`, computed in one thread per core.
+    """Return `[fn(item) for item in items]`, computed in one thread per core, but at most 16 threads.
 
     For NumPy code: NumPy releases Python's lock while it computes on an array. After an error no further call
     begins; when the running calls have ended, the error of the earliest failed item is raised. fn runs with

@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.annotations import PREFERENCE_LOSSES
+from jaxft.distributed.exit import shorten_error
 from jaxft.objectives.pair import (
     PairBatch,
     PairTokens,
@@ -344,8 +345,7 @@ def shape_of(
 
 def one_line(error: Exception) -> str:
     """An error as one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
+    return f"{type(error).__name__}: {shorten_error(error)}"
 
 
 # Values and gradients

@@ -20,6 +20,7 @@ from jaxft import tree
 from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding, threads, xla_flags
+from jaxft.distributed.exit import shorten_error
 from jaxft.engine.programs import program_tracers
 from jaxft.engine.state import Decoding, Slots, slots_for, state_shapes
 from jaxft.models.adapted import TEACHER
@@ -509,7 +510,7 @@ def _oom_plan(
         **{**common, "limit": limit}, parts=resident, total=total, missing=missing or 0, host=0,
         collectives={}, memory_traffic=0.0, unknown_loops=0, estimate=None, compile_seconds=seconds,
         from_cache=False,
-        largest_arrays={}, why=" ".join(error.split("\n\n")[0].split())[:300],
+        largest_arrays={}, why=shorten_error(error.split("\n\n")[0]),
     )  # fmt: skip
 
 

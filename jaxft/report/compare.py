@@ -15,6 +15,7 @@ from jaxft.objectives.intervals import Interval, wilson
 from jaxft.report.charts import comparison_panels, draw
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import CARD
+from jaxft.runs.terminal import markdown_table
 
 Logged = Mapping[str, float]  # metrics by name
 Column = Callable[
@@ -240,7 +241,7 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown, with the meaning of its columns."""
         notes = "\n".join(f"- {note}" for note in self.notes())
-        return f"{markdown_table(self.titles, self.labels, self.cells())}\n\n{notes}"
+        return f"{labelled_table(self.titles, self.labels, self.cells())}\n\n{notes}"
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
         """Return label -> title -> unrounded value at the end; `title before` has the value at step 0."""
@@ -287,13 +288,9 @@ def text_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Seq
     return "\n".join(line for line in lines if line)
 
 
-def markdown_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown. titles: of the columns. labels, cells: of each row."""
-    head = ["| |" + "".join(f" {title} |" for title in titles), "|---" * (1 + len(titles)) + "|"]
-    rows = [
-        f"| {label} |" + "".join(f" {x} |" for x in row) for label, row in zip(labels, cells, strict=True)
-    ]
-    return "\n".join([*head, *rows])
+def labelled_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown whose first column has no title. labels, cells: of each row."""
+    return markdown_table(["", *titles], [[label, *row] for label, row in zip(labels, cells, strict=True)])
 
 
 def short_number(x: float | None) -> str:

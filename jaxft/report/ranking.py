@@ -223,7 +223,7 @@ def repetition_table(results: Sequence[RankedRun], markdown: bool = False) -> st
     if repeated is None:
         return ""
     titles, cells = repeated
-    draw = compare.markdown_table if markdown else compare.text_table
+    draw = compare.labelled_table if markdown else compare.text_table
     table = draw(titles, [label for label, *_ in cells], [row for _, *row in cells])
     return f"{table}\n\nmean ± standard deviation over seeds"
 

@@ -220,6 +220,10 @@ def own_columns(row: Row, settings: RowSettings) -> Row:
     return row
 
 
+def _fits_any_row(row: Row) -> bool:
+    return True
+
+
 def _no_note(settings: RowSettings) -> str:
     return ""
 
@@ -276,7 +280,7 @@ class RowFormat:
     listed: bool = True
     labelled: bool = False
     answer: str = ""
-    fits: Callable[[Row], bool] = lambda row: True
+    fits: Callable[[Row], bool] = _fits_any_row
     prompt: Callable[[Row], Row] | None = None
 
     @property

@@ -470,10 +470,14 @@ def short_repr(value: Any) -> str:
 NOT_SHOWN = ("done", "reward", "metadata")  # fields of an observation that its result has too
 
 
+def _no_options(row: RowColumns) -> dict[str, Any]:
+    return {}
+
+
 def openenv(
     connect: Callable[[], Any],
     action: Callable[[str], Any],
-    options: Callable[[RowColumns], dict[str, Any]] = lambda row: {},
+    options: Callable[[RowColumns], dict[str, Any]] = _no_options,
     observation: Callable[[Any], str] | None = None,
     name: str = "openenv",
 ) -> Environment:
