@@ -180,8 +180,7 @@ class HarnessBackend:
         return [(score.logp, score.greedy) for score in scores]
 
     def check_generation(self, given: dict[str, Any]) -> None:
-        """Raise ValueError for arguments of generation that jaxft lacks, or more tokens than the model reads.
-        """
+        """Raise ValueError for arguments of generation that jaxft lacks, or more tokens than a row has."""
         self._longest_context(generation_settings(given, "").sampling.max_new)
 
     def _longest_context(self, new: int) -> int:
@@ -326,8 +325,7 @@ class _Read(NamedTuple):
 
 
 class _ScoredRow(NamedTuple):
-    """Token ids, and the log-probs to compute. Continuations that differ only in the last token share a row.
-    """
+    """Token ids, and the log-probs to compute. Continuations that end in different tokens share a row."""
 
     ids: tuple[int, ...]
     reads: list[_Read]
