@@ -251,8 +251,8 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
         raise InvalidRow(
             name,
             "choice without a value",
-            f"choices[{number}] has no value, got {str(item)[:40]!r}; use a string, or an object with a value "
-            "and a description",
+            f"choices[{number}] has no value, got {str(item)[:40]!r}; use a string, or an object with a "
+            "value and a description",
         )
     if not isinstance(text, str | None):
         raise InvalidRow(

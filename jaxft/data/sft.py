@@ -72,8 +72,8 @@ class Rows(DataSettings):
             raise ValueError(f"data.max_length={self.max_length} with data.too_long=split; use at least 3")
         if self.packing == "wrapped" and (self.too_long != "split" or self.weighting != "token"):
             raise ValueError(
-                f"data.too_long={self.too_long} data.weighting={self.weighting} with data.packing=wrapped, which "
-                "cuts documents anywhere; set data.too_long=split data.weighting=token"
+                f"data.too_long={self.too_long} data.weighting={self.weighting} with data.packing=wrapped, "
+                "which cuts documents anywhere; set data.too_long=split data.weighting=token"
             )
 
     @property

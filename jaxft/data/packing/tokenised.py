@@ -179,7 +179,7 @@ class TokenisedRows:
 
     @property
     def whole_ends(self) -> Int[np.ndarray, " sequences"]:
-        """The `ends` of the continuations of all examples that are not truncated and end their row."""
+        """The `ends`, without -1, of all examples that are not truncated and end their row."""
         ends = self.ends[~self.truncated & np.append(self.pieces[1:] == 0, True)]
         return ends[ends >= 0]
 
