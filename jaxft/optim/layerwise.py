@@ -79,7 +79,9 @@ class LayerGroups:
 
 
 def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
-    """Group the trainable leaves. specs: None for frozen leaves. rowwise: see UpdateRule."""
+    """Group the trainable leaves. specs: None for frozen leaves. rowwise: whether large matrices may be
+    updated in blocks of rows, see UpdateRule.
+    """
     large = [
         path
         for path, s in spec_paths(specs).items()
@@ -228,7 +230,7 @@ def joined_states(states: list[OptState]) -> OptState:
 
 
 def _states_of_stacks(state: OptState, masks: tuple[Mask, ...]) -> list[OptState]:
-    """Invert joined_states."""
+    """Return the optimizer state of each stack; the inverse of joined_states."""
     return [state] if len(masks) == 1 else list(state or ())
 
 

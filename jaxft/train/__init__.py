@@ -21,7 +21,9 @@ from typing import Any
 
 
 class _Train(types.ModuleType):
-    """This package as a function: `jaxft.train` is both, whichever is imported first."""
+    """The module type of `jaxft.train`, which makes it a function too: `jaxft.train(...)` works even if the
+    package `jaxft.train` was imported before.
+    """
 
     def __call__(
         self,
@@ -34,14 +36,14 @@ class _Train(types.ModuleType):
     ) -> Any:
         """Train a recipe as `jaxft train` does, or resume it, and return its Result.
 
-        recipe: the name of one such as "sft", a Python file, or a function that returns a Run. rows: a list
-        of dicts, or any iterable of them such as a datasets.Dataset, in place of `data`. callbacks: functions
-        (step, metrics), or objects with the methods of a Tracker (jaxft/runs/trackers.py), called
-        with each entry of the log, on the first of several processes. One that returns True ends the run
-        after this step or, with several processes, the next; the model is then evaluated and exported.
-        settings: dotted settings, {"optim.clip": 1.0}, which `**{"optim.clip": 1.0}` sets too. root: the
-        folder of the run's folder. knobs: as on the command line (`jaxft train sft --help`); functions and
-        lists are values too.
+        recipe: a recipe's name such as "sft", a Python file, or a function that returns a Run. rows: a list
+        of dicts {column: value}, or any iterable of such dicts, for example a datasets.Dataset, in place of
+        the setting `data`. callbacks: functions (step, metrics), or objects with the methods of a Tracker
+        (jaxft/runs/trackers.py), called with each entry of the log, on the first of several processes. One
+        that returns True ends the run after this step or, with several processes, the next; the model is then
+        evaluated and exported. settings: dotted settings, {"optim.clip": 1.0}, which `**{"optim.clip": 1.0}`
+        sets too. root: the folder in which the run's folder is. knobs: settings of the recipe, as on the
+        command line (`jaxft train sft --help`); values may be functions and lists too.
 
         The same call resumes a run that was stopped, and returns the result of one that is finished. Raises
         jaxft.Error with one line for a wrong setting, row or file, KeyboardInterrupt after Ctrl-C.

@@ -39,7 +39,8 @@ EVALUATING, EVALUATING_TEXT = "batches of held-out rows evaluated", "batches of 
 class HeldOutValues(NamedTuple):
     """Metrics of single held-out rows and prompts.
 
-    rows: {index of the row among the held-out rows: {metric: value}}. prompts: {metric: {prompt: value}}.
+    rows: {index of the row among the held-out rows: {metric: value}}. prompts: {name of the prompt: {metric:
+    value}}.
     """
 
     rows: RowValues
@@ -64,7 +65,8 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """The compiled programs of a job. States, frozen parameters and every list have one entry per member.
+    """The compiled programs of a run, or of a sweep's members together. States, frozen parameters and every
+    list have one entry per member.
 
     step(states, frozen, batch) -> (states, metrics), the metrics of a sweep with a leading members axis.
     averaged(states) -> the states with the weights that are evaluated and exported: with optim.ema or a

@@ -58,10 +58,10 @@ def run(
 ) -> int:
     """Train, or resume from the newest checkpoint; return the exit code of the process.
 
-    record: the settings as JSON, for config.json. callbacks: trackers in addition to run.trackers. clock: a
-    running Clock that already counts earlier work, such as measuring the rows' lengths. Returns 0 if
-    finished, 1 if a member of a sweep is not, 128 + n if signal n stopped it. Raises ValueError or OSError
-    with a remedy.
+    record: the settings as JSON, for config.json; by default from `settings`. root: the folder in which the
+    run's folder is. callbacks: trackers in addition to run.trackers. clock: a running Clock that already
+    counts earlier work, such as measuring the rows' lengths. Returns 0 if finished, 1 if a member of a sweep
+    is not, 128 + n if signal n stopped it. Raises ValueError or OSError with a remedy.
     """
     lead = settings if isinstance(settings, Run) else settings.lead
     loop, folder, clock = lead.loop, run_folder(settings, root), clock or Clock()
@@ -143,10 +143,11 @@ def run(
 def load_and_compile(
     job: Job, states: Any, saved: dict[str, Any] | None, logs: Logs, watchdog: Watchdog
 ) -> tuple[Job, Any, Any, Compiled]:
-    """Load weights onto the mesh, compute the reference where it is precomputed, and compile the programs.
+    """Load weights onto the mesh, and compile the programs. Log-probs of a precomputed reference policy are
+    computed here too, unless they are cached.
 
-    states, saved: arrays and JSON of the checkpoint, None without one. Returns the job, whose sources can now
-    sample from the model, the states, the frozen parameters and the programs.
+    states, saved: arrays and JSON of the checkpoint, None without one. Returns (the job with sources that can
+    sample completions from the model, each member's state, each member's frozen parameters, the programs).
     """
     watchdog.at("loading and compiling")
     logs.message(f"rows and settings read in {logs.clock.at('loading')}")
@@ -176,7 +177,9 @@ def next_batch(
 
 
 def stopped(signal: int, done: int, logs: Logs, copies: Copies) -> int:
-    """Report that a signal stopped the run after `done` steps; return the exit code of the process."""
+    """Report that the signal number `signal` stopped the run after `done` steps, to the log and to the copies
+    in loop.store; return the exit code of the process, 128 + `signal`.
+    """
     logs.stopped(signal_name(signal), done)
     copies.stopped()
     processes.barrier()  # no process exits while another still saves
@@ -184,8 +187,11 @@ def stopped(signal: int, done: int, logs: Logs, copies: Copies) -> int:
 
 
 def due(every: float | None, done: int, job: Job) -> bool:
-    """Return whether an event is due after `done` steps: a multiple of `every` was reached in the last step
-    or, because a run is saved only at the end of a rollout, in the last rollout. every: see steps_between.
+    """Return whether something that happens at an interval, such as an evaluation, is due after `done` steps:
+    whether a multiple of the interval was reached since the last step or, in a run that samples completions,
+    since the last rollout.
+
+    every: the interval in steps, below 1 as a fraction of the run's steps; None for never.
     """
     if every is None:
         return False
@@ -202,12 +208,13 @@ def train_sweep(
 ) -> int:
     """Train the runs of a sweep, or resume them; return the exit code, see `run`.
 
-    They are trained in one program if it can have them all, else one after the other. All hold out the same
-    rows.
+    Runs that can share a program are trained together, others one after the other. Before that, all are set
+    to hold out the same rows.
 
-    runs: by label, which is also the name of the run's folder in the sweep's. at_once: see Sweep; None
-    for runs that may also be trained one after the other, if they cannot share a program. clock: see
-    `run`; runs that are trained one after the other have clocks of their own.
+    runs: by label, which is also the name of the run's folder in the sweep's. at_once: how many adapters go
+    through the model in one forward pass; None for 1, which also permits training one run after the other
+    (with a number, runs that cannot share a program are an error). clock: see `run`; runs that are trained
+    one after the other have clocks of their own.
     """
     runs = with_one_split(runs)
     reason = reason_to_separate(runs) if at_once is None else ""
@@ -218,8 +225,10 @@ def train_sweep(
 
 
 def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
-    """Train one run after the other, then write the sweep's table. A run that ends with non-finite steps or a
-    non-finite loss is left out; the others continue.
+    """Train one run after the other, then write the sweep's table; return the exit code, see `run`.
+
+    A run that ends with non-finite steps or a non-finite loss is not in the table, and the others are trained
+    nevertheless; the exit code is then 1.
     """
     folder, failed = runfolder.folder_of(root, name), []
     record: dict[str, Any] = {"members": list(runs), "at_once": None}

@@ -121,7 +121,8 @@ def gradients(
 ) -> tuple[Grads, Metrics]:
     """Return each adapter's gradients of its loss, and its metrics, stacked: every leaf is [K, ...].
 
-    trainable, aux: one per adapter. batch: [micro, rows, ...], or as for separate_rows.
+    trainable, aux: one per adapter. batch: [micro, rows, ...], or [K * micro, rows, ...] if each adapter has
+    its own rows.
     """
     key = jax.random.key(0)  # unused: adapters with dropout are trained alone
     no_base, rows, K = trainable[0]["base"], _row_count(batch), len(adapters.objectives)
@@ -205,7 +206,9 @@ def own_params(params: Params) -> Params:
 
 
 def _block_objective(adapters: MultiAdapter, block: Block, references: Params | None) -> Objective:
-    """Return a block's objective: the sum of its adapters' losses. references: see _own_references."""
+    """Return a block's objective: the sum of its adapters' losses. references: each adapter's reference
+    policy, [K, ...]; None if there is none or all share one.
+    """
 
     def forward(params: Params, batch: Batch, key: Array | None, aux: Aux) -> Outputs:
         return _forward(adapters, params, batch, references)

@@ -26,7 +26,7 @@ from jaxft.weights.storage import Storage, StoredModel, in_base, leaf_shapes, le
 
 @dataclass(frozen=True)
 class Partition:
-    """A model over the whole tree {"base", "adapter", ...heads}, which of its parameters are trainable, and
+    """A model whose parameters are one tree {"base", "adapter", ...heads}, which of them are trainable, and
     how each is stored.
 
     mask: a tree like the parameters', True for trainable ones. trainable_specs: the model's specs, None for
@@ -39,17 +39,17 @@ class Partition:
 
     @property
     def model(self) -> Model:
-        """The model over the whole tree."""
+        """The model whose parameters are the tree of base, adapter and heads."""
         return self.stored.model
 
     @property
     def specs(self) -> Any:
-        """ParamSpecs of the whole tree."""
+        """The ParamSpecs of base, adapter and heads."""
         return self.stored.specs
 
     @property
     def storage(self) -> dict[str, Storage]:
-        """The storage of each parameter, by path."""
+        """The dtype or quantisation in which each parameter is stored, by path."""
         return self.stored.storage
 
 
@@ -63,10 +63,11 @@ def partition_params(
 ) -> Partition:
     """Choose the trainable parameters of a model with an adapter, and how each parameter is stored.
 
-    pattern: regular expressions (OR-ed) over parameter paths; None is `trainable_patterns`. An adapter's
-    `scale` and the initial adapter are always frozen. ref: where the weights come from; quant=checkpoint
-    reads the headers of its files. dtype: dtype of trainable base weights, by default at least float32.
-    Raises ValueError for a pattern that matches nothing, and where `quant` selects a trainable parameter.
+    pattern: regular expressions (OR-ed) over parameter paths; None for the patterns of
+    `trainable_patterns(model, adapter)`. An adapter's `scale` and the initial adapter are always frozen. ref:
+    where the weights come from; quant=checkpoint reads the headers of its files. dtype: dtype of trainable
+    base weights, by default at least float32. Raises ValueError for a pattern that matches nothing, and where
+    `quant` selects a trainable parameter.
     """
     whole = adapted(model, adapter)
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
@@ -164,7 +165,9 @@ class ParameterRow(NamedTuple):
 
 
 def parameter_rows(partition: Partition, mesh: Mesh | None = None) -> list[ParameterRow]:
-    """Return the rows of the parameter table."""
+    """Return a row of the parameter table for each parameter, frozen ones too. mesh: for shardings, which are
+    None without it.
+    """
     mask, rows = tree.paths(partition.mask), []
     for path, spec in param.spec_paths(partition.specs).items():
         storage = partition.storage[path]

@@ -84,7 +84,9 @@ class Error(Exception):
 
 @contextlib.contextmanager
 def errors_as_lines() -> Iterator[None]:
-    """Within this context, raise a user's error as Error, in the words that a command prints."""
+    """Within this context, raise an error of the user (a wrong setting, row or file) as jaxft.Error, with the
+    line that a command prints for it. Other errors are unchanged.
+    """
     try:
         yield
     except Exception as error:
@@ -127,7 +129,11 @@ def setting_text(value: Any) -> str:
 
 
 def resolve_settings(recipe: Recipe, rows: GivenRows | None, settings: dict[str, Any]) -> Resolved:
-    """Return a recipe's Run with `settings` by name applied. rows: written to a file, see rows_file."""
+    """Return a recipe's resolved settings. settings: {name: value}, of knobs and dotted fields.
+
+    rows: the training rows, None for the recipe's; they are written to a file, which becomes the setting
+    `data`. Raises ValueError if both are given.
+    """
     knobs = knob_names(recipe)
     for name in OTHER_ROWS:
         if name in settings and name not in knobs and not isinstance(settings[name], PLAIN_VALUES):
@@ -150,7 +156,9 @@ def override(name: str, value: Any) -> str:
 
 
 def fit_to_rows(settings: Resolved, root: str = "runs") -> Resolved:
-    """Return the settings with lengths and batches that follow from the rows, and print lines about them."""
+    """Return the settings with lengths and batches that follow from the rows, and print lines about them.
+    root: the folder of runs; a run that has a checkpoint keeps its lengths and batches.
+    """
     fitted, lines = open_settings.fitted(settings, root=Path(root))
     for line in lines if processes.is_first() else ():
         print(line, flush=True)
@@ -160,7 +168,9 @@ def fit_to_rows(settings: Resolved, root: str = "runs") -> Resolved:
 def rows_file(rows: GivenRows) -> str:
     """Write rows as JSON Lines into the cache, in a file that is named by their hash; return its path."""
     if isinstance(rows, str | Mapping):
-        remedy = "give one split, such as rows['train']" if isinstance(rows, Mapping) else "use data="
+        remedy = (
+            "give one split, such as rows['train']" if isinstance(rows, Mapping) else "set data= to a file"
+        )
         raise ValueError(f"rows is {type(rows).__name__}, not a list of dicts; {remedy}")
     folder = row_cache_folder().parent / "rows_in_memory"
     folder.mkdir(parents=True, exist_ok=True)
@@ -348,7 +358,9 @@ class LoadedModel:
         """Return the completion of each prompt, as `jaxft generate` does.
 
         prompts: the user's turn as a string, a list of messages, or a row of columns. Prompts are rendered
-        with the settings of the run that trained the model. temperature: 0 is greedy.
+        with the settings of the run that trained the model. max_new: the most tokens of a completion.
+        temperature: 0 is greedy. top_k, top_p: sample from the k likeliest tokens, or from the likeliest ones
+        that together have the probability top_p; None for all tokens.
         """
         with errors_as_lines():
             if unknown:
@@ -367,8 +379,8 @@ class LoadedModel:
         longest = max(map(len, ids))
         if longest + sampling.max_new > limit:
             raise ValueError(
-                f"a prompt of {longest} tokens plus max_new={sampling.max_new} exceeds the {limit} "
-                "positions; use a smaller max_new or shorter prompts"
+                f"prompts[{[*map(len, ids)].index(longest)}]: {longest} tokens and max_new={sampling.max_new} "
+                f"exceed the model's {limit} positions; use a smaller max_new or a shorter prompt"
             )
         with jax.set_mesh(weights.mesh):
             decoding = Decoding(weights.model, sampling, weights.stop)
@@ -489,10 +501,10 @@ def command_script(name: str) -> types.ModuleType:
 class Prepared:
     """The pieces of a run, for a training loop of one's own, from `jaxft.prepare`.
 
-    run: its settings. model, tokenizer: the policy's. objective: pure functions;
-    `objective(params, rows, key, aux)` returns (loss, metrics). source: the batches. state: step, trainable
-    parameters, optimizer state and aux. frozen: the other parameters; `jaxft.tree.combine(state.trainable,
-    frozen)` has all. steps: of the run. mesh: on several devices, use `with jax.set_mesh(parts.mesh):` around
+    run: its settings. model, tokenizer: the policy's. objective: pure functions; `objective(params, rows,
+    key, aux)` returns (loss, metrics). source: the batches. state: step, trainable parameters, optimizer
+    state and aux. frozen: the other parameters; `jaxft.tree.combine(state.trainable, frozen)` has all. steps:
+    the number of optimizer steps. mesh: on several devices, use `with jax.set_mesh(parts.mesh):` around
     programs of your own. train_step: the recipe's; see `step`.
     """
 

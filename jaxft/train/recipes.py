@@ -134,8 +134,10 @@ class ModelKnobs:
         return model_for(weights or self.weights, dtype=jnp.dtype(self.dtype), **options)
 
     def full_start(self, start: str | None) -> tuple[Self, str | None]:
-        """Return (knobs whose `model` is the base that full fine-tuning from `start` trains, folder of the
-        adapter that is merged into it, None for no adapter).
+        """Return (knobs, folder of an adapter) for full fine-tuning from `start`.
+
+        The knobs' `model` is the base that is trained, and the adapter is merged into it; None for no
+        adapter.
         """
         weights, merged = start_of_full(self.model, start)
         base = _extended(weights, self.extension)
@@ -190,7 +192,9 @@ class LoraKnobs(ModelKnobs):
         return Optim(lr=lr, lora_plus=self.lora_plus)
 
     def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
-        """Return the fields of a Run that these knobs decide. head: adds a head to the model."""
+        """Return {field of a Run: value} for the fields that these knobs decide. head(model): returns the
+        model with a head; None adds no head.
+        """
         model = self.build() if head is None else head(self.build())
         return {
             "weights": self.weights,
@@ -206,8 +210,8 @@ class LoraKnobs(ModelKnobs):
     def reward_model(
         self, reward: str | Callable | None, max_length: int
     ) -> tuple[dict[str, HeadSettings], tuple[Any, ...]]:
-        """Return (heads on the base, rewards) of a reward function, or of a reward model by its name; both
-        empty for None.
+        """Return (heads to add to the base, rewards) for `reward`: a reward function, the name of a reward
+        model, or None for no head and no reward.
 
         max_length: tokens of a prompt with its completion. A reward model that doesn't share the base is
         quantised like the base, or not at all with quant=checkpoint.
@@ -499,7 +503,9 @@ class RolloutKnobs(PromptKnobs):
         return min(of_turns, self.max_episode or of_turns)
 
     def rewards(self, functions: tuple[Callable, ...], default: Callable) -> tuple[Any, ...]:
-        """Return the environment's score, if it has one, and `functions`; `default` if there are none."""
+        """Return the rewards of the run: the environment's own score, if it has one, then `functions`. If
+        there is neither, return (default,).
+        """
         played = environment_of(self.environment, self.tools)
         environment_reward: tuple[Any, ...] = (EnvironmentReward(),) if played.scored else ()
         return (*environment_reward, *functions) or (default,)

@@ -143,7 +143,7 @@ class Scoring:
 
     @property
     def functions(self) -> tuple[Callable[..., float], ...]:
-        """All score functions."""
+        """The functions in `by` and, if `regex` is set, a function that scores 1 for a match."""
         functions: list[Callable[..., float]] = [*self.by]
         if self.regex is not None:
             functions.append(partial(matches, pattern=self.regex))

@@ -39,7 +39,8 @@ def make_train_step(
 
     The batch's weights sum to 1 over all microbatches, so gradients are added and never averaged. A step
     whose loss, gradient norm or update is not finite leaves parameters, optimizer state and aux unchanged and
-    is counted. watch(gradients, old, new parameters): returns further metrics.
+    is counted. watch: called with (gradients, parameters before the update, parameters after it); returns
+    further metrics.
     """
 
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -68,7 +69,8 @@ def apply_gradients(
     summed: tuple[Grads, Metrics],
     rounding_key: Key[Array, ""],
 ) -> tuple[TrainState, Metrics]:
-    """Return the state after one optimizer update, and its metrics. summed: gradients and metrics of a batch.
+    """Return the state after one optimizer update, and its metrics. summed: (gradients, metrics) of the
+    batch, summed over its microbatches.
 
     If `objective.frozen_policy(batch)`, the policy's parameters and their optimizer state stay unchanged
     (with a gradient of 0 Adam would still move them); a critic is updated as usual.
@@ -178,7 +180,8 @@ def _sum_over(microbatch: Callable[[Any], tuple[Grads, Metrics]], count: int) ->
 def _coupled_gradients(
     objective: Objective, params: tuple[Params, Params], batch: Batch, key: Key[Array, ""], aux: Aux
 ) -> tuple[Grads, Metrics]:
-    """Gradients of a loss that couples rows, exact under accumulation.
+    """Return (gradients, metrics) for a loss that couples rows; they equal those of a single large
+    microbatch.
 
     First the outputs of all microbatches are computed; then the loss of all outputs together and its
     cotangent for each; last, each microbatch is run again and its cotangents are pulled back to gradients.
@@ -243,7 +246,11 @@ def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> C
 
 
 def make_watch(specs: Specs) -> Watch:
-    """Return `watch(grads, old, new)`: norms of gradients and of new - old, by kind and layer."""
+    """Return `watch(gradients, old, new)`, which computes the metrics of loop.watch=layers: norms of the
+    gradients and of new - old, for each kind of parameter and each layer.
+
+    specs: of the trainable parameters. old, new: parameters before and after an update.
+    """
     norms = make_layer_norms(specs)
     layers = {kind_of(path): tuple(layer_numbers(spec)) for path, spec in spec_paths(specs).items()}
 

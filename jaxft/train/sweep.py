@@ -40,7 +40,8 @@ class Sweep:
     runs: by label, which is also the name of the member's folder. at_once: how many adapters go through the
     model in one forward pass, a divisor of their number. A greater value takes more memory for activations,
     and is faster if a single adapter does not keep the device busy. Raises ValueError for runs that differ in
-    more than MAY_DIFFER, without an adapter, or with dropout.
+    other settings than the list MAY_DIFFER, such as rows or weights, and for runs without an adapter or with
+    dropout.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Sweep:
         for run in runs:
             if run.adapter is None or run.train is not None or run.heads or run.teacher:
                 raise ValueError(
-                    "the members of a sweep are adapters on one base: "
+                    f"{run.name}: the members of a sweep are adapters on one base: "
                     "leave out full=true, run.train, run.heads and run.teacher"
                 )
             if run.adapter.replaces_weights and self.at_once > 1:
@@ -194,6 +195,8 @@ def write_table(
 
 
 def _of_training(entries: list[dict]) -> dict[str, float]:
-    """Return {training metric: its last value in the log entries}, and under "skipped" the skipped steps."""
+    """Return {training metric: its last value in a run's log entries}; "skipped" is the number of skipped
+    steps, summed over all entries.
+    """
     last = {name: entry[name] for entry in entries for name in compare.TRAINED if entry.get(name) is not None}
     return {**last, "skipped": sum(entry.get("skipped", 0) for entry in entries)}

@@ -114,7 +114,9 @@ def coupled_metrics(
 
 
 def general_rows(data: DataSettings, general: str) -> Rows:
-    """Return data settings whose held-out rows are the text of `general`, in batches as in `data`."""
+    """Return data settings whose held-out rows are the text in the file `general`. Lengths and batches are as
+    in `data`, the run's.
+    """
     return Rows(
         general,
         held_out=general,
@@ -146,10 +148,11 @@ class EvaluationLimit(NamedTuple):
 
 def evaluation_limit(run: Run, source: Source[Any], text: Source[Any] | None, steps: int) -> EvaluationLimit:
     """Return how much an evaluation reads so that all evaluations together compute at most loop.eval_fraction
-    of what training does. If there are both held-out rows and general text, each gets half.
+    of training's compute. If there are both held-out rows and general text, each gets half.
 
-    There is an evaluation before and after training, and one every loop.eval_every steps. Nothing is limited
-    unless held-out rows are a fraction of the rows; at least one batch is always read.
+    source: of the run's rows. text: of the general text, None without one. steps: the run's number of
+    optimizer steps. There is an evaluation before and after training, and one every loop.eval_every steps.
+    Nothing is limited unless held-out rows are a fraction of the rows; at least one batch is always read.
     """
     fraction, info = run.loop.eval_fraction, source.info
     if fraction is None or not isinstance(run.data.held_out, float) or not info.stats.held_out:
@@ -371,7 +374,7 @@ def _decision_scores(
     forward: Callable[..., Any], loaded: LoadedWeights, rows: DecisionRows, check: FingerprintCheck
 ) -> Evaluated:
     """Return the probabilities of the choices of each held-out row, and the metrics of objectives.decision
-    over them, where the loss is the log loss.
+    over them, which are computed only over rows with an answer.
     """
     source: Any = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
     check(source.info.fingerprint)

@@ -133,11 +133,11 @@ def compile_sampler(
     mesh: Mesh | None = None,
     clock: Clock | None = None,
 ) -> Callable[[Params], list[Completed]]:
-    """Return `complete(params)`: each prompt with the model's completion and the row's response, as text;
-    with `decoding.group` completions, one after the other.
+    """Return `complete(params)`, which returns a Completed for each completion: `decoding.group` for the
+    first prompt, then as many for the second, and so on.
 
-    Compiled once for `params`, the shapes of the parameters. At most COMPLETIONS_AT_ONCE completions, or
-    all of one prompt, are in progress at the same time. mesh: None for a single device. clock: shows the
+    Compiled once for `params`, the shapes of the parameters. At most COMPLETIONS_AT_ONCE completions, or all
+    of one prompt, are in progress at the same time. mesh: None for a single device. clock: shows the
     progress.
     """
     shown = clock or Clock()
@@ -171,7 +171,7 @@ class Completer:
     """Completes prompts by loaded weights. A program is compiled once for all weights of a model.
 
     batch: how many completions are sampled at the same time. seed: random seed of sampling. cache: how keys
-    and values are stored.
+    and values are stored. engines: the compiled programs, filled by `complete`.
     """
 
     batch: int = 8
@@ -187,11 +187,12 @@ class Completer:
         samples: int = 1,
         is_enough: Callable[[list[int]], bool] | None = None,
     ) -> Int[np.ndarray, "n G S"]:
-        """Return the token ids of `samples` completions of each prompt, and negative numbers after the
-        end of a completion.
+        """Return the token ids of `samples` completions of each prompt, and negative numbers after the end of
+        a completion.
 
-        prompts: names for errors, and token ids. is_enough: see session.complete. Raises ValueError for a
-        token that the model does not have, and for logits that are not finite.
+        prompts: names for errors, and token ids. is_enough(token ids so far): ends a completion where it
+        returns True. Raises ValueError for a token that the model does not have, and for logits that are not
+        finite.
         """
         ids = [tokens for _, tokens in prompts]
         check_token_id("the model", max(map(max, ids)), loaded.model.config.vocab)
@@ -256,9 +257,9 @@ class Scored(NamedTuple):
 
     samples: completions that logs and cards show. scored: number of prompts whose completions were scored.
     metrics: mean score by each function, and pass@k. intervals: confidence intervals of these means over the
-    prompts. values: a value for each prompt, by a name that is the same in every run that has the prompt.
-    faults: a line for each function that returned no score for some completions. nonfinite: number of prompts
-    of which a completion ended because of non-finite logits.
+    prompts. values: {name of a prompt: {metric: value}}; a prompt has the same name in all runs. faults: a
+    line for each function that returned no score for some completions. nonfinite: number of prompts of which
+    a completion ended because of non-finite logits.
     """
 
     samples: list[Sample]
@@ -423,7 +424,7 @@ class CompletionScorer:
     """Completes prompts by loaded weights, and scores the completions.
 
     functions: of (prompt, completion, row), such as jaxft.rl.rewards.exact. samples: completions of each
-    prompt. passes: the k of pass@k. template: how prompts are rendered.
+    prompt. passes: the values of k for which pass@k is computed. template: how prompts are rendered.
     """
 
     functions: Sequence[Callable[..., float]]
@@ -504,9 +505,9 @@ def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, li
     correct, for each k.
 
     scores: of G completions of n prompts; from CORRECT on a completion is correct, NaN is no score. Of a
-    prompt's g scored completions, c are correct: 1 - C(g - c, k) / C(g, k), NaN if g < k, whose mean over the
-    other prompts is the unbiased estimate of Chen et al. 2021 (arXiv:2107.03374). A k that is too large for
-    every prompt is left out.
+    prompt's g scored completions, c are correct: 1 - C(g - c, k) / C(g, k), or NaN if g < k. The mean over
+    the prompts without NaN is the unbiased estimate of Chen et al. 2021 (arXiv:2107.03374). A k that is too
+    large for every prompt is left out.
 
     >>> pass_at(np.array([[1.0, 0.0, 0.0, 0.0]]), [1, 2])
     {1: [0.25], 2: [0.5]}

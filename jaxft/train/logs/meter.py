@@ -26,8 +26,9 @@ class Meter:
     """Adds up one member's metrics between two log entries, on the host and one step behind the device.
 
     A non-finite step adds nothing but its tokens to the sums, unless all steps since the last entry are
-    non-finite. LabelNoise is summed over the whole first epoch, in which every pair is evaluated before the
-    model trains on it. With Facts.starts_tied, all pairs of the first step count as ties.
+    non-finite. The estimate of wrong labels (LabelNoise) is summed over the first epoch, in which every pair
+    is evaluated before the model trains on it. If the objective says that the policy starts equal to its
+    reference (Facts.starts_tied), all pairs of the first step count as ties.
 
     max_bad: non-finite steps in a row that end the run, None for any number. counters: what `counters()`
     returned when the checkpoint was saved. index: the member's index in the metrics of a sweep, which have a

@@ -50,8 +50,8 @@ EndedBy = Literal["patience", "callback"]  # what ends a run before its planned 
 class Member:
     """A single run, or one member of a sweep.
 
-    label: its name in the sweep, "" for a single run. folder: where its results go. record: its settings,
-    with fingerprints of rows and weights.
+    label: its name in the sweep, "" for a single run. folder: where its results go. record: its settings as
+    JSON, with hashes of its rows and weights.
     """
 
     label: str
@@ -320,7 +320,7 @@ def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
 
 
 def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
-    """Return (steps of a finished run or 0, changes of settings since it began).
+    """Return (steps of a finished run or 0, a line for each permitted change of settings since it began).
 
     A run is not finished if loop.steps has been raised since. A run that loop.patience ended is finished
     until loop.patience is raised, and one that a callback ended until loop.steps is. Raises ValueError for
@@ -407,9 +407,10 @@ def load_members(
 def bind_sources(
     job: Job, frozen: tuple[Params, ...], saved: dict[str, Any] | None, counter: Counter = uncounted
 ) -> Job:
-    """Return the job with sources that can sample from its model.
+    """Return the job with sources that can sample completions from its model. frozen: each member's frozen
+    parameters.
 
-    saved: what the checkpoint stores, see `to_save`. counter: see BoundRun.
+    saved: what the checkpoint stores, see `to_save`. counter: shows the progress of sampling.
     """
     p = job.lead.programs
     bound = BoundRun(

@@ -78,7 +78,9 @@ def reference_fingerprint(weights: str, adapter: str | None, settings: Any) -> s
 
 
 def cache_file(name: str, cache: Path | None = None) -> Path:
-    """Return the file of a reference policy's log-probs."""
+    """Return the file in the cache with a reference policy's log-probs. name: the result of
+    reference_fingerprint. cache: the folder of the cache, None for the default.
+    """
     return data_cache.row_cache_folder(cache).parent / "reference" / f"{name}.npz"
 
 
