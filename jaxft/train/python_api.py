@@ -379,7 +379,7 @@ class LoadedModel:
         longest = max(map(len, ids))
         if longest + sampling.max_new > limit:
             raise ValueError(
-                f"prompts[{[*map(len, ids)].index(longest)}]: {longest} tokens and max_new={sampling.max_new} "
+                f"prompts[{[*map(len, ids)].index(longest)}]: {longest} tokens + max_new={sampling.max_new} "
                 f"exceed the model's {limit} positions; use a smaller max_new or a shorter prompt"
             )
         with jax.set_mesh(weights.mesh):
