@@ -41,7 +41,8 @@ JSON_TYPES: dict[str, Any] = {
 
 
 class ParsedTurn(NamedTuple):
-    """A sampled turn. text: what is not part of a call. malformed: number of calls that are not JSON."""
+    """A sampled turn. text: the turn's text without its calls. malformed: number of calls that are not JSON.
+    """
 
     text: str
     calls: tuple[ToolCall, ...]
