@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
 def numbers(text: str) -> tuple[float, ...]:
     """Parse the value of --weights, such as "0.7,0.3". Raises ValueError for anything but numbers."""
     try:
-        return tuple(float(one) for one in text.split(","))
+        return tuple(float(weight) for weight in text.split(","))
     except ValueError:
         raise ValueError(f"--weights {text}: expected numbers separated by commas, such as 0.7,0.3") from None
 
@@ -55,7 +55,7 @@ def main() -> int:
     from jaxft.weights.peft import adapter_folders, peft_read
 
     how = new_adapters.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
-    folders = [adapter_folders.adapter_folder(str(one)) for one in args.adapters]
+    folders = [adapter_folders.adapter_folder(str(folder)) for folder in args.adapters]
     adapter_folders.check_adapter_output(args.out, folders)
     named = named_weights(None, args.model, args.adapters[0])
     notes = list(named.notes)
@@ -95,8 +95,8 @@ def main() -> int:
 def _joined(argv: list[str]) -> list[str]:
     """Return argv with `--weights -1,2` as `--weights=-1,2`; argparse would read -1,2 as an option."""
     out = list(argv)
-    for at, one in enumerate(out[:-1]):
-        if one == "--weights":
+    for at, ref in enumerate(out[:-1]):
+        if ref == "--weights":
             out[at : at + 2] = [f"--weights={out[at + 1]}"]
             break
     return out

@@ -125,7 +125,7 @@ def arguments(
         value = vars(args)[name]
         given = value is not None and value is not False and (name, value) != ("kv_cache", "compute")
         if given and way not in ways:
-            chosen = CHOSEN_BY[way] if ROWS in ways else " or ".join(CHOSEN_BY[one] for one in ways)
+            chosen = CHOSEN_BY[way] if ROWS in ways else " or ".join(CHOSEN_BY[option] for option in ways)
             remedy = f"{'omit' if ROWS in ways else 'use'} {chosen}"
             option = name.replace("_", "-")
             parser.error(f"--{option} applies only to {' and '.join(ways)}; remove it, or {remedy}")
@@ -253,20 +253,22 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
         raise ValueError(f"--max-length {length} exceeds the model's {limit} positions; use at most {limit}")
     shared = {"batch": args.batch, "max_length": length, "too_long": args.too_long}
     columns = next(iter(data.values()))["columns"]
-    own = recorded_data(args.record) if args.record else None
-    is_text = own is not None and not isinstance(own, DecisionRows) and "text" in row.fields  # beside a label
-    best_first = isinstance(own, PairRows) and own.best_first
+    recorded = recorded_data(args.record) if args.record else None
+    is_text = (
+        recorded is not None and not isinstance(recorded, DecisionRows) and "text" in row.fields
+    )  # beside a label
+    best_first = isinstance(recorded, PairRows) and recorded.best_first
     tasks = (PAIRS, SFT) if is_text else (DECISIONS, PAIRS, SFT)
     task = task_of(row, columns, tasks, RowSettings(best_first=best_first))
-    if isinstance(own, DecisionRows) or task == DECISIONS:
+    if isinstance(recorded, DecisionRows) or task == DECISIONS:
         if args.too_long in ("truncate", "split"):
             raise ValueError(f"--too-long {args.too_long}: decisions cannot be truncated; use drop or error")
         scores, results = make_decision_scores(model), {}
         shared |= {"packing": args.packing, "held_out": args.file, "unlabelled": True}
-        for name, one in loaded.items():
+        for name, item in loaded.items():
             settings = {key: x for key, x in data[name].items() if key not in ("loss_on", "format")}
             settings |= vars(args.decisions[name])
-            results[name] = scores(one, DecisionRows(args.file, **settings, **shared))
+            results[name] = scores(item, DecisionRows(args.file, **settings, **shared))
         return results
     if task == SFT:
         if args.out:
@@ -276,16 +278,16 @@ def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[s
             )
         held, row_loss = {"held_out": args.file, "packing": args.packing}, make_row_loss(model)
         return {
-            name: row_loss(one, Rows(args.file, **held, **data[name], **shared))
-            for name, one in loaded.items()
+            name: row_loss(item, Rows(args.file, **held, **data[name], **shared))
+            for name, item in loaded.items()
         }
     if args.packing or args.too_long == "split":
         raise ValueError("--packing and --too-long split are for SFT rows, and these are pairs; remove them")
     preferences, results = make_pair_preferences(model), {}
     shared |= {"held_out": "none", "unpaired": True, "best_first": best_first}
-    for name, one in loaded.items():
+    for name, item in loaded.items():
         settings = {key: value for key, value in data[name].items() if key != "loss_on"}
-        results[name] = preferences(one, PairRows(args.file, **settings, **shared))
+        results[name] = preferences(item, PairRows(args.file, **settings, **shared))
     return results
 
 
@@ -299,10 +301,10 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
     model, rows = next(iter(loaded.values())).model, args.split
     if isinstance(rows, DecisionRows):
         scores = make_decision_scores(model, args.check)
-        return {name: scores(one, rows) for name, one in loaded.items()}
+        return {name: scores(item, rows) for name, item in loaded.items()}
     if isinstance(rows, PairRows):
         preferences = make_pair_preferences(model, args.check)
-        return {name: preferences(one, rows) for name, one in loaded.items()}
+        return {name: preferences(item, rows) for name, item in loaded.items()}
     if not isinstance(rows, Rows):
         raise ValueError(
             f"{args.run}: its held-out rows are prompts without responses; score completions by --by"
@@ -312,7 +314,7 @@ def evaluate_split(args: argparse.Namespace, loaded: dict[str, Any]) -> dict[str
             "--out writes results of pairs, decisions or completions; these rows only have a loss; omit --out"
         )
     row_loss = make_row_loss(model, args.check)
-    return {name: row_loss(one, rows) for name, one in loaded.items()}
+    return {name: row_loss(item, rows) for name, item in loaded.items()}
 
 
 def evaluate_completions(
@@ -335,11 +337,11 @@ def evaluate_completions(
         names = held_out_names(args.split, next(iter(loaded.values())).tokenizer, args.check)
         rows = [row for row in rows if row.name in names]
     results, completer = {}, Completer(args.batch, args.seed, args.kv_cache)
-    for name, one in loaded.items():
+    for name, item in loaded.items():
         template, settings = template_settings(data[name]), data[name]
         scorer = CompletionScorer(functions, completer, sampling, args.samples, args.passes, template)
         prompts = scored_prompts(rows[: args.limit], settings.get("format", "auto"), settings["columns"])
-        results[name] = scorer.evaluate(one, prompts)
+        results[name] = scorer.evaluate(item, prompts)
     return results
 
 
@@ -369,7 +371,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     if args.way == TASKS:
         harness.require_harness()
     named = named_adapters(args.run, args.model, args.adapter, "")
-    data = {name: prompt_settings(one.record, args.columns) for name, one in named.items()}
+    data = {name: prompt_settings(item.record, args.columns) for name, item in named.items()}
     if args.way == TASKS:
         tasks = harness.load_tasks(args.names, args.include_path)
     else:
@@ -385,7 +387,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         loaded = load_each(named, mesh, args.dtype, args.quant)
-        for line in [line for name, one in loaded.items() for line in (*named[name].notes, *one.notes)]:
+        for line in [line for name, item in loaded.items() for line in (*named[name].notes, *item.notes)]:
             print(line, file=sys.stderr)
         if args.way == TASKS:
             for line in generation_config_notes(next(iter(named.values())).ref):  # they share a base
@@ -398,7 +400,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             args.num_fewshot, args.limit, args.system_instruction, args.generation, args.unsafe_code
         )
         results = {}
-        for name, one in loaded.items():
+        for name, item in loaded.items():
             settings = HarnessSettings(
                 args.max_length,
                 args.batch,
@@ -408,8 +410,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                 template_settings(data[name]),
             )
             about = {"model": named[name].ref, "adapter": str(named[name].adapter or "") or None}
-            about |= {"dtype": str(one.model.dtype.name), "quant": args.quant}
-            results[name] = harness.evaluate_tasks(one, tasks, flags, settings, about)
+            about |= {"dtype": str(item.model.dtype.name), "quant": args.quant}
+            results[name] = harness.evaluate_tasks(item, tasks, flags, settings, about)
         return results
 
 
@@ -421,17 +423,17 @@ def print_metrics(results: dict[str, Any], as_json: bool) -> None:
     from jaxft.runs.metrics_log import json_value
 
     if as_json:
-        whole = {name: json_value(with_intervals(one)) for name, one in results.items()}
+        whole = {name: json_value(with_intervals(result)) for name, result in results.items()}
         print(json.dumps(whole if len(results) > 1 else next(iter(whole.values()))))
         return
 
-    def shown(one: Any, metric: str) -> str:
-        value = one.metrics.get(metric)
+    def shown(result: Any, metric: str) -> str:
+        value = result.metrics.get(metric)
         text = "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
-        return f"{text} {interval_of(one.values[metric]).text()}" if metric in one.values else text
+        return f"{text} {interval_of(result.values[metric]).text()}" if metric in result.values else text
 
-    metrics = dict.fromkeys(metric for one in results.values() for metric in one.metrics)
-    columns = [[shown(one, metric) for metric in metrics] for one in results.values()]
+    metrics = dict.fromkeys(metric for result in results.values() for metric in result.metrics)
+    columns = [[shown(result, metric) for metric in metrics] for result in results.values()]
     widths = [
         max(12, 2 + max(map(len, (name, *column)))) for name, column in zip(results, columns, strict=True)
     ]
@@ -446,12 +448,12 @@ def print_metrics(results: dict[str, Any], as_json: bool) -> None:
             )
 
 
-def with_intervals(one: Any) -> dict[str, Any]:
+def with_intervals(result: Any) -> dict[str, Any]:
     """Return metric -> value of an Evaluated, and "intervals": metric -> [low, high] if it has values."""
     from jaxft.objectives.intervals import interval_of
 
-    intervals = {name: list(interval_of(values)) for name, values in one.values.items()}
-    return {**one.metrics, **({"intervals": intervals} if intervals else {})}
+    intervals = {name: list(interval_of(values)) for name, values in result.values.items()}
+    return {**result.metrics, **({"intervals": intervals} if intervals else {})}
 
 
 def comparison_lines(results: dict[str, Any]) -> list[str]:
@@ -460,9 +462,9 @@ def comparison_lines(results: dict[str, Any]) -> list[str]:
 
     (first, base), *others = results.items()
     return [
-        f"{name} against {first}, {metric}: {paired(base.values[metric], one.values[metric]).text()}"
-        for name, one in others
-        for metric in one.values
+        f"{name} against {first}, {metric}: {paired(base.values[metric], item.values[metric]).text()}"
+        for name, item in others
+        for metric in item.values
         if metric in base.values
     ]
 
@@ -477,25 +479,25 @@ def write_tasks(args: argparse.Namespace, results: dict[str, Any]) -> None:
         path = args.run / "lm_eval" / harness.report_name()
     if path is None:
         return
-    for name, one in results.items():
-        own = path.with_name(f"{path.stem}_{name}{path.suffix}") if len(results) > 1 else path
-        harness.write_results(one, own)
-        print(f"wrote {own}", file=sys.stderr)
+    for name, result in results.items():
+        path_of_name = path.with_name(f"{path.stem}_{name}{path.suffix}") if len(results) > 1 else path
+        harness.write_results(result, path_of_name)
+        print(f"wrote {path_of_name}", file=sys.stderr)
 
 
 def main() -> int:
     """Evaluate, print the metrics, and write --out or the run's results of --tasks."""
     args = arguments()
     results = evaluate(args)
-    for line in dict.fromkeys(line for one in results.values() for line in one.notes):
+    for line in dict.fromkeys(line for result in results.values() for line in result.notes):
         print(line, file=sys.stderr)
     if args.way != TASKS or args.json:
         print_metrics(results, args.json)
         for line in () if args.json else comparison_lines(results):
             print(line)
     else:
-        for name, one in results.items():
-            print((f"adapter {name}\n" if len(results) > 1 else "") + one.table)
+        for name, result in results.items():
+            print((f"adapter {name}\n" if len(results) > 1 else "") + result.table)
         if len(results) > 1:
             print_metrics(results, False)
     if args.way == TASKS:
@@ -503,8 +505,8 @@ def main() -> int:
     elif args.out:  # last: a disk that is full costs no metrics
         rows = [
             {"adapter": name, **row} if len(results) > 1 else row
-            for name, one in results.items()
-            for row in one.rows
+            for name, result in results.items()
+            for row in result.rows
         ]
         args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return 0

@@ -58,9 +58,9 @@ def main() -> int:
     tokenizer = inputs[1] if (inputs[1] / "tokenizer_config.json").is_file() else None
     new = adapter_folders.NewAdapter(extracted.params, extracted.settings, args.base, text, tokenizer)
     adapter_folders.write_adapter(args.out, new, model)
-    width = max(len(one.path) for one in extracted.errors)
-    for one in extracted.errors:
-        print(f"{one.path:{width}}  change {100 * one.change:.3g} %  error {100 * one.error:.3g} %")
+    width = max(len(error.path) for error in extracted.errors)
+    for error in extracted.errors:
+        print(f"{error.path:{width}}  change {100 * error.change:.3g} %  error {100 * error.error:.3g} %")
     for line in [*extracted.others, *adapter_folders.cached_base_notes(args.out, args.base)]:
         print(line)
     print(f"{args.out}: adapter of rank {args.rank} for {args.base}")

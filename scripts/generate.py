@@ -162,7 +162,7 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
 
 
 def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]:
-    """Return the items of an option, separated by commas; None: those of data.NAME in the run's settings."""
+    """Return the items of an option, separated by commas; for None, data.NAME of the run's settings."""
     if option is not None:
         return tuple(item.strip() for item in option.split(",") if item.strip())
     return tuple(source.record["data"].get(name, ())) if source.record else ()
@@ -254,11 +254,11 @@ def completions(
         stops = {name: stop_tokens(source.ref, model, tokenizers[name]) for name in sources}
         forms = {name: compile_grammar(grammar, tokenizers[name], stops[name]) for name in sources if grammar}
         base = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}
-        own, settings = load_adapters(sources, model, base["base"], mesh)
+        adapters, settings = load_adapters(sources, model, base["base"], mesh)
         whole, begin = adapted(model, settings), time.perf_counter()
         engines, new_ids = dict[tuple[int, ...], Engine](), dict[str, list[list[int]]]()
         for name, stop in stops.items():
-            params = {**base, **own[name]}
+            params = {**base, **adapters[name]}
             if stop not in engines:
                 decoding = Decoding(whole, sampling, stop, cache=args.kv_cache, constrained=bool(grammar))
                 slots = slots_for(len(ids[name]), 1, longest, args.batch)

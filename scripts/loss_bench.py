@@ -274,7 +274,7 @@ def race(
         failed |= code  # a run diverged; the page shows it
         sweeps.append(sweep)
         if world is not None:
-            runs = {loss: [read_world_run(sweep / run) for run in own] for loss, own in labels.items()}
+            runs = {loss: [read_world_run(sweep / run) for run in names] for loss, names in labels.items()}
             if baseline:  # the loss that the others are compared with is the first one
                 runs = {file_name(baseline): runs.pop(file_name(baseline)), **runs}
             levels.append(FaultLevel(name, value, world, runs))
@@ -293,7 +293,7 @@ def finished(sweep: Path, labels: Mapping[str, Sequence[str]]) -> bool:
     """Whether all runs of a sweep have trained to the end, finite or not: each has held-out values."""
     from jaxft.runs.metrics_log import HELD_OUT_ROWS
 
-    return all((sweep / run / HELD_OUT_ROWS).is_file() for own in labels.values() for run in own)
+    return all((sweep / run / HELD_OUT_ROWS).is_file() for names in labels.values() for run in names)
 
 
 def worlds_of(args: argparse.Namespace) -> list[tuple[str, float, World | None]]:
@@ -375,8 +375,8 @@ def train_losses(
     labels = dict[str, list[str]]()
     for loss in chosen:
         name = file_name(loss.label)
-        one = replace(run, name=name, objective=objective_of(run, loss), data=data)
-        of_loss = {name: one} if args.seeds == 1 else with_seeds(one, args.seeds)
+        named_run = replace(run, name=name, objective=objective_of(run, loss), data=data)
+        of_loss = {name: named_run} if args.seeds == 1 else with_seeds(named_run, args.seeds)
         labels[name] = [*of_loss]
         runs |= of_loss
     settings = [
@@ -390,7 +390,7 @@ def train_losses(
         flush=True,
     )
     sweep = f"{'-'.join(file_name(loss.label) for loss in chosen)[:60]}-{digest}"
-    named = {label: replace(one, name=f"{sweep}/{label}") for label, one in runs.items()}
+    named = {label: replace(member, name=f"{sweep}/{label}") for label, member in runs.items()}
     code = train_sweep(sweep, named, root=args.out)
     if baseline and code == 0:
         results = [ranking.read_result(label, args.out / sweep / label) for label in runs]

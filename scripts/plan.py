@@ -128,7 +128,7 @@ def print_plans(args: argparse.Namespace) -> int:
         select = plan.train_programs if train_only else plan.all_programs
         run = config.load_config(recipe, given)
         each = plan.plans(run, machine, select)
-        train_plans.append(next(one for one in each if one.flops is not None))  # the largest train step
+        train_plans.append(next(p for p in each if p.flops is not None))  # the largest train step
         cost = run_cost(run, train_plans[-1], args.price) if args.hours or args.price is not None else None
         record = {**plan_report.record(train_plans[-1], each), **(cost.json() if cost else {})}
         print(json.dumps(record) if args.json else plan_report.plan_report(train_plans[-1]), flush=True)

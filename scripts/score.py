@@ -270,7 +270,9 @@ def comparison_lines(scores_of_runs: dict[str, Scores]) -> list[str]:
     (first, base), *others = wins.items()
     if not base:
         return []
-    return [f"{name} against {first}: {paired_fractions(base, own).text('pairs')}" for name, own in others]
+    return [
+        f"{name} against {first}: {paired_fractions(base, of_name).text('pairs')}" for name, of_name in others
+    ]
 
 
 def main() -> int:

@@ -47,7 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of generation --dtype, --quant and --kv-cache."""
+    """Add --dtype, --quant and --kv-cache, options of commands that generate text or score rows."""
     kinds = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
     dtypes, caches = ("bfloat16", "float16", "float32"), ("compute", "int8", "fp8")
     parser.add_argument("--dtype", choices=dtypes, help="compute dtype (default: as in the run, or bfloat16)")
@@ -60,14 +60,16 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_served_models(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name several models on one base, see loaded_weights.named_models."""
+    """Add --run, --model and --adapter. The first and the last can be repeated: the command then loads
+    several models that share one base; see loaded_weights.named_models.
+    """
     parser.add_argument("--run", action="append", default=[], help="[NAME=]FOLDER of a run; can be repeated")
     parser.add_argument("--model", help=f"the base model (default: the adapters' base, or {DEFAULT_MODEL})")
     add_adapters(parser)
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names adapters on one base."""
+    """Add --adapter, which can be repeated for several adapters of one base model."""
     parser.add_argument(
         "--adapter", action="append", default=[], help="[NAME=]FOLDER of an adapter; can be repeated"
     )
@@ -90,7 +92,9 @@ def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namesp
 
 
 def usage_error(message: str, prog: str) -> str:
-    """Return the line that reports an error of the command line. prog: the command."""
+    """Return the line that reports an error of the command line: `error: MESSAGE; see PROG --help`. prog: the
+    command, such as "jaxft train".
+    """
     return printable_line(f"error: {message}; see {prog} --help")
 
 
@@ -104,7 +108,8 @@ def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, lis
         return config, items
     if not items or "=" in items[0]:
         raise ValueError(
-            "no recipe; begin with its name, such as sft, or with a Python file that has config(...) -> Run"
+            "the command line names no recipe; write its name first, such as sft, or a Python file with a "
+            "function config(...) -> Run"
         )
     return items[0], items[1:]
 
@@ -133,18 +138,20 @@ def quiet() -> None:
 
 
 def _without_late_writes(raised: Any) -> None:
-    """Print an error that Python cannot raise (see sys.unraisablehook), as in a destructor. TensorStore's
-    about a closed event loop is left out: it only follows another write that failed.
+    """Print an error that Python cannot raise (see sys.unraisablehook), such as one in a destructor.
+    TensorStore's "Event loop is closed" is not printed: it only follows the error of another failed write.
     """
     if str(raised.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(raised)
 
 
 def one_line_errors(main: Callable[[], int]) -> int:
-    """Run `main` and return the exit code: that of `main`, or 1 after an error that the user can correct.
+    """Run `main` and return the command's exit code.
 
-    Such an error is one line on stderr, with its traceback if JAXFT_TRACEBACK=1 is set; any other is raised.
-    RESTART_CODE: start the same command again. READER_GONE: the reader of the output (`| head`) has ended.
+    The code is the result of `main`; 1 after an error that the user can correct; RESTART_CODE (75) after an
+    error for which the same command can be started again; READER_GONE (141) if the program that reads the
+    output (`| head`) has ended. An error of the user is printed as one line on stderr, with its traceback if
+    JAXFT_TRACEBACK=1 is set. Any other error is raised.
     """
     try:
         code = main()

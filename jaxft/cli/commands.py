@@ -113,8 +113,8 @@ def find_topics(words: Sequence[str], known: Sequence[Topic]) -> list[Topic]:
 
 
 class ShippedRecipe(NamedTuple):
-    """A recipe in the list of commands: its name, its docstring's first sentence, and the parts of its line
-    `Hardware: WHAT; TIME.`
+    """A row of `jaxft list`: a recipe's name, and from its docstring the first sentence and WHAT and TIME of
+    the line `Hardware: WHAT; TIME.`
     """
 
     recipe: str
@@ -141,18 +141,6 @@ def shipped_recipes() -> list[ShippedRecipe]:
     return sorted(recipes, key=lambda recipe: "CPU" not in recipe.hardware)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown.
-
-    >>> print(table(["name", "is"], [["`a`", "b|c"]]))
-    | name | is |
-    | --- | --- |
-    | `a` | b\\|c |
-    """
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
 
 
@@ -165,8 +153,8 @@ def complete_command_line() -> None:
     commands = parser.add_subparsers()
     for name in COMMANDS:
         chosen = name == next(iter(words[1:]), None)  # only this command's script is loaded
-        own = [command_parser(name)] if chosen else []
-        commands.add_parser(name, parents=own, add_help=not own, conflict_handler="resolve")
+        parents = [command_parser(name)] if chosen else []
+        commands.add_parser(name, parents=parents, add_help=not parents, conflict_handler="resolve")
     argcomplete.autocomplete(parser, always_complete_options=False)
 
 
@@ -223,20 +211,25 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
 
 
 def topics_settings_and_commands(**_: Any) -> list[str]:
-    """Return the words that `jaxft help` accepts: commands, names of topics, and settings of sft."""
+    """Return the words that `jaxft help` accepts: commands, topics, and settings of the recipe sft."""
     return [*COMMANDS, *(topic.name for topic in topics()), *setting_names("sft")]
 
 
 def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return the words that `jaxft settings` accepts: a recipe's settings, and recipes as the first word."""
+    """Return the words that `jaxft settings` accepts: a recipe as the first word, and the settings of the
+    recipe named so far, else of sft. parsed_args: the arguments before this word.
+    """
     recipe = next(iter(parsed_args.words or ()), parsed_args.config)
     recipes = [] if parsed_args.words else [file.stem for file in (ROOT / "configs").glob("*.py")]
     return [*recipes, *setting_names(recipe or "sft")]
 
 
 def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return the recipes and Python files that begin with `prefix`; after a recipe, its knobs and dotted
-    fields; after `NAME=`, the values of that setting.
+    """Return the completions of an argument that begins with `prefix`, for argcomplete.
+
+    The first argument is completed to recipes and Python files; later ones to the recipe's settings, such as
+    `lr=` and `optim.clip=` (for an empty prefix: parameters of its config(...), and sections such as
+    `optim.`); after `NAME=`, to the values of that setting. parsed_args: the arguments before this one.
     """
     given = [parsed_args.config, *(parsed_args.overrides or ())]
     recipe = next((item for item in given if item and "=" not in item and item != prefix), None)

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from jaxft import annotations
-from jaxft.cli.commands import shipped_recipes, summary, table
+from jaxft.cli.commands import shipped_recipes, summary
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.pairs import PairRows
@@ -28,6 +28,7 @@ from jaxft.runs.settings.settings_list import (
     settings_of,
     with_recipes,
 )
+from jaxft.runs.terminal import markdown_table
 from jaxft.train.recipes import without_model_weights
 from jaxft.train.settings import Run
 
@@ -43,8 +44,11 @@ DATA_KINDS = {
 
 
 def settings_of_any_run() -> dict[str, list[Setting]]:
-    """Return heading -> settings of a Run, with their defaults and those of COMPARED_RECIPES that differ.
-    Settings that all kinds of rows share come first; headings that begin as "Of SFT" have those of one kind.
+    """Return heading -> settings of any recipe. Each setting has its default, and the defaults of the recipes
+    in COMPARED_RECIPES that differ from it.
+
+    The settings that all recipes have come first. Headings such as `Of SFT, data: ...` follow, with the
+    settings `data.*` that only the recipes of one task have.
     """
     with without_model_weights():
         recipes = {name: load_config(name, [], expected=Run) for name in COMPARED_RECIPES}
@@ -54,15 +58,17 @@ def settings_of_any_run() -> dict[str, list[Setting]]:
     for kind, cls in DATA_KINDS.items():
         bases = [base for base in DATA_KINDS.values() if base is not cls and issubclass(cls, base)]
         inherited = {setting.name for base in bases for setting in settings_of(base, "data.")}
-        own = [setting for setting in settings_of(cls, "data.") if setting not in shared]
-        rest = [setting for setting in own if setting.name not in inherited]
+        of_kind = [setting for setting in settings_of(cls, "data.") if setting not in shared]
+        rest = [setting for setting in of_kind if setting.name not in inherited]
         by_title = by_section(with_recipes(rest, recipes))
         groups |= {f"Of {kind}, {title}": group for title, group in by_title.items()}
     return groups
 
 
 def settings_of_recipe(recipe: str, overrides: Sequence[str] = ()) -> dict[str, list[Setting]]:
-    """Return heading -> the knobs of a recipe, and the settings of its run."""
+    """Return heading -> settings of a recipe: first its knobs (the parameters of its config(...)), then the
+    fields of its Run by section. overrides: `name=value`, which change the defaults.
+    """
     with without_model_weights():
         fields = list(settings_of(load_config(recipe, [*overrides], expected=Run)))
     return {f"Knobs of {recipe}": list(knobs_of(recipe, fields)), **by_section(fields)}
@@ -107,7 +113,7 @@ def page() -> str:
 
 def _commands() -> Iterator[str]:
     yield "## Commands of jaxft"
-    yield table(["command", "does"], [(f"`{command}`", summary(command)) for command in COMMANDS])
+    yield markdown_table(["command", "does"], [(f"`{command}`", summary(command)) for command in COMMANDS])
 
 
 def _recipes() -> Iterator[str]:
@@ -124,14 +130,14 @@ def _recipes() -> Iterator[str]:
         defaults = textwrap.fill(defaults, 110, break_long_words=False, break_on_hyphens=False)
         yield f"### {recipe.recipe}\n\n{about}\n\n```\n{defaults}\n```"
     rows = [(f"`{knob.name}`", _kind(knob), knob.text) for _, knob in sorted(knobs.items())]
-    yield "### Knobs\n\n" + table(["knob", "values", "meaning"], rows)
+    yield "### Knobs\n\n" + markdown_table(["knob", "values", "meaning"], rows)
 
 
 def _settings() -> Iterator[str]:
     yield "## Settings by section"
     for title, group in settings_of_any_run().items():
         rows = [(f"`{s.name}`", f"`{s.default}`" * (s.default is not None), _kind(s), s.text) for s in group]
-        yield f"### {title}\n\n" + table(["setting", "default", "values", "meaning"], rows)
+        yield f"### {title}\n\n" + markdown_table(["setting", "default", "values", "meaning"], rows)
 
 
 def _functions() -> Iterator[str]:
@@ -140,17 +146,19 @@ def _functions() -> Iterator[str]:
         rows = [
             (f"`{name}`", first_sentence(" ".join(_docstring(path).split()))) for name, path in names.items()
         ]
-        yield f"### {title}\n\n" + table(["name", "is"], rows)
+        yield f"### {title}\n\n" + markdown_table(["name", "is"], rows)
 
 
 def _options() -> Iterator[str]:
     yield "## Options of other tools"
     rows = [(f"`{o.name}`", ", ".join(o.tools), f"`{o.recipe}`", o.describe()) for o in OPTIONS]
-    yield table(["option", "of", "recipe", "here"], rows)
+    yield markdown_table(["option", "of", "recipe", "here"], rows)
 
 
 def _docstring(path: str) -> str:
-    """Return the docstring of the function `package.module:name`, also of one inside a PreferenceLoss."""
+    """Return the docstring of the function `package.module:name`; for a PreferenceLoss, that of its function
+    `fn`.
+    """
     fn = load_callable(path)
     return inspect.getdoc(fn.fn if isinstance(fn, PreferenceLoss) else fn) or ""
 

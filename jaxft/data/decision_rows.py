@@ -251,10 +251,10 @@ class DecisionBatches(PackedBatches):
         """Return the choices [n, C] of examples as indices into `tokens`, -1 where an example has fewer than
         C, and the probabilities [n, C] of these choices.
         """
-        own, counts = self.choices, self.choices.counts[members]
+        table, counts = self.choices, self.choices.counts[members]
         at = np.repeat(np.arange(len(members)), counts), ranges(np.zeros_like(counts), counts)
-        where, shape = ranges(own.offsets[members], counts), (len(members), int(own.counts.max()))
+        where, shape = ranges(table.offsets[members], counts), (len(members), int(table.counts.max()))
         choices, probabilities = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
-        choices[at] = np.searchsorted(self.tokens, own.values[where])
+        choices[at] = np.searchsorted(self.tokens, table.values[where])
         probabilities[at] = self.split.rows.extras[PROBABILITIES].values[where]
         return choices, probabilities

@@ -68,7 +68,7 @@ def decide(
             f"a decision has 2 to {len(LETTERS)} choices, one letter each, got {len(names)}; "
             "list fewer or more",
         )
-    twice = next((one for one in names if names.count(one) > 1), None)
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise InvalidRow(
             name,

@@ -160,10 +160,10 @@ def _parts(rows: TokenisedRows, index: int, factor: float) -> list[ShownPart]:
     """Return an example as one part, or if it has several responses, as the prompt and each of them. factor:
     multiplies the weights of its targets.
     """
-    ids, own = rows.sequence(index), rows.extras.get(TOKEN_WEIGHTS)
+    ids, turn_weights = rows.sequence(index), rows.extras.get(TOKEN_WEIGHTS)
     weights = factor * rows.learned[rows.offsets[index] : rows.offsets[index + 1]]
-    if own is not None and own.counts[index]:
-        weights = weights * own[index]
+    if turn_weights is not None and turn_weights.counts[index]:
+        weights = weights * turn_weights[index]
     if len(rows.kinds) < 2:
         return [ShownPart("", ids, weights)]
     ends = np.cumsum(rows.counts[index])[:-1]

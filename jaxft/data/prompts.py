@@ -320,8 +320,8 @@ def prompt_tokens(data: Prompts, train: PromptRows, step: int, shards: int) -> T
     ids = np.zeros((round_up(len(chosen), shards), padded_length(int(train.lengths.max()))), np.int32)
     segments = np.zeros_like(ids)
     for row, i in enumerate(chosen):
-        own = train.token_ids[i]
-        ids[row, : len(own)], segments[row, : len(own)] = own, 1
+        prompt_ids = train.token_ids[i]
+        ids[row, : len(prompt_ids)], segments[row, : len(prompt_ids)] = prompt_ids, 1
     positions = np.where(segments > 0, np.arange(ids.shape[1], dtype=np.int32), 0)
     none = np.zeros((1, len(ids), 1), np.int32)
     return Tokens(ids[None], segments[None], positions[None], none, none, none.astype(np.float32))

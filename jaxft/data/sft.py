@@ -167,8 +167,8 @@ class PackedBatches(source.BatchLayout[Tokens]):
         weights, batches = weights_of_members(self.split.rows, plan, "token"), []
         for start in range(0, plan.rows, self.shape[0]):
             part = plan.slice(start, start + self.shape[0])
-            own = weights[plan.offsets[start] :][: len(part.members)]
-            flat = self._filled(part, self.shape, own, self.split.held_names)
+            part_weights = weights[plan.offsets[start] :][: len(part.members)]
+            flat = self._filled(part, self.shape, part_weights, self.split.held_names)
             batches.append(jax.tree.map(lambda x: x[None], flat))
         return tuple(batches)
 
@@ -294,8 +294,8 @@ def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: 
     if (weights != 1).any():
         detail += f", rows weigh {weights.min():g} to {weights.max():g} (column weight)"
     if len(examples.extras[TOKEN_WEIGHTS].values):
-        own = np.append(examples.extras[TOKEN_WEIGHTS].values, 1)
-        detail += f", turns weigh {own.min():g} to {own.max():g}"
+        turn_weights = np.append(examples.extras[TOKEN_WEIGHTS].values, 1)
+        detail += f", turns weigh {turn_weights.min():g} to {turn_weights.max():g}"
     cut = int(examples.truncated[train].sum())
     if cut:
         detail += f", {cut:,} of {len(train):,} rows are truncated to data.max_length={rows.max_length}"
@@ -383,9 +383,9 @@ def fill_rows(
     read[slot] = at[1][learned] - (labels is None)
     targets[slot] = examples.ids[where[learned]] if labels is None else labels.of(plan.members)
     token_weights[slot] = np.repeat(weights, counts)[learned]
-    own: Ragged = examples.extras[TOKEN_WEIGHTS]
-    if own.counts[plan.members].any():
-        token_weights[slot] *= _own_weights(own, plan.members, examples.lengths)[learned]
+    turn_weights: Ragged = examples.extras[TOKEN_WEIGHTS]
+    if turn_weights.counts[plan.members].any():
+        token_weights[slot] *= _own_weights(turn_weights, plan.members, examples.lengths)[learned]
     batch = Tokens(ids, segments, positions, read, targets, token_weights)
     if sources is None:
         return batch

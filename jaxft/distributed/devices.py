@@ -1,4 +1,4 @@
-"""Peak matmul rates of a device, for MFU and plans, and its memory use."""
+"""The peak FLOP/s of a device, for the model FLOPs utilisation (MFU) and for `jaxft plan`; its memory use."""
 
 import re
 import resource
@@ -59,8 +59,8 @@ def has_fp8_matmuls(device: Any) -> bool:
 
 
 def peak_fp8_flops(device: Any) -> float:
-    """Return the peak FLOP/s of dense FP8 matmuls: from PEAK_FP8, else twice the bfloat16 peak; for a device
-    without FP8, the bfloat16 peak.
+    """Return the peak FLOP/s of dense FP8 matmuls from the table PEAK_FP8. A device that the table lacks has
+    twice its bfloat16 peak, and a device without FP8 matmuls the result of peak_flops.
     """
     if not has_fp8_matmuls(device):
         return peak_flops(device)
@@ -75,7 +75,8 @@ def cpu_has_bfloat16_matmuls() -> bool:
     """Whether this host's CPU can multiply bfloat16 matrices (AVX512-BF16, AMX, or Arm's bf16); True on
     systems that do not list the CPU's features in /proc/cpuinfo.
 
-    On other CPUs XLA converts each element during the matmul, at two thirds of the speed of float32.
+    On other CPUs XLA converts each element to float32 during the matmul, which then has two thirds of the
+    speed of a float32 matmul.
     """
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -86,9 +87,10 @@ def cpu_has_bfloat16_matmuls() -> bool:
 
 
 def peak_flops(device: Any) -> float:
-    """Return the peak FLOP/s of dense bfloat16 matmuls; of float32 ones on a CPU without bfloat16 matmuls.
+    """Return the peak FLOP/s of a device's dense bfloat16 matmuls. On a CPU without bfloat16 matmuls it is
+    the peak of float32 matmuls.
 
-    Taken from PEAK_BF16; a device that the table lacks is benchmarked in about 0.3 s.
+    The value comes from the table PEAK_BF16. A device that the table lacks is benchmarked, in about 0.3 s.
     """
     for kind, peak in PEAK_BF16.items():
         if device.device_kind.startswith(kind):

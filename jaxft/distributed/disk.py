@@ -52,7 +52,9 @@ def sync_tree(path: Path) -> None:
 
 
 def publish(part: Path, target: Path) -> None:
-    """Rename a file or folder to its final name once all of it is on disk; then sync the name."""
+    """Wait until all of the file or folder `part` is on disk, rename it to `target`, and wait until the new
+    name is on disk. Both paths must be on one file system.
+    """
     sync_tree(part)
     part.replace(target)
     fsync(target.parent)
@@ -84,7 +86,7 @@ STARTED_S = 10.0  # a younger empty one may be about to be locked
 
 
 def here() -> str:
-    """Return this machine's name, which is part of the names of temporary files."""
+    """Return this machine's host name, for the names of temporary files: its first 16 letters and digits."""
     return re.sub(r"\W", "", platform.node())[:16] or "localhost"
 
 
@@ -95,7 +97,10 @@ def owned(path: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Lock a file or folder, where its file system has locks, until the block ends. how: see fcntl.flock."""
+    """Lock a file or folder until the block ends; on a file system without locks, do nothing.
+
+    how: flags of fcntl.flock. The default waits for an exclusive lock.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -108,13 +113,16 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 @contextlib.contextmanager
 def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """Yield a new folder in `parent`, which is removed when the block ends. First remove the folders that
-    killed processes have left. prefix: how their names begin; no other name in `parent` may begin so.
+    killed processes have left there.
+
+    prefix: the beginning of the names of these temporary folders. Everything else in `parent` whose name
+    begins with it may be removed, too.
     """
     with contextlib.suppress(OSError):  # a folder that may be written and not read
         remove_leftovers(path for path in parent.iterdir() if path.name.startswith(prefix))
-    own = f"{prefix}{here()}-"
+    begin = f"{prefix}{here()}-"
     with (
-        tempfile.TemporaryDirectory(dir=parent, prefix=own, ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(dir=parent, prefix=begin, ignore_cleanup_errors=True) as folder,
         owned(Path(folder)),
     ):
         yield Path(folder)
@@ -122,8 +130,8 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a new file in the folder of `path`, which the caller renames to `path` when it is complete. If it
-    isn't renamed, it is removed when the block ends.
+    """Yield a new binary file, open for reading and writing, in the folder of `path`. The caller renames it
+    to `path` when it is complete; otherwise it is removed when the block ends.
 
     First remove the .tmp files of killed processes from the folder.
     """
@@ -137,7 +145,11 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(paths: Iterable[Path]) -> None:
-    """Remove this user's files and folders among `paths` that no process has locked; not links."""
+    """Remove the temporary files and folders among `paths` that killed processes have left.
+
+    Those of other users, links, and files and folders that a process has locked stay. Where a lock cannot be
+    seen (see the module's docstring), a file is removed once it is a day old.
+    """
     for path in paths:
         with contextlib.suppress(OSError):
             if _has_owner(path):

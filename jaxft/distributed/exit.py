@@ -63,7 +63,9 @@ def exit_for_restart(text: str) -> NoReturn:
 
 
 def exit_now(code: int) -> NoReturn:
-    """Flush the output and exit with `code` at once: wait for no thread, print no killed message."""
+    """Flush stdout and stderr and end the process with exit code `code`, without waiting for other threads
+    and without printing the line of `set_killed_message`.
+    """
     clear_killed_message()
     with contextlib.suppress(Exception):
         sys.stdout.flush()
@@ -85,7 +87,8 @@ def exit_after(seconds: float, text: str) -> Iterator[None]:
 
 @functools.cache
 def _sentinel() -> Any:
-    """A child shell that prints the last line written to its stdin when this process ends.
+    """Start a shell as a child process and return its Popen object; later calls return the same one. When
+    this process ends, the shell prints the last line that this process wrote to the shell's stdin.
 
     JAX's C++ runtime aborts the process without running Python code, and SIGKILL cannot be caught, so only
     another process can print a message afterwards.
@@ -98,7 +101,9 @@ def _sentinel() -> Any:
 
 
 def set_killed_message(text: str) -> None:
-    """Set the line printed to stderr if this process is killed or aborted; it replaces an earlier one."""
+    """Set the line that is printed to stderr if this process is killed or aborted. It replaces the line of an
+    earlier call.
+    """
     pipe = _sentinel().stdin
     with contextlib.suppress(OSError):  # a missing shell is no reason to stop the run
         if not pipe.closed:
@@ -107,7 +112,7 @@ def set_killed_message(text: str) -> None:
 
 
 def clear_killed_message() -> None:
-    """Cancel `set_killed_message`: print no line if this process is killed."""
+    """Print no line if this process is killed. Later calls of `set_killed_message` have no effect."""
     if _sentinel.cache_info().currsize and not _sentinel().stdin.closed:
         with contextlib.suppress(OSError):
             _sentinel().stdin.write(b"\n")
@@ -118,8 +123,10 @@ SHOW_CURSOR = b"\x1b[?25h"
 
 
 class Interrupt:
-    """A context in which the first SIGTERM, SIGINT or SIGHUP does not end the process, but is stored in
-    `signal` (0 before). The training loop checks `signal` between steps.
+    """A context manager in which the first SIGTERM, SIGINT or SIGHUP does not end the process. Its number is
+    stored in the attribute `signal`, which is 0 before; the training loop checks it between steps.
+
+    The signal handlers are only replaced in the main thread.
     """
 
     def __init__(self) -> None:

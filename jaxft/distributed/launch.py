@@ -1,4 +1,6 @@
-"""Detect the rank of this process and the coordinator from the environment variables of the launcher."""
+"""Detect this process's index and the coordinator's address from the environment variables of the launcher,
+such as torchrun or SLURM's srun.
+"""
 
 import importlib.util
 import re
@@ -45,11 +47,12 @@ class Launch:
 def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping[str, str]) -> Launch | None:
     """Return the launch of this process, or None for a single-process run.
 
-    explicit: (coordinator, processes, process) of the settings. Values that are None are taken from
-    JAXFT_COORDINATOR, JAXFT_PROCESSES (1 for a single process) and JAXFT_PROCESS, then from torchrun,
-    SkyPilot, Open MPI, SLURM, Cloud TPU or Kubernetes, in this order. `processes` without `coordinator` in
-    the settings is only checked later, see processes.Hosts. Raises ValueError if the values are incomplete or
-    contradictory.
+    explicit: the settings hosts.coordinator, hosts.processes and hosts.process, each None if not set. Without
+    hosts.coordinator the other two are not used here. environ: the environment variables.
+
+    A value that is not set is taken from JAXFT_COORDINATOR, JAXFT_PROCESSES (1 for a single-process run) and
+    JAXFT_PROCESS, then from the first of these launchers that started the process: torchrun, SkyPilot, Open
+    MPI, SLURM, Cloud TPU, Kubernetes. Raises ValueError if the values are incomplete or contradictory.
     """
     coordinator = explicit[0] or environ.get(JAXFT_VARIABLES[0])
     settings = explicit[1:] if explicit[0] else (None, None)
@@ -100,12 +103,12 @@ def _checked(launch: Launch) -> Launch:
         if address is None or not 0 < int(address[1]) < 1 << 16:
             raise ValueError(
                 f"coordinator={launch.coordinator:.60} ({launch.launcher}): expected host:port of process 0, "
-                "with a port from 1 to 65535"
+                "with a port from 1 to 65535; correct hosts.coordinator or the launcher's variables"
             )
     if launch.processes is not None and launch.processes > MOST_PROCESSES:
         raise ValueError(
-            f"{launch.processes} processes ({launch.launcher}): at most {MOST_PROCESSES} are possible; check "
-            "the launcher's variables"
+            f"{launch.processes} processes ({launch.launcher}): at most {MOST_PROCESSES} are possible; "
+            "correct hosts.processes or the launcher's variables"
         )
     if (
         launch.processes is not None
@@ -114,7 +117,7 @@ def _checked(launch: Launch) -> Launch:
     ):
         raise ValueError(
             f"process {launch.process} of {launch.processes} ({launch.launcher}): process indices start at 0 "
-            f"and end at {launch.processes - 1}; check the launcher's variables"
+            f"and end at {launch.processes - 1}; correct hosts.process or the launcher's variables"
         )
     return launch
 
@@ -133,13 +136,15 @@ def _number(environ: Mapping[str, str], name: str) -> int | None:
 def _local_gpus(
     environ: Mapping[str, str], rank: int | None, processes: int | None
 ) -> tuple[int, ...] | None:
-    """Return the indices of the visible GPUs that a process uses; None if JAX should decide.
+    """Return the indices of the GPUs that a process uses, among those that it can see; None if JAX decides.
 
-    rank: index of the process among the `processes` on this host.
+    rank: index of the process among the `processes` on this host; None if unknown. The number of GPUs is that
+    of CUDA_VISIBLE_DEVICES, or of SLURM_GPUS_ON_NODE.
 
-    A process uses all visible GPUs if it is the only process on the host, if the processes outnumber the
-    GPUs, or if the launcher assigned GPUs to each task. Otherwise the processes divide the GPUs evenly;
-    ValueError if that is impossible.
+    A process uses all GPUs if it is the only process on the host, if SLURM assigned GPUs to each task, or if
+    CUDA_VISIBLE_DEVICES lists fewer GPUs than there are processes. Otherwise the processes divide the GPUs
+    evenly; ValueError if that is impossible. If the number of GPUs or of processes is unknown, process `rank`
+    uses the GPU `rank`. JAX decides if JAX_LOCAL_DEVICE_IDS is set or if `rank` is None.
     """
     if environ.get("JAX_LOCAL_DEVICE_IDS"):
         return None  # JAX reads it
@@ -164,7 +169,10 @@ def _local_gpus(
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
-    """Return the number of SLURM tasks on this node, from a list such as 2(x3),1; None if unknown."""
+    """Return the number of SLURM tasks on this node; None if unknown.
+
+    SLURM lists it for all nodes: `2(x3),1` means 2 tasks on each of the first three nodes, then 1.
+    """
     listed = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
     parts = [re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part) for part in listed.split(",")]
     counts = [int(m[1]) for m in parts if m for _ in range(int(m[2] or 1))]
@@ -177,9 +185,10 @@ def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
 
 
 def _torchrun(environ: Mapping[str, str]) -> Launch | None:
-    """Return the launch by torchrun, or by a launcher that sets its variables; None without these.
+    """Return the launch by torchrun, or by another launcher that sets torchrun's variables MASTER_ADDR,
+    MASTER_PORT, RANK and WORLD_SIZE; None if one of these is not set.
 
-    Kubeflow's PyTorchJob sets no LOCAL_RANK: one process per pod.
+    Kubeflow's PyTorchJob, which starts one process per pod, sets no LOCAL_RANK.
     """
     names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
     if any(name not in environ for name in names):
@@ -188,7 +197,7 @@ def _torchrun(environ: Mapping[str, str]) -> Launch | None:
     if not world or rank is None or port is None:
         raise ValueError(
             f"invalid torchrun variables: {', '.join(f'{n}={environ[n]!r}' for n in names)}; start the "
-            "processes with torchrun, or unset them"
+            "processes with torchrun, or unset these variables"
         )
     local = _local_gpus(environ, _number(environ, "LOCAL_RANK"), _number(environ, "LOCAL_WORLD_SIZE"))
     # port + 1: torchrun's own store listens on MASTER_PORT
@@ -196,8 +205,8 @@ def _torchrun(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _skypilot(environ: Mapping[str, str]) -> Launch | None:
-    """Return the launch of the only process on a node of SkyPilot; None elsewhere, and on TPU slices, where
-    JAX detects the order of the hosts.
+    """Return the launch by SkyPilot, which starts one process on each node. Return None if SkyPilot's
+    variables are not set, and on TPU slices, where JAX detects the order of the hosts.
     """
     if "SKYPILOT_NODE_RANK" not in environ or "SKYPILOT_NODE_IPS" not in environ or _on_tpu(environ):
         return None
@@ -231,8 +240,10 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _check_detectable(launcher: str, environ: Mapping[str, str], patterns: Mapping[str, str]) -> None:
-    """Raise ValueError if a launcher's variable does not match its pattern, which JAX could not read, and
-    JAXFT_COORDINATOR is not set. patterns: variable -> regular expression.
+    """Raise ValueError if JAX could not parse one of the launcher's variables: its value does not match its
+    pattern. Nothing is checked if JAXFT_COORDINATOR is set, which replaces the launcher's variables.
+
+    patterns: variable -> regular expression.
     """
     for name, pattern in patterns.items():
         text = environ.get(name, "")
@@ -244,8 +255,8 @@ def _check_detectable(launcher: str, environ: Mapping[str, str], patterns: Mappi
 
 
 def _slurm(environ: Mapping[str, str]) -> Launch | None:
-    """Return the launch of a task of srun, or None. The only task of a node uses all of the node's GPUs;
-    JAX's default would be the first one.
+    """Return the launch by SLURM's srun; None if srun's variables are not set. A task that is alone on its
+    node uses all GPUs of the node; JAX's default is the first one.
     """
     if any(name not in environ for name in SLURM):
         return None
@@ -279,8 +290,9 @@ def _on_tpu(environ: Mapping[str, str]) -> bool:
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Launch | None:
-    """Return the launch of a pod of an indexed Kubernetes job; None elsewhere. JAX finds the other pods
-    through the Kubernetes API; ValueError if the Python package for it is missing.
+    """Return the launch of a pod of an indexed Kubernetes job; None outside such a job. JAX finds the other
+    pods through the Kubernetes API. Raises ValueError if the Python package `kubernetes` is missing and
+    JAXFT_COORDINATOR is not set.
     """
     if "KUBERNETES_SERVICE_HOST" not in environ or "JOB_COMPLETION_INDEX" not in environ:
         return None

@@ -1,7 +1,7 @@
 """Multi-process runs: start and stop of `jax.distributed`, operations that all processes do together, and the
 watchdog, a thread that ends a stalled run with stack traces and the exit code for a restart.
 
-Single-process runs call the same functions, which then return immediately.
+Single-process runs call the same functions, which then exchange nothing and wait for nothing.
 """
 
 import contextlib
@@ -36,12 +36,13 @@ class Hosts:
 
     coordinator: host:port of process 0. Set it together with `processes` and `process` if no launcher is
     detected; the environment variables JAXFT_COORDINATOR, JAXFT_PROCESSES and JAXFT_PROCESS do the same.
-    processes: number of processes; without `coordinator` the run ends if the actual number differs. process:
-    index of this process. devices: number of all processes' devices; the run ends if the actual number
-    differs.
-    start_seconds: timeout of joining at the start; if a process does not join, the others exit with code 75.
-    heartbeat_seconds: a process without a heartbeat for this long counts as lost. stop_seconds: timeout of
-    the shutdown.
+    processes: number of processes. If a launcher determines it, a different number here is an error.
+    process: index of this process, from 0.
+    devices: expected number of devices on all processes; a different number is an error. None: not checked.
+    start_seconds: timeout for all processes to join at the start; if one does not, the others exit with code
+    75.
+    heartbeat_seconds: a process without a heartbeat for this long counts as lost.
+    stop_seconds: timeout of the shutdown.
     step_seconds: a step that takes longer counts as stalled; None for 20 times the median step, at least 10
     minutes.
     phase_seconds: the same limit outside steps: loading, compilation, evaluation, checkpointing, export.
@@ -104,7 +105,10 @@ def started(hosts: Hosts, print_error: Callable[[BaseException], int]) -> Iterat
 
 
 def require_single_process(what: str) -> None:
-    """Raise ValueError if a launcher started several processes of a one-process program. what: its name."""
+    """Raise ValueError if a launcher started several processes of a program that runs in a single one.
+
+    what: the program's name for the error, such as "a sweep".
+    """
     launched = launch.detect((None, None, None), os.environ)
     # the launch of a single TPU host may have neither
     if launched is not None and (launched.processes or launched.process is not None):
@@ -301,9 +305,9 @@ def in_step(lines: Iterator[str]) -> Iterator[str]:
     """Run a long computation in rounds, in which each process does one step; yield the same text on all
     processes after each round.
 
-    lines: an iterator that does a step and returns a non-empty text. If it has fewer steps than another
-    process's, this process waits in the remaining rounds, so its watchdog sees progress. Errors as in
-    on_all_processes.
+    lines: an iterator whose every item is the result of a step: a non-empty text. The text of the first
+    process that still has steps is yielded. A process that has no steps left waits in the remaining rounds,
+    so its watchdog sees progress. A ValueError or OSError of a step on any process raises AgreedError on all.
     """
     if not is_multi_process():
         yield from lines
@@ -336,7 +340,8 @@ def all_equal(value: Any) -> bool:
 
 
 def check_same(record: dict[str, Any], differences: Callable[[Any, Any], list[str]]) -> None:
-    """Raise AgreedError if the record (settings, rows, libraries) of a process differs from process 0.
+    """Raise AgreedError if a process's record (settings, rows and libraries, as JSON) differs from process
+    0's.
 
     differences(record of process 0, record of another process) -> one line for each difference.
     """
@@ -420,15 +425,16 @@ class Watchdog:
         self._thread.join()
 
     def at(self, phase: str, after_step: bool = False) -> None:
-        """Report the begin of a phase other than a training step; it is limited to hosts.phase_seconds.
+        """Report that a phase other than a training step begins. It may take hosts.phase_seconds.
 
-        after_step: whether a step has just finished, so that all processes have reached one another.
+        phase: its name, such as "evaluation", for messages. after_step: True if a training step has just
+        finished, which shows that the connections between all processes work.
         """
         self._step_start, self._connected = 0.0, self._connected or after_step
         self._feed(phase, self._hosts.phase_seconds, "hosts.phase_seconds")
 
     def step(self, number: int) -> None:
-        """Report the begin of training step `number`, and with it the end of the step before."""
+        """Report that training step `number` begins, and that the step before has ended."""
         now = time.monotonic()
         if self._step_start:
             self._steps.append(now - self._step_start)
@@ -448,7 +454,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Limit the time that the program may take to close after an error in the body.
+        """Limit the time that the program may take to end after an error in the `with` block.
 
         If the error means that another process is lost, exit immediately for a restart. After any other error
         a multi-process run has CLOSING seconds to release its resources, because closing may wait for a

@@ -65,9 +65,10 @@ class MeshShape:
 
     slices: groups of devices with slow links between them (TPU slices, hosts); parameters are replicated
     across them.
-    data: copies of the parameters within a group, each with its own rows. fsdp: shards of parameters,
-    gradients and optimizer state. context: shards of the time axis, and of the parameters. tensor: shards of
-    every matmul, within a host. expert: shards of the experts of a layer, 1 for models without experts.
+    data: copies of the parameters within a group; each copy computes on other rows of the batch. fsdp: shards
+    of parameters, gradients and optimizer state; each also computes on other rows. context: shards of the
+    time axis, and of the parameters. tensor: shards of every matmul, within a host. expert: shards of a
+    layer's experts (mixture of experts); 1 for models without experts.
     """
 
     data: int = -1
@@ -146,10 +147,11 @@ def partition_spec(
 ) -> PartitionSpec:
     """Return the PartitionSpec of an array with these logical axes, the keys of AXES.
 
-    shape: if given, a dimension is not sharded along mesh axes that do not divide it; if it is the mesh axis
-    tensor that does not, ValueError is raised. path: the array's name for this error. heads: the number of
-    heads in an axis of COUNTED, which may have heads x head_dim elements; tensor must divide this number, so
-    that no head is split.
+    shape: the array's shape. With it, a dimension is not sharded along mesh axes whose sizes do not divide
+    it. Raises ValueError if the size of the mesh axis tensor does not divide a dimension that it shards.
+    path: the array's name for this error.
+    heads: number of attention heads, for the axes in COUNTED. Their dimension may be heads x head_dim; tensor
+    must divide `heads` instead of the dimension, so that no head is split.
     """
     sizes = dict(mesh.shape)
     entries: list[tuple[str, ...]] = []
@@ -173,7 +175,11 @@ def partition_spec(
 
 
 def _dividing(axes: tuple[str, ...], sizes: dict[str, int], size: int) -> tuple[str, ...]:
-    """Return the mesh axes whose product divides `size`, chosen greedily with tensor first."""
+    """Return those of the mesh axes `axes` along which a dimension of `size` elements is sharded.
+
+    An axis is added, tensor first, if the product of the sizes chosen so far still divides `size`. sizes:
+    mesh axis -> number of devices.
+    """
     chosen: list[str] = []
     for axis in sorted(axes, key=lambda axis: axis != "tensor"):
         if size % math.prod(sizes[a] for a in (*chosen, axis)) == 0:
@@ -202,9 +208,10 @@ def shard_between_blocks(
     """Adapt the sharding of a weight [..., I, O] to quantised storage, in which I is only sharded between
     blocks.
 
-    block: inputs per quantisation block. path: the weight's name, for the error. The mesh axes fsdp and
-    context shard the dimension that they usually do; if they do not divide it, I or O, or none. Raises
-    ValueError if the mesh axis tensor does not divide the number of blocks.
+    axes, shape: the weight's logical axes and shape. block: inputs per quantisation block. path: the weight's
+    name, for the error. The mesh axes fsdp and context shard the dimension that AXES assigns to them. If
+    their sizes do not divide it, they shard I or O; if that is impossible, only one of them is used, or none.
+    Raises ValueError if the size of the mesh axis tensor does not divide the number of blocks.
     """
     sizes = dict(sharding.mesh.shape)
     units = (*shape[:-2], shape[-2] // block if shape[-2] % block == 0 else 1, shape[-1])
@@ -214,7 +221,7 @@ def shard_between_blocks(
         fits = tuple(n for n in range(1, units[-2] + 1) if units[-2] % n == 0)
         raise ValueError(
             f"{path}: an input axis of {shape[-2]} in blocks of {block} can't be sharded over "
-            f"tensor={sizes['tensor']}; use one of {fits}, or another quant.block"
+            f"tensor={sizes['tensor']}; use one of {fits} for mesh.tensor, or another quant.block"
         )
     usual = [i for i, axis in enumerate(axes) if set(SPARE) & set(AXES[axis])]
     spare = tuple(axis for axis in SPARE if sizes.get(axis, 1) > 1)
@@ -260,7 +267,9 @@ def is_multi_device() -> bool:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Shard an activation along its logical axes, one per dimension; where it is None, XLA decides."""
+    """Shard an activation on the ambient mesh. axes: the logical axis of each dimension; XLA decides how to
+    shard a dimension whose axis is None.
+    """
     mesh = _ambient()
     if mesh is None:
         return x
@@ -270,8 +279,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the logical axes that a weight with these axes has in a matmul: there it is gathered along the
-    mesh axes fsdp and context, but still sharded along tensor.
+    """Return the logical axes of a weight when a matmul uses it: it is then gathered along the mesh axes fsdp
+    and context, but still sharded along tensor.
+
+    >>> gathered_axes(("layers", "width", "mlp"))
+    ('layers', 'act_width', 'mlp')
     """
     used = {"width": "act_width", "vocab": "act_vocab", "from_heads": "heads", "from_mlp": "mlp"}
     used["fused_width"] = "part_shards"  # see models/families/phi3.py
@@ -279,8 +291,8 @@ def gathered_axes(axes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def gathered_sharding(axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding | None:
-    """Return the sharding that a weight with these logical axes has in a matmul on the ambient mesh, see
-    gathered_axes; None on a single device.
+    """Return the sharding of a weight when a matmul uses it on the ambient mesh, see gathered_axes; None on a
+    single device. axes, shape: the weight's logical axes and global shape.
     """
     mesh = _ambient()
     return None if mesh is None else array_sharding(mesh, gathered_axes(axes), shape)
@@ -334,10 +346,11 @@ def per_device(
     out_axes: tuple[str, ...],
     out_shape: tuple[int, ...],
 ) -> Callable:
-    """Apply `fn` to the local shards of each device (shard_map), for code that XLA cannot partition.
+    """Return a function that applies `fn` to the local shards on each device of the ambient mesh (shard_map),
+    for code that XLA cannot partition. Without such a mesh it calls `fn` on the whole arrays.
 
-    in_axes: logical axes of each argument; None for replicated. out_axes, out_shape: logical axes and global
-    shape of the result.
+    in_axes: logical axes of each argument; None for a replicated array. out_axes, out_shape: logical axes and
+    global shape of the result.
     """
 
     def call(*args):

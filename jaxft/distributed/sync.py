@@ -39,8 +39,8 @@ def _barrier_numbers() -> Iterator[int]:
 
 
 def wait_for_all() -> None:
-    """Block until all processes arrive, without using devices. Call it from the main thread only, as
-    gather_texts.
+    """Block until all processes have called this function; no device is used. Call it from the main thread
+    only, at the same point of the program on every process.
     """
     if jax.process_count() > 1:
         import orbax.checkpoint as ocp  # slow to import, and only multi-process runs need it here
@@ -68,7 +68,7 @@ def gather_texts(text: str) -> list[str]:
 def array_of_first(x: np.ndarray) -> np.ndarray:
     """Return process 0's array on every process. x: an array with the same shape and dtype on all processes.
 
-    Call it from the main thread only, as gather_texts.
+    Call it from the main thread only, for the reason that gather_texts states.
     """
     if jax.process_count() == 1:
         return x
@@ -79,10 +79,13 @@ def array_of_first(x: np.ndarray) -> np.ndarray:
 class FileExchange:
     """Exchange of texts through files in a shared folder, with barriers of JAX's coordination service.
 
-    It uses no device, so any thread may call it. topic: name of the exchange, the same on all processes, and
-    used by no earlier exchange. A process that cannot write its text writes an empty file with the errno in
-    its name. Raises PeerLostError (a TimeoutError, an OSError) if a process does not arrive within `limit`
+    It uses no device, so any thread may call it. folder: an existing folder that all processes see. topic:
+    name of the exchange, the same on all processes, and used by no earlier exchange. limit: timeout in
     seconds.
+
+    Calling it with this process's text returns the texts of all processes, by process index. For a process
+    that could not write its file, the text is the JSON of an error, as in run_on_all. Raises PeerLostError (a
+    TimeoutError, an OSError) if a process does not arrive in time.
     """
 
     def __init__(self, folder: Path, topic: str, limit: float):
@@ -132,10 +135,12 @@ class FileExchange:
 
 
 def run_on_all(exchange: Exchange, fn: Callable[[], Any]) -> list[Any]:
-    """Call `fn()` on every process and return all results (JSON) by process index, on every process.
+    """Call `fn()` on every process, and return the results of all processes by process index, on each one.
 
-    If it fails anywhere, every process raises the error of the first process that failed. An OSError keeps
-    its errno; a ValueError or MemoryError its type; anything else becomes a RuntimeError.
+    exchange: sends the results, as JSON, to the other processes. If fn raises on any process, every process
+    raises the error of the failed process with the lowest index, with that index in the text. An OSError
+    keeps its errno and becomes a plain OSError; a ValueError or MemoryError stays one; any other error
+    becomes a RuntimeError.
     """
     if jax.process_count() == 1:
         return [fn()]
@@ -162,5 +167,7 @@ def _rebuild_error(process: int, reply: dict[str, Any]) -> Exception:
 
 
 def exchange_first(exchange: Exchange, fn: Callable[[], Any]) -> Any:
-    """Call `fn()` on process 0 only and return its result (JSON), or raise its error, on every process."""
+    """Call `fn()` on process 0 only, and return its result on every process. If it raises, every process
+    raises an error as in run_on_all. exchange: sends the result, as JSON, to the other processes.
+    """
     return run_on_all(exchange, lambda: fn() if is_first() else None)[0]

@@ -22,7 +22,7 @@ def cores() -> int:
 
 
 def map_in_threads(fn: Callable[[Given], Returned], items: Iterable[Given]) -> list[Returned]:
-    """Return `[fn(item) for item in items]`, computed in one thread per core.
+    """Return `[fn(item) for item in items]`, computed in one thread per core, but at most 16 threads.
 
     For NumPy code: NumPy releases Python's lock while it computes on an array. After an error no further call
     begins; when the running calls have ended, the error of the earliest failed item is raised. fn runs with
@@ -51,7 +51,7 @@ def compile_all(lowered: Mapping[Key, Any], platform: str, options: Any = None) 
     "gpu" or "tpu". options: compiler options for jax's `compile`.
     """
     run = map_in_threads if platform == "cpu" else map
-    return dict(zip(lowered, run(lambda one: one.compile(options), lowered.values()), strict=True))
+    return dict(zip(lowered, run(lambda program: program.compile(options), lowered.values()), strict=True))
 
 
 def trim_heap() -> None:

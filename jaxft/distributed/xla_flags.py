@@ -156,8 +156,8 @@ def has_tpu(dev: Path, pci: Path) -> bool:
         return False
     vendors = list(pci.glob("*/vendor"))
     try:
-        own = [file.with_name("device") for file in vendors if file.read_text().strip() == TPU_VENDOR]
-        return not vendors or any(file.read_text().strip() in TPU_IDS for file in own)
+        devices = [file.with_name("device") for file in vendors if file.read_text().strip() == TPU_VENDOR]
+        return not vendors or any(file.read_text().strip() in TPU_IDS for file in devices)
     except OSError:
         return True
 
@@ -176,8 +176,8 @@ def is_off(environ: Mapping[str, str]) -> bool:
 
 
 def unset_settings(platform: str, environ: Mapping[str, str]) -> list[PlatformSetting]:
-    """Return the rows of the table to apply on a platform: all of its rows that the user has not set; [] if
-    the table is switched off.
+    """Return the rows of TABLE_OF_SETTINGS for a platform, without those that the user has set; [] if the
+    table is switched off. environ: the environment variables, in which the user sets them.
     """
     if is_off(environ):
         return []
@@ -193,8 +193,8 @@ def is_set(row: PlatformSetting, environ: Mapping[str, str]) -> bool:
 
 
 def has_flag(variable: str, flag: str, environ: Mapping[str, str]) -> bool:
-    """Whether the value of a variable contains a flag: `--flag=value`, `--flag` or `--noflag`. Also True for
-    an XLA_FLAGS that names a file of flags, which may contain it.
+    """Whether the value of an environment variable contains a flag: `--flag=value`, `--flag` or `--noflag`.
+    Also True if XLA_FLAGS is the name of a file, which may contain the flag.
     """
     text = environ.get(variable, "")
     if variable == "XLA_FLAGS" and text.strip() and not text.lstrip().startswith("-"):
@@ -248,9 +248,12 @@ def has_huge_pages() -> bool:
 
 
 def flag_libraries(variable: str) -> list[Path]:
-    """Return the installed libraries that parse XLA_FLAGS or LIBTPU_INIT_ARGS; libtpu parses both."""
-    own = os.environ.get("TPU_LIBRARY_PATH")
-    tpu = [Path(own)] if own else libraries("libtpu", "libtpu.so")
+    """Return the installed library files that parse the flags in XLA_FLAGS or in LIBTPU_INIT_ARGS.
+
+    libtpu parses both variables. Return [] without jaxlib, or for LIBTPU_INIT_ARGS without libtpu.
+    """
+    path = os.environ.get("TPU_LIBRARY_PATH")
+    tpu = [Path(path)] if path else libraries("libtpu", "libtpu.so")
     if variable == "LIBTPU_INIT_ARGS":
         return tpu
     jax_library = libraries("jaxlib", "libjax_common.so")
@@ -259,7 +262,9 @@ def flag_libraries(variable: str) -> list[Path]:
 
 
 def libraries(module: str, name: str) -> list[Path]:
-    """Return [path] of the file `name` in an installed module's folder, [] without the module or file."""
+    """Return the paths of the file `name` in the folders of an installed module, usually one; [] if the
+    module is not installed or has no such file.
+    """
     spec = importlib.util.find_spec(module) if is_installed(module) else None
     folders = (spec.submodule_search_locations or []) if spec else []
     return [file for folder in folders if (file := Path(folder) / name).is_file()]
@@ -337,8 +342,10 @@ def settings_lines(environ: Mapping[str, str]) -> list[str]:
 def compiler_settings(
     platform: str, environ: Mapping[str, str]
 ) -> tuple[dict[str, str | bool], dict[str, str]]:
-    """Return (compiler options, jax.config options) with which this process compiles a program for another
-    platform in the same way as a run on that platform.
+    """Return (compiler options, jax.config options), each name -> value. With them this process compiles a
+    program for another platform, as a run on that platform would.
+
+    platform: "cuda", "tpu" or "cpu". environ: the run's environment variables.
     """
     rows = unset_settings(platform, environ)
     flags_of_xla = [row for row in rows if row.flag and row.variable != TUNABLES]

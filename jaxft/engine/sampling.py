@@ -170,7 +170,7 @@ LOGITS_PER_BLOCK = 256  # successive ones
 def from_softmax(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
     """Sample an index per row with probabilities softmax(logits), from a random key per row.
 
-    The index is that of the largest logit after Gumbel noise is added. A rounding difference in the logits
+    The index belongs to the largest logit after Gumbel noise is added. A rounding difference in the logits
     changes it only if two candidates are that close; a search in cumulative sums would be changed by any
     difference. On a CPU, where a random number costs more than an exponential, a block of successive logits
     is sampled first, then a logit in it. On other devices that would move logits of a sharded vocabulary.

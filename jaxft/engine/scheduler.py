@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft.annotations import at_least, check_bounds
+from jaxft.distributed.exit import shorten_error
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import BUCKET, NONFINITE, Sampling
 from jaxft.engine.session import RequestSettings, Running, Session
@@ -250,8 +251,7 @@ class Scheduler:
                     for it in self.session.step(self.sizes.block):
                         self._progress(it)
                 except Exception as error:  # of the device: its requests fail, later ones may succeed
-                    text = " ".join(str(error).split())[:300] or type(error).__name__
-                    left = NewTokens(finish="error", error=f"the device failed: {text}")
+                    left = NewTokens(finish="error", error=f"the device failed: {shorten_error(error)}")
                     if not self._begin_again(left):
                         return
             left = NewTokens(finish="cancelled", error="the server has stopped")

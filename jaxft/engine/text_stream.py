@@ -171,9 +171,9 @@ class TextStream:
         if cut is None:
             piece, self._ahead = certain[self._ahead :], max(self._ahead, len(certain))
             return piece
-        own = len(text if cut == end else decode(tail[:cut])) - len(self._before)
-        certain = new[: max(len(certain), own)]
-        piece, self._ahead = certain[self._ahead :], max(len(certain), self._ahead) - own
+        whole = len(text if cut == end else decode(tail[:cut])) - len(self._before)
+        certain = new[: max(len(certain), whole)]
+        piece, self._ahead = certain[self._ahead :], max(len(certain), self._ahead) - whole
         self._tail, self._done = tail[cut - 1 :], 1  # a tokenizer may omit the space before the first token
         self._before = decode(self._tail[:1])
         return piece

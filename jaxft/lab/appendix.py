@@ -185,7 +185,7 @@ def duels_table(study: StudyResult) -> PaperTable:
         f"Paired differences of {study.metric}: the same prompts, seeds, rows and their order. Interval: "
         "95 %, Student's with Satterthwaite's degrees of freedom over seeds and prompts; bootstrap: by "
         "resampling both. p (Holm): adjusted for all rows. d: mean over the standard deviation of the "
-        "prompts. wins: fraction of prompts. error: standard error over that of unpaired runs.",
+        "prompts. wins: fraction of prompts. error: standard error divided by the one of unpaired runs.",
         ("", "difference", "interval", "bootstrap", "p", "p (Holm)", "d", "wins", "error", "result"),
         tuple(rows),
     )
@@ -423,7 +423,7 @@ def _distinguished(table: PaperTable) -> str:
 METRICS = {
     ACCURACY: "the fraction of pairs whose chosen response gains more log-prob over the reference than the "
     "rejected one, 0.5 before training",
-    MARGIN: "by how many nats the log-prob of the chosen response grows more than that of the rejected one",
+    MARGIN: "by how many nats the chosen response's log-prob grows more than the rejected one's",
 }
 
 

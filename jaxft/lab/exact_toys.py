@@ -482,7 +482,7 @@ def _check_order(optimum: Optimum, claimed: bool) -> Check:
         return _claimed(name, claimed, False, message)
     if right:
         return _claimed(name, claimed, True, f"{right[0]} of the optimum order the responses by true reward")
-    message = "no order of log-probs or log-ratios at the optimum is that of the true rewards"
+    message = "no order of log-probs or log-ratios at the optimum equals the true rewards' order"
     return _claimed(name, claimed, False, message)
 
 
@@ -497,7 +497,7 @@ def _check_calibration(optimum: Optimum, claimed: bool) -> Check:
         fits.append((float(np.abs(odds - k * margin).max()), k, what))
     residual, k, what = min(fits)
     if residual < 1e-3 and k > 0:
-        message = f"the optimum's margins are true log-odds: {format_number(k)} times those of {what}"
+        message = f"the optimum's margins are true log-odds: {format_number(k)} times the margins of {what}"
         return _claimed("calibrated", claimed, True, message)
     message = "the optimum's margins are no multiple of the true log-odds"
     if residual < np.abs(odds).max() and k > 0:

@@ -103,11 +103,11 @@ class HeldOutPairs:
     @staticmethod
     def of_json(saved: Mapping[str, Any]) -> "HeldOutPairs":
         """Return the pairs that `json` has returned."""
-        return HeldOutPairs(*(tuple(saved[own.name]) for own in fields(HeldOutPairs)))
+        return HeldOutPairs(*(tuple(saved[field.name]) for field in fields(HeldOutPairs)))
 
     def json(self) -> dict[str, Any]:
         """Return the fields as JSON."""
-        return {own.name: list(getattr(self, own.name)) for own in fields(self)}
+        return {field.name: list(getattr(self, field.name)) for field in fields(self)}
 
     def prompt_counts(self) -> tuple[int, int]:
         """Return (number of prompts that select settings, number of prompts on which losses are compared)."""
@@ -320,7 +320,7 @@ def train_waves(
     first = 0
     for number, rung in enumerate(study.rungs):
         waves = [
-            Wave(seed, {label: own[i] for label, own in alive.items()}, first, rung.steps)
+            Wave(seed, {label: trials[i] for label, trials in alive.items()}, first, rung.steps)
             for i in range(rung.trials)
         ]
         for wave in waves:
@@ -331,7 +331,7 @@ def train_waves(
         keep = 1 if last else study.rungs[number + 1].trials
         alive = {label: best_trials(done, label, waves)[:keep] for label in alive}
         first = rung.steps
-    winners = {label: own[0] for label, own in alive.items()}
+    winners = {label: trials[0] for label, trials in alive.items()}
     for other in study.seeds[1:]:
         if interrupt.signal:
             return None
@@ -420,8 +420,8 @@ def start_states(lab: Lab, folder: Path, wave: Wave, done: Sequence[Mapping[str,
     }
     for number, (label, trial) in enumerate(wave.trials.items()):
         if wave.first == 0:
-            own = jax.tree.map(lambda x: x.copy(), lab.initial[wave.seed][number])  # the step donates it
-            states.append(set_trial(own, trial))
+            state = jax.tree.map(lambda x: x.copy(), lab.initial[wave.seed][number])  # the step donates it
+            states.append(set_trial(state, trial))
             continue
         check_earlier(wave.folder(folder, label), earlier[label], label)
         with contextlib.closing(checkpoints_of(wave.folder(folder, label))) as saved:
@@ -471,7 +471,7 @@ def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[P
     """Evaluate each state on the held-out pairs after step `step`. metrics: from training that step."""
     trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
     evaluations = []
-    for k, (own, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):
+    for k, (means, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):
         values: dict[str, list[float]] = {}
         for at, row in rows.items():
             for name, value in row.items():
@@ -480,7 +480,7 @@ def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[P
             x if math.isfinite(m) else m for x, m in zip(values[ACCURACY], values[MARGIN], strict=True)
         ]
         logged = {name: float(x.total[k] / x.weight[k]) for name, x in trained.items()}
-        named = {HELD_OUT + name: value for name, value in own.items()}
+        named = {HELD_OUT + name: value for name, value in means.items()}
         evaluations.append(PairsEvaluation(step, {**logged, **named}, values))
     return evaluations
 
@@ -496,28 +496,28 @@ def write_trial(
     lab: Lab, folder: Path, wave: Wave, label: str, result: tuple[TrainState, list[PairsEvaluation]]
 ) -> dict[str, str]:
     """Write a trial's folder after a wave; return file name -> hash. result: (state, evaluations)."""
-    own, (state, evaluations) = wave.folder(folder, label), result
-    (own / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(checkpoints_of(own)) as saved:
+    trial_path, (state, evaluations) = wave.folder(folder, label), result
+    (trial_path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(checkpoints_of(trial_path)) as saved:
         saved.save(wave.last, state, {})
-    earlier = read_evaluations(own / EVALUATIONS) if wave.first else []
+    earlier = read_evaluations(trial_path / EVALUATIONS) if wave.first else []
     every = [*(e for e in earlier if e.step <= wave.first), *evaluations]
     run = plain_run(lab.study, label, wave.trials[label], wave.seed)
-    runfolder.write_durable_json(own / "config.json", describe(run))
+    runfolder.write_durable_json(trial_path / "config.json", describe(run))
     lines = [
         json.dumps({"step": e.step, "metrics": json_value(e.metrics), "rows": json_value(e.rows)})
         for e in every
     ]
-    write_durably(own / EVALUATIONS, "".join(f"{line}\n" for line in lines).encode())
+    write_durably(trial_path / EVALUATIONS, "".join(f"{line}\n" for line in lines).encode())
     logged = [format_line(e.step, e.metrics, {}) for e in every]
-    write_durably(own / METRICS, "".join(f"{line}\n" for line in logged).encode())
+    write_durably(trial_path / METRICS, "".join(f"{line}\n" for line in logged).encode())
     rows = [
         json.dumps({"row": name, **json_value({key: x[i] for key, x in every[-1].rows.items()})})
         for i, name in enumerate(lab.pairs.names)
     ]
-    write_durably(own / HELD_OUT_ROWS, "".join(f"{row}\n" for row in rows).encode())
+    write_durably(trial_path / HELD_OUT_ROWS, "".join(f"{row}\n" for row in rows).encode())
     names = ("config.json", EVALUATIONS, METRICS, HELD_OUT_ROWS)
-    return dict(zip(names, files_sha256([own / name for name in names]), strict=True))
+    return dict(zip(names, files_sha256([trial_path / name for name in names]), strict=True))
 
 
 def read_evaluations(path: Path) -> list[PairsEvaluation]:

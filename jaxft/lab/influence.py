@@ -320,14 +320,14 @@ def gradients_of_rows(
         )
     split = run.source.split
     weights = pair_layout.batch_means(split.rows, split.held, run.source.layout.settings.weighting).weights
-    found = RowGradients(run.names, train, weights[split.held] @ held)
-    _check_finite(found.gradients, found.held_out)
-    if not found.held_out.any():
+    gradients = RowGradients(run.names, train, weights[split.held] @ held)
+    _check_finite(gradients.gradients, gradients.held_out)
+    if not gradients.held_out.any():
         raise ValueError(
             "the gradient of the held-out loss is 0 at this step, so that no row has an influence on it; use "
             "an earlier checkpoint, or other held-out rows"
         )
-    return found
+    return gradients
 
 
 def _check_finite(*gradients: np.ndarray) -> None:
@@ -347,7 +347,7 @@ def source_folders(train: str) -> list[str]:
     files of one name, or are folders, else nothing.
     """
     paths = [(Path(source.ref), find_data(source.ref)) for source in parse_sources(train)]
-    folders = [found is not None and found.is_dir() for _, found in paths]
+    folders = [path is not None and path.is_dir() for _, path in paths]
     if len(paths) == 1 or (len({path.name for path, _ in paths}) == len(paths) and not any(folders)):
         return [""] * len(paths)
     return [

@@ -415,7 +415,7 @@ def check_antisymmetry(probe: Probe, claimed: bool = False) -> Check:
     if residual < 1e-3 * np.abs(gap).max() and not close(here, there):
         message = f"yes: {law} = {format_number(-k)} times the margin of {what}"
         return Check("antisymmetric", True if claimed else None, message)
-    nearest = f"{format_number(-k)} times that of {what}, off by up to {format_number(residual)}"
+    nearest = f"{format_number(-k)} times the margin of {what}, off by up to {format_number(residual)}"
     message = f"{law} is no multiple of a margin; nearest is {nearest}"
     message = f"{law} = 0" if close(here, there) else message
     return _refuted("antisymmetric", claimed, message)

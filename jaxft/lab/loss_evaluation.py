@@ -3,7 +3,7 @@
 `parse_losses` reads `name` or `file.py:name,beta=0.2`. `synthetic_pairs` makes a batch of given log-ratios,
 lengths and log-probs. `probe(name, loss)` finds the inputs that a loss needs and compiles it; evaluate_each
 and evaluate_batch call it, margin_curve follows it over the margin: c - r, the summed log-ratio
-log pi(y) - log pi_ref(y) of the chosen response minus that of the rejected one. loss_checks.py checks the
+log pi(y) - log pi_ref(y) of the chosen response minus the same of the rejected one. loss_checks.py checks the
 results.
 """
 
@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.annotations import PREFERENCE_LOSSES
+from jaxft.distributed.exit import shorten_error
 from jaxft.objectives.pair import (
     PairBatch,
     PairTokens,
@@ -344,8 +345,7 @@ def shape_of(
 
 def one_line(error: Exception) -> str:
     """An error as one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text if len(text) <= 300 else text[:300] + ' ...'}"
+    return f"{type(error).__name__}: {shorten_error(error)}"
 
 
 # Values and gradients

@@ -252,9 +252,9 @@ def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
     states: dict[Path, tuple[Path, str]] = {}
     for entry in log:
         for label, files in entry.get("files", {}).items():
-            own = trial_folder(folder, label, entry["trials"][label], entry["seed"])
-            newest |= {own / name: sha256 for name, sha256 in files.items()}
-            states[own] = own / CHECKPOINTS / str(entry["steps"][1]), entry["states"][label]
+            place = trial_folder(folder, label, entry["trials"][label], entry["seed"])
+            newest |= {place / name: sha256 for name, sha256 in files.items()}
+            states[place] = place / CHECKPOINTS / str(entry["steps"][1]), entry["states"][label]
     for path, sha256 in newest.items():
         if not path.is_file() or files_sha256([path]) != [sha256]:
             raise ValueError(f"{path}: the file was changed after it was written; restore it")

@@ -78,10 +78,10 @@ def with_source_weights(batch: Pairs, weights: Float[Array, " S"]) -> Pairs:
             f"{len(weights)} weights of the {len(batch.source_names)} sources {names}; give one each"
         )
     w = batch.pair_weights
-    own = w * weights.astype(w.dtype)[jnp.maximum(sources, 0)]
-    total = own.sum()
+    weighted = w * weights.astype(w.dtype)[jnp.maximum(sources, 0)]
+    total = weighted.sum()
     scale = jnp.where(total > 0, w.sum() / jnp.where(total > 0, total, 1), 0)
-    return replace(batch, pair_weights=own * scale)
+    return replace(batch, pair_weights=weighted * scale)
 
 
 def make_held_out_loss(training: ShortTraining) -> Callable[[TrainingNumbers], Float[Array, ""]]:
@@ -148,8 +148,8 @@ def fit_source_weights(training: ShortTraining, rounds: int = 20, rate: float = 
     rule, logits = optax.adam(rate), jnp.zeros(len(training.batches.source_names), dtype)
     state, weights = rule.init(logits), []
     for _ in range(rounds):
-        own, pull = jax.vjp(jax.nn.softmax, logits)
-        (slope,) = pull(held_out_gradient(training, TrainingNumbers({}, own)).weights)
+        source_weights, pull = jax.vjp(jax.nn.softmax, logits)
+        (slope,) = pull(held_out_gradient(training, TrainingNumbers({}, source_weights)).weights)
         if not jnp.isfinite(slope).all():
             raise ValueError("the gradients through training are not finite; lower lr, or train fewer steps")
         with standard_promotion():

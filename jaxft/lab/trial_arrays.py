@@ -91,12 +91,12 @@ def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Obje
 
     def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
         beta = aux[LOSS_KNOBS].get("beta", own_beta(loss))
-        own = {
+        rewards = {
             name: replace(metrics[name], total=beta * metrics[name].total)
             for name in (CHOSEN_REWARD, REJECTED_REWARD)
             if name in metrics
         }
-        return plain.update(aux, trainable, {**metrics, **own})
+        return plain.update(aux, trainable, {**metrics, **rewards})
 
     return plain._replace(update=update)
 

@@ -44,7 +44,7 @@ from jaxft.train.start_and_end import continued
 
 def record_problems(folder: Path) -> Iterator[str]:
     """Yield a line for each part of a run's record that has changed since the run wrote it: the log, files
-    whose digests were recorded, weights, checkpoints; for a sweep, also those of all members. Raises
+    whose digests were recorded, weights, checkpoints; for a sweep, also the parts of all members. Raises
     FileNotFoundError for a folder without a log.
     """
     if (folder / DECLARATION).is_file():
@@ -159,13 +159,13 @@ def recompute_step(folder: Path, step: int) -> list[str]:
         names = [name for name, value in logged[-1].items() if metrics.get(name) != value]
         shown = ", ".join(f"{name} {logged[-1][name]} -> {metrics.get(name)}" for name in names[:4])
         raise ValueError(f"{folder}: {where}, has other metrics than the log: {shown}{because}")
-    lines = [f"{where}: its {len(metrics) - 1} metrics are those of the log, to the bit"]
+    lines = [f"{where}: its {len(metrics) - 1} metrics equal the log's, to the bit"]
     if after is not None:
         wrong = differing_leaves(state, after[0])
         if wrong:
             more = f"{wrong[0]} and {len(wrong) - 1} more"
             raise ValueError(f"{folder}: {where}, has another state than its checkpoint: {more}{because}")
-        lines.append(f"{where}: its state is that of the checkpoint, to the bit")
+        lines.append(f"{where}: its state equals the checkpoint's, to the bit")
     return lines
 
 

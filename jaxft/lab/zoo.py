@@ -10,7 +10,7 @@ itself: its value and gradients over the margin, and its vector field. No model 
 
 Losses that need more than a pair get it from the toy: ratings are the true rewards, a third response is drawn
 independently of the pair or is the best one, other pairs of the batch are the toy's in their frequencies, and
-a state is that of step 0.
+a state is the one at step 0.
 """
 
 import inspect
@@ -435,7 +435,7 @@ def _overview(specimens: Sequence[Specimen], toy: Toy) -> str:
         "leads to on a second toy, of five responses, prefers responses by their true reward; its margins "
         "are true log-odds, up to one factor; it is at finite log-probs. <b>Sign at start</b>: at the "
         "reference the gradient raises the margin.</li>"
-        "<li><b>Reward</b> and <b>KL</b> are those of the policy that the loss leads to with its own knobs; "
+        "<li><b>Reward</b> and <b>KL</b> are the policy's that the loss leads to with its own knobs; "
         f"{max(toy.reward):g} is a policy that always gives the best response. "
         "<b>Reward, 20 % flipped</b>: if a fifth of the labels is wrong; <b>length bias</b>: if annotators "
         f"add {LENGTH_BIASES[2]:g} per 10 tokens.</li>"

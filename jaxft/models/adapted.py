@@ -276,7 +276,10 @@ class Teacher:
                 "which the setting quant quantises; set teacher.weights, or remove teacher.quant"
             )
         if self.quant and self.quant.calibrate:
-            raise ValueError("teacher.quant.calibrate: only the run's own base is calibrated; leave it out")
+            raise ValueError(
+                f"teacher.quant.calibrate={self.quant.calibrate}: only the run's own base is calibrated; "
+                "leave it out"
+            )
 
     @property
     def shares_base(self) -> bool:

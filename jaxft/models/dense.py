@@ -284,7 +284,9 @@ def empty_cache(
     """Return an empty cache. prompts: (number of prompts, token slots of a prompt). rows: the number of rows,
     each with slots for `new` tokens. stored: the format of keys and values.
     """
-    parts = [one.mixer.empty(prompts, (rows, new), d.options.dtype, stored) for one in layers_of(d.stacks)]
+    parts = [
+        layers.mixer.empty(prompts, (rows, new), d.options.dtype, stored) for layers in layers_of(d.stacks)
+    ]
     of_prompts, of_rows = zip(*parts, strict=True)
     return Cache(PromptKeys(of_prompts, jnp.zeros(prompts, bool)), of_rows, new)
 

@@ -117,7 +117,7 @@ def map_stack(fn: Callable, lead: Sequence[int], *stacks: Any) -> Any:
 
     lead: the sizes of the axes along which the arrays are stacked. Returns the stacked results.
     """
-    return jax.lax.map(lambda one: map_stack(fn, lead[1:], *one), stacks) if lead else fn(*stacks)
+    return jax.lax.map(lambda layer: map_stack(fn, lead[1:], *layer), stacks) if lead else fn(*stacks)
 
 
 def is_spec(x: Any) -> bool:

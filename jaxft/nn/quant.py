@@ -65,7 +65,9 @@ class Quant:
                 "files do; set quant.calibrate=none, or another quant"
             )
         if self.codes is not None and self.calibrate is None:
-            raise ValueError("quant.codes is set by runs with quant.calibrate; leave it out")
+            raise ValueError(
+                f"quant.codes={self.codes} is set by runs with quant.calibrate alone; leave it out"
+            )
         if self.fp8_matmul is not None and self.kind not in ("fp8", CHECKPOINT):
             raise ValueError(f"quant.fp8_matmul is a setting of quant=fp8; omit it with quant={self.kind}")
 
@@ -111,7 +113,7 @@ def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[in
         raise ValueError(f"quant={kind}: this quantisation is not implemented; use one of {kinds}")
     format = FORMATS[kind]
     if format.block is None and block is not None:
-        raise ValueError(f"{kind} has one scale per channel, got block={block}; set it to none")
+        raise ValueError(f"{kind} has one scale per channel, so block={block} has no use; set block=none")
     if block is not None and (block < 2 or block % 2):
         raise ValueError(f"two codes share a byte, so a block must be even and at least 2; got block={block}")
     if double and format.double is None:

@@ -2,7 +2,7 @@
 rope type of transformers. Of a head's d rotated dimensions, i and i + d/2 are a pair, as in Hugging Face.
 
 The types `dynamic` and `longrope` use other frequencies for texts longer than the original length:
-- In training, the length is that of each example (`example_lengths`), not of its row, so a packed example has
+- In training, the length is each example's (`example_lengths`), not its row's, so a packed example has
   the angles that transformers computes for it alone. A prompt with several responses is one example, as long
   as with its longest response; rows of preferences that may exceed the original length don't share prompts.
 - In generation, the final length is unknown, so the length is the capacity of a row's cache, prompt plus

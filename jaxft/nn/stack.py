@@ -215,7 +215,7 @@ def scan_stacks(
     for stack in stacks:
         passes = [layer.mixer.rows(tokens, h_BTD.dtype) for layer in stack.layers]
         own_keys = [None if keys is None else _of_layers(keys, layer.numbers) for layer in stack.layers]
-        xs = own_keys, [one.xs for one in passes]
+        xs = own_keys, [extra.xs for extra in passes]
         h_BTD, outputs = _scan(stack, passes, options, h_BTD, params[stack.name], xs)
         by_layer += [(layer.numbers, extras) for layer, extras in zip(stack.layers, outputs, strict=True)]
     return h_BTD, _joined(by_layer)
@@ -338,9 +338,11 @@ def run_stacks(
                 values.append(value)
             return (h, carries), values
 
-        start = h, [one.carry for one in passes]
-        (h, carries), values = jax.lax.scan(block, start, (params[stack.name], [one.xs for one in passes]))
-        parts += [one.end(*ended) for one, *ended in zip(passes, carries, values, strict=True)]
+        start = h, [extra.carry for extra in passes]
+        (h, carries), values = jax.lax.scan(
+            block, start, (params[stack.name], [extra.xs for extra in passes])
+        )
+        parts += [extra.end(*ended) for extra, *ended in zip(passes, carries, values, strict=True)]
     return h, tuple(parts)
 
 
@@ -409,7 +411,7 @@ def layer_at(x: Any, i: Array) -> Any:
 
 def put_layer(x: Any, layer: Any, i: Array) -> Any:
     """Return a tree of leaves [L, ...] with layer i replaced, in place where possible."""
-    return jax.tree.map(lambda x, one: jax.lax.dynamic_update_index_in_dim(x, one, i, 0), x, layer)
+    return jax.tree.map(lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), x, layer)
 
 
 def fused_scan(body: Callable, h: Float[Array, "..."], c: FusedLayers, more: Any) -> tuple[Array, Any]:

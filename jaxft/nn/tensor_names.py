@@ -145,7 +145,7 @@ def is_saved(listed: str, module: str) -> bool:
 def name_ends(names: ModuleNames) -> list[str]:
     """Return a module's names and all their ends after a dot: for a.b.c these are a.b.c, b.c and c."""
     parts = [name.split(".") for name in names]
-    return [".".join(one[n:]) for one in parts for n in range(len(one))]
+    return [".".join(path[n:]) for path in parts for n in range(len(path))]
 
 
 def is_listed(listed: str | Collection[str], names: ModuleNames, setting: str) -> bool:

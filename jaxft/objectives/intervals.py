@@ -84,13 +84,9 @@ def sign_test(wins: int, losses: int) -> float:
     For two models on the same rows this is McNemar's exact test (McNemar 1947, Psychometrika 12, 153-157).
     Count only the rows on which one model is right and the other one wrong.
     """
-    n, least = wins + losses, min(wins, losses)
-    tail = sum(math.exp(_log_choose(n, k) - n * math.log(2)) for k in range(least + 1))
-    return min(1.0, 2 * tail)
+    from scipy.special import bdtr  # not at the top: most commands do not need it
 
-
-def _log_choose(n: int, k: int) -> float:
-    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def mean_interval(values: Sequence[float], weights: Sequence[float] | None = None) -> Interval:

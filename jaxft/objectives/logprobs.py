@@ -200,7 +200,7 @@ def logps_of_heads(
     no gradient. Their widths and vocabularies may differ. graded: see token_logps.
     """
     plan, pad = _plan(heads, graded)
-    (head, h), *frozen = [(one.model.head(one.params), _padded(one.h, pad)) for one in heads]
+    (head, h), *frozen = [(head.model.head(head.params), _padded(head.h, pad)) for head in heads]
     out = _chunked(plan, head, h, tuple(frozen), _padded(targets, pad))
     return jax.tree.map(lambda x: x[:, : targets.shape[1]], out)
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxft.annotations import above, check_bounds
 from jaxft.batch import Rollout, without_fields
+from jaxft.distributed.exit import shorten_error
 from jaxft.objectives.alarms import rollout_alarms
 from jaxft.objectives.logprobs import Graded, HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.losses.policy_losses import (
@@ -382,7 +383,7 @@ def _checked_values(loss: PolicyLoss, batch: PolicyBatch) -> Float[Array, "B M"]
     try:
         values = loss(batch)
     except (TypeError, AttributeError, IndexError, KeyError) as error:
-        message = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        message = f"{type(error).__name__}: {shorten_error(error)}"
         raise ValueError(f"policy loss {name} fails: {message}") from error
     got = values.shape if isinstance(values, jax.Array) else type(values).__name__
     if got != batch.logp.shape:

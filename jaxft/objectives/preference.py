@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from jaxft import tree
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, at_least, check_bounds
 from jaxft.batch import Pairs, without_fields
+from jaxft.distributed.exit import shorten_error
 from jaxft.nn import stack
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, padded_pair
 from jaxft.objectives.alarms import preference_alarms, preference_summary
@@ -317,8 +318,7 @@ def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossStat
             f"Name a column of the rows in data.extras"
         ) from error
     except (TypeError, AttributeError, IndexError) as error:
-        message = " ".join(str(error).split())[:300]
-        raise ValueError(f"loss {name} fails: {type(error).__name__}: {message}") from error
+        raise ValueError(f"loss {name} fails: {type(error).__name__}: {shorten_error(error)}") from error
     got = values.shape if isinstance(values, jax.Array | np.ndarray) else type(values).__name__
     if got != pair.weight.shape:
         raise ValueError(f"loss {name} must return one value per pair, {pair.weight.shape}; got {got}")

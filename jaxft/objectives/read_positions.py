@@ -166,7 +166,7 @@ def read_logps_of_heads(
     """
     read, targets = reads
     sharding = read_sharding(read, heads[0].h.shape[1], max_responses)
-    heads = [one._replace(h=gather_read(one.h, read, sharding)) for one in heads]
+    heads = [head._replace(h=gather_read(head.h, read, sharding)) for head in heads]
     if sharding is None:
         return logps_of_heads(heads, targets, graded)
     out = logps_of_heads(heads, _by_shard(_to_slots(targets, sharding), sharding), graded)

@@ -205,13 +205,13 @@ def _check_optimizer(o: Optim) -> None:
         first = (o.schedule,) if of_optax else (o.schedule, None, o.weight_decay)
         inspect.signature(o.optimizer).bind(*first, **o.hyper)
     except (TypeError, ValueError) as error:  # of bind, or a partial's arguments do not fit
-        own = [f"optim.{name}={value}" for name, value in o._adam.items()]
-        own += [f"optim.optimizer_kwargs={name}:{value}" for name, value in o.optimizer_kwargs]
-        several = "what it does not take of " if len(own) > 1 else ""
+        given = [f"optim.{name}={value}" for name, value in o._adam.items()]
+        given += [f"optim.optimizer_kwargs={name}:{value}" for name, value in o.optimizer_kwargs]
+        several = "what it does not take of " if len(given) > 1 else ""
         raise ValueError(
             f"optim.optimizer={name_of(o.optimizer)} can't be called as "
-            f"(schedule{'' if of_optax else ', specs, weight_decay'}{', **hyper' if own else ''}): {error}"
-            f"{'; leave out ' if own else ''}{several}{', '.join(own)}"
+            f"(schedule{'' if of_optax else ', specs, weight_decay'}{', **hyper' if given else ''}): {error}"
+            f"{'; leave out ' if given else ''}{several}{', '.join(given)}"
         ) from error
     if of_optax and o.weight_decay and not decays_by_mask(o.optimizer):
         raise ValueError(

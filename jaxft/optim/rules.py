@@ -284,14 +284,14 @@ def apply_per_layer(transform: optax.GradientTransformation, specs: Specs) -> op
         if not jax.tree.leaves(params):  # a placeholder in place of all parameters, see init_layerwise
             return (transform.init(params),) * len(masks)
         return tuple(
-            each(transform.init, lead if jax.tree.leaves(own) else (), own)
-            for (lead, _), own in zip(masks, parts(params), strict=True)
+            each(transform.init, lead if jax.tree.leaves(part) else (), part)
+            for (lead, _), part in zip(masks, parts(params), strict=True)
         )
 
     def update(updates: Params, state: OptState, params: Params | None = None) -> tuple[Params, OptState]:
         updated = [
-            each(transform.update, lead if jax.tree.leaves(own[0]) else (), *own)
-            for (lead, _), *own in zip(masks, parts(updates), state, parts(params), strict=True)
+            each(transform.update, lead if jax.tree.leaves(args_of_part[0]) else (), *args_of_part)
+            for (lead, _), *args_of_part in zip(masks, parts(updates), state, parts(params), strict=True)
         ]
         return tree.combine(*(new for new, _ in updated)), tuple(state for _, state in updated)
 

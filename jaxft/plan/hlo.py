@@ -11,7 +11,9 @@ _CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_c
 
 
 class Array(NamedTuple):
-    """One array of an HLO type. In `layout`, S(n) is a memory space other than the device's main memory."""
+    """An array of an HLO type such as f32[8,128]{1,0}. layout: the text in braces, "" without any; S(n)
+    in it is a memory space other than main memory.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -28,7 +30,8 @@ class Instruction:
     """One HLO instruction: `name = type opcode(operands), attributes`.
 
     operands: names of the instructions whose results it reads. literal: the text between the brackets, such
-    as a constant's value or a parameter's number. root: whether its result is that of its computation.
+    as a constant's value or a parameter's index. root: whether the instruction is marked ROOT, so that its
+    result is the result of the computation that contains it.
     """
 
     name: str
@@ -49,9 +52,9 @@ class Instruction:
 class HloProgram:
     """A parsed HLO module.
 
-    computations: the instructions of each computation, by name of the computation and of the instruction.
-    entry: name of the computation that the program starts with. unknown_loops: names of while loops without a
-    known trip count, which count as one iteration; `walk` fills it.
+    computations: name of a computation -> name of an instruction in it -> the instruction. entry: name of the
+    computation that the program starts with. unknown_loops: names of the while loops whose trip count is
+    unknown, which count as one iteration; empty until `walk` visits them.
     """
 
     computations: dict[str, dict[str, Instruction]]
@@ -66,7 +69,7 @@ def bits(dtype: str) -> int:
 
 
 def arrays(text: str) -> list[Array]:
-    """Parse the arrays of an HLO type, with their layouts if the text has them."""
+    """Parse the arrays of an HLO type: one, or several for a tuple such as (f32[8,128]{1,0}, u32[])."""
     return [
         Array(t, tuple(int(n) for n in dims.split(",") if n), layout or "")
         for t, dims, layout in _ARRAY.findall(text)
@@ -74,8 +77,9 @@ def arrays(text: str) -> list[Array]:
 
 
 def parse_hlo(text: str) -> HloProgram:
-    """Parse the text of `compiled.as_text()`, which may be empty. Raises ValueError for a text without a
-    complete entry computation.
+    """Parse the text that `compiled.as_text()` returns; an empty text becomes a program without computations.
+
+    Raises ValueError for another text that lacks an entry computation or its end.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, now = "", None
@@ -88,12 +92,12 @@ def parse_hlo(text: str) -> HloProgram:
         # a line of a kernel's multi-line attributes may begin with a bracket too
         elif re.fullmatch(r"\}(, execution_thread=.*)?", line.rstrip()):
             now = None
-        elif (one := _instruction(line)) is not None:
-            now[one.name] = one
+        elif (op := _instruction(line)) is not None:
+            now[op.name] = op
     if text and (not entry or now is not None):
         raise ValueError(
-            "the HLO text of the compiled program has no complete entry computation; report it with the "
-            "version of jax"
+            "the HLO text of the compiled program has no complete entry computation; it begins "
+            f"{text[:60]!r}. This version of jax may have another HLO syntax: use the one that jaxft requires"
         )
     return HloProgram(computations, entry)
 
@@ -139,20 +143,20 @@ def walk(program: HloProgram) -> Iterator[tuple[Instruction, str, float, bool]]:
 def _walk(
     program: HloProgram, name: str, times: float, fused: bool
 ) -> Iterator[tuple[Instruction, str, float, bool]]:
-    for one in program.computations.get(name, {}).values():
-        yield one, name, times, fused
-        called = called_computations(one)
-        iterations = trip_count(program, one, name) if one.opcode == "while" else 1
-        if one.opcode in ("while", "call", "conditional", "fusion", "async-start"):
+    for op in program.computations.get(name, {}).values():
+        yield op, name, times, fused
+        called = called_computations(op)
+        iterations = trip_count(program, op, name) if op.opcode == "while" else 1
+        if op.opcode in ("while", "call", "conditional", "fusion", "async-start"):
             for inner in called:
-                yield from _walk(program, inner, times * iterations, fused or one.opcode == "fusion")
+                yield from _walk(program, inner, times * iterations, fused or op.opcode == "fusion")
 
 
-def called_computations(one: Instruction) -> list[str]:
+def called_computations(op: Instruction) -> list[str]:
     """Return the names of the computations that an instruction calls."""
-    branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
+    branches = re.search(r"branch_computations=\{([^}]*)\}", op.attributes)
     more = [name.strip().lstrip("%") for name in branches[1].split(",")] if branches else []
-    return [*_CALLED.findall(one.attributes), *more]
+    return [*_CALLED.findall(op.attributes), *more]
 
 
 def trip_count(program: HloProgram, loop: Instruction, where: str) -> int:
@@ -179,7 +183,7 @@ def _counter_trips(
     where, condition, body: names of the computations that contain the loop, test the counter and change it.
     """
     inside = program.computations.get(condition, {})
-    root = next((one for one in inside.values() if one.root), None)
+    root = next((op for op in inside.values() if op.root), None)
     if root is not None and root.opcode == "fusion":  # a fused comparison has its operands in order
         compare = next(
             (
@@ -205,7 +209,7 @@ def _counter_trips(
     step = _copied(inner, _element(inner, None, int(index[1])))
     if step is not None and step.opcode == "fusion" and called_computations(step):  # a fused addition
         inner = program.computations.get(called_computations(step)[0], {})
-        step = next((one for one in inner.values() if one.root), None)
+        step = next((op for op in inner.values() if op.root), None)
     adds = (
         [_constant(inner.get(name)) for name in step.operands]
         if step is not None and step.opcode == "add"
@@ -216,29 +220,31 @@ def _counter_trips(
 
 
 def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, index: int) -> Instruction | None:
-    """Return the instruction that makes element `index` of a tuple, None if `inside` lacks it or no tuple
-    has it. inside: a computation by name. The tuple is the instruction named[0]; without `named`, the root.
+    """Return the instruction whose result is element `index` of a tuple.
+
+    inside: the instructions of a computation by name. named: named[0] is the instruction that builds the
+    tuple; None for the root. Return None if that is no `tuple` instruction or has no such element.
     """
-    one = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
-    if one is None or one.opcode != "tuple" or index >= len(one.operands):
+    op = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
+    if op is None or op.opcode != "tuple" or index >= len(op.operands):
         return None
-    return inside.get(one.operands[index])
+    return inside.get(op.operands[index])
 
 
-def _copied(inside: dict[str, Instruction], one: Instruction | None) -> Instruction | None:
+def _copied(inside: dict[str, Instruction], op: Instruction | None) -> Instruction | None:
     """Return the instruction that `one` copies, bitcasts or converts, perhaps in several steps; `one` if it
     does nothing of this kind, None if its operand is not in the computation `inside`.
     """
     while (
-        one is not None
-        and one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")
-        and one.operands
+        op is not None
+        and op.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")
+        and op.operands
     ):
-        one = inside.get(one.operands[0])
-    return one
+        op = inside.get(op.operands[0])
+    return op
 
 
-def _constant(one: Instruction | None) -> int | None:
-    if one is None or one.opcode != "constant" or not re.fullmatch(r"-?\d+", one.literal):
+def _constant(op: Instruction | None) -> int | None:
+    if op is None or op.opcode != "constant" or not re.fullmatch(r"-?\d+", op.literal):
         return None
-    return int(one.literal)
+    return int(op.literal)

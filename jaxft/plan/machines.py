@@ -107,7 +107,9 @@ EXAMPLES = "h100:8, h100:2x8 (hosts x GPUs), 24gb (a GPU of that memory), v5e:4x
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices to compile for. chip: their data sheet, None if CHIPS lacks it."""
+    """Devices to compile for. name: for reports, such as h100:8. chip: their data sheet, None if CHIPS has
+    none. devices: jax's devices, or devices of a topology description, for which jax can only compile.
+    """
 
     name: str
     chip: Chip | None
@@ -147,13 +149,13 @@ class Machine:
         return self.devices[0].platform == "tpu"
 
     def domains(self) -> list[int]:
-        """Return for each device the number of its host, or of its slice for TPUs; links inside are fast."""
+        """Return the index of each device's host (GPUs) or slice (TPUs), within which links are fast."""
         if self.tpu:
             return [getattr(d, "slice_index", None) or 0 for d in self.devices]
         return [d.process_index for d in self.devices]
 
     def axes(self, group: tuple[int, ...]) -> int:
-        """Return how many torus axes, with separate links, the TPUs at indices `group` span; 1 for GPUs."""
+        """Return how many axes of the torus the TPUs at indices `group` span, at least 1; 1 for GPUs."""
         coordinates: list[Any] = [getattr(self.devices[i], "coords", None) for i in group]
         if not coordinates or any(c is None for c in coordinates):
             return 1
@@ -310,19 +312,21 @@ Cells = Mapping[str, dict[str, Any]]
 
 
 def stored_cells() -> dict[str, Any]:
-    """Return the cells of FITS_FILE by "chip:size model method objective", as "h100:2x8 8B LoRA sft".
+    """Return the results of compiling train steps for machines, as stored in fits.json.
 
-    A cell is the result of compiling a train step: `fits`, `total` bytes per device, number of `devices`.
+    The keys are "chip:size model method objective", such as "h100:2x8 8B LoRA sft". A value, called a cell,
+    has `fits`, `total` (bytes per device), `devices` (how many) and further facts.
     """
     cells: dict[str, Any] = json.loads(FITS_FILE.read_text(encoding="utf-8"))
     return cells
 
 
 def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -> dict[str, Any] | None:
-    """Return the cell of the fewest devices that a train step fits, see stored_cells.
+    """Return the cell of the smallest machine with this chip that a train step fits; see stored_cells.
 
-    Its `name` is the number of devices as written in HARDWARE. {} if the step fits none of the sizes there;
-    None if a size before the first that fits has no cell, as it is not compiled yet.
+    model, method, objective: as in the keys of `cells`. The sizes of HARDWARE[chip] are tried in order. The
+    cell gets `name`, the size as text, such as "2x8". {}: no size fits. None: a size without a cell, whose
+    train step nobody has compiled, comes before one that fits.
     """
     for size in HARDWARE[chip][1]:
         cell = cells.get(f"{chip}:{size} {model} {method} {objective}")
@@ -333,16 +337,16 @@ def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -
     return {}
 
 
-def cell_text(one: Mapping[str, Any] | None) -> str:
-    """Return a result of `smallest` as text: GiB per device, and the number of devices if more than one; "–"
-    if nothing fits, "" for None.
+def cell_text(planned: Mapping[str, Any] | None) -> str:
+    """Return a result of `smallest` as text, such as "12.3" (GiB on one device) or "12.3 × 8" (GiB per device
+    on 8 devices); "–" for {}, "" for None.
     """
-    if one is None:
+    if planned is None:
         return ""
-    if not one:
+    if not planned:
         return "–"
-    size = f"{one['total'] / 2**30:.1f}"
-    return size if one["devices"] == 1 else f"{size} × {one['devices']}"
+    size = f"{planned['total'] / 2**30:.1f}"
+    return size if planned["devices"] == 1 else f"{size} × {planned['devices']}"
 
 
 def rows_of_fits(
@@ -352,9 +356,11 @@ def rows_of_fits(
     methods: Sequence[str],
     objectives: Sequence[str],
 ) -> list[list[str]]:
-    """Return the rows of a table: model, method, objective, and the text of a cell per chip of `hardware`.
+    """Return rows of a table: names of a model, a method and an objective, then cell_text for each chip.
 
-    A row whose texts are all empty is left out. A row for dpo shows the devices that both SFT and DPO fit.
+    cells: from stored_cells. hardware: keys of HARDWARE. models: keys of MODELS. methods, objectives: items
+    of TRAINING and OBJECTIVES. A row for "dpo" shows the smallest machine that both SFT and DPO fit. A row
+    without any text for a chip is left out.
     """
     rows = []
     for model in models:
@@ -365,7 +371,7 @@ def rows_of_fits(
                     best = smallest(cells, chip, model, method, objective)
                     first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else best
                     if best and first:  # SFT and DPO both have to fit
-                        best = max(best, first, key=lambda one: (one["devices"], one["total"]))
+                        best = max(best, first, key=lambda planned: (planned["devices"], planned["total"]))
                     row.append(cell_text(best))
                 if any(row):
                     name = MODELS[model].partition("/")[2].removesuffix("-Instruct")
@@ -374,7 +380,7 @@ def rows_of_fits(
 
 
 def fits_report() -> str:
-    """Return the table of all models and hardware as text for a terminal, with its notes."""
+    """Return a table for a terminal: the memory and devices that each model and method needs."""
     names = [name for name, _ in HARDWARE.values()]
     rows = [
         ["", "", "", *names],

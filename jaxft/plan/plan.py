@@ -20,6 +20,7 @@ from jaxft import tree
 from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding, threads, xla_flags
+from jaxft.distributed.exit import shorten_error
 from jaxft.engine.programs import program_tracers
 from jaxft.engine.state import Decoding, Slots, slots_for, state_shapes
 from jaxft.models.adapted import TEACHER
@@ -55,7 +56,7 @@ class Estimate:
     overlapped, exposed: seconds of the collectives that run during matmuls, and of all other collectives.
     weights: seconds of the collectives that gather weights and scatter gradients, overlapped or exposed.
     serial: seconds of a step in which nothing overlaps.
-    bottleneck: the largest part of the step, as text.
+    bottleneck: name of the part that takes the longest, such as "matmuls" or "exposed weight gathers".
     mfu, hfu: Flops.model and Flops.program per second, as fractions of the peak FLOP/s of bfloat16.
     without_fp8: seconds of the matmuls if those in FP8 ran in bfloat16.
     """
@@ -88,7 +89,7 @@ def estimate(
     Raises ValueError for a machine whose chip is not in machines.CHIPS.
     """
     if machine.chip is None:
-        raise ValueError(f"{machine.name}: unknown chip; add it to jaxft.plan.machines.CHIPS")
+        raise ValueError(f"{machine.name}: the chip's speed is unknown; add it to jaxft.plan.machines.CHIPS")
     count = len(machine.devices)
     without_fp8 = flops[1] / (count * peak * MATMULS)
     compute = without_fp8 - fp8[0] * (1 / peak - 1 / fp8[1]) / (count * MATMULS) if fp8[0] else without_fp8
@@ -126,8 +127,9 @@ def seconds(machine: Machine, c: Collective) -> float:
 def by_kind(moves: Sequence[Collective]) -> dict[str, dict[str, float]]:
     """Return the totals of each kind of collective, such as "all-gather", in a step.
 
-    runs: executions. within, across: bytes that a device sends inside its host or slice, and to others.
-    as_all_reduce: executions that the compiler implements as all-reduces, absent if 0.
+    Keys of a kind's totals: runs: executions. within, across: bytes that a device sends inside its host or
+    slice, and to other hosts or slices. as_all_reduce: executions that the compiler implements as
+    all-reduces; absent if 0.
     """
     table: dict[str, dict[str, float]] = {}
     for kind in COLLECTIVES:
@@ -153,7 +155,7 @@ class Flops:
     tokens: tokens of the run's largest batch, with every row at the maximum length.
     slots: token slots of the program; more than `tokens` if the batch does not fill the sharded rows.
     model: FLOPs that the algorithm needs, which MFU counts: forward passes times 2 (frozen base) or 3
-    (trained base), plus the forward pass of a live reference, for filled rows only.
+    (trained base), plus the forward pass of a reference or teacher in the step; for filled rows only.
     program: FLOPs of all matmuls that run, including recomputation and empty rows, which HFU counts.
     fp8: the part of `program` in FP8.
     Attention kernels skip masked blocks and are not in the jaxpr. Both counts use the model's formula for
@@ -173,7 +175,10 @@ class Flops:
 
 
 def flops(run: Run, p: programs.Programs, batch: Batch, traced: jax.stages.Traced) -> Flops:
-    """Count the FLOPs of a train step `traced` for `batch` [micro, rows, ...], in the context of its mesh."""
+    """Count the FLOPs of a train step. Call it in the context of the mesh, `jax.set_mesh(p.mesh)`.
+
+    p: the run's programs. batch: shapes [micro, rows, ...] of the batch for which `traced` is traced.
+    """
     micro, count, length = batch.ids.shape
     slots, model = micro * count * length, p.partition.model
     rows = programs.step_rows(run.data, sharding.row_shards(p.mesh))
@@ -214,10 +219,11 @@ def _is_any(eqn: Any) -> bool:
 
 
 def matmul_flops(jaxpr: Any, counts: Callable[[Any], bool] = _is_any) -> float:
-    """Return the FLOPs on all devices of the matmuls in a jaxpr whose equation `counts` returns True for.
+    """Return the FLOPs of a jaxpr's matmuls, summed over all devices.
 
-    Scans count once per iteration, and a conditional as its most expensive branch. Kernels and while loops
-    are skipped; in jaxft they contain only attention.
+    counts(equation): whether a matmul is included; by default all are. A scan counts once per iteration, a
+    conditional as its most expensive branch. Kernels and while loops are skipped; in jaxft they contain only
+    attention.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -237,8 +243,8 @@ def matmul_flops(jaxpr: Any, counts: Callable[[Any], bool] = _is_any) -> float:
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            inner = getattr(one, "jaxpr", one)
+        for item in value if isinstance(value, tuple | list) else (value,):
+            inner = getattr(item, "jaxpr", item)
             if hasattr(inner, "eqns"):
                 yield inner
 
@@ -247,8 +253,8 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 class Program:
     """One program of a run.
 
-    batch: shapes of a train step's batch, None for other programs. state: shapes of the rows that a sampler
-    has in progress (key/value cache and tokens), None for other programs.
+    trace() traces it, for compilation. batch: shapes of a train step's batch, None for other programs. state:
+    shapes of the rows that a sampler has in progress (key/value cache and tokens), None for other programs.
     """
 
     name: str
@@ -330,8 +336,8 @@ def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> li
 
 
 def _sampling(name: str, p: Programs, params: Params, d: Decoding, slots: Slots) -> list[Program]:
-    """Return the prefill and the decoding program of a sampler that need the most memory: the longest prompt,
-    and decoding that reads all keys of the cache. name: of what is sampled, for the programs' names.
+    """Return the two programs of a sampler that need the most memory: the prefill of the longest prompt, and
+    decoding that reads all keys of the cache. name: the decoding program's name, such as "rollout sampling".
     """
     tracers = program_tracers(d, params, slots, p.mesh)
     start = max((key for key in tracers if key[0] == "start"), key=lambda key: key[3])
@@ -360,14 +366,16 @@ PROGRAM_PARTS = (  # in addition to program_bytes.resident
 class Plan:
     """Memory per device in bytes, FLOPs, traffic and estimated time of one program.
 
-    parts: bytes by kind. total: their sum; None if the compiler ran out of memory without reporting a size.
-    limit: bytes that a device has for the program, None if unknown. missing: bytes above the limit, None if
-    the program fits. host: bytes in host memory per device. flops, estimate: None for programs other than
-    train steps; estimate also for an unknown chip or a program that does not compile. collectives: see
-    by_kind. memory_traffic: bytes of main memory that a step reads and writes per device. unknown_loops: how
-    many loops count as one iteration, as their length is unknown. from_cache: whether the program came from
-    jax's compilation cache. largest_arrays: bytes by dtype and shape. gpu: whether the devices are NVIDIA or
-    AMD GPUs. why: the compiler's out-of-memory error. notes: further lines of the report.
+    machine, program: names. devices: how many. parts: bytes by kind, such as "weights"; only the resident
+    arrays if the compiler ran out of memory. total: the sum of `parts`, or then the compiler's figure, None
+    if it reports none. limit: bytes that a device has for the program, None if unknown. missing: bytes above
+    the limit, 0 if the compiler does not report how many; None if the program fits or the limit is unknown.
+    host: bytes in host memory per device. flops, estimate: None for programs other than train steps; estimate
+    also for an unknown chip or after an out-of-memory error. collectives: see by_kind. memory_traffic: bytes
+    of main memory that a step reads and writes per device. unknown_loops: how many loops count as one
+    iteration, as their length is unknown. from_cache: whether the program came from jax's compilation cache.
+    largest_arrays: bytes by dtype and shape, such as "bf16[8,128]". gpu: whether the devices are NVIDIA or
+    AMD GPUs. why: the compiler's out-of-memory error, None without one. notes: further lines of the report.
     """
 
     machine: str
@@ -417,13 +425,13 @@ def plan(run: Run, machine: Machine, pairs: PairSource | None = None) -> Plan:
 def plans(
     run: Run, machine: Machine, select: Callable[[Run, Programs], list[Program]] = all_programs
 ) -> list[Plan]:
-    """Return the plans of the programs that `select` returns, largest total first. Raises like `plan`."""
+    """Return the plans of the programs of select(run, programs), largest total first; raises like `plan`."""
     p, _ = abstract(run, machine.devices)
     # in mesh order, as HLO numbers devices
     machine = replace(machine, devices=list(p.mesh.devices.flat))
     with jax.set_mesh(p.mesh):
         planned = [_plan_program(run, p, machine, program) for program in select(run, p)]
-    return sorted(planned, key=lambda one: -math.inf if one.total is None else -one.total)
+    return sorted(planned, key=lambda item: -math.inf if item.total is None else -item.total)
 
 
 def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> Plan:
@@ -475,7 +483,7 @@ def _compile(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
 
 
 def quick_notes(machine: Machine) -> tuple[str, ...]:
-    """Return a note if programs for this machine are compiled with the least optimisation effort, else ()."""
+    """Return (note,) if set_quick(True) holds and affects this machine, else ()."""
     quick = getattr(jax.config, EFFORT) < 0 and machine.tpu
     note = (
         "compiled with --quick: start the run with JAX_EXEC_TIME_OPTIMIZATION_EFFORT=-1 to get this program; "
@@ -502,7 +510,7 @@ def _oom_plan(
         **{**common, "limit": limit}, parts=resident, total=total, missing=missing or 0, host=0,
         collectives={}, memory_traffic=0.0, unknown_loops=0, estimate=None, compile_seconds=seconds,
         from_cache=False,
-        largest_arrays={}, why=" ".join(error.split("\n\n")[0].split())[:300],
+        largest_arrays={}, why=shorten_error(error.split("\n\n")[0]),
     )  # fmt: skip
 
 

@@ -71,9 +71,9 @@ def plan_report(p: Plan) -> str:
 
 
 def record(step: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
-    """Return a train step's plan as plain values, with bytes of all programs of the run under `programs`.
+    """Return the plan of a run's train step as plain values, as Plan.json does, and the key `programs`.
 
-    `fits` is False if any of `plans`, the plans of all programs, does not fit.
+    plans: of all programs of the run. `programs` has the memory of each; `fits` is whether all of them fit.
     """
     programs_ = {
         p.program: {"total": p.total, "program_bytes": _program_bytes(p), "fits": p.fits} for p in plans
@@ -146,7 +146,7 @@ def _verdict(p: Plan) -> str:
 
 
 def scaling_report(plans: Sequence[Plan]) -> str:
-    """Return a table with a row per plan, and a scaling_limit line for each plan that fits.
+    """Return a table with a row for each plan, then the line of scaling_limit for each plan that fits.
 
     plans: of one run's train step on machines of different size. A device gathers the same weights on any
     number of devices, while its matmuls shrink with its tokens. So overlapped gathers are hidden while a
@@ -205,8 +205,8 @@ CHARACTERS = 4  # of a token, where the rows cannot be tokenised
 
 @dataclass(frozen=True)
 class RunSteps:
-    """Number of optimizer steps of a run. source: setting or rows that it follows from, as text. samples:
-    whether the steps train on rollouts.
+    """Number of optimizer steps of a run. source: text that names what determines it, such as "loop.steps" or
+    "1 epoch of 800 rows". samples: whether the run trains on completions that it samples.
     """
 
     count: int
@@ -215,10 +215,10 @@ class RunSteps:
 
 
 def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
-    """Return a run's number of steps. tokenizer: loads the model's tokenizer, for the lengths of the rows.
+    """Return a run's number of steps. tokenizer() loads the model's tokenizer, for the lengths of the rows.
 
-    Without a tokenizer that can be loaded, tokens are estimated from characters. Raises ValueError or
-    FileNotFoundError if there are no rows.
+    If it raises OSError, as without the model's files, tokens are estimated from characters. Raises
+    ValueError or FileNotFoundError if there are no rows.
     """
     data, samples = run.data, isinstance(run.data, Prompts)
     if run.loop.steps is not None:
@@ -288,7 +288,7 @@ def unknown_lines(step: Plan) -> list[str]:
 
 
 class _Counted(NamedTuple):
-    """Number of rows of a dataset that can be read, and of the characters in their fields."""
+    """How many valid rows a dataset has, and how many characters are in their fields."""
 
     rows: int
     characters: int
@@ -312,7 +312,7 @@ def _count(data: Rows | PairRows | Prompts, ref: str) -> _Counted:
 
 
 def _estimated(data: Rows | PairRows | Prompts, length: str) -> RunSteps:
-    """Estimate the steps of a run from the characters of its rows. length: its epochs or tokens, as text."""
+    """Estimate steps from the characters of a run's rows. length: epochs or tokens to train, as text."""
     parts = [_count(source.adapt(data), source.ref) for source in parse_sources(data.train)]
     rows, characters = (sum(values) for values in zip(*parts, strict=True))
     is_fraction = isinstance(data.held_out, int | float) and data.held_out > 0
@@ -340,10 +340,11 @@ Change = tuple[str, str | None, str | None]
 class DryRun:
     """Facts about a run that is not started.
 
-    record: the settings in the form of a run's config.json. defaults: the default of each setting in its
-    class, by the setting's name. changed: settings that differ from the recipe's defaults. table:
-    `parameters` as text. xla: lines about the XLA flags in effect. notes: further lines for the user, such as
-    that the plan is an upper bound.
+    record: the settings as config.json of the run would have them. settings: their names and values.
+    defaults: the default that each setting's class declares, by the setting's name. changed: (name, recipe's
+    default, value) of settings that the command line changes. parameters: rows of the parameter table. table:
+    that table as text. xla: lines about the XLA flags in effect. plan: of the train step. notes: further
+    lines for the user, such as that the plan is an upper bound.
     """
 
     name: str
@@ -361,8 +362,8 @@ class DryRun:
 def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -> DryRun:
     """Plan a run for the devices of this machine.
 
-    recipe: the Run of the same recipe without overrides, None if the recipe requires some. notes: lines for
-    DryRun.notes.
+    settings: of the run. recipe: the Run of the same recipe without the command line's overrides, None if the
+    recipe requires some. notes: first lines of DryRun.notes.
     """
     run: Run = settings.value
     mesh = sharding.make_mesh(run.mesh)
@@ -390,12 +391,12 @@ def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -
 
 
 def planned_pairs(run: Run, shards: int) -> tuple[PairSource | None, list[str]]:
-    """Return (open source of a run's preference rows, []), or (None, lines for the user about the plan).
+    """Return (source, lines): the opened preference rows for `plan`, else None; and lines for the user.
 
-    If the rows or the tokenizer are not on this machine, the plan of preference rows is an upper bound, and a
-    line reports it. Other rows need no source, as their batches have one shape. For prompts the lines are the
-    warnings of a run's start. shards: row shards of the run's mesh. Raises ValueError for rows that a run
-    would refuse.
+    Preference rows: the source, which knows the shape of their batches. If the rows or the tokenizer are not
+    on this machine, None and a line that the plan is an upper bound. Prompts: None and the warnings of a
+    run's start. Other rows: None and no line, as their batches have one shape. shards: row shards of the
+    run's mesh. Raises ValueError for rows that a run would refuse.
     """
     if not isinstance(run.data, PairRows | Rollouts):
         return None, []
@@ -469,7 +470,7 @@ def wrapped(items: Sequence[str]) -> list[str]:
 
 
 def dry_run_json(d: DryRun) -> str:
-    """Return DryRun.record with the parameters, the plan and the notes added, as a JSON object."""
+    """Return DryRun.record as the text of a JSON object, with `parameters`, `plan` and `notes` added."""
     parameters = [row._asdict() for row in d.parameters]
     facts = {"parameters": parameters, "plan": d.plan.json(), "notes": [*d.notes]}
     return json.dumps({**d.record, **facts}, indent=2)

@@ -31,11 +31,11 @@ _BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')  # libtpu's send 
 class Collective:
     """One collective operation of a step.
 
-    kind: one of COLLECTIVES, by what it does: see as_all_reduce. size: bytes of the full array: after a
-    gather, before a scatter, or reduced. group: devices per replica group. span: hosts or slices per group.
-    times: executions per step. groups: indices of the devices of each group; pairs for a permutation.
-    overlapped: it runs during matmuls, because the program starts it before them or splits both into
-    interleaved pieces.
+    name: of its HLO instruction. kind: one of COLLECTIVES, by its effect, see as_all_reduce. size: bytes of
+    the full array: after a gather, before a scatter, or reduced. group: devices per replica group. span:
+    hosts or slices per group. times: executions per step. dtypes: of its arrays, as XLA spells them. groups:
+    indices of the devices of each group; (from, to) pairs for a permutation. overlapped: it runs during
+    matmuls, because the program starts it before them or splits both into interleaved pieces.
     as_all_reduce: an all-gather or reduce-scatter that the compiler implements as an all-reduce of the full
     array, zero-padded or sliced (as libtpu does on large slices); it moves twice as many bytes.
     crossing: fraction of a permutation's pairs that connect different hosts or slices.
@@ -55,14 +55,14 @@ class Collective:
 
     @property
     def moved(self) -> float:
-        """Bytes sent per device and execution: (n - 1) / n of the array in a ring, twice for all-reduce."""
+        """Bytes a device sends per execution: (n - 1) / n of the array of n devices, twice if all-reduce."""
         if self.kind == "collective-permute":
             return float(self.size)
         return self._passes * self.size * (self.group - 1) / self.group
 
     @property
     def across(self) -> float:
-        """Bytes per device and execution that leave a host or slice, divided evenly over its devices."""
+        """Bytes that leave a host or slice in an execution, divided by the devices that send them."""
         if self.span == 1:
             return 0.0
         if self.kind == "collective-permute":
@@ -73,7 +73,7 @@ class Collective:
 
     @property
     def gathers_or_scatters(self) -> bool:
-        """Whether it counts as moving weights or their gradients: a gather, a scatter, or overlapped."""
+        """Whether it counts as weight communication: an all-gather, a reduce-scatter, or overlapped."""
         return self.kind in ("all-gather", "reduce-scatter") or self.overlapped
 
     @property
@@ -88,24 +88,24 @@ def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]
     The fused pieces of a collective that libtpu splits into a chain count once.
     """
     by_key: dict[object, Collective] = {}
-    for one, where, times, fused in walk(program):
-        kind = one.opcode.removesuffix("-start")
-        between = _BETWEEN.search(one.attributes) if kind == "send" else None
+    for op, where, times, fused in walk(program):
+        kind = op.opcode.removesuffix("-start")
+        between = _BETWEEN.search(op.attributes) if kind == "send" else None
         if between:
             kind = between[1].lower().replace("_", "-")
-            slices, size = len(set(domains)), one.arrays[0].bytes
+            slices, size = len(set(domains)), op.arrays[0].bytes
             kind = kind if kind in COLLECTIVES else "collective-permute"
-            made = Collective(one.name, kind, size, slices, slices, times, (one.arrays[0].dtype,), ())
-            by_key[where, one.name] = made
+            made = Collective(op.name, kind, size, slices, slices, times, (op.arrays[0].dtype,), ())
+            by_key[where, op.name] = made
         if kind not in COLLECTIVES or between:
             continue
-        chain, channel = (re.search(p, one.attributes) for p in (r'chain_id="?(\d+)', r"channel_id=(\d+)"))
-        key: object = (channel[1], chain[1]) if chain and channel else (where, one.name)
+        chain, channel = (re.search(p, op.attributes) for p in (r'chain_id="?(\d+)', r"channel_id=(\d+)"))
+        key: object = (channel[1], chain[1]) if chain and channel else (where, op.name)
         if key in by_key:
             if not chain:
                 by_key[key] = replace(by_key[key], times=by_key[key].times + times)
             continue
-        made = _collective(one, kind, len(domains))
+        made = _collective(op, kind, len(domains))
         if made.group > 1:
             scattered = where.startswith("all-reduce-scatter") and kind == "all-reduce"
             spans = [len({domains[i] for i in group}) for group in made.groups]
@@ -113,11 +113,11 @@ def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]
             purpose = (
                 "reduce-scatter"
                 if scattered
-                else _purpose(program, where, one)
+                else _purpose(program, where, op)
                 if kind == "all-reduce"
                 else kind
             )
-            asynchronous = purpose in ("all-gather", "reduce-scatter") and (fused or _asynchronous(one))
+            asynchronous = purpose in ("all-gather", "reduce-scatter") and (fused or _asynchronous(op))
             overlapped = asynchronous or "windowed_dot_general" in where
             as_all_reduce = purpose != kind and not scattered
             by_key[key] = replace(
@@ -132,37 +132,37 @@ def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]
     return list(by_key.values())
 
 
-def _asynchronous(one: Instruction) -> bool:
+def _asynchronous(op: Instruction) -> bool:
     """Whether other work can run between the start and the end of a collective."""
-    return one.opcode.endswith("-start") and '"is_sync":true' not in one.attributes
+    return op.opcode.endswith("-start") and '"is_sync":true' not in op.attributes
 
 
-def _purpose(program: HloProgram, where: str, one: Instruction) -> str:
+def _purpose(program: HloProgram, where: str, op: Instruction) -> str:
     """Return the purpose of the all-reduce `one` in the computation `where`, as a name of COLLECTIVES.
 
     It is an all-gather if most bytes of its operands are zero-padded shards, a reduce-scatter if its readers
     only slice most bytes of its results, otherwise an all-reduce.
     """
     inside = program.computations[where]
-    operands = [inside[name] for name in one.operands if name in inside]
+    operands = [inside[name] for name in op.operands if name in inside]
     total = sum(sum(x.bytes for x in o.arrays) for o in operands) or 1
     if sum(sum(x.bytes for x in o.arrays) for o in operands if _padded(program, inside, o)) > total / 2:
         return "all-gather"
     users = _users(inside)
     results = (
-        [one]
-        if not one.type.startswith("(")
-        else [x for x in users.get(one.name, []) if x.opcode == "get-tuple-element"]
+        [op]
+        if not op.type.startswith("(")
+        else [x for x in users.get(op.name, []) if x.opcode == "get-tuple-element"]
     )
     parts = sum(sum(x.bytes for x in r.arrays) for r in results if _sliced(program, r, users))
     return "reduce-scatter" if parts > total / 2 else "all-reduce"
 
 
-def _padded(program: HloProgram, inside: dict[str, Instruction], one: Instruction) -> bool:
+def _padded(program: HloProgram, inside: dict[str, Instruction], op: Instruction) -> bool:
     """Whether `one` makes a zero-padded shard: a dynamic-update-slice into a constant, also in a fusion."""
-    given = [inside[name] for name in one.operands if name in inside]
-    if one.opcode == "fusion" and called_computations(one):
-        inner = program.computations.get(called_computations(one)[0], {})
+    given = [inside[name] for name in op.operands if name in inside]
+    if op.opcode == "fusion" and called_computations(op):
+        inner = program.computations.get(called_computations(op)[0], {})
         root = next((x for x in inner.values() if x.root), None)
         source = _through(root, inner) if root else None
         if source is None or source.opcode != "dynamic-update-slice":
@@ -176,16 +176,16 @@ def _padded(program: HloProgram, inside: dict[str, Instruction], one: Instructio
         ):
             return given[int(into.literal)].opcode in ("broadcast", "constant")
         return into is not None and into.opcode in ("broadcast", "constant")
-    if one.opcode in ("copy", "copy-done", "copy-start", "bitcast") and given:
+    if op.opcode in ("copy", "copy-done", "copy-start", "bitcast") and given:
         return _padded(program, inside, given[0])
     return (
-        one.opcode == "dynamic-update-slice" and bool(given) and given[0].opcode in ("broadcast", "constant")
+        op.opcode == "dynamic-update-slice" and bool(given) and given[0].opcode in ("broadcast", "constant")
     )
 
 
-def _sliced(program: HloProgram, one: Instruction, users: dict[str, list[Instruction]]) -> bool:
+def _sliced(program: HloProgram, op: Instruction, users: dict[str, list[Instruction]]) -> bool:
     """Whether all instructions that read the result of `one` read only a slice of it. users: from _users."""
-    size, readers = sum(x.bytes for x in one.arrays), users.get(one.name, [])
+    size, readers = sum(x.bytes for x in op.arrays), users.get(op.name, [])
     for user in readers:
         if user.opcode in ("bitcast", "copy", "convert", "reshape"):
             if not _sliced(program, user, users):
@@ -193,7 +193,7 @@ def _sliced(program: HloProgram, one: Instruction, users: dict[str, list[Instruc
         elif user.opcode == "fusion" and called_computations(user):
             inner = program.computations.get(called_computations(user)[0], {})
             within = _users(inner)
-            at = [i for i, name in enumerate(user.operands) if name == one.name]
+            at = [i for i, name in enumerate(user.operands) if name == op.name]
             read = [x for x in inner.values() if x.opcode == "parameter" and x.literal in map(str, at)]
             if any(_bytes_read(x, within, size) >= size for x in read):
                 return False
@@ -211,25 +211,25 @@ def _users(inside: dict[str, Instruction]) -> dict[str, list[Instruction]]:
     return users
 
 
-def _collective(one: Instruction, kind: str, devices: int) -> Collective:
-    arrays = _results(one, kind)
+def _collective(op: Instruction, kind: str, devices: int) -> Collective:
+    arrays = _results(op, kind)
     groups: tuple[tuple[int, ...], ...]
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", one.attributes)
+        pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", op.attributes)
         groups = tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1] if pairs else ""))
     else:
-        groups = replica_groups(one.attributes, devices)
+        groups = replica_groups(op.attributes, devices)
     group = max((len(g) for g in groups), default=1)
     size = sum(x.bytes for x in arrays) * (group if kind == "reduce-scatter" else 1)
-    return Collective(one.name, kind, size, group, 1, 0.0, tuple(sorted({x.dtype for x in arrays})), groups)
+    return Collective(op.name, kind, size, group, 1, 0.0, tuple(sorted({x.dtype for x in arrays})), groups)
 
 
-def _results(one: Instruction, kind: str) -> list[Array]:
+def _results(op: Instruction, kind: str) -> list[Array]:
     """Return the result arrays of a collective; the type of a `-start` lists its operands before them."""
-    if not one.opcode.endswith("-start") or kind == "all-reduce":
-        return one.arrays
-    parts = _parts(one.type)
-    return replace(one, type=parts[1] if len(parts) > 1 else one.type).arrays
+    if not op.opcode.endswith("-start") or kind == "all-reduce":
+        return op.arrays
+    parts = _parts(op.type)
+    return replace(op, type=parts[1] if len(parts) > 1 else op.type).arrays
 
 
 def _parts(text: str) -> list[str]:
@@ -328,23 +328,23 @@ def memory_bytes(program: HloProgram) -> float:
     TPU's VMEM, the host's) do not count.
     """
     total = 0.0
-    for one, where, times, fused in walk(program):
-        if fused or one.opcode in NO_TRAFFIC or one.opcode.endswith("-done"):
+    for op, where, times, fused in walk(program):
+        if fused or op.opcode in NO_TRAFFIC or op.opcode.endswith("-done"):
             continue
         inside = program.computations[where]
-        operands = [inside[name] for name in one.operands if name in inside]
-        if one.opcode == "fusion":
-            total += times * _fusion_bytes(program, one, operands)
-        elif one.opcode in ("dynamic-slice", "slice", "gather"):
-            total += times * 2 * _main(one.arrays)
-        elif one.opcode in ("slice-start", "dynamic-slice-start"):
-            total += times * 2 * _main(_results(one, one.opcode))
-        elif one.opcode == "dynamic-update-slice":
+        operands = [inside[name] for name in op.operands if name in inside]
+        if op.opcode == "fusion":
+            total += times * _fusion_bytes(program, op, operands)
+        elif op.opcode in ("dynamic-slice", "slice", "gather"):
+            total += times * 2 * _main(op.arrays)
+        elif op.opcode in ("slice-start", "dynamic-slice-start"):
+            total += times * 2 * _main(_results(op, op.opcode))
+        elif op.opcode == "dynamic-update-slice":
             total += times * 2 * _main(operands[1].arrays if len(operands) > 1 else [])
         else:
             # the s8 result of a library call is its workspace
-            made = [x for x in one.arrays if not (one.opcode == "custom-call" and x.dtype == "s8")]
-            start = one.opcode.endswith("-start")  # its type repeats the operands
+            made = [x for x in op.arrays if not (op.opcode == "custom-call" and x.dtype == "s8")]
+            start = op.opcode.endswith("-start")  # its type repeats the operands
             total += times * (sum(_main(x.arrays) for x in operands) + _main(made) / (2 if start else 1))
     return total
 
@@ -354,8 +354,8 @@ def _main(arrays: list[Array]) -> int:
     return sum(x.bytes for x in arrays if not re.search(r"S\([1-9]\)", x.layout))
 
 
-def _fusion_bytes(program: HloProgram, one: Instruction, operands: list[Instruction]) -> float:
-    inner = program.computations.get(called_computations(one)[0], {}) if called_computations(one) else {}
+def _fusion_bytes(program: HloProgram, op: Instruction, operands: list[Instruction]) -> float:
+    inner = program.computations.get(called_computations(op)[0], {}) if called_computations(op) else {}
     users = _users(inner)
     total = 0.0
     for x in inner.values():
@@ -364,8 +364,8 @@ def _fusion_bytes(program: HloProgram, one: Instruction, operands: list[Instruct
             total += min(size, _bytes_read(x, users, size))
     root = next((x for x in inner.values() if x.root), None)
     if root is None:
-        return total + _main(one.arrays)
-    made = one.arrays
+        return total + _main(op.arrays)
+    made = op.arrays
     roots = [inner[n] for n in root.operands if n in inner] if root.opcode == "tuple" else [root]
     if len(made) != len(roots):
         return total + _main(made)
@@ -402,9 +402,9 @@ LARGE_WEIGHT = 2**24  # elements
 def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
     """Return the bytes per device of the arrays that are in memory during every program, by kind.
 
-    These are unquantised weights, quantised weights, adapters, the teacher's parameters, optimizer state,
-    auxiliary state such as references, and the reward models of `run` that have a separate base (none if
-    `run` is None).
+    The keys are "weights" (unquantised), "quantised base", "adapters", with a teacher TEACHER, with a run
+    whose reward models have a separate base "reward models", "optimizer" (its state) and "references" (all
+    auxiliary state).
     """
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     sizes |= {} if p.partition.model.teacher is None else {TEACHER: 0}  # 0 if it is the base
@@ -412,8 +412,8 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
         for path, leaf in tree.paths(side, is_qtensor).items():
             kind = "quantised base" if p.partition.storage[path].quantised else "weights"
             in_base = storage.in_base(path) or "/base/" in path  # a critic may have a separate base
-            own = TEACHER if path.startswith(f"{TEACHER}/") else kind if in_base else "adapters"
-            sizes[own] += device_bytes(leaf)
+            part = TEACHER if path.startswith(f"{TEACHER}/") else kind if in_base else "adapters"
+            sizes[part] += device_bytes(leaf)
     rewards = run.data.rules.rewards if run is not None and isinstance(run.data, Rollouts) else ()
     reward_models = sum(device_bytes(reward.resident(p.mesh)) for reward in rewards)
     sizes |= {"reward models": reward_models} if reward_models else {}
@@ -421,7 +421,7 @@ def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
 
 
 def replicated_weights(p: Programs) -> list[str]:
-    """Return a line that lists the weights of LARGE_WEIGHT elements or more that every device has in full,
+    """Return [line], which lists the weights of LARGE_WEIGHT elements or more that every device has in full
     because the mesh divides none of their axes; [] if there are none.
     """
     ways = math.prod(dict(p.mesh.shape)[axis] for axis in ("fsdp", "context", "tensor"))
@@ -446,7 +446,7 @@ def device_bytes(arrays: Any) -> int:
 
 
 def _hlo_dtype(dtype: Any) -> str:
-    """Return a name for hlo.bits of a dtype's size; numpy's itemsize of int4 and uint4 is a full byte."""
+    """Return a name of as many bits for hlo.bits; numpy counts a full byte for int4 and uint4."""
     return "s4" if dtype.name in ("int4", "uint4") else f"u{8 * dtype.itemsize}"
 
 
@@ -469,20 +469,21 @@ def _size(number: str, unit: str) -> int:
 
 
 def largest_arrays(program: hlo.HloProgram, count: int = 5) -> dict[str, int]:
-    """Return the bytes of the largest arrays that a compiled program allocates, by dtype and shape.
+    """Return the bytes of the `count` largest arrays that a compiled program allocates, largest first.
 
-    Arguments do not count, nor values inside fusions, which are never in memory, nor views such as bitcasts.
+    The keys are dtypes and shapes, such as "bf16[8,128]"; arrays of equal dtype and shape are one item.
+    Left out are arguments, values inside fusions, which are never in memory, and views such as bitcasts.
     """
     made: dict[str, int] = {}
     arguments: set[str] = set()
-    for one, where, _, fused in hlo.walk(program):
+    for op, where, _, fused in hlo.walk(program):
         if fused:
             continue
-        names = {f"{x.dtype}[{','.join(map(str, x.shape))}]": x.bytes for x in one.arrays}
-        if one.opcode == "parameter" and where == program.entry:
+        names = {f"{x.dtype}[{','.join(map(str, x.shape))}]": x.bytes for x in op.arrays}
+        if op.opcode == "parameter" and where == program.entry:
             arguments |= names.keys()
         # the type of a `-start` repeats its operands
-        elif one.opcode not in NO_TRAFFIC and not one.opcode.endswith("-start"):
+        elif op.opcode not in NO_TRAFFIC and not op.opcode.endswith("-start"):
             made |= names
     return dict(
         sorted(((n, s) for n, s in made.items() if n not in arguments), key=lambda item: -item[1])[:count]

@@ -66,14 +66,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Trial:
-    """A choice with its plan, or None and the message of the error that it raises (`why`)."""
+    """A planned choice. plan: None if planning raised an error. why: the error's message, else ""."""
 
     choice: Choice
     plan: Plan | None
     why: str = ""
 
     def json(self, command: Command) -> dict[str, Any]:
-        """Return the overrides for the command line, the plan and the error as plain values."""
+        """Return `overrides` for the command line, `plan` and `why` as plain values."""
         return {
             "overrides": self.choice.overrides(command),
             "plan": self.plan and self.plan.json(),
@@ -91,9 +91,11 @@ class Trial:
 def search(command: Command, machine: Machine, most: int, log: Callable[[str], None]) -> list[Trial]:
     """Plan the most promising choices, and return the trials: fastest first, those that do not fit last.
 
-    Choices are compiled in the order of `rough_estimate`, at most `most` of them; those whose estimate is 1.3
-    times slower than the best plan are skipped. The batch size never changes, only how it is split. All other
-    programs of the recommended choice are compiled too. log: gets lines of progress.
+    Choices are compiled in the order of `rough_estimate`, at most `most` of them. A choice is skipped if the
+    rough estimate of its step takes more than 1.3 times as long as the best plan so far. The batch size never
+    changes, only its split into microbatches and shards. The run's other programs, such as evaluation, are
+    compiled for the fastest trial too; if one does not fit, the trial gets its plan and the next is fastest.
+    log(line): called with lines of progress.
     """
     run = command.load(command.given)
     ranked = sorted(candidates(run, machine), key=lambda c: rough_estimate(run, machine, c))
@@ -106,11 +108,11 @@ def search(command: Command, machine: Machine, most: int, log: Callable[[str], N
             continue
         log(f"{len(tried) + 1} of at most {most}: {choice}")
         try:
-            one = Trial(choice, plan(command.load(choice.overrides(command)), machine))
+            trial = Trial(choice, plan(command.load(choice.overrides(command)), machine))
         except ValueError as error:
-            one = Trial(choice, None, str(error))
-        tried.append(one)
-        log("  " + trial_summary(one))
+            trial = Trial(choice, None, str(error))
+        tried.append(trial)
+        log("  " + trial_summary(trial))
 
     def sort() -> None:
         tried.sort(key=lambda t: (t.seconds, _missing(t)))
@@ -130,9 +132,10 @@ def search(command: Command, machine: Machine, most: int, log: Callable[[str], N
 
 
 def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
-    """Yield every combination of microbatches, remat policy and mesh that divides the batch and the heads.
+    """Yield combinations of microbatches, remat policy and mesh that divide the batch and the heads.
 
-    The axis `tensor` stays within a host, and all axes but `data` within a TPU slice.
+    The axis `tensor` is at most 8 and stays within a host; all axes but `data` stay within a TPU slice. The
+    axis `data` is 1, the hosts of a slice, or as large as possible.
     """
     batch, config, backward = run.data.batch, run.model.config, run.optim.fused_backward
     hosts, slices = len(set(machine.domains())), _slices(run, machine)
@@ -176,8 +179,8 @@ def _shards(mesh: MeshShape) -> int:
 def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
     """Estimate a choice without compiling: (excess memory, seconds of a step, bytes per device).
 
-    Excess memory counts started quarters of a device's memory; 0 if the choice fits. Activations are 16-bit
-    floats.
+    Excess memory is in quarters of a device's memory, rounded up; 0 if the choice fits. Activations count as
+    16-bit floats.
     """
     chip, c, mesh, micro = machine.chip, run.model.config, choice.mesh, choice.micro
     assert chip is not None
@@ -234,7 +237,7 @@ def _missing(t: Trial) -> float:
 
 
 def trial_summary(t: Trial) -> str:
-    """Return one line with the result of a trial."""
+    """Return a trial's memory, time and MFU as text, or why it does not fit or its error."""
     if t.plan is None:
         return f"error: {t.why}"
     size = f"{t.plan.total / GIB:.2f} GiB" if t.plan.total is not None else "out of memory"

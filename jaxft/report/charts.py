@@ -28,9 +28,11 @@ STYLES = ("-", (0, (6, 2)), (0, (1, 1.2)))  # after the colours are used up
 
 @dataclass(frozen=True)
 class Panel:
-    """Axes with one curve per label, such as a run's name. x, y: labels of the axes. dashed: a second curve
-    of a label, in its colour. level: y of a horizontal reference line. faint: a curve's values before
-    smoothing. log_x: draw x logarithmically from its smallest positive value on, and linearly below it.
+    """Axes with curves, such as one per run.
+
+    x, y: labels of the axes. curves: label -> points; the label is in the legend. dashed, faint: label ->
+    points of a second curve in the same colour, dashed or pale (as for values before smoothing). level: y of
+    a horizontal line. log_x: x is logarithmic from its smallest positive value on, and linear below it.
     """
 
     title: str
@@ -44,8 +46,8 @@ class Panel:
 
 
 def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> None:
-    """Write a PNG with the panels that have a curve, `columns` in a row, and one legend below. Raises
-    ValueError if no panel has a curve.
+    """Write a PNG with the panels that have a curve, `columns` panels side by side, and one legend below.
+    Raises ValueError if no panel has a curve.
     """
     from matplotlib.backends.backend_agg import (
         FigureCanvasAgg,
@@ -119,7 +121,8 @@ TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 @dataclass(frozen=True)
 class ChartLine:
-    """A metric in a chart. label: its name among the chart's metrics, "" if it is the only one."""
+    """A metric in a chart. metric: its name in metrics.jsonl. label: its name in the legend, "" if it is the
+    chart's only metric."""
 
     metric: str
     label: str = ""
@@ -256,9 +259,9 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
 
     runs: entries of metrics.jsonl by the run's name. Some kinds may have no value in these runs.
     """
-    entries = [entry for own in runs.values() for entry in own]
+    entries = [entry for run_entries in runs.values() for entry in run_entries]
     known = _metric_names(entries)
-    units = {loss_unit(_metric_names(own)) for own in runs.values() if own}
+    units = {loss_unit(_metric_names(run_entries)) for run_entries in runs.values() if run_entries}
     unit = units.pop() if len(units) == 1 else "loss (units differ between the runs)"
     has_rollouts = names.REWARD in known
     kinds = [
@@ -333,7 +336,9 @@ def _interval(entry: Entry, metric: str) -> Interval | None:
 
 
 def _values(entry: Entry, metric: str) -> list[float | None]:
-    """Return [value] of a metric in a log entry or its `perf`, [None] if not finite, [] if it has none."""
+    """Return [value] of a metric in a log entry or in its `perf`; [None] if the value is not finite, [] if
+    the entry lacks the metric.
+    """
     perf = entry.get("perf")
     source = entry if metric in entry else perf if isinstance(perf, dict) else {}
     value = source.get(metric, "")
@@ -349,11 +354,11 @@ def smoothing_factor(curve: RunCurve) -> float:
     """Return the factor f of the exponential moving average that smooths a noisy curve in the report; 0 for a
     curve that is shown as it is.
 
-    The noise s is the standard deviation of differences between neighbours over sqrt(2), which a trend hardly
-    changes. The average of white noise has the deviation s sqrt((1 - f) / (1 + f)). f is the smallest factor
-    for which this deviation is at most NOISE times the curve's change, but it averages over at most an eighth
-    of the curve. The change: the means of eight parts of the curve, the largest minus the smallest.
-    Curves of held-out rows are not smoothed: their rows are the same every time.
+    The noise s is the standard deviation of differences between neighbours, divided by sqrt(2); a trend
+    hardly changes it. The average of white noise has the deviation s sqrt((1 - f) / (1 + f)). f is the
+    smallest factor for which this deviation is at most NOISE times the curve's change, but it averages over
+    at most an eighth of the curve. The change: the means of eight parts of the curve, the largest minus the
+    smallest. Curves of held-out rows are not smoothed: their rows are the same every time.
     """
     known = np.array([x for x in curve.values if x is not None and math.isfinite(x)])
     if curve.held_out or len(known) < FEWEST_TO_SMOOTH:
@@ -386,8 +391,8 @@ def smoothed(values: Sequence[float | None], factor: float) -> list[float | None
 
 
 def draw_pictures(folder: Path, entries: Sequence[Entry], name: str) -> list[str]:
-    """Draw curves.png (what the model learns) and training.png (learning rate, gradient, speed, memory) into
-    `folder`. Return the names of the files; none for a run without a value to draw.
+    """Draw curves.png (loss, rewards, accuracy) and training.png (learning rate, gradient, speed, memory)
+    into `folder`. Return the names of the written files; a picture without any curve is not written.
     """
     runs = {name: entries}
     files = {"curves.png": learning_kinds(runs), "training.png": STEP_CHARTS}
@@ -408,7 +413,7 @@ def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
     """
     panels = []
     for chart in make_charts(runs, learning_kinds(runs)):
-        curves = [(run, curve) for run, own in chart.curves.items() for curve in own]
+        curves = [(run, curve) for run, run_curves in chart.curves.items() for curve in run_curves]
         for label in dict.fromkeys(curve.label for _, curve in curves):
             sides: list[dict[str, Points]] = [
                 {run: _known_points(c.steps, smoothed(c.values, smoothing_factor(c)))

@@ -15,6 +15,7 @@ from jaxft.objectives.intervals import Interval, wilson
 from jaxft.report.charts import comparison_panels, draw
 from jaxft.runs import metric_names as names
 from jaxft.runs.folder import CARD
+from jaxft.runs.terminal import markdown_table
 
 Logged = Mapping[str, float]  # metrics by name
 Column = Callable[
@@ -30,8 +31,8 @@ def held_out(name: str) -> str:
 def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
     """Return (metrics of a run's first evaluation, metrics at its end). entries: lines of metrics.jsonl.
 
-    The metrics at the end are those of the last training step and of the last evaluation. If that was before
-    the first step, they are those of the step alone.
+    The metrics at the end are the metrics of the last training step and of the last evaluation; an evaluation
+    before the first step does not count as the last.
     """
     evaluations: list[Logged] = [{}]
     step: Logged = {}
@@ -50,7 +51,9 @@ def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
 
 
 def _over_start(name: str) -> Column:
-    """Return the Column for a metric's value at the end divided by its value at step 0."""
+    """Return a function of (metrics at step 0, metrics at the end) that returns the metric `name` at the end
+    divided by its value at step 0; None if one is missing, or the first is not positive.
+    """
 
     def column(before: Logged, after: Logged) -> float | None:
         return after[name] / before[name] if name in after and before.get(name, 0) > 0 else None
@@ -59,7 +62,9 @@ def _over_start(name: str) -> Column:
 
 
 def _last(*choices: str) -> Column:
-    """Return the Column for the final value of the first metric in `choices` that the run has."""
+    """Return a function of (metrics at step 0, metrics at the end) that returns the final value of the first
+    metric in `choices` that the run has, None if it has none.
+    """
 
     def column(before: Logged, after: Logged) -> float | None:
         return next((after[name] for name in choices if name in after), None)
@@ -68,8 +73,8 @@ def _last(*choices: str) -> Column:
 
 
 def _gained(name: str, minus: str | None = None) -> Column:
-    """Return the Column for the growth of a metric since step 0; with `minus`, for the growth of the metric
-    minus the growth of the metric `minus`.
+    """Return a function of (metrics at step 0, metrics at the end) that returns the growth of the metric
+    `name`, less the growth of the metric `minus` if there is one. None: a value is missing.
     """
     needed = [name] if minus is None else [name, minus]
 
@@ -223,10 +228,10 @@ class Table:
         intervals = self.intervals or ({},) * len(sides)
         return [
             [
-                _cell(title, start, row) + (f" {own[title].text(2)}" if title in own else "")
+                _cell(title, start, row) + (f" {of_row[title].text(2)}" if title in of_row else "")
                 for title in self.titles
             ]
-            for (start, row), own in zip(sides, intervals, strict=True)
+            for (start, row), of_row in zip(sides, intervals, strict=True)
         ]
 
     def text(self) -> str:
@@ -236,7 +241,7 @@ class Table:
     def markdown(self) -> str:
         """The table in Markdown, with the meaning of its columns."""
         notes = "\n".join(f"- {note}" for note in self.notes())
-        return f"{markdown_table(self.titles, self.labels, self.cells())}\n\n{notes}"
+        return f"{labelled_table(self.titles, self.labels, self.cells())}\n\n{notes}"
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
         """Return label -> title -> unrounded value at the end; `title before` has the value at step 0."""
@@ -283,13 +288,9 @@ def text_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Seq
     return "\n".join(line for line in lines if line)
 
 
-def markdown_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown. titles: of the columns. labels, cells: of each row."""
-    head = ["| |" + "".join(f" {title} |" for title in titles), "|---" * (1 + len(titles)) + "|"]
-    rows = [
-        f"| {label} |" + "".join(f" {x} |" for x in row) for label, row in zip(labels, cells, strict=True)
-    ]
-    return "\n".join([*head, *rows])
+def labelled_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown whose first column has no title. labels, cells: of each row."""
+    return markdown_table(["", *titles], [[label, *row] for label, row in zip(labels, cells, strict=True)])
 
 
 def short_number(x: float | None) -> str:

@@ -53,8 +53,8 @@ curves.png and training.png.</p></noscript>
 
 
 class PageSection(NamedTuple):
-    """A section of the page: the text of its link, the run's file that it shows, and the function of the runs
-    that returns its HTML.
+    """A section of the page. link: the text of the link to it. file: the run's file that it shows, for
+    errors. write: returns its HTML for the runs.
     """
 
     link: str
@@ -82,8 +82,8 @@ SECTIONS = {
 
 
 def shown_section(name: str, runs: Sequence[RunFiles]) -> str:
-    """Return the HTML of a section. name: a key of SECTIONS. Raises ValueError that names the run's file if
-    its content is not as jaxft writes it.
+    """Return the HTML of the section `name`, a key of SECTIONS. Raises ValueError that names the run's file
+    if its content is not as jaxft writes it.
     """
     try:
         return SECTIONS[name].write(runs)
@@ -184,13 +184,15 @@ DARK_COLOURS = (
 def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
     """Return all data that page.js draws: the runs' names, colours, and groups of charts with their curves.
 
-    Of a curve with too many points for the page, each range of steps has the lowest and the highest value.
+    A curve with too many points for the page keeps the lowest and the highest value of each range of steps.
     """
     groups = {
         "Learning": make_charts(runs, learning_kinds(runs)),
         "Optimizer, speed and memory": make_charts(runs, STEP_CHARTS),
     }
-    count = sum(len(own) for charts in groups.values() for chart in charts for own in chart.curves.values())
+    count = sum(
+        len(group) for charts in groups.values() for chart in charts for group in chart.curves.values()
+    )
     most = max(FEWEST, min(MOST, POINTS // max(1, count)))
     return {
         "runs": [printable_message(name) for name in runs],
@@ -207,7 +209,9 @@ def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
 def chart_json(chart: Chart, most: int) -> dict[str, Any]:
     """Return a chart with curves of at most `most` points."""
     curves = [
-        curve_json(number, curve, most) for number, own in enumerate(chart.curves.values()) for curve in own
+        curve_json(number, curve, most)
+        for number, group in enumerate(chart.curves.values())
+        for curve in group
     ]
     kind = chart.kind
     texts = {"title": kind.title, "unit": kind.unit, "about": kind.about}
@@ -218,7 +222,9 @@ def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
     """Return a curve as JSON. run: the index of its run. most: about how many points it may have."""
     x, y = thinned(curve.steps, curve.values, most)
     whole = len(x) == len(curve.intervals)
-    bars = [[float(f"{end:.4g}") for end in one] if one else None for one in curve.intervals] if whole else []
+    bars = (
+        [[float(f"{end:.4g}") for end in ends] if ends else None for ends in curve.intervals] if whole else []
+    )
     return {
         "run": run,
         "label": printable_message(curve.label),
@@ -234,8 +240,8 @@ def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
 def thinned(
     steps: Sequence[int], values: Sequence[float | None], most: int
 ) -> tuple[list[int], list[float | None]]:
-    """Return the steps and values of about `most` points of a curve. It is split into equal parts, of which
-    the lowest point, the highest one and the first that is not finite (None) remain.
+    """Return the steps and values of about `most` points of a curve. The curve is split into equal parts, and
+    each keeps its lowest point, its highest point and its first point that is not finite (None).
     """
     if len(steps) <= most:
         return list(steps), list(values)

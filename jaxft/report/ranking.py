@@ -58,8 +58,8 @@ class RankedRun:
 
 
 class Criterion(NamedTuple):
-    """The metric by which runs are ranked. greater: whether a greater value is better. key: the metric's name
-    among the values of a held-out row.
+    """The metric by which runs are ranked. title: its column in tables. metric: its name in metrics.jsonl.
+    greater: whether a greater value is better. key: its name among a held-out row's values (RankedRun.rows).
     """
 
     title: str
@@ -114,8 +114,8 @@ def _loss_function(settings: Mapping[str, Any]) -> str:
 
 def criterion(results: Sequence[RankedRun]) -> Criterion | None:
     """Return the metric that ranks the runs: the first of score, reward, loss (if have_same_loss) and
-    accuracy that all runs have and in which they differ. If they differ in none, the last that all have; else
-    None.
+    accuracy that all runs have and that differs between them. If none differs, the last one that all runs
+    have; None if they have none in common.
     """
     scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
     choices = [Criterion(title, name, True, name.removeprefix(names.HELD_OUT)) for title, name in scores]
@@ -138,15 +138,17 @@ def have_last_evaluation(results: Sequence[RankedRun]) -> list[RankedRun]:
 
 
 def share_held_out(results: Sequence[RankedRun], by: Criterion) -> bool:
-    """Whether the values of `by` can be compared: any two settings have two runs with the same held-out rows.
-    The seeds of a setting may hold out different rows.
+    """Whether the values of `by` can be compared: for any two settings, a run of the first and a run of the
+    second have the same held-out rows. The seeds of a setting may hold out different rows.
     """
     groups = [{_held_out(run, by) for run in group} for group in repetitions(results).values()]
     return all(not one.isdisjoint(other) for one, other in combinations(groups, 2))
 
 
 def _held_out(run: RankedRun, by: Criterion) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Return what identifies a run's held-out rows: (files of the dataset, names of rows with a value)."""
+    """Return (the dataset's files, names of the held-out rows with a value of `by`). Two runs with equal
+    results have the same held-out rows.
+    """
     data = part_of(run.settings, "data")
     held_out = data.get("held_out")
     dataset = held_out if isinstance(held_out, str) else str(data.get("train"))
@@ -221,14 +223,14 @@ def repetition_table(results: Sequence[RankedRun], markdown: bool = False) -> st
     if repeated is None:
         return ""
     titles, cells = repeated
-    draw = compare.markdown_table if markdown else compare.text_table
+    draw = compare.labelled_table if markdown else compare.text_table
     table = draw(titles, [label for label, *_ in cells], [row for _, *row in cells])
     return f"{table}\n\nmean ± standard deviation over seeds"
 
 
 def repetitions_as_cells(results: Sequence[RankedRun]) -> tuple[list[str], list[list[str]]] | None:
-    """Return the (titles, rows) of repetition_table; a row begins with the setting's label. None if no
-    setting has several seeds.
+    """Return (column titles, rows of cells) of repetition_table. A row has the setting's label, its number of
+    runs, and mean ± standard deviation of each metric. None if no setting has several seeds.
     """
     groups = repetitions(results)
     if all(len(group) == 1 for group in groups.values()):
@@ -292,7 +294,9 @@ def _ranking_lines(results: Sequence[RankedRun]) -> list[str]:
 
 
 def best_labels(results: Sequence[RankedRun]) -> set[str]:
-    """Return the labels of the runs of the best setting; one label if it has one seed. Empty: not ranked."""
+    """Return the labels of the runs of the best setting; one label if it has one seed; none if the runs
+    are not ranked.
+    """
     results = have_last_evaluation(results)
     by, groups = criterion(results) if len(results) > 1 else None, repetitions(results)
     if by is None or len(groups) == 1 or not share_held_out(results, by):
@@ -302,8 +306,8 @@ def best_labels(results: Sequence[RankedRun]) -> set[str]:
 
 
 def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
-    """Return a line for each setting: its accuracy minus that of the setting with the label `baseline`. []:
-    a run has no accuracy, or no setting has this label.
+    """Return a line for each setting: its accuracy minus the accuracy of the setting with the label
+    `baseline`. [] if a run has no accuracy, or no setting has this label.
     """
     name = next((name for name in ACCURACIES if all(held_out(name) in r.after for r in results)), None)
     groups = repetitions(results)
@@ -319,7 +323,7 @@ def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
 
 def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
     """Return a sentence with each run's accuracy at the same KL to the reference, interpolated between its
-    evaluations. The KL is the largest that all runs have reached. "": a run has no KL or accuracy.
+    evaluations. The KL is the largest that all runs have reached. "" if a run has no KL or accuracy.
 
     It compares losses more fairly than the end: a run that is further from the reference is likely to have a
     higher accuracy, whatever its loss. curves: entries of metrics.jsonl by label.

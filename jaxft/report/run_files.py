@@ -81,8 +81,8 @@ def sweep_members(folder: Path) -> dict[str, Path]:
     labels = read_saved_json(path).get("members", []) if path.is_file() else []
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{path}: members is not a list of names: {str(labels)[:80]}; restore the file")
-    if any(Path(label).name != label for label in labels):
-        raise ValueError(f"{path}: members has a name that is not of a folder in {folder}; restore the file")
+    if wrong := [label for label in labels if Path(label).name != label]:
+        raise ValueError(f"{path}: members: {wrong[0]!r} is no folder in {folder}; restore the file")
     return {label: folder / label for label in labels}
 
 

@@ -1,7 +1,7 @@
 """The sections of a report, each a function of the runs that returns HTML, "" for nothing to show.
 
-The last one is the reliability diagram of models that choose between options (decisions): how often choices
-of each confidence are right.
+The last section shows, for models that choose between options (decisions), how often choices of each
+confidence are right (a reliability diagram).
 """
 
 import json
@@ -76,10 +76,11 @@ def facts_of_runs(runs: Runs) -> str:
     if len(runs) == 1:
         return record_table(facts)
     first = next(iter(facts.values()))
-    shared = {name for name in first if all(own.get(name) == first[name] for own in facts.values())}
+    shared = {name for name in first if all(values.get(name) == first[name] for values in facts.values())}
     same = {name: value for name, value in first.items() if name in shared}
     differing = {
-        run: {name: value for name, value in own.items() if name not in shared} for run, own in facts.items()
+        run: {name: value for name, value in values.items() if name not in shared}
+        for run, values in facts.items()
     }
     table = record_table(differing, only_differences=True)
     return record_table({f"all {len(runs)} runs": same}) + (table and f"<h3>Differences</h3>{table}")
@@ -142,8 +143,8 @@ def run_facts(run: RunFiles) -> dict[str, Any]:
     adapter = part_of(settings, "adapter")
     trained = [f"LoRA of rank {adapter['rank']}" if "rank" in adapter else "no adapter"]
     if run.parameters:
-        total, own = parameter_totals(run.parameters)
-        trained.append(f"{own:,} of {total:,} parameters")
+        total, trainable = parameter_totals(run.parameters)
+        trained.append(f"{trainable:,} of {total:,} parameters")
     return {
         "base model": settings.get("weights"),
         "starts from": settings.get("start"),
@@ -265,9 +266,11 @@ def rewards_section(runs: Runs) -> str:
 
 
 def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
-    """Return a table of completions: the first `each` ones of each of COMPLETION_STEPS steps.
+    """Return a table of completions with their rewards, from COMPLETION_STEPS steps spread evenly over the
+    run.
 
-    entries: lines of completions.jsonl. The steps are spread evenly over the run.
+    entries: lines of completions.jsonl. each: how many completions of a step the table has, from the first
+    on.
     """
     steps = list(dict.fromkeys(entry["step"] for entry in entries))
     count = min(COMPLETION_STEPS, len(steps))
@@ -291,7 +294,7 @@ def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
 def turns_html(turns: Any) -> str:
     """Return the turns of an episode after its prompt, coloured by who wrote them; "" without turns.
 
-    turns: chat messages, from the first one of the prompt.
+    turns: the episode's chat messages, beginning with the prompt's.
     """
     messages = [turn for turn in turns or () if isinstance(turn, dict)]
     begins = [number for number, turn in enumerate(messages) if turn.get("role") == "assistant"]
@@ -300,7 +303,7 @@ def turns_html(turns: Any) -> str:
         role = str(turn.get("role"))
         calls = [
             f"{call.get('name')}({json.dumps(call.get('arguments'), ensure_ascii=False)})"
-            for call in (one.get("function") or {} for one in turn.get("tool_calls") or ())
+            for call in (called.get("function") or {} for called in turn.get("tool_calls") or ())
         ]
         text = "\n".join(filter(None, (str(turn.get("content") or ""), *calls)))
         writer = role if role in ("assistant", "tool", "user") else "user"
@@ -309,7 +312,7 @@ def turns_html(turns: Any) -> str:
 
 
 def last_message(prompt: Any) -> str:
-    """Return a prompt that is a string as it is; of a list of messages, the text of the last one."""
+    """Return the text of a prompt's last message; a prompt that is a string is returned as it is."""
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         return str(prompt[-1].get("content", ""))
     return str(prompt)
@@ -409,7 +412,7 @@ def parameters_section(runs: Runs) -> str:
 
 def parameter_table_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of parameters, and how many of them are trained."""
-    total, own = parameter_totals(rows)
+    total, trainable = parameter_totals(rows)
     sharded = any(row.get("sharding") is not None for row in rows)
     head = ["parameter", "shape", "axes", "number", "stored as", *(["sharding"] if sharded else []), ""]
     cells = [
@@ -424,8 +427,10 @@ def parameter_table_of(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    percent = 100 * own / max(1, total)
-    return f"<p>{own:,} of {total:,} parameters are trained ({percent:.2f} %).</p>" + html_table(head, cells)
+    percent = 100 * trainable / max(1, total)
+    return f"<p>{trainable:,} of {total:,} parameters are trained ({percent:.2f} %).</p>" + html_table(
+        head, cells
+    )
 
 
 def parameter_totals(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
@@ -465,7 +470,9 @@ def environment_section(runs: Runs) -> str:
 
 
 def grouped(named: Iterable[tuple[str, Any]]) -> list[tuple[list[str], Any]]:
-    """Return [(names, value), ...]: names with equal values are together, names with empty ones left out."""
+    """Return [(names, value), ...]: names with equal values are together, and names with an empty
+    value such as {} or "" are left out.
+    """
     groups: dict[str, tuple[list[str], Any]] = {}
     for name, value in named:
         if value:

@@ -146,7 +146,7 @@ def paired_difference(
 
 
 def _linearised(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """Return values whose plain mean and standard error are those of x weighted by w. w must have mean 1."""
+    """Return values whose mean and standard error equal the weighted ones of x. w: weights, of mean 1."""
     mean = (w * x).mean()
     return mean + w * (x - mean)
 
@@ -179,7 +179,7 @@ def _mean_squares(d: np.ndarray) -> tuple[float, float, float]:
 
 
 def _error(d: np.ndarray) -> tuple[float, float]:
-    """Return (standard error of the mean of d, its degrees of freedom)."""
+    """Return (standard error of the mean of d [seeds, prompts], its degrees of freedom)."""
     return _error_of(_mean_squares(d), *d.shape)
 
 
@@ -234,8 +234,9 @@ def _resampled(random: np.random.Generator, resamples: int, count: int) -> np.nd
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return p-values adjusted for several comparisons: with probability 95 %, no true hypothesis has one
-    below 0.05 (Holm 1979, Scandinavian Journal of Statistics 6, 65-70).
+    """Return the p-values of several comparisons, adjusted: with probability 95 %, no true hypothesis has an
+    adjusted p-value below 0.05 (Holm 1979, Scandinavian Journal of Statistics 6, 65-70). p: in any order,
+    which the result has too.
 
     >>> [round(x, 6) for x in holm([0.01, 0.04, 0.03])]
     [0.03, 0.06, 0.06]
@@ -255,7 +256,10 @@ def equivalence(d: Difference, margin: float) -> float:
     fraction `margin` of all prompts differs by 1. Raises ValueError for a margin of 0 or less.
     """
     if margin <= 0:
-        raise ValueError(f"the margin of an equivalence test must be above 0, got {margin}")
+        raise ValueError(
+            f"an equivalence test has margin={margin}; use a number above 0: the largest difference that "
+            "does not matter"
+        )
     if d.error == 0:
         return 1.0 if abs(d.mean) >= margin else (1 - min(1.0, margin)) ** d.prompts
     return float(max(_special().stdtr(d.freedom, (side * d.mean - margin) / d.error) for side in (1, -1)))
@@ -279,10 +283,10 @@ def power(gap: float, error: float, freedom: float, level: float = 1 - LEVEL) ->
 def needed(
     parts: Components, gap: float, seeds: int, prompts: int, level: float = 1 - LEVEL
 ) -> tuple[int | None, int | None]:
-    """Return (prompts, seeds) that would suffice to find a true difference of `gap` with probability 80 %.
+    """Return (number of prompts, number of seeds), of which each alone would suffice to find a true
+    difference of `gap` with probability 80 %; None if no number up to UNFEASIBLE does.
 
-    seeds, prompts: how many there are now; only one of them grows. None: no number below UNFEASIBLE suffices.
-    level: of the test.
+    parts: the variances per seed and prompt. seeds, prompts: how many there are now. level: of the test.
     """
     finds = partial(_finds, parts, gap, level)
     if gap == 0:
@@ -300,7 +304,9 @@ def _finds(parts: Components, gap: float, level: float, seeds: int, prompts: int
 
 
 def _least(suffices: Callable[[int], bool], known: int) -> int | None:
-    """Return the least number above `known` that suffices, None if none up to UNFEASIBLE does."""
+    """Return the least number n above `known` for which suffices(n); None if there is none up to UNFEASIBLE.
+    It assumes that a larger number suffices too.
+    """
     low, high = known, UNFEASIBLE
     if not suffices(high):
         return None

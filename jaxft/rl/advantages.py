@@ -44,8 +44,7 @@ def has_score(scores: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
 
 
 def nonconstant_groups(scores: GroupScores) -> GroupMask:
-    """Return the mask of completions whose group has at least two different scores, [G, N]: DAPO's filter
-    (arXiv:2503.14476, eq. 11).
+    """Return the mask of completions whose group has different scores: DAPO (arXiv:2503.14476, eq. 11).
 
     >>> nonconstant_groups(np.array([[1.0, 1.0], [1.0, 0.0]]))
     array([[False, False],
@@ -55,10 +54,7 @@ def nonconstant_groups(scores: GroupScores) -> GroupMask:
 
 
 def missing_eos(scores: GroupScores, ended: GroupMask, penalty: float) -> GroupScores:
-    """Subtract `penalty` from the scores of completions without an end token: TRL's missing_eos_penalty.
-
-    ended: mask of completions with an end token. Raises ValueError for a negative penalty.
-    """
+    """Subtract `penalty` (at least 0) from scores of completions not in `ended`: missing_eos_penalty."""
     if penalty < 0:
         raise ValueError(
             f"missing_eos={penalty} would reward a missing end token. Use a number of at least 0."
@@ -90,11 +86,8 @@ def clip_scores(scores: GroupScores, low: float, high: float) -> GroupScores:
 
 
 def update_moments(moments: Moments, scores: GroupScores) -> Moments:
-    """Return the moments of all scores: of earlier ones, whose moments are `moments`, and of `scores` without
-    NaN.
-
-    Moments are (count, mean, sum of squared deviations from the mean), zeros before the first scores; the
-    update is that of Chan et al. 1979.
+    """Return the moments (count, mean, sum of squared deviations from the mean) of earlier scores, whose
+    moments are `moments`, and of new ones without NaN (Chan et al. 1979).
     """
     x = _float64(scores)[has_score(scores)]
     count, mean, squares = _float64(moments)
@@ -231,9 +224,7 @@ def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScor
 
 
 def brevity(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
-    """Return minus the length of each completion: the default metric of gfpo, which then retains the
-    shortest.
-    """
+    """Return minus the length of each completion: gfpo's default metric, which retains the shortest."""
     return -_float64(lengths)
 
 
@@ -296,9 +287,7 @@ def adaptive_gfpo(
 
 
 def standardised(advantages: GroupScores, eps: float = 1e-4) -> GroupScores:
-    """`(A - mean) / (std + eps)` over all completions, std unbiased; 0 for NaN, and everywhere if all are
-    equal. TRL's RLOO normalize_advantages.
-    """
+    """`(A - mean) / (std + eps)` over the batch, 0 for NaN or if all are equal; RLOO normalize_advantages."""
     x = _float64(advantages)
     valid = x[~np.isnan(x)]
     if not len(valid) or valid.max() == valid.min():
@@ -363,16 +352,12 @@ def gae(
 
 
 def returns_to_go(rewards: PerToken, lengths: Lengths, gamma: float = 1.0) -> PerToken:
-    """Return `R_t = r_t + gamma R_(t+1)` [n, T]. Whitened, it is REINFORCE++ (Hu et al. 2025,
-    arXiv:2501.03262).
-    """
+    """Return `R_t = r_t + gamma R_(t+1)`; whitened, it is REINFORCE++ (Hu et al. 2025, arXiv:2501.03262)."""
     return gae(rewards, np.zeros_like(_float64(rewards)), lengths, gamma, 1.0)[0]
 
 
 def whiten(x: PerToken, mask: Bool[np.ndarray, "n T"], eps: float = 1e-8) -> PerToken:
-    """Return `(x - mean) / sqrt(var + eps)` over the values in the mask, var unbiased; 0 outside of the mask,
-    and everywhere if these values are equal.
-    """
+    """Return `(x - mean) / sqrt(var + eps)` over the mask, var unbiased; 0 elsewhere and if all are equal."""
     valid = _float64(x)[mask]
     if not len(valid) or valid.max() == valid.min():
         return np.zeros(x.shape)
@@ -402,9 +387,7 @@ def _all_equal(scores: GroupScores) -> Bool[np.ndarray, "G 1"]:
 
 
 def _centred(scores: Shaped[np.ndarray, "G N"]) -> GroupScores:
-    """Return `r - mean of the group`. It is set to 0 if all are equal, because a mean may have a rounding
-    error.
-    """
+    """Return `r - mean of the group`, set to 0 if all are equal, as a mean may have a rounding error."""
     valid, x = has_score(scores), _float64(scores)
     mean = np.nansum(x, 1, keepdims=True) / np.maximum(valid.sum(1, keepdims=True), 1)
     return np.where(_all_equal(scores), x * 0, x - mean)
@@ -432,10 +415,7 @@ def _checked_weights(
 
 
 def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
-    """Raise ValueError if scores differ but all advantages are 0, because each group has one completion.
-
-    group: completions of each prompt.
-    """
+    """Raise ValueError if scores differ but all advantages are 0, as groups have one completion."""
     valid = scores[has_score(scores)]
     if group == 1 and valid.size and valid.max() > valid.min() and not advantages.any():
         raise ValueError(

@@ -133,8 +133,8 @@ def by_turn(rollout: RolloutScores, advantage: Advantage = adv.grpo, gamma: floa
     for k in reversed(range(count)):
         returns = by_turns[:, k] + gamma * returns
         of_turn = np.where(has_turn[:, k], returns, np.nan).reshape(shape)
-        own = advantage(of_turn, rollout.lengths).reshape(-1, 1)
-        out = np.where((turns == k) & mask, own, out)
+        turn_advantages = advantage(of_turn, rollout.lengths).reshape(-1, 1)
+        out = np.where((turns == k) & mask, turn_advantages, out)
     return AdvantageEstimate(out, None, {})
 
 
@@ -149,9 +149,7 @@ def by_each(rollout: RolloutScores) -> AdvantageEstimate:
 
 
 def group_whitened(rollout: RolloutScores) -> AdvantageEstimate:
-    """Give every token its completion's score less the group's mean, whitened over all tokens: REINFORCE++
-    with a group baseline. Raises ValueError for a KL penalty in the rewards.
-    """
+    """Whiten scores less their group's mean over all tokens: REINFORCE++ with a group baseline."""
     _require_no_kl(rollout, "group_whitened")
     centred = _per_token(rollout, adv.centred(rollout.scores))
     return AdvantageEstimate(adv.whiten(centred, rollout.token_mask), None, {})
@@ -220,9 +218,7 @@ def example_rollout(group: int, weights: tuple[float, ...], facts: Facts) -> Rol
 
 
 def require_signature(fn: Callable, setting: str, arguments: tuple[str, ...]) -> None:
-    """Raise ValueError unless `fn` can be called with these positional arguments. setting: the name of the
-    setting whose value is `fn`, for the message.
-    """
+    """Raise ValueError, naming the setting, if `fn` can't be called with these positional arguments."""
     try:
         inspect.signature(fn).bind(*arguments)
     except TypeError as error:
@@ -255,9 +251,7 @@ def _per_token(rollout: RolloutScores, x: GroupScores) -> PerToken:
 def _token_rewards(
     rollout: RolloutScores, coef: float, kl: KLEstimate | None
 ) -> tuple[PerToken, dict[str, float]]:
-    """Return (reward of each token; metrics of rewards, KL penalty and entropy). coef: coefficient of the KL
-    penalty. kl: see actor_critic.
-    """
+    """Return (reward of each token; metrics of rewards, KL and entropy). kl: see actor_critic."""
     mask, scores = rollout.token_mask, rollout.scores.ravel()
     if coef and rollout.reference is None:
         raise ValueError(
@@ -284,9 +278,7 @@ def _token_rewards(
 
 
 def _with_turn_rewards(rollout: RolloutScores, rewards: PerToken) -> PerToken:
-    """Add each turn's reward at its last token and, at the episode's last token, the part of the score that
-    is in no turn's reward.
-    """
+    """Add each turn's reward at its last token, and the remaining score at the episode's last token."""
     of_turns = np.zeros(1) if rollout.turn_rewards is None else rollout.turn_rewards
     of_turns = np.where(rollout.token_mask, of_turns, 0)
     rest = rollout.scores.ravel() - of_turns.sum(1)

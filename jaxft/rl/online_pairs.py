@@ -56,15 +56,13 @@ def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRo
 
 
 def to_pairs(rows: Rollout) -> Pairs:
-    """Convert rows, each a prompt with two episodes, to preference pairs in which the first episode is the
-    preferred one. The weights of pairs are 0: best_and_worst_batch sets them.
-    """
+    """Convert rows of a prompt with two episodes, the first preferred, to pairs whose weights are 0."""
     lengths, count = rows.lengths[:, None, :], len(rows.ids)
     assert rows.last is not None  # rollout_layout.py writes it
     offsets = np.zeros_like(rows.read)
     for response in (0, 1):
-        own = rows.responses == response
-        offsets = np.where(own, np.cumsum(own, 1) - 1, offsets)
+        of_response = rows.responses == response
+        offsets = np.where(of_response, np.cumsum(of_response, 1) - 1, offsets)
     return Pairs(
         ids=rows.ids, segments=rows.segments, positions=rows.positions, read=rows.read, targets=rows.targets,
         responses=rows.responses, offsets=offsets.astype(np.int32), lengths=lengths,

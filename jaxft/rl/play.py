@@ -105,15 +105,12 @@ class Play:
 
     @cached_property
     def calls(self) -> Calls:
-        """The threads that call users' functions. A thread that has objects to use again outlives a rollout.
-        """
+        """The threads that call users' functions; those with objects to use again outlive a rollout."""
         return Calls(self.limits.workers, self.limits.timeout)
 
     @property
     def call_format(self) -> CallFormat | None:
-        """The format in which the chat template writes tool calls; None without tools or for an unknown
-        format.
-        """
+        """The format in which the chat template writes tool calls; None if there are no tools."""
         if not self.environment.schemas or not self.tokenizer.chat_template:
             return None
         source = self.tokenizer.get_chat_template(tools=list(self.environment.schemas))
@@ -134,9 +131,7 @@ class TurnSession(Protocol):
         """
 
     def extend(self, episode: int, tokens: Sequence[int], max_new: int) -> None:
-        """Append tokens that are not sampled to an episode whose turn has ended, and sample up to `max_new`
-        more.
-        """
+        """Append given tokens to an episode whose turn has ended; sample up to `max_new` more."""
 
     def drop(self, episode: int) -> None:
         """End an episode. Its row is free for another."""
@@ -238,8 +233,7 @@ class _Scored(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """The environment's answer to a turn. faults: errors in the model's tool calls, which the model is shown.
-    """
+    """The environment's answer to a turn. faults: of the model's tool calls, which the model is shown."""
 
     step: StepResult
     faults: list[Fault]
@@ -297,9 +291,7 @@ class _Rollout:
         return [self.results[number] for number in range(len(self.episodes))]
 
     def _row(self, episode: _Episode) -> RowColumns:
-        """Return a copy of the columns of the episode's row, with its prompt, for a user's function to
-        change.
-        """
+        """Return a copy of the columns of the episode's row, with its prompt."""
         given = self.rows.as_given(episode.prompt)
         return deepcopy({"prompt": given, **self.rows.fields[episode.prompt]})
 
@@ -328,8 +320,8 @@ class _Rollout:
                     return self._begun(episode, value)
                 case _Scored(score, rewards):
                     total = math.fsum(turn.reward for turn in episode.turns if not math.isnan(turn.reward))
-                    own = total if score is None else score
-                    return _Decision(number, "end", score=own, rewards=rewards)
+                    end_score = total if score is None else score
+                    return _Decision(number, "end", score=end_score, rewards=rewards)
                 case _Answer():
                     return self._answered(episode, value)
                 case _:
@@ -343,15 +335,15 @@ class _Rollout:
     def _begun(self, episode: _Episode, begun: Beginning) -> _Decision:
         """Return the decision to start from the environment's prompt, or from the row's own."""
         rows = self.rows
-        own = rows.prompts[episode.prompt]
-        chat: Any = own
+        row_prompt = rows.prompts[episode.prompt]
+        chat: Any = row_prompt
         if too_large := self._too_large("the prompt of reset", begun.prompt):
             return _Decision(episode.number, "end", fault=too_large)
         if self.play.environment.continues:
-            chat = _with_prompt(own, begun.prompt)
+            chat = _with_prompt(row_prompt, begun.prompt)
         episode.state, episode.chat = begun.state, chat
         ids = list(rows.ids[episode.prompt])
-        if chat != own:
+        if chat != row_prompt:
             (encoded,) = example_prompt_ids([chat], self.play.tokenizer, rows.template)
             if isinstance(encoded, InvalidRow):
                 raise encoded
@@ -497,9 +489,7 @@ class _Rollout:
         return self.decoder.decode([int(x) for x in ids if int(x) not in self.decoder.skipped])
 
     def _score(self, episode: _Episode, done: bool) -> None:
-        """Begin to score an episode; end it at once if neither the environment nor a reward function scores
-        it. done: whether the environment has ended the episode.
-        """
+        """Begin to score an episode, or end it without a score. done: the environment has ended it."""
         episode.stopped = episode.stopped and done
         if self.play.environment.scored or self.play.rewards:
             given = {name: [value] for name, value in self._row(episode).items() if name != "prompt"}
@@ -570,16 +560,14 @@ def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
     return kind, valid_text(text[:FAULT_SIZE])
 
 
-def _with_prompt(own: Chat | Completion, prompt: FirstPrompt) -> Chat:
-    """Return a row's prompt, changed by what the environment's reset returned: text is appended to the last
-    message, messages replace all others.
-    """
-    if isinstance(own, Completion):
-        own = Chat(own.name, ({"role": "user", "content": own.prompt},), 1)
-    messages = own.messages[: own.response]
+def _with_prompt(chat: Chat | Completion, prompt: FirstPrompt) -> Chat:
+    """Return a row's prompt with reset's text at the end of its last message, or reset's messages instead."""
+    if isinstance(chat, Completion):
+        chat = Chat(chat.name, ({"role": "user", "content": chat.prompt},), 1)
+    messages = chat.messages[: chat.response]
     if isinstance(prompt, str):  # as TRL appends it
         last = messages[-1]
         messages = (*messages[:-1], {**last, "content": (last["content"] or "") + prompt})
     elif prompt is not None:
         messages = tuple(prompt)
-    return replace(own, messages=messages, response=len(messages))
+    return replace(chat, messages=messages, response=len(messages))

@@ -110,11 +110,11 @@ def load_reward_adapters(
             parts_of[name] = peft_read.read_parts(folder, model, pretrained.open_files(ref))[0]
         pairs = {name: parts["adapter"] for name, parts in parts_of.items()}
         check_stackable(pairs)
-        pairs = {name: with_gains(first.params["base"], one) for name, one in pairs.items()}
+        pairs = {name: with_gains(first.params["base"], pair) for name, pair in pairs.items()}
         out, wide = {}, np.promote_types(model.dtype, np.float32)
         for (name, parts), equal in zip(parts_of.items(), of_equal_shapes(list(pairs.values())), strict=True):
-            own = adapter_folders.on_every_device({**parts, "adapter": equal}, wide, mesh)
-            pad, params = pad_token_of(ref, folders[name]), {**first.params, **own}
+            placed = adapter_folders.on_every_device({**parts, "adapter": equal}, wide, mesh)
+            pad, params = pad_token_of(ref, folders[name]), {**first.params, **placed}
             score = partial(score_rows, first.model, pad=pad)
             out[name] = LoadedRewardModel(score, params, first.model, pad)
     return out
@@ -238,7 +238,7 @@ def head_scores(
     """Return the reward of each of A completions per row of [micro, rows, ...], read at its last token."""
 
     def of_microbatch(rows: Rollout) -> Float[Array, "B A"]:
-        own, last, branches = adapted.view(params, reward.name), rows.last, rows.branches
+        view, last, branches = adapted.view(params, reward.name), rows.last, rows.branches
         assert last is not None and branches is not None  # rollout_layout.py writes both
         if reward.pad is not None:  # a completion of that one token is read at the prompt's last token
             shared = (rows.segments == 1) & (branches == 0)
@@ -247,8 +247,8 @@ def head_scores(
             earlier = jnp.maximum(last - 1, 0)
             earlier = jnp.where(at(branches, earlier) == at(branches, last), earlier, prompt)
             last = jnp.where(at(rows.ids, last) == reward.pad, earlier, last)
-        h, _ = model.hidden(own, rows)
-        return model.scores(own, jnp.take_along_axis(h, last[:, :, None], axis=1))
+        h, _ = model.hidden(view, rows)
+        return model.scores(view, jnp.take_along_axis(h, last[:, :, None], axis=1))
 
     return jax.lax.map(of_microbatch, batch)
 
@@ -339,8 +339,8 @@ def make_text_scorer(
         settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
     ) -> Float[np.ndarray, " n"]:
         examples = list(map(with_response, prompts, completions))
-        own = settings_for(tokenizer, settings)
-        tokenised = map(valid, loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING, own))
+        used = settings_for(tokenizer, settings)
+        tokenised = map(valid, loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING, used))
         texts = [ids.tolist() for ids, _ in tokenised]
         texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
         scores = np.full(len(texts), np.nan)

@@ -159,11 +159,11 @@ class FunctionReward(Reward):
             prompts, chosen = episodes.prompts, np.flatnonzero(episodes.valid)
 
             def on_first() -> list[Any]:
-                own = [episodes.trajectories[i] for i in chosen]
-                given = [prompts.as_given(t.prompt) for t in own]
-                rows = [(prompts.names[t.prompt], prompts.fields[t.prompt]) for t in own]
+                trajectories = [episodes.trajectories[i] for i in chosen]
+                given = [prompts.as_given(t.prompt) for t in trajectories]
+                rows = [(prompts.names[t.prompt], prompts.fields[t.prompt]) for t in trajectories]
                 begun = [episodes.begun.get((self, i)) for i in chosen]
-                scores, faults, _ = call_reward(self, given, [t.text for t in own], rows, begun)
+                scores, faults, _ = call_reward(self, given, [t.text for t in trajectories], rows, begun)
                 return [scores.tolist(), *astuple(faults)]
 
             scores, *faults = processes.from_first_process(on_first)

@@ -132,14 +132,14 @@ def pack_episodes(
         start = column = len(prompt)
         ids[r, :start], segments[r, :start], positions[r, :start] = prompt, 1, np.arange(start)
         segment, m, observed = 1, 0, list[int]()
-        for slot, is_branch, own, sampled, given in pieces:
+        for slot, is_branch, turn, sampled, given in pieces:
             segment += not is_branch
-            span, reads = slice(column, column + len(own)), slice(m, m + len(sampled))
-            ids[r, span], segments[r, span] = own, segment
-            positions[r, span] = (start if is_branch else 0) + np.arange(len(own))
+            span, reads = slice(column, column + len(turn)), slice(m, m + len(sampled))
+            ids[r, span], segments[r, span] = turn, segment
+            positions[r, span] = (start if is_branch else 0) + np.arange(len(turn))
             branches[r, span] = slot + 1 if is_branch else 0
             read[r, reads] = np.where(sampled, column + sampled, start) - 1
-            targets[r, reads], responses[r, reads] = own[sampled], slot
+            targets[r, reads], responses[r, reads] = turn[sampled], slot
             first = (r * episodes.group + slot) * episodes.size + lengths[r, slot]
             tokens[r, reads] = first + np.arange(len(sampled))
             lengths[r, slot] += len(sampled)
@@ -262,8 +262,8 @@ class RolloutPrograms:
             params, like, rows = run.params(state), self.shapes[packed.shape], self.complete(packed.rows)
             parts = []
             for start in range(0, len(packed.tokens), self.rows):
-                own = jax.tree.map(lambda x, s=start: x[s : s + self.rows], rows)
-                batch = sharding.shard_batch(run.mesh, to_microbatches(own, like))
+                chunk = jax.tree.map(lambda x, s=start: x[s : s + self.rows], rows)
+                batch = sharding.shard_batch(run.mesh, to_microbatches(chunk, like))
                 outputs = programs[packed.shape](params, state.aux, batch)
                 parts.append(jax.tree.map(own_rows, outputs))
             return jax.tree.map(lambda *x: np.concatenate(x), *parts)

@@ -61,14 +61,12 @@ def score_metrics(scores: GroupScores) -> dict[str, float]:
 
 
 def source_rewards(scored: ScoredEpisodes) -> dict[str, Sum]:
-    """Return the mean score of the completions of each dataset of prompts, by name; {} if there is one
-    dataset.
-    """
+    """Return the mean score of each dataset's completions, by name; {} for a single dataset."""
     prompts, means = scored.episodes.prompts, dict[str, Sum]()
     for number, name in enumerate(prompts.source_names):
-        own = scored.scores[np.array(prompts.sources) == number]
-        own = own[has_score(own)]
-        means[f"{REWARD}/{name}"] = Sum(np.float64(own.sum()), np.float64(own.size))
+        scores = scored.scores[np.array(prompts.sources) == number]
+        scores = scores[has_score(scores)]
+        means[f"{REWARD}/{name}"] = Sum(np.float64(scores.sum()), np.float64(scores.size))
     return means
 
 
@@ -130,8 +128,7 @@ def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
 
 
 def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
-    """Return means over `count` completions as sums with weights, which add over steps; None gets weight 0.
-    """
+    """Return means over `count` completions as sums that add over steps; None gets weight 0."""
     weights = {name: np.float64(0 if mean is None else count) for name, mean in means.items()}
     return {name: Sum(np.float64((mean or 0) * count), weights[name]) for name, mean in means.items()}
 

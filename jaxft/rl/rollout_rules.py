@@ -114,23 +114,23 @@ class Rules:
         """The weight of per-turn rewards: the environment's entry of reward_weights, 0 if the environment's
         score is no reward of the run.
         """
-        own = [isinstance(reward, EnvironmentReward) for reward in self.rewards]
-        return float(np.dot(own, self.reward_weights))
+        is_environment = [isinstance(reward, EnvironmentReward) for reward in self.rewards]
+        return float(np.dot(is_environment, self.reward_weights))
 
     def score(self, episodes: Episodes, by_reward: Sequence[RewardScores]) -> ScoredEpisodes:
-        """Combine and shape the scores. by_reward: one for each of `rewards`, in order. An episode with a
-        fault has no score. A reward that skips an episode counts 0 there, unless all rewards skip it.
+        """Combine and shape the scores of each reward. Episodes with a fault get none; skipped rewards count
+        0.
         """
         lengths, valid = episodes.lengths, episodes.valid
-        each = np.stack([one.scores for one in by_reward], 1).astype(np.float64)
+        each = np.stack([reward.scores for reward in by_reward], 1).astype(np.float64)
         each = np.where(valid[..., None], each.reshape(*lengths.shape, len(by_reward)), np.nan)
-        skips = np.stack([np.broadcast_to(one.skips, valid.size) for one in by_reward], 1)
+        skips = np.stack([np.broadcast_to(reward.skips, valid.size) for reward in by_reward], 1)
         skips = skips.reshape(each.shape) & valid[..., None]
         skips &= ~skips.all(-1, keepdims=True)
         combined = scores = self.combine(np.where(skips, 0.0, each), self.reward_weights)
         if self.shape is not None:
             scores = self.shape(combined, lengths, episodes.ended)
-        faults = sum((one.faults for one in by_reward), Faults())
+        faults = sum((reward.faults for reward in by_reward), Faults())
         return ScoredEpisodes(episodes, each, combined, scores, faults)
 
     def policy_mask(self, scored: ScoredEpisodes) -> GroupMask:

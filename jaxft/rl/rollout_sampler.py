@@ -58,24 +58,22 @@ def table_indices(count: int, group: int) -> list[int]:
 
 
 def append_table(path: Path, step: int, scored: ScoredEpisodes, names: list[str]) -> None:
-    """Append the first episodes (see table_indices) with their rewards to completions.jsonl. step: the
-    rollout's first, from 1. names: names of the rewards.
-    """
+    """Append some episodes with their rewards (`names`) to completions.jsonl. step: the rollout's, from 1."""
     episodes, (_, group, count) = scored.episodes, scored.reward_scores.shape
     by_reward, scores = scored.reward_scores.reshape(-1, count), scored.scores.ravel()
     with path.open("a", encoding="utf-8") as file:
         for i in table_indices(len(episodes.trajectories), group):
-            own = episodes.trajectories[i]
+            played = episodes.trajectories[i]
             entry = {
                 "step": step,
-                "row": episodes.prompts.names[own.prompt],
-                "prompt": episodes.prompts.as_given(own.prompt),
-                "completion": own.text,
+                "row": episodes.prompts.names[played.prompt],
+                "prompt": episodes.prompts.as_given(played.prompt),
+                "completion": played.text,
                 "rewards": {name: _json_number(x) for name, x in zip(names, by_reward[i], strict=True)},
                 "reward": _json_number(scores[i]),
             }
             if episodes.most_turns > 1:
-                entry |= {"turns": own.turns, "fault": own.fault or None, "ended": own.ended}
+                entry |= {"turns": played.turns, "fault": played.fault or None, "ended": played.ended}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
@@ -238,17 +236,17 @@ def from_bytes(content: bytes) -> list[Trajectory]:
     with np.load(io.BytesIO(content)) as arrays:
         tokens, logps, about = arrays["tokens"], arrays["logps"], json.loads(arrays["about"].tobytes())
     trajectories = list[Trajectory]()
-    for own in about:
+    for facts in about:
         segments = list[Segment]()
-        for count, sampled, reward, begins in own["segments"]:
+        for count, sampled, reward, begins in facts["segments"]:
             segments.append(Segment(tokens[:count], logps[:count] if sampled else None, reward, begins))
             tokens, logps = tokens[count:], logps[count * sampled :]
         faults, tuples = (
-            (Fault(*fault) for fault in own["faults"]),
-            {k: tuple(own[k]) for k in ("start", "turns")},
+            (Fault(*fault) for fault in facts["faults"]),
+            {k: tuple(facts[k]) for k in ("start", "turns")},
         )
         trajectories.append(
-            Trajectory(**own | tuples | {"segments": tuple(segments), "faults": tuple(faults)})
+            Trajectory(**facts | tuples | {"segments": tuple(segments), "faults": tuple(faults)})
         )
     return trajectories
 
@@ -291,9 +289,7 @@ def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_siz
 
 
 def checksum(trainable: Params) -> UInt32[Array, ""]:
-    """Return a hash of every bit of the weights. It is a sum of integers, so that no order of sums changes
-    it.
-    """
+    """Return a hash of every bit of the weights, from sums of integers, which have no rounding."""
 
     def of(x: Array) -> Array:
         unsigned = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]

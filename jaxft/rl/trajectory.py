@@ -102,8 +102,8 @@ class Trajectory:
     @property
     def text(self) -> str:
         """The text of the policy's last turn, "" without any."""
-        own = [str(turn.get("content") or "") for turn in self.turns if turn.get("role") == "assistant"]
-        return own[-1] if own else ""
+        responses = [str(turn.get("content") or "") for turn in self.turns if turn.get("role") == "assistant"]
+        return responses[-1] if responses else ""
 
     def rows(self) -> list[TrainingRow]:
         """Return the training rows of the episode: one, unless its chat template rewrites earlier turns."""

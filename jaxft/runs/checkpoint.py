@@ -111,10 +111,10 @@ class Checkpoints:
             with contextlib.suppress(Corrupt, ValueError, OSError):
                 scores = manifest.read_manifest(self.folder / str(step)).get("scores", [])
                 ranked += [[] for _ in scores[len(ranked) :]]
-                for own, score in zip(ranked, scores, strict=False):
+                for member_scores, score in zip(ranked, scores, strict=False):
                     if score is not None and math.isfinite(score):
-                        own.append((step, score))
-        return [sorted(own, key=lambda item: (item[1], -item[0])) for own in ranked]
+                        member_scores.append((step, score))
+        return [sorted(member_scores, key=lambda item: (item[1], -item[0])) for member_scores in ranked]
 
     # Saving
 
@@ -242,7 +242,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         steps = self.steps()
-        best = [step for own in self._best_first() for step, _ in own[: self.keep_best]]
+        best = [step for member_scores in self._best_first() for step, _ in member_scores[: self.keep_best]]
         keep, sent = {*steps[-self.keep_last :], *best}, self.copies.sending()
         self._is_over = not sent <= keep
         keep |= sent
@@ -393,8 +393,8 @@ def _for_orbax(leaf: Any) -> jax.Array | np.ndarray:
 
 def _run_coroutine(make: Callable[[], Any]) -> Any:
     """Run a coroutine in a separate thread: this one may have a running event loop, as in a notebook."""
-    with concurrent.futures.ThreadPoolExecutor(1) as one:
-        return one.submit(lambda: asyncio.run(make())).result()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(make())).result()
 
 
 def _raises(error: Exception) -> Callable[[], None]:

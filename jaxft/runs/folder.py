@@ -35,7 +35,7 @@ FOLDERS = (*RESULTS, CHECKPOINTS, "tensorboard", "rollouts")
 FILE_KINDS = (".json", ".jsonl", ".md", ".png")  # suffixes of files that a run writes into its folder
 CARD, SUMMARY = "README.md", "summary.json"
 PARAMETERS_JSON, DATA_JSON = "parameters.json", "data.json"  # for the report, see train/logs/logs.py
-RECORD = (  # files of a finished run whose digests follow those of metrics.jsonl, see metrics_log
+RECORD = (  # a finished run's files; metrics.jsonl ends with their digests, see metrics_log
     "config.json", "env.json", PARAMETERS_JSON, DATA_JSON, "held_out.jsonl", "completions.jsonl", SUMMARY,
 )  # fmt: skip
 CALIBRATED_JSON = "calibrated.json"  # the name and a hash of the codes of a calibrated base
@@ -266,8 +266,8 @@ def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
 
 def process_independent(record: dict[str, Any]) -> dict[str, Any]:
     """Return the settings and library versions that every process of a run must agree on."""
-    own = ("weights_path", "weights_revision", "hosts", *NOT_COMPARED)
-    return {**{name: value for name, value in record.items() if name not in own}, **versions()}
+    excluded = ("weights_path", "weights_revision", "hosts", *NOT_COMPARED)
+    return {**{name: value for name, value in record.items() if name not in excluded}, **versions()}
 
 
 # Results

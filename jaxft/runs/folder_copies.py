@@ -148,7 +148,7 @@ class Mirror:
         except ValueError as error:
             raise ValueError(f"{self.store.url}/{INDEX}: not JSON; delete it to send all again") from error
         parts = index if isinstance(index, dict) else {}
-        return {key: one if isinstance(one := parts.get(key), dict) else {} for key in ("owner", "files")}
+        return {key: part if isinstance(part := parts.get(key), dict) else {} for key in ("owner", "files")}
 
     def _local_steps(self) -> list[int]:
         manifests = (self.folder / CHECKPOINTS).glob(f"*/{manifest.NAME}")
@@ -166,7 +166,7 @@ class Mirror:
                 raise ValueError(f"{place}: not JSON; choose another name=... or loop.store=...") from error
             old = stored if isinstance(stored, dict) else {}
             if "members" in {**old, **record}:  # a sweep's, which may change at_once
-                old, record = ({"members": one.get("members")} for one in (old, record))
+                old, record = ({"members": side.get("members")} for side in (old, record))
             try:
                 permitted_changes(place, old, record, self._defaults)
             except ValueError as error:
@@ -307,7 +307,7 @@ class Mirror:
             kept = self._local_steps()
             if self._is_behind(stored, step):
                 return
-            self._send_checkpoints([one for one in kept if one == step or _marker(one) not in stored], stored)
+            self._send_checkpoints([i for i in kept if i == step or _marker(i) not in stored], stored)
             stored_steps = {
                 int(name) for name in re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/", "\n".join(stored))
             }
@@ -387,8 +387,10 @@ class Mirror:
             folder, prefix = self.folder / CHECKPOINTS / str(step), f"{CHECKPOINTS}/{step}/"
             if any(name.startswith(prefix) for name in stored):
                 self._delete_checkpoint(step)
-            files = sorted(one for one in folder.rglob("*") if one.is_file() and one.name != manifest.NAME)
-            self.store.write_files((prefix + one.relative_to(folder).as_posix(), one) for one in files)
+            files = sorted(
+                file for file in folder.rglob("*") if file.is_file() and file.name != manifest.NAME
+            )
+            self.store.write_files((prefix + file.relative_to(folder).as_posix(), file) for file in files)
         logs = [path for path in self._files() if path.name != SUMMARY and not self._is_result(path)]
         self._send_files(logs)
         for step in sorted(steps):

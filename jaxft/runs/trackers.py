@@ -419,7 +419,7 @@ def check_trackers(trackers_or_names: tuple[str | Tracker, ...]) -> list[OpenTra
     """Return the functions that open the optional trackers that are given by name, and import their packages.
     Raises ValueError for one that is unknown or whose package is missing.
     """
-    names = [one for one in trackers_or_names if isinstance(one, str) and one not in OPEN]
+    names = [tracker for tracker in trackers_or_names if isinstance(tracker, str) and tracker not in OPEN]
     for name in names:
         if name not in OPENERS and ":" not in name:
             known = ", ".join(sorted((*OPENERS, *OPEN)))
@@ -436,4 +436,4 @@ def open_trackers(
     of check_trackers before any is open.
     """
     opened = [open_tracker(folder, start_step) for open_tracker in check_trackers(trackers_or_names)]
-    return opened + [one for one in trackers_or_names if not isinstance(one, str)]
+    return opened + [tracker for tracker in trackers_or_names if not isinstance(tracker, str)]

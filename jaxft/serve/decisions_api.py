@@ -68,12 +68,15 @@ def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Qu
     if not isinstance(items, list) or not 1 <= len(items) <= MOST_QUESTIONS:
         raise ApiError(400, f"questions must be a list of 1 to {MOST_QUESTIONS} questions", "questions")
     text = _input(body.get("input"))
-    own = {"choices": [{"value": x} for x in known.labels], "instructions": known.question or LABEL_QUESTION}
+    default = {
+        "choices": [{"value": x} for x in known.labels],
+        "instructions": known.question or LABEL_QUESTION,
+    }
     questions = []
     for number, item in enumerate(items):
         is_choice = isinstance(item, dict) and item.get("type") == "choice"
         is_own = known.labels and is_choice and item.keys() <= {"type", "name"}
-        questions.append(_question(text, number, {**item, **own} if is_own else item))
+        questions.append(_question(text, number, {**item, **default} if is_own else item))
     return tuple(questions)
 
 
@@ -250,9 +253,9 @@ def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], fl
     probability of the likeliest choice, among all tokens of the vocabulary.
     """
     logps = dict(sampled.top)
-    own = np.array([logps[token] for token in read.tokens])
-    p = np.exp(own - own.max())
-    return (p / p.sum()).tolist(), math.exp(own.max())
+    chosen = np.array([logps[token] for token in read.tokens])
+    p = np.exp(chosen - chosen.max())
+    return (p / p.sum()).tolist(), math.exp(chosen.max())
 
 
 def answer(question: Question, p: Sequence[float], confidence: float) -> dict[str, Any]:

@@ -252,8 +252,10 @@ def _check_names(body: Mapping[str, Any], names: Sequence[str]) -> None:
             known = [*names, *IGNORED, *ONLY]
             near = ", ".join(similar_names(name, known))
             raise ApiError(400, f"unknown field {name!r:.60}; near: {near}", name[:60])
-        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in ONLY[name]):
-            shown = " or ".join(json.dumps(one) for one in ONLY[name])
+        if not any(
+            value == only and isinstance(value, bool) == isinstance(only, bool) for only in ONLY[name]
+        ):
+            shown = " or ".join(json.dumps(only) for only in ONLY[name])
             raise ApiError(400, f"{name} is not supported; omit it or use {shown}", name)
 
 

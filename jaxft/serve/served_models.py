@@ -219,11 +219,11 @@ def load_served(
         residual = common_residual(named, flags.dtype)
         model = pretrained.model_for(first.ref, dtype=jnp.dtype(dtype), residual=residual)
         params: Params = {"base": pretrained.load_frozen(first.ref, model, mesh, quant)}
-        whole, own, numbers = _with_adapters(model, params["base"], named, mesh)
+        whole, added, numbers = _with_adapters(model, params["base"], named, mesh)
         models = _served_models(model, named, numbers, flags.tools)
         sizes = _sizes(model, flags, rows, max(len(m.stop) for m in models.values()))
         sizes = replace(sizes, continues=continues)
-        params |= own
+        params |= added
         return Served(compile_server(whole, sizes, params, mesh, flags.kv_cache), sizes, params, models)
 
 
@@ -268,8 +268,8 @@ def _served_models(
         plain = data.get("format") == PLAIN
         chat_template = template_of(tokenizer)
         of_tools = chat_template and (chat_template.tool_use or chat_template)
-        own = template_tool_format(of_tools.source) if of_tools and tools is None else "none"
-        served_by_name[name] = replace(served, plain=plain, tools=tools or own, decision=weights.decision)
+        native = template_tool_format(of_tools.source) if of_tools and tools is None else "none"
+        served_by_name[name] = replace(served, plain=plain, tools=tools or native, decision=weights.decision)
     return served_by_name
 
 

@@ -106,10 +106,10 @@ class Compiled:
         scores: also complete held-out prompts and add the mean scores.
         """
         states = self.averaged(states)
-        of_rows = [own.named_metrics() for own in self.evaluate(states, False)]
+        of_rows = [rows.named_metrics() for rows in self.evaluate(states, False)]
         if not scores:
             return of_rows
-        return [{**own, **more.metrics} for own, more in zip(of_rows, self.sample(states), strict=True)]
+        return [{**rows, **more.metrics} for rows, more in zip(of_rows, self.sample(states), strict=True)]
 
     def evaluation(self, states: States) -> tuple[list[Evaluation], list[HeldOutValues]]:
         """Evaluate held-out rows, general text and completions of held-out prompts with averaged weights.
@@ -122,25 +122,25 @@ class Compiled:
         held_out, sampled = self.evaluate(states, True), self.sample(states)
         evaluations = [
             Evaluation(
-                metrics={**own.named_metrics(), **more, **scored.metrics},
+                metrics={**rows.named_metrics(), **more, **scored.metrics},
                 samples=scored.samples,
                 scored=scored.scored,
                 intervals=scored.intervals,
                 score_faults=scored.faults,
                 nonfinite=scored.nonfinite,
             )
-            for own, more, scored in zip(held_out, general, sampled, strict=True)
+            for rows, more, scored in zip(held_out, general, sampled, strict=True)
         ]
         pairs = zip(held_out, sampled, strict=True)
-        return evaluations, [HeldOutValues(own.rows, scored.values) for own, scored in pairs]
+        return evaluations, [HeldOutValues(rows.rows, scored.values) for rows, scored in pairs]
 
 
 def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
     """Compile the programs of a run that is not in a sweep. clock: shows progress."""
-    p, source, (own,) = job.lead.programs, job.sources[0], frozen
+    p, source, (fixed,) = job.lead.programs, job.sources[0], frozen
 
     def compile_rows(step: jax.stages.Wrapped, shape: Batch, count: int) -> RowMetrics:
-        metrics = compile_metrics(p, step, own, shape, count)
+        metrics = compile_metrics(p, step, fixed, shape, count)
         return lambda states, batches, with_rows: [metrics(states[0], batches, with_rows)]
 
     of_rows = partial(compile_rows, p.eval_step)
@@ -195,8 +195,8 @@ def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Calla
 
     def sample(states: States) -> list[Scored]:
         return [
-            score(one(tree.combine(state.trainable, own)))
-            for one, state, own in zip(complete, states, frozen, strict=True)
+            score(call(tree.combine(state.trainable, fixed)))
+            for call, state, fixed in zip(complete, states, frozen, strict=True)
         ]
 
     return sample
@@ -234,6 +234,6 @@ def compile_last_loss(
         wide = widened(batch, largest)
         rows = [jax.tree.map(lambda x, i=i: x[i : i + 1], wide) for i in range(wide.ids.shape[0])]
         losses = map(as_floats, metrics(states, rows, False))
-        return [{LAST_LOSS: own[LOSS]} if LOSS in own else {} for own in losses]
+        return [{LAST_LOSS: row[LOSS]} if LOSS in row else {} for row in losses]
 
     return last_loss

@@ -127,8 +127,8 @@ def gradients(
         batch = jax.tree.map(lambda x: x.reshape(K, x.shape[0] // K, *x.shape[1:]), batch)
 
     def block_rows(x: Array, number: Int[Array, ""]) -> Array:
-        own = jax.lax.dynamic_slice_in_dim(x, number * adapters.at_once, adapters.at_once)
-        return jnp.moveaxis(own, 0, 1).reshape(own.shape[1], own.shape[0] * own.shape[2], *own.shape[3:])
+        part = jax.lax.dynamic_slice_in_dim(x, number * adapters.at_once, adapters.at_once)
+        return jnp.moveaxis(part, 0, 1).reshape(part.shape[1], part.shape[0] * part.shape[2], *part.shape[3:])
 
     def block(number: Any, stacks: tuple[Params, Params], references: Params | None) -> tuple[Grads, Metrics]:
         own_batch = (
@@ -153,10 +153,10 @@ def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None 
     def update(
         state: TrainState, k: int, grads: Grads, metrics: Metrics, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        own = {**state.trainable, **lora.adapter_of_stack(grads, k, own_params(state.trainable))}
-        summed = own, jax.tree.map(lambda x: x[k], metrics)
+        grads_k = {**state.trainable, **lora.adapter_of_stack(grads, k, own_params(state.trainable))}
+        summed = grads_k, jax.tree.map(lambda x: x[k], metrics)
         new, counts = apply_gradients(objective, optimizer, state, batch, summed, no_rounding)
-        return new, {**counts, **(watch(own, state.trainable, new.trainable) if watch else {})}
+        return new, {**counts, **(watch(grads_k, state.trainable, new.trainable) if watch else {})}
 
     return update
 
@@ -262,8 +262,8 @@ def _with_reference(
         return batch
     lead, params = adapters.lead, {"base": frozen.base}
     if "reference" in aux[lead]:
-        own = tree.combine(own_params(trainable[lead]), frozen.own[lead])
-        params = tree.combine(aux[lead]["reference"], {**params, **own})
+        adapter = tree.combine(own_params(trainable[lead]), frozen.own[lead])
+        params = tree.combine(aux[lead]["reference"], {**params, **adapter})
 
     def logp(rows: Batch) -> Array:
         return adapters.objectives[lead].forward(params, rows, None, {}).logp
@@ -339,7 +339,7 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     p, at_once = job.lead.programs, job.sweep.at_once
     objectives = [member.programs.objective for member in job.members]
     adapters = combine_objectives(objectives, len(job.sources) > 1, at_once)
-    shared = SharedFrozen(frozen[0]["base"], tuple(own_params(own) for own in frozen))
+    shared = SharedFrozen(frozen[0]["base"], tuple(own_params(rest) for rest in frozen))
     states = job.abstract_states
     shardings = jax.tree.map(lambda x: x.sharding, states)
     step = jax.jit(
@@ -378,9 +378,9 @@ def make_step(adapters: MultiAdapter, job: Job) -> Callable:
     def step(states: States, frozen: Any, batch: Batch) -> tuple[States, Metrics]:
         trainable, aux = [s.trainable for s in states], [s.aux for s in states]
         grads, metrics = gradients(adapters, trainable, frozen, batch, aux)
-        own = _own_batches(batch, len(states)) if adapters.separate_rows else [batch] * len(states)
+        batches = _own_batches(batch, len(states)) if adapters.separate_rows else [batch] * len(states)
         done = [
-            update(state, k, grads, metrics, own[k])
+            update(state, k, grads, metrics, batches[k])
             for k, (update, state) in enumerate(zip(updates, states, strict=True))
         ]
         counts = stack_metrics([more for _, more in done])
@@ -408,8 +408,8 @@ def compile_sweep_metrics(
     compiled = step.lower(trainable, frozen, sharded_batch(job.lead.programs, shape), aux).compile()
 
     def on_batch(states: States, batch: Batch) -> Any:
-        own, aux = [s.trainable for s in states], [s.aux for s in states]
-        return compiled(own, frozen, sharding.shard_batch(mesh, batch), aux)
+        trainable, aux = [s.trainable for s in states], [s.aux for s in states]
+        return compiled(trainable, frozen, sharding.shard_batch(mesh, batch), aux)
 
     def read(total: Metrics) -> list[Metrics]:
         return [jax.tree.map(lambda x, k=k: x[k], total) for k in range(count)]

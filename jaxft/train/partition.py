@@ -72,7 +72,7 @@ def partition_params(
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
     patterns = (pattern,) if isinstance(pattern, str) else pattern or trainable_patterns(model, adapter)
     mask = jax.tree.map(
-        lambda *hits: any(hits), *(tree.mask_by_path(paths, one, "train") for one in patterns)
+        lambda *hits: any(hits), *(tree.mask_by_path(paths, regex, "train") for regex in patterns)
     )
     mask = tree.map_with_path(lambda path, m: m and not _always_frozen(path), mask)
     if dtype is not None and not any(jax.tree.leaves(mask["base"])):
@@ -114,7 +114,7 @@ def trainable_patterns(
     with_defaults = ("adapter/.*" if adapter else "base/.*", *(f"{name}(/.*)?" for name in heads))
     return (
         *((pattern,) if pattern else with_defaults),
-        *(f"{re.escape(name)}/.*" for name, one in scorers.items() if one.trained),
+        *(f"{re.escape(name)}/.*" for name, scorer in scorers.items() if scorer.trained),
     )
 
 
@@ -146,8 +146,8 @@ def split_params(partition: Partition, params: Any) -> tuple[Any, Any]:
 
 def parameter_counts(partition: Partition) -> tuple[int, int]:
     """Return (number of trainable parameters, number of all parameters). A teacher's are not counted."""
-    own = {name: specs for name, specs in partition.specs.items() if name != TEACHER}
-    return param.count_params(partition.trainable_specs), param.count_params(own)
+    model_specs = {name: specs for name, specs in partition.specs.items() if name != TEACHER}
+    return param.count_params(partition.trainable_specs), param.count_params(model_specs)
 
 
 class ParameterRow(NamedTuple):

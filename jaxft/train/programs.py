@@ -175,7 +175,7 @@ def _check_mesh(run: Run, mesh: jax.sharding.Mesh) -> None:
 
 def _with_shardings(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda s, own: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=own), shapes, shardings
+        lambda s, spec: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=spec), shapes, shardings
     )
 
 
@@ -239,7 +239,8 @@ def start(
     """
     pairs = None
     if run.quant and run.quant.calibrate and run.quant.codes is None:
-        raise ValueError("quant.calibrate: the base is not calibrated yet; use jaxft.train or jaxft.prepare")
+        setting = f"quant.calibrate={run.quant.calibrate}"
+        raise ValueError(f"{setting}: the base is not calibrated yet; use jaxft.train or jaxft.prepare")
     if run.adapter and run.adapter.changes_base:
         pairs = run_pairs(run.weights, p.partition.stored, run.adapter, folder, restored is not None)
     if base is None:
@@ -247,9 +248,9 @@ def start(
         merged = adapter_folder(run.start) if run.start and run.adapter is None else None
         without = pairs.without if pairs else None
         base = pretrained.load_base(run.weights, p.partition.stored, p.mesh, skip, merged, without)
-    own = HeadSettings(run.adapter, run.start if run.adapter else None)
+    heads = HeadSettings(run.adapter, run.start if run.adapter else None)
     others = initial_params.init_all_but_base(
-        p.partition.model, p.mesh, run.seed, own, run.weights, run.heads
+        p.partition.model, p.mesh, run.seed, heads, run.weights, run.heads
     )
     if pairs:
         others["adapter"] = place_pairs(pairs.start, others["adapter"])
@@ -260,7 +261,7 @@ def start(
         others["adapter"] = eva_adapter(model, base, others["adapter"], run.adapter, rows, p.mesh)
     if run.teacher:
         others[TEACHER] = load_teacher(run.teacher, run, p.mesh)
-    others = with_magnitudes(base, others, {"adapter": own, **run.heads})
+    others = with_magnitudes(base, others, {"adapter": heads, **run.heads})
     trainable, frozen = partition.split_params(p.partition, {"base": base, **others})
     if restored is not None:
         return restored, frozen
@@ -445,7 +446,7 @@ def _check_init(run: Run, parts: Partition) -> None:
         raise ValueError(f"{setting} compensates for quantisation; set quant=nf4, or use adapter.init=pissa")
     calibrated = run.quant is not None and run.quant.calibrate is not None
     if calibrated and run.adapter.init != QERA:
-        raise ValueError(f"{setting} changes the base before quant.calibrate; use adapter.init=qera")
+        raise ValueError(f"{setting} changes the base before it is calibrated; use adapter.init=qera")
     if run.adapter.init == QERA and not calibrated:
         raise ValueError(f"{setting} corrects a calibrated base; set quant=nf4 quant.calibrate=run")
     check_ranks(parts.specs["base"], run.adapter, parts.model.weight_names)

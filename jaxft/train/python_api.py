@@ -203,7 +203,7 @@ def train_recipe(
     with errors_as_lines():
         if not isinstance(callbacks, Iterable):
             raise ValueError("callbacks= is a list of callbacks; write callbacks=[...] around this one")
-        trackers, clock = [Callback(one) for one in callbacks], Clock()
+        trackers, clock = [Callback(callback) for callback in callbacks], Clock()
         resolved = resolve_settings(recipe, rows, together(settings, knobs))
         folder = jobs.run_folder(resolved.value, Path(root))
         with processes.started(resolved.value.hosts, terminal.print_error):
@@ -252,8 +252,10 @@ class RunResult:
         for entry in read_entries(self.folder / METRICS):
             perf = {f"perf/{name}": value for name, value in entry.pop("perf", {}).items()}
             by_step.setdefault(entry.pop("step"), {}).update({**entry, **perf})
-        names = dict.fromkeys(name for own in by_step.values() for name in own)
-        columns = {name: np.array([own.get(name) for own in by_step.values()], np.float64) for name in names}
+        names = dict.fromkeys(name for entry in by_step.values() for name in entry)
+        columns = {
+            name: np.array([entry.get(name) for entry in by_step.values()], np.float64) for name in names
+        }
         return {"step": np.array([*by_step]), **columns}
 
     @property
@@ -285,8 +287,8 @@ class RunResult:
     @property
     def adapter(self) -> Path:
         """The folder of the weights: adapter/ in PEFT's layout, or model/ in transformers'."""
-        own = self.folder / "adapter"
-        return own if own.is_dir() else self.folder / "model"
+        adapter = self.folder / "adapter"
+        return adapter if adapter.is_dir() else self.folder / "model"
 
     @cached_property
     def loaded(self) -> "LoadedModel":
@@ -359,7 +361,7 @@ class LoadedModel:
         weights, limit = self.weights, self.model.config.max_positions
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts={prompts!r}; give a list of prompts")
-        if all(isinstance(one, Mapping) and "role" in one for one in prompts):
+        if all(isinstance(prompt, Mapping) and "role" in prompt for prompt in prompts):
             raise ValueError("prompts is one conversation; a prompt is a list of messages: give [prompts]")
         ids = self._encode(prompts)
         longest = max(map(len, ids))
@@ -385,10 +387,10 @@ class LoadedModel:
         settings = prompt_settings(self.named.record)
         format, columns = settings.pop("format", "auto"), settings.pop("columns")
         rows = [
-            rename_columns(Row(f"prompts[{i}]", dict(one)), columns)
-            if isinstance(one, Mapping)
-            else Row(f"prompts[{i}]", {"prompt": one})
-            for i, one in enumerate(prompts)
+            rename_columns(Row(f"prompts[{i}]", dict(prompt)), columns)
+            if isinstance(prompt, Mapping)
+            else Row(f"prompts[{i}]", {"prompt": prompt})
+            for i, prompt in enumerate(prompts)
         ]
         examples = [prompt_of(row, PLAIN if format == PLAIN else "auto") for row in rows]
         return [valid(x) for x in example_prompt_ids(examples, self.tokenizer, TemplateSettings(**settings))]

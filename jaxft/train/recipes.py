@@ -214,8 +214,8 @@ class LoraKnobs(ModelKnobs):
         """
         if not isinstance(reward, str):
             return {}, () if reward is None else (reward,)
-        own = None if self.quant == CHECKPOINT else Quant.parse(self.quant)
-        heads, model = find_reward_model(reward, self.build(), own, max_length)
+        reward_quant = None if self.quant == CHECKPOINT else Quant.parse(self.quant)
+        heads, model = find_reward_model(reward, self.build(), reward_quant, max_length)
         return heads, (model,)
 
 
@@ -501,5 +501,5 @@ class RolloutKnobs(PromptKnobs):
     def rewards(self, functions: tuple[Callable, ...], default: Callable) -> tuple[Any, ...]:
         """Return the environment's score, if it has one, and `functions`; `default` if there are none."""
         played = environment_of(self.environment, self.tools)
-        own: tuple[Any, ...] = (EnvironmentReward(),) if played.scored else ()
-        return (*own, *functions) or (default,)
+        environment_reward: tuple[Any, ...] = (EnvironmentReward(),) if played.scored else ()
+        return (*environment_reward, *functions) or (default,)

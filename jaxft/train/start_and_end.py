@@ -122,7 +122,7 @@ def ended_early(job: Job, saved: dict[str, Any] | None, done: int) -> Job:
         return replace(job, steps=done, ended_by="callback")
     if not patience or done >= job.steps or not history:
         return job
-    stalled = all(is_stalled(own, patience) for own in zip(*history, strict=True))
+    stalled = all(is_stalled(member_scores, patience) for member_scores in zip(*history, strict=True))
     return replace(job, steps=done, ended_by="patience") if stalled else job
 
 
@@ -215,7 +215,7 @@ def evaluate_end(
     raises AgreedError if the run is not finished.
     """
     after, values = compiled.evaluation(states)
-    after = [with_part(job, end, own.rows) for end, own in zip(after, values, strict=True)]
+    after = [with_part(job, end, held_out.rows) for end, held_out in zip(after, values, strict=True)]
     write_held_out(job, values)
     logs.step(job.steps, [evaluation["metrics"] for evaluation in after])
     finished = []

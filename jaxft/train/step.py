@@ -216,8 +216,8 @@ def kind_of(path: str) -> str:
     `critic/adapter/layers/attn/q/a` is `critic/attn/q`.
     """
     parts = path.split("/")
-    own = parts[:-1] if "adapter" in parts else parts
-    return "/".join(part for part in own if part not in ("layers", "base", "adapter"))
+    kept = parts[:-1] if "adapter" in parts else parts
+    return "/".join(part for part in kept if part not in ("layers", "base", "adapter"))
 
 
 def make_layer_norms(specs: Specs, name_of: Callable[[str], str] = kind_of) -> Callable[[Params], Norms]:

@@ -84,7 +84,11 @@ class Sweep:
                     f"adapter.dropout={run.adapter.dropout} is not possible in a sweep. Set it to 0."
                 )
         adapters = [run.adapter for run in runs]
-        if runs[0].adapter and runs[0].adapter.changes_base and any(one != adapters[0] for one in adapters):
+        if (
+            runs[0].adapter
+            and runs[0].adapter.changes_base
+            and any(other != adapters[0] for other in adapters)
+        ):
             raise ValueError(
                 f"adapter.init={runs[0].adapter.init} changes the base, which the members of a sweep share, "
                 "so they need the same adapter settings. Set adapter.init=default."
@@ -140,9 +144,9 @@ def reason_to_separate(runs: Mapping[str, Run]) -> str:
         facts = [run.objective(run.model).facts for run in runs.values()]
     except ValueError as error:
         return str(error)
-    if any(one.noise for one in facts):
+    if any(fact.noise for fact in facts):
         return "neftune is random, and they would share one forward pass"
-    kinds = sorted({one.reference for one in facts} - {"none"})
+    kinds = sorted({fact.reference for fact in facts} - {"none"})
     return f"their references are of different kinds ({', '.join(kinds)})" if len(kinds) > 1 else ""
 
 

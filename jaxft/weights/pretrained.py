@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxft import tree
+from jaxft.distributed.exit import shorten_error
 from jaxft.models import model_types
 from jaxft.models.adapted import adapted
 from jaxft.models.model import Model, ModelConfig
@@ -91,7 +92,7 @@ def model_for(ref: str, **options: Any) -> Model:
         raise ValueError(str(e) if named else f"{where}: {e}") from e
     except (TypeError, KeyError, AttributeError, OverflowError) as e:
         raise ValueError(
-            f"{where}: its configuration has a missing or invalid value ({hub.short_message(e)}); "
+            f"{where}: its configuration has a missing or invalid value ({shorten_error(e)}); "
             "correct its config.json"
         ) from e
     return family.build(parsed, **options)
@@ -154,7 +155,7 @@ def check_preset(ref: str, config: ModelConfig) -> None:
     theirs = model_types.family_of(hf_config).from_hf(hf_config)
     if differing := config_differences(config, theirs):
         raise ValueError(
-            f"{ref}: jaxft's settings for this name and those of the files differ: {'; '.join(differing)}. "
+            f"{ref}: jaxft's settings for this name and the files' settings differ: {'; '.join(differing)}. "
             f"Use the files' folder as the model: {located.path}"
         )
 

@@ -110,16 +110,16 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
         base = {"base": pretrained.load_frozen(args.model, model, mesh)}
         ranks = [args.ranks[i % len(args.ranks)] for i in range(args.adapters)]
         stack = stack_by_row([random_adapter(model, rank, seed) for seed, rank in enumerate(ranks)])
-        one = jax.tree.map(lambda x: x.astype(model.dtype), random_adapter(model, args.rank, 0))
+        adapter = jax.tree.map(lambda x: x.astype(model.dtype), random_adapter(model, args.rank, 0))
         stack = stored_stack(stack, model.dtype)
         cases: list[tuple[str, Any, dict[str, Any]]] = [
-            ("one", adapted(model, None), {"adapter": one}),
+            ("one", adapted(model, None), {"adapter": adapter}),
             ("many", adapted_by_row(model), {"stack": stack}),
         ]
         if args.base:
             cases.append(("base", adapted(model, None), {}))
-        for name, whole, own in cases:
-            params = {**base, **adapter_folders.on_every_device(own, None, mesh)}
+        for name, whole, separate in cases:
+            params = {**base, **adapter_folders.on_every_device(separate, None, mesh)}
             by_name[name] = Scheduler(
                 compile_server(whole, sizes, params, mesh), sizes, params, args.adapters
             )

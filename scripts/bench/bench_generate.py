@@ -133,10 +133,10 @@ def as_folder(a: argparse.Namespace, folder: str) -> None:
 
 def turn(a: argparse.Namespace, who: str, model: str) -> dict[str, float]:
     """Run one measurement in a separate process, and return its numbers. who: jaxft or transformers."""
-    own = [__file__, *sys.argv[1:], "--turn"]
+    command = [__file__, *sys.argv[1:], "--turn"]
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[a.dtype]
     other = ["-c", TRANSFORMERS_SCRIPT, json.dumps([model, prompts(a), a.new, dtype, a.group])]
-    argv = own if who == "jaxft" else other
+    argv = command if who == "jaxft" else other
     done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{who}: {(done.stderr.strip().splitlines() or ['failed without a message'])[-1]}")
@@ -163,7 +163,7 @@ def main() -> int:
     sizes = ("prompts", "length", "group", "rows", "new", "mean_length", "dtype", "cache", "rounds")
     out: dict[str, Any] = {name: getattr(a, name) for name in sizes}
     for name, turns in turns_of.items():
-        out[name] = {key: round(float(np.mean([one[key] for one in turns])), 2) for key in turns[0]}
+        out[name] = {key: round(float(np.mean([turn[key] for turn in turns])), 2) for key in turns[0]}
     if not a.alone:
         out["ratio"] = round(out["jaxft"]["tokens_per_second"] / out["transformers"]["tokens_per_second"], 2)
     print(json.dumps(out))

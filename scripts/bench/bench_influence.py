@@ -7,8 +7,8 @@ A world's rows have right labels. In each of --drawings drawings, labels are fli
 the gradients of their pairs, so that one pass over the rows serves all drawings. auroc: area under the ROC
 curve with 20 % of the labels flipped, the least and the mean over the drawings. worst_last: number of
 drawings in which one of ten sources, with 60 % of its labels flipped, has the lowest mean influence of all.
-epochs: CPU seconds of the pass and its compilation, divided by those of an epoch of training, from --steps
-steps after the first two.
+epochs: CPU seconds of the pass and its compilation, divided by the CPU seconds of an epoch of training, from
+--steps steps after the first two.
 
 SmolLM2-135M-Instruct, dpo, two busy AVX2 cores: worlds 0, 1 and 2 have least areas of 0.938, 0.904 and 0.926
 and means of 0.953, 0.932 and 0.949; the bad source is the last in 10 of 10 drawings each. The pass takes

@@ -54,8 +54,8 @@ def write_model(folder: Path, gb: float) -> None:
     config = LlamaConfig(
         vocab=8 * wide, width=wide, layers=1, heads=16, kv_heads=8, head_dim=wide // 16, mlp=4 * wide
     )
-    one, tables = param.count_params(llama(config).specs), 2 * config.vocab * wide
-    model = llama(replace(config, layers=max(2, round((gb * 1e9 / 2 - tables) / (one - tables)))))
+    params, tables = param.count_params(llama(config).specs), 2 * config.vocab * wide
+    model = llama(replace(config, layers=max(2, round((gb * 1e9 / 2 - tables) / (params - tables)))))
     rng, dtype = np.random.default_rng(0), np.dtype(jnp.bfloat16)
 
     def lazy(path: str, spec: Any) -> LazyTensor:

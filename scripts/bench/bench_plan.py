@@ -88,9 +88,9 @@ def random_batch(abstract: Any, vocab: int) -> Any:
     ids = rng.integers(3, vocab, (2, micro, rows, length)).astype(np.int32)
     at = np.broadcast_to(np.arange(length, dtype=np.int32), (micro, rows, length))
     weights = np.full((micro, rows, length), 1 / (micro * rows * length), np.float32)
-    one = np.ones((micro, rows, length), np.int32)
+    tokens = np.ones((micro, rows, length), np.int32)
     return replace(
-        abstract, ids=ids[0], segments=one, positions=at, read=at, targets=ids[1], token_weights=weights
+        abstract, ids=ids[0], segments=tokens, positions=at, read=at, targets=ids[1], token_weights=weights
     )
 
 

@@ -200,13 +200,13 @@ def main() -> None:
         write_rows(rows, args.rows, 0, args.recipe)
         write_rows(rows.with_name("held_out.jsonl"), HELD_OUT, 1)
         print(f"{args.rows:,} rows, {rows.stat().st_size / 2**20:.0f} MiB", flush=True)
-        own = [sys.executable, __file__, "--recipe", args.recipe, "--tokenise", str(rows)]
+        command = [sys.executable, __file__, "--recipe", args.recipe, "--tokenise", str(rows)]
         checkouts = {"": str(ROOT)} | ({args.against.name: str(args.against)} if args.against else {})
         fingerprints, seconds = set[tuple[str, str]](), defaultdict[tuple[str, int], list[float]](list)
         for _ in range(args.rounds):
             for workers, (label, checkout) in product(args.workers, checkouts.items()):
                 shutil.rmtree(folder / "rows", ignore_errors=True)
-                text, _, peak = measured([*own, str(workers), checkout], folder)
+                text, _, peak = measured([*command, str(workers), checkout], folder)
                 record = json.loads(text.splitlines()[-1])
                 fingerprints.add((label, record["fingerprint"]))
                 seconds[label, workers].append(record["seconds"])
@@ -221,8 +221,8 @@ def main() -> None:
             print(f"{workers} processes: {ratio:.2f} times as fast as {args.workers[0]}")
         print(f"the same batches: {len(fingerprints) == len(checkouts)}")
         for label, checkout in reversed(checkouts.items()):
-            measured([*own, "1", checkout], folder)
-            text, _, peak = measured([*own, "1", checkout], folder)
+            measured([*command, "1", checkout], folder)
+            text, _, peak = measured([*command, "1", checkout], folder)
             record = json.loads(text.splitlines()[-1])
             print(
                 f"{label and label + ', '}from the cache ({record['cache']}): {record['seconds']:.1f} s, "

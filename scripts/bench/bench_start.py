@@ -90,7 +90,7 @@ def report(kind: str, root: Path, starts: list[Phases]) -> None:
     """Print the medians of some starts: a line for each phase with its seconds and CPU seconds."""
     print(f"{kind} start of {root}, median of {len(starts)}:")
     for name in starts[0]:
-        wall, cpu = np.median([one[name] for one in starts], axis=0)
+        wall, cpu = np.median([start[name] for start in starts], axis=0)
         print(f"  {name:24s} {wall:7.2f} s" + ("" if np.isnan(cpu) else f"  CPU {cpu:7.2f} s"), flush=True)
 
 
@@ -100,15 +100,15 @@ def list_imports() -> None:
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    own: dict[str, int] = {}
+    seconds: dict[str, int] = {}
     for line in done.stderr.splitlines():
         parts = [part.strip() for part in line.removeprefix("import time:").split("|")]
         if len(parts) == 3 and parts[0].isdigit():
             package = parts[2].split(".")[0]
-            own[package] = own.get(package, 0) + int(parts[0])
-    for package, micros in sorted(own.items(), key=lambda item: -item[1])[:25]:
+            seconds[package] = seconds.get(package, 0) + int(parts[0])
+    for package, micros in sorted(seconds.items(), key=lambda item: -item[1])[:25]:
         print(f"{micros / 1e6:7.3f} s  {package}")
-    print(f"{sum(own.values()) / 1e6:7.3f} s  in all")
+    print(f"{sum(seconds.values()) / 1e6:7.3f} s  in all")
 
 
 def main() -> int:
@@ -127,10 +127,10 @@ def main() -> int:
             report("cold", root, [phases(root, args.overrides, cache)])
         warm: list[list[Phases]] = [[] for _ in args.root]
         for _ in range(args.rounds):
-            for root, cache, own in zip(args.root, caches, warm, strict=True):
-                own.append(phases(root, args.overrides, cache))
-        for root, own in zip(args.root, warm, strict=True):
-            report("warm", root, own)
+            for root, cache, root_starts in zip(args.root, caches, warm, strict=True):
+                root_starts.append(phases(root, args.overrides, cache))
+        for root, root_starts in zip(args.root, warm, strict=True):
+            report("warm", root, root_starts)
     return 0
 
 

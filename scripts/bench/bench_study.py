@@ -59,7 +59,7 @@ class WordWorld:
 
     @property
     def best(self) -> int:
-        """The index in BIASES of the annotators' bias, which is also that of the best loss."""
+        """The index in BIASES of the annotators' bias, which is also the best loss's index."""
         return int(np.random.default_rng(self.seed).integers(len(BIASES)))
 
     @cached_property
@@ -178,8 +178,8 @@ def full_grid(lab: Any, folder: Path) -> list[dict[str, Any]]:
     trials = {label: lab.study.trials_of(label) for label in lab.study.losses}
     for seed in lab.study.seeds:
         for number in range(lab.study.trials):
-            own = {label: of_loss[number] for label, of_loss in trials.items()}
-            done = train_wave(lab, folder, Wave(seed, own, 0, steps), done)
+            of_number = {label: of_loss[number] for label, of_loss in trials.items()}
+            done = train_wave(lab, folder, Wave(seed, of_number, 0, steps), done)
     return done
 
 
@@ -271,31 +271,31 @@ def main() -> int:
     worlds = []
     for seed in range(a.first, a.first + a.worlds):
         with tempfile.TemporaryDirectory() as folder, chdir(folder):
-            one = run_world(seed, a.steps, a.trials, a.grids is None or seed - a.first < a.grids)
-        worlds.append(one)
-        right = "right" if one["found"] == one["planted"] else "WRONG"
-        limits = sorted(one["limit"].values())[::-1]
+            out = run_world(seed, a.steps, a.trials, a.grids is None or seed - a.first < a.grids)
+        worlds.append(out)
+        right = "right" if out["found"] == out["planted"] else "WRONG"
+        limits = sorted(out["limit"].values())[::-1]
         print(
-            f"world {seed}: planted {one['planted']} (limit {limits[0]:.3f}, next {limits[1]:.3f}), found "
-            f"{one['found']} {right}, accuracy {one['accuracy'][one['found']]:.3f}, second {one['second']} "
-            f"{one['accuracy'][one['second']]:.3f}, p = {one['p']:.2g}; full grid {one['grid']}; seconds "
-            f"{one['seconds'][0]:.1f} and {one['seconds'][1]:.1f}",
+            f"world {seed}: planted {out['planted']} (limit {limits[0]:.3f}, next {limits[1]:.3f}), found "
+            f"{out['found']} {right}, accuracy {out['accuracy'][out['found']]:.3f}, second {out['second']} "
+            f"{out['accuracy'][out['second']]:.3f}, p = {out['p']:.2g}; full grid {out['grid']}; seconds "
+            f"{out['seconds'][0]:.1f} and {out['seconds'][1]:.1f}",
             flush=True,
         )
         if a.json:
-            print(json.dumps(one), flush=True)
-    ratio = np.array([np.array(one["error"]) / np.array(one["unpaired"]) for one in worlds])
+            print(json.dumps(out), flush=True)
+    ratio = np.array([np.array(world["error"]) / np.array(world["unpaired"]) for world in worlds])
     two = list(combinations(range(len(BIASES)), 2))  # in the order of the study's duels
     near = ratio[:, [two.index((i, i + 1)) for i in range(len(BIASES) - 1)]]
-    right = sum(one["found"] == one["planted"] for one in worlds)
+    right = sum(world["found"] == world["planted"] for world in worlds)
     print(
         f"the planted loss was found in {right} of {len(worlds)} worlds; paired error over the unpaired one: "
         f"median {np.median(near):.2f} of losses with neighbouring alpha, {np.median(ratio):.2f} of all"
     )
-    both = [one for one in worlds if one["grid"] is not None]
+    both = [world for world in worlds if world["grid"] is not None]
     if both:
-        steps, seconds = (np.array([one[name] for one in both]).sum(0) for name in ("steps", "seconds"))
-        of_grid = sum(one["grid"] == one["planted"] for one in both)
+        steps, seconds = (np.array([world[name] for world in both]).sum(0) for name in ("steps", "seconds"))
+        of_grid = sum(world["grid"] == world["planted"] for world in both)
         print(
             f"full grid of {len(both)} worlds: found it in {of_grid}; the study took "
             f"{steps[0] / steps[1]:.3f} of its steps and {seconds[0] / seconds[1]:.3f} of its seconds"

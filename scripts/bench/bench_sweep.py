@@ -100,15 +100,15 @@ def _result(
     count: int, alone: tuple[list[tuple[float, float]], list[float]], all_: tuple[Any, list[float]]
 ) -> dict[str, Any]:
     seconds = statistics.mean(s for s, _ in alone[0])
-    one, many = statistics.median(alone[1]), statistics.median(all_[1])
+    alone_seconds, many = statistics.median(alone[1]), statistics.median(all_[1])
     return {
         "members": count,
         "whole": round(all_[0][0] / (count * seconds), 3),
-        "step": round(many / (count * one), 3),
+        "step": round(many / (count * alone_seconds), 3),
         "seconds_together": round(all_[0][0], 1),
         "seconds_alone": [round(s, 1) for s, _ in alone[0]],
         "step_seconds_together": round(many, 3),
-        "step_seconds_alone": round(one, 3),
+        "step_seconds_alone": round(alone_seconds, 3),
         "peak_gib_together": round(all_[0][1], 2),
         "peak_gib_alone": round(max(g for _, g in alone[0]), 2),
     }

@@ -104,7 +104,7 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Measure, and print both models' numbers."""
     a = arguments()
-    rounded = {name: {key: round(value, 2) for key, value in one.items()} for name, one in measure(a).items()}
+    rounded = {name: {key: round(value, 2) for key, value in row.items()} for name, row in measure(a).items()}
     print(json.dumps({**vars(a), **rounded}))
     return 0
 

@@ -111,11 +111,12 @@ def planned(run: Any, machine: Any) -> dict[str, Any]:
         resident = sum(program_bytes.resident(programs.abstract(run, machine.devices)[0]).values())
         if resident + 0.4 * machines.GIB > machine.chip.memory - machine.chip.reserved:
             return {**none, "resident": resident}
-        one = plan.plan(run, machine).json()
+        cell = plan.plan(run, machine).json()
     except ValueError as error:
         return {**none, "why": str(error)}
     return {
-        name: one[name] for name in ("fits", "total", "missing", "devices", "parts", "compile_seconds", "why")
+        name: cell[name]
+        for name in ("fits", "total", "missing", "devices", "parts", "compile_seconds", "why")
     }
 
 
@@ -177,7 +178,7 @@ def main() -> int:
         return json.loads(a.out.read_text()) if a.out.exists() else {}
 
     def known() -> dict[str, Any]:
-        return {key: one for key, one in stored().items() if one["source"] == version or not a.again}
+        return {key: cell for key, cell in stored().items() if cell["source"] == version or not a.again}
 
     def save(key: str, entry: dict[str, Any]) -> None:
         write(a.out, {**stored(), key: {**entry, "source": version}})
@@ -191,7 +192,7 @@ def main() -> int:
         for chip, model, method, objective in cells_of(a):
             cell(chip, model, method, objective, known(), save)
     print(table(stored(), a))
-    older = sum(one["source"] != version for one in stored().values())
+    older = sum(cell["source"] != version for cell in stored().values())
     if older:
         print(
             f"\n{older} of {len(stored())} programs were compiled with an older jax or older code; "

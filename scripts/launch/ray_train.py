@@ -3,7 +3,7 @@
     ray job submit --working-dir . -- python scripts/launch/ray_train.py NODES GPUS llama31_8b_sft \
         mesh.data=1 mesh.fsdp=-1 micro=1
 
-GPUS is the number per node; arguments after it are those of `jaxft train`. scripts/launch/rayjob.yaml starts
+GPUS is the number per node; arguments after it are for `jaxft train`. scripts/launch/rayjob.yaml starts
 the script by KubeRay. Every node needs jaxft in Ray's environment. JAXFT_FOLDER names a folder for runs/ that
 all nodes share, by default the working directory. The first node is the coordinator, and JAXFT_ variables set
 the ranks.

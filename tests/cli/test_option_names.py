@@ -58,7 +58,8 @@ def check(overrides, recipe):
 
 def test_chat_templates_of_the_table_exist():
     for override in overrides_of_table()["sft"]["chat_template"]:
-        find_template(override.partition("=")[2])
+        name = override.partition("=")[2]
+        assert "messages" in find_template(name).source, name
 
 
 def test_settings_that_depend_on_other_options_exist():

@@ -227,7 +227,7 @@ def test_a_template_that_hides_the_answer_is_refused():
         "{% for m in messages %}[{{ m.role }}] {{ m.content if m.role == 'user' }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant] {% endif %}"
     )
-    with pytest.raises(ValueError, match="rows.jsonl:1: .* hides .* not show the content of message 1"):
+    with pytest.raises(ValueError, match="rows.jsonl:1: .* misrenders .* not show the content of message 1"):
         loss_mask.render(conversation(["q", "one"]), loss_mask.template_of(tokenizer))
 
 

@@ -331,7 +331,7 @@ def test_every_error_about_a_row_is_an_invalid_row():
 def test_the_remedy_of_the_rows_comes_first_and_is_not_cut_in_a_word():
     remedy = "set chat_template=qwen, or use another tokenizer"
     found = InvalidRows(0.5)
-    found.add(InvalidRow("r:1", "hidden call", f"the template hides what is learned: {'x' * 300}; {remedy}"))
+    found.add(InvalidRow("r:1", "hidden call", f"the template misrenders a turn: {'x' * 300}; {remedy}"))
     with pytest.raises(ValueError) as error:
         found.check("r", 1)
     assert str(error.value).endswith(f"{remedy}). Fix them, or correct data.format or data.columns, or raise "

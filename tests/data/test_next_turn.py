@@ -148,6 +148,6 @@ def test_a_tokenizer_without_a_template_has_no_second_turn():
 
 def test_a_note_names_the_turns_after_which_a_new_row_begins():
     (note,) = restart_notes(TOOLS, stock_tokenizer("qwen3"), DEFAULT_TEMPLATE_SETTINGS)
-    assert "rewrites earlier turns after a turn with a <think> block that the user answers: there" in note
+    assert "rewrites earlier turns after a turn with a <think> block that the user answers: a new" in note
     assert restart_notes(TOOLS, stock_tokenizer("qwen2.5"), DEFAULT_TEMPLATE_SETTINGS) == ()
     assert restart_notes([], tiny("none"), DEFAULT_TEMPLATE_SETTINGS) == ()

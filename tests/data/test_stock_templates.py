@@ -52,7 +52,7 @@ def check_learned(name, tokenizer, turns, loss_on):
     texts = expected(name, turns, loss_on)
     template = loss_mask.template_of(tokenizer, settings)
     if texts is None or texts is Rejected:
-        problem = "rejects the row" if texts is Rejected else "hides what is learned"
+        problem = "rejects the row" if texts is Rejected else "misrenders a turn that is trained on"
         with pytest.raises(ValueError, match=f"rows.jsonl:7: the chat template of stock/{name} {problem}"):
             loss_mask.render(row(turns, tools), template, loss_on)
         return

@@ -132,7 +132,8 @@ def test_qwen3_learns_the_thinking_of_the_last_turn_and_cuts_that_of_earlier_one
     messages = (Q, thinking("why", "one", key), Q, thinking("how", "two", key))
     part = "the reasoning_content" if key else "the thinking block"
     hides = (
-        f"^r:1: the chat template of stock/qwen3 hides what is learned: it does not show {part} of message 1"
+        "^r:1: the chat template of stock/qwen3 misrenders a turn that is trained on: "
+        f"it does not show {part} of message 1"
     )
     with pytest.raises(ValueError, match=f"{hides}, .*data.loss_on=completion"):
         render("qwen3", *messages)
@@ -165,7 +166,7 @@ def test_a_samples_prompt_is_printed_as_the_question_alone():
 @pytest.mark.parametrize("name", ("deepseek-r1", "deepseek-r1-distill"))
 def test_deepseek_r1_hides_the_thinking_of_every_turn(name):
     answer = turn("assistant", "<think>\nwhy\n</think>\n\none")
-    with pytest.raises(ValueError, match=f"stock/{name} hides .* the thinking block of message 1"):
+    with pytest.raises(ValueError, match=f"stock/{name} misrenders .* the thinking block of message 1"):
         render(name, Q, answer, loss_on="completion")
     text, learned = render(name, Q, answer, Q, A, loss_on="completion")
     assert learned == [f"a{EOS}"] and "why" not in text

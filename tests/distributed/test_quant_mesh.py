@@ -90,7 +90,7 @@ def test_codes_of_per_channel_blocks_are_sharded_between_bytes():
             "attn/o",
             Quant("nf4", 128),
             3,
-            "an input axis of 576 in blocks of 128 can't be sharded over tensor=3; use one of (1,), or",
+            "an input axis of 576 in blocks of 128 can't be sharded over tensor=3; use one of (1,) for",
         ),
         (
             "mlp/down",

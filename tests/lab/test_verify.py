@@ -34,7 +34,7 @@ def test_a_run_is_verified_and_its_steps_are_computed_again_to_the_bit(folder, m
         code, out, err = run(folder, monkeypatch, capsys, "--step", step)
         assert code == 0, err
         assert f"step {step}, computed again from {origin}: its " in out
-        assert "are those of the log, to the bit" in out and "state is that of the checkpoint" in out
+        assert "equal the log's, to the bit" in out and "state equals the checkpoint's" in out
     code, _, err = run(folder, monkeypatch, capsys, "--step", 9)
     assert code == 1 and "has no training metrics of step 9; choose a logged step" in err
 

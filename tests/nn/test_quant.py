@@ -516,11 +516,11 @@ def test_a_qtensor_has_no_gradient():
         (partial(Quant, "nf3"), "quant=nf3: this quantisation is not implemented; use one of int8"),
         (
             partial(Quant, "int8", 64),
-            "int8 has one scale per channel, got block=64; set it to none",
+            "int8 has one scale per channel, so block=64 has no use; set block=none",
         ),
         (
             partial(Quant, "fp8", 128),
-            "fp8 has one scale per channel, got block=128; set it to none",
+            "fp8 has one scale per channel, so block=128 has no use; set block=none",
         ),
         (
             partial(Quant, "int8", fp8_matmul=True),

@@ -73,7 +73,7 @@ def test_a_base_that_is_out_of_reach_or_not_named_is_one_line_with_model(tmp_pat
     )  # fmt: skip
     for number, (base, error) in enumerate(cases):
         folder = adapter(tmp_path / str(number), base)
-        with pytest.raises(error, match="use --model") as caught:
+        with pytest.raises(error, match="with --model") as caught:
             named_weights(None, None, folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
         assert len(str(caught.value)) < 1000

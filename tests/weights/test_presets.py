@@ -44,7 +44,7 @@ def test_a_preset_with_the_settings_of_the_files_is_loaded(folder, monkeypatch, 
 )
 def test_a_preset_with_other_settings_than_the_files_is_refused(folder, monkeypatch, changes, named):
     model = preset_of(folder, monkeypatch, **changes)
-    with pytest.raises(ValueError, match="settings for this name and those of the files differ") as error:
+    with pytest.raises(ValueError, match="settings for this name and the files' settings differ") as error:
         pretrained.open_params(NAME, model)
     assert named in str(error.value) and str(folder) in str(error.value)
 

@@ -87,7 +87,7 @@ def _axolotl(draft: Draft) -> None:
     items = option.value if isinstance(option.value, list) else [option.value]
     items = [item if isinstance(item, Mapping) else {"path": item} for item in items]
     columns: list[list[str]] = [[] for _ in items]
-    remarks = [line for item, own in zip(items, columns) for line in _axolotl_type(draft, item, own)]
+    remarks = [line for item, extra in zip(items, columns) for line in _axolotl_type(draft, item, extra)]
     overrides = _with_columns("data", list(map(_reference, items)), columns)
     if option.name == "pretraining_dataset":
         draft.drop("sample_packing", "pretrain_multipack_attn", "pretraining_sample_concatenation")
@@ -166,7 +166,7 @@ def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> li
     """
     if len(refs) == 1 and columns[0] and setting == "data":
         return [f"data={refs[0]}", f"data.columns={','.join(dict.fromkeys(columns[0]))}"]
-    parts = [":".join([ref, *dict.fromkeys(own)]) for ref, own in zip(refs, columns, strict=True)]
+    parts = [":".join([ref, *dict.fromkeys(extra)]) for ref, extra in zip(refs, columns, strict=True)]
     return [f"{setting}={','.join(parts)}"]
 
 
@@ -279,7 +279,7 @@ def _factory(draft: Draft) -> None:
         if shares is not None:
             parts = [text.strip() for text in as_text(shares.value).split(",")]
             if len(parts) == len(refs):
-                columns = [[*own, part] for own, part in zip(columns, parts, strict=True)]
+                columns = [[*extra, part] for extra, part in zip(columns, parts, strict=True)]
             draft.express(shares, [])
         overrides = _with_columns(setting, refs, columns)
         if missing:

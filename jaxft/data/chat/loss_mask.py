@@ -1,15 +1,15 @@
-"""Tokenise examples with an exact loss mask.
+"""Tokenise examples (rows of a dataset that have been parsed, see example.py) with an exact loss mask.
 
 Conversations and instruction rows are rendered by the tokenizer's chat template and tokenised without adding
-special tokens again, so there is one BOS. Plain prompts, completions and texts get the special tokens that
-the tokenizer adds, and EOS. A plain prompt is tokenised alone, as for generation, even where one token could
-span its end. The loss mask is computed on the rendered text, as ranges of characters, and mapped to tokens by
-their offsets: a token is a target if it contains any character of a response. An assistant turn is what the
-template's {% generation %} markers enclose or, without markers, everything after the prompt that generation
-would start from. It includes the end-of-turn token, from which the model learns to stop, and must show all of
-the turn (see turns.py). Every token of a text row is a target.
+special tokens again, so there is one BOS. Plain prompts with completions, and documents, get the special
+tokens that the tokenizer adds, and EOS. A plain prompt is tokenised alone, as for generation, even where one
+token could contain its last and the next characters. The targets are first ranges of characters of the
+rendered text; a token is a target if it contains a character of such a range. Of an assistant turn, the range
+is the text that the template's {% generation %} markers enclose or, without markers, the text after the
+generation prompt. It includes the end-of-turn token, from which the model learns to stop, and must show all
+of the turn (see turns.py). Every token of a document is a target.
 
-Without a chat template, instruction rows use FALLBACK; conversations need a template.
+Without a chat template, instruction rows are written as in FALLBACK; conversations need a template.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -53,9 +53,10 @@ NOTHING = "nothing"  # a text that is only read, such as by a reward model: a te
 
 
 class WeightedTokens(NamedTuple):
-    """A tokenised example with its loss mask.
+    """A tokenised example: three arrays of shape [tokens].
 
-    learned: which tokens are targets. weights: the loss weight of each token; None if all are 1.
+    ids: token ids, untruncated. learned: True where a token is a target. weights: each token's factor in the
+    loss; None if all are 1.
     """
 
     ids: np.ndarray
@@ -65,11 +66,12 @@ class WeightedTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered example.
+    """An example as text, with the ranges of its characters that are targets.
 
-    learned: the character ranges that are targets. begin, end: whether to add BOS and EOS. learns_end:
-    whether that EOS is a target. weights: character ranges whose targets have a loss weight other than 1.
-    prompt: characters of a plain prompt, which is tokenised alone; 0 for none.
+    name: the row's FILE:LINE, for errors. learned: the ranges that are targets. begin, end: whether to add
+    BOS and EOS. learns_end: whether the added EOS is a target. weights: (range, factor of the loss) where the
+    factor is not 1. prompt: how many characters at the start are a plain prompt, which is tokenised alone; 0
+    without one. Raises InvalidRow if the text is not valid Unicode.
     """
 
     name: str
@@ -85,20 +87,23 @@ class Rendered:
         try:
             self.text.encode()
         except UnicodeEncodeError as error:
-            problem = f"its text has an unpaired surrogate ({error.reason}); fix the text"
+            problem = f"character {error.start} of its text is an unpaired surrogate; fix the text"
             raise InvalidRow(self.name, "unpaired surrogate", problem) from error
 
 
 def _require_short(name: str, text: str) -> None:
-    """Raise InvalidRow for a text that takes too much time and memory to tokenise at once."""
+    """Raise InvalidRow if a text has more than LONGEST_TEXT characters. name: the row's FILE:LINE."""
     if len(text) > LONGEST_TEXT:
         problem = f"its text has {len(text)} characters, more than {LONGEST_TEXT}; shorten or split it"
         raise InvalidRow(name, TOO_LONG, problem)
 
 
 def render(example: Example, template: Template | None, loss_on: str = "completion") -> Rendered:
-    """Render an example, mark its targets. loss_on: one of LOSS_ON, or NOTHING for texts that are only read.
-    Raises InvalidRow, or UnusableTemplate if the chat template fails for every row.
+    """Return the example as text, with the ranges of its characters that are targets.
+
+    template: None if the tokenizer has none. loss_on: the turns that are targets, as in data.loss_on; NOTHING
+    for none, where the template may leave out parts of turns. Raises InvalidRow; ValueError for a
+    conversation without a template; UnusableTemplate if the template fails for every row.
     """
     match example:
         case Text(name, text):
@@ -126,7 +131,7 @@ def render(example: Example, template: Template | None, loss_on: str = "completi
 
 @contextmanager
 def _named(example: Chat) -> Iterator[None]:
-    """Add the row's name to an UnusableTemplate that the body raises."""
+    """Put the row's name in front of the message of an UnusableTemplate that the `with` block raises."""
     try:
         yield
     except UnusableTemplate as error:
@@ -147,7 +152,11 @@ def tokenise_examples(
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[MaskedTokens | InvalidRow]:
-    """Yield (token ids, loss mask) of each example in order, untruncated, or its error as an InvalidRow."""
+    """Yield (token ids, loss mask), untruncated, for each example in order, or an InvalidRow with its error.
+
+    The mask is True where a token is a target. loss_on: as in data.loss_on. Raises ValueError for a slow
+    tokenizer, for plain text if it has no EOS, and for conversations if it has no chat template.
+    """
     for outcome in tokenise_weighted(examples, tokenizer, loss_on, settings):
         yield outcome if isinstance(outcome, InvalidRow) else (outcome.ids, outcome.learned)
 
@@ -158,11 +167,11 @@ def tokenise_weighted(
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[WeightedTokens | InvalidRow]:
-    """Do what `tokenise_examples` does, and also yield the loss weight of each token."""
+    """Do what `tokenise_examples` does, but yield WeightedTokens, with a loss factor for each token."""
     if not tokenizer.is_fast:
         raise ValueError(
-            "loss masks need character offsets, which a slow tokenizer does not have; use a fast one "
-            "(tokenizer.json)"
+            f"the tokenizer {tokenizer.name_or_path!r} is slow (written in Python): it has no character "
+            "offsets, from which loss masks are computed; use a model with a tokenizer.json"
         )
     template = template_of(tokenizer, settings)
 
@@ -196,7 +205,9 @@ def tokenise_weighted(
 def _in_chunks(
     function: Callable[[Any], Value], examples: Iterable[Any]
 ) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
-    """Yield (chunk of examples, the function's result or an InvalidRow for each of them)."""
+    """Yield (examples, results) in lists of up to EXAMPLES_AT_ONCE. A result is function(example), or the
+    InvalidRow that it raises. The result of an InvalidRow in `examples` is that InvalidRow.
+    """
     examples = list(examples)
     for at in range(0, len(examples), EXAMPLES_AT_ONCE):
         chunk = examples[at : at + EXAMPLES_AT_ONCE]
@@ -208,7 +219,9 @@ def tools_warnings(
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning if the prompt of the first example with tools is rendered the same without them."""
+    """Return a warning if the chat template drops the tools of the first example that has any: its prompt is
+    rendered the same without them. Else return ().
+    """
     chat = next((e for e in examples if isinstance(e, Chat) and e.tools), None)
     template = template_of(tokenizer, settings) if chat else None
     if template is None or chat is None:
@@ -228,8 +241,8 @@ def content_warnings(
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning for each role, except the assistant, with a message whose content is missing from the
-    rendered prompt. It names the first such message.
+    """Return a warning for each role, except the assistant, of which the chat template drops a message's
+    content from a prompt. The warning names the first such message.
     """
     template, warnings = template_of(tokenizer, settings), dict[str, str]()
     if template is None:
@@ -237,25 +250,25 @@ def content_warnings(
     for chat in examples:
         if not isinstance(chat, Chat):
             continue
-        own = template.of_chat(chat)
+        used = template.of_chat(chat)
         prompt = chat.messages[: chat.response] or chat.messages
-        for index in _perhaps_hidden(own, chat, prompt):
+        for index in _perhaps_hidden(used, chat, prompt):
             role = prompt[index]["role"]
-            if role in warnings or _shows(own, chat, prompt, index):
+            if role in warnings or _shows(used, chat, prompt, index):
                 continue
             remedy = "use a tokenizer whose template shows it"
-            if index == 0 and role == "system" and _shows(replace(own, merges=True), chat, prompt, index):
+            if index == 0 and role == "system" and _shows(replace(used, merges=True), chat, prompt, index):
                 remedy = "set data.system=merge"
             warnings[role] = (
-                f"warning: {chat.name}: {own.name} does not show the content of message {index}, a {role} "
+                f"warning: {chat.name}: {used.name} does not show the content of message {index}, a {role} "
                 f"message, so the model does not see it; {remedy}"
             )
     return tuple(warnings.values())
 
 
 def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -> list[int]:
-    """Return the indices of up to 100 messages of roles other than assistant that the template may drop: the
-    rendering lacks their markers if all their contents are replaced by markers.
+    """Return the indices of at most 100 messages, assistant turns excluded, whose content the template may
+    drop. Each content is replaced by a unique word; a message is returned if the rendering lacks its word.
     """
     asked = [i for i, m in enumerate(prompt) if m["role"] != "assistant" and (m["content"] or "").strip()]
     words = {i: {**prompt[i], "content": f"Qx7w{i}Zk"} for i in asked}
@@ -268,8 +281,8 @@ def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -
 
 
 def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int) -> bool:
-    """Whether the prompt, with a word in place of a message's content, shows that word when rendered; True if
-    the template rejects it.
+    """Whether the template shows the content of message `index`: a unique word in its place is in the
+    rendered prompt. True also if the template rejects the prompt with this word.
     """
     word = "Qx7wZk9y"
     message = {**prompt[index], "content": word}
@@ -285,8 +298,8 @@ def prompt_warnings(
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning if a conversation renders differently from the prompt from which its response would be
-    generated. It names the first such row.
+    """Return a warning for the first conversation whose text does not begin with its prompt as text: a model
+    is then trained after other text than it generates the response after.
     """
     template = template_of(tokenizer, settings)
     if template is None:
@@ -294,23 +307,23 @@ def prompt_warnings(
     for chat in examples:
         if not (isinstance(chat, Chat) and 0 < chat.response < len(chat.messages)):
             continue
-        own = template.of_chat(chat)
-        lost = _prompt_that_is_not_trained(own, chat)
+        used = template.of_chat(chat)
+        lost = _prompt_that_is_not_trained(used, chat)
         if lost:
-            merges = replace(own, merges=True)
+            merges = replace(used, merges=True)
             remedy = "use another chat template"
             if chat.messages[0]["role"] == "system" and not _prompt_that_is_not_trained(merges, chat):
                 remedy = "set data.system=merge: this template moves or drops the system message"
             return (
-                f"warning: {chat.name}: {own.name} ends a prompt with {lost!r}, which is not in front of the "
-                f"row's response: completions begin where the model is not trained; {remedy}",
+                f"warning: {chat.name}: {used.name} ends a prompt with {lost!r}, which is not in front of "
+                f"the row's response: completions begin where the model is not trained; {remedy}",
             )
     return ()
 
 
 def _prompt_that_is_not_trained(template: Template, chat: Chat) -> str:
-    """Return the end of the generation prompt that does not precede the response in training, or "" if the
-    whole prompt precedes it or the template rejects the row.
+    """Return the end of the rendered prompt, from where it first differs from the rendered conversation. ""
+    if the conversation begins with the prompt, or the template rejects the row.
     """
     try:
         prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
@@ -326,12 +339,11 @@ def example_prompt_ids(
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
     most: int | None = None,
 ) -> Iterator[list[int] | InvalidRow]:
-    """Yield the token ids from which the response of each example is generated, or its error as an
-    InvalidRow.
+    """Yield the token ids of each example's prompt, which ends where a model generates the response, or an
+    InvalidRow with its error.
 
-    most: the number of tokens above which a long prompt is refused before all of it is tokenised.
-
-    Preference rows, rollouts and generation get their prompts here. In SFT the same ids precede the response.
+    most: a prompt that has far more tokens than this is an InvalidRow, and is not tokenised as a whole; None
+    for no limit. In SFT, the same prompt ids precede the response.
     """
     template = template_of(tokenizer, settings)
 
@@ -351,16 +363,16 @@ def example_prompt_ids(
 
 
 def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
-    """Return the text from which the response of an example is generated. Raises InvalidRow."""
+    """Return an example's prompt as text. Raises what `render` raises, and InvalidRow above LONGEST_TEXT."""
     if isinstance(example, Completion):
         text = example.prompt
     elif template is not None:
-        messages, own = example.messages[: example.response], template.of_chat(example)
+        messages, used = example.messages[: example.response], template.of_chat(example)
         with _named(example):
             try:
-                text = render_messages(own, messages, example.tools, generation=True)
+                text = render_messages(used, messages, example.tools, generation=True)
             except REJECTIONS as error:
-                problem = rejection(own, messages, example.tools, error, "prompt without a response")
+                problem = rejection(used, messages, example.tools, error, "prompt without a response")
                 raise InvalidRow(example.name, "row that the chat template rejects", problem) from error
     elif example.plain:
         text = fallback_prompt(example.messages[: example.response])
@@ -371,20 +383,20 @@ def _prompt_text(example: Completion | Chat, template: Template | None) -> str:
 
 
 def _short(text: str, most: int, tokenizer: Any) -> str:
-    """Return the text unchanged, or raise InvalidRow if a beginning of it already has more than `most` +
-    SPARE_TOKENS tokens, so that a much too long text is not tokenised as a whole.
+    """Return the text unchanged. Raises InvalidRow with the reason TOO_MANY if a beginning of it already has
+    more than `most` + SPARE_TOKENS tokens: a much too long text is not tokenised as a whole.
     """
     size = 4 * (most + SPARE_TOKENS)
     while size < len(text):
         (ids,) = _ids_of([text[:size]], tokenizer, False)
         if len(ids) > most + SPARE_TOKENS:
-            raise InvalidRow("prompt", TOO_MANY, f"it has more than {most} tokens; shorten it")
+            raise InvalidRow("prompt", TOO_MANY, f"the prompt has more than {most} tokens; shorten it")
         size *= 4
     return text
 
 
 def _plain_ids(prompts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Return the tokens of plain prompts, with BOS where the tokenizer adds it, without EOS."""
+    """Yield the token ids of each plain prompt, with BOS if the tokenizer adds it, without EOS."""
     begins = [not _has_bos(prompt, tokenizer) for prompt in prompts]
     encoded = {
         flag: _ids_of([p for p, begin in zip(prompts, begins, strict=True) if begin is flag], tokenizer, flag)
@@ -396,7 +408,7 @@ def _plain_ids(prompts: Sequence[str], tokenizer: Any) -> Iterator[list[int]]:
 
 
 def rendered_ids(text: str, tokenizer: Any) -> list[int]:
-    """Return the tokens of a text that a chat template has rendered, to which no special token is added."""
+    """Return the token ids of a text that a chat template has rendered. BOS and EOS are not added."""
     return next(_ids_of([text], tokenizer, False))
 
 
@@ -407,12 +419,12 @@ def _ids_of(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[in
 def _from_prompt(
     r: Rendered, prompt: list[int], ids: list[int], offsets: list[Span], tokenizer: Any
 ) -> tuple[list[int], list[Span]]:
-    """Return the ids and offsets of a text that begins with a prompt, so that its ids begin with the
-    prompt's.
+    """Return token ids of a text that begin with the ids `prompt` of its prompt, and each token's range of
+    characters.
 
-    ids, offsets: of the text tokenised as a whole; returned unchanged unless a token spans the prompt's end.
-    Then the rest of the text is tokenised after one of ANCHORS, because a tokenizer may put a space in front
-    of a text's first word.
+    ids, offsets: the same for the whole text tokenised at once; returned if the ids begin with `prompt`. Else
+    the text after the prompt is tokenised with one of ANCHORS in front: a tokenizer may add a space to a
+    text's first word.
     """
     if ids[: len(prompt)] == prompt:
         return ids, offsets
@@ -429,18 +441,17 @@ def _from_prompt(
 
 
 def fallback_prompt(messages: Sequence[Message]) -> str:
-    """Return an instruction as plain text for a tokenizer without a chat template, the system message in
-    front.
-    """
+    """Return the prompt if there is no chat template: system messages, then a user turn as in FALLBACK."""
     *system, user = [m["content"] for m in messages]
     return "".join(f"{text}\n\n" for text in system) + FALLBACK.format(user)
 
 
 def _mask_of_text(r: Rendered, tokenizer: Any) -> WeightedTokens:
-    """Tokenise a long text, all of which is learned, in pieces, to save memory. Raises InvalidRow.
+    """Tokenise a long document in pieces, to save memory; every token is a target.
 
     Pieces overlap and are joined where both have a token that begins at the same character. The ids equal the
-    ids of the whole text if each token depends on fewer than OVERLAP / 2 characters.
+    ids of the whole text if each token depends on fewer than OVERLAP / 2 characters. Raises InvalidRow if two
+    pieces have no such character.
     """
     begins = r.begin and not _has_bos(r.text, tokenizer)
     with_special, (plain,) = next(_ids_of(["a"], tokenizer, begins)), _ids_of(["a"], tokenizer, False)
@@ -453,7 +464,7 @@ def _mask_of_text(r: Rendered, tokenizer: Any) -> WeightedTokens:
 
 
 def _pieces(r: Rendered, tokenizer: Any) -> Iterator[np.ndarray]:
-    """Yield the token ids of a long text in pieces, without special tokens."""
+    """Yield the token ids of a long text in consecutive parts, without special tokens. Raises InvalidRow."""
     (here, ids), skipped = _encoded(r.text[: TEXT_PIECE + OVERLAP], tokenizer), 0
     for at in range(TEXT_PIECE, len(r.text) - OVERLAP, TEXT_PIECE):
         following, next_ids = _encoded(r.text[at : at + TEXT_PIECE + OVERLAP], tokenizer)
@@ -463,7 +474,7 @@ def _pieces(r: Rendered, tokenizer: Any) -> Iterator[np.ndarray]:
             if end is not None and start is not None:
                 break
         else:
-            problem = f"its tokens cannot be separated at character {at + middle}; split the row"
+            problem = f"no token begins near character {at + middle}, where it must be divided; split the row"
             raise InvalidRow(r.name, TOO_LONG, problem)
         yield ids[skipped:end]
         here, ids, skipped = following, next_ids, start
@@ -471,13 +482,13 @@ def _pieces(r: Rendered, tokenizer: Any) -> Iterator[np.ndarray]:
 
 
 def _encoded(text: str, tokenizer: Any) -> tuple[Any, np.ndarray]:
-    """Return the encoding of a text, and its token ids."""
+    """Return (tokenizers.Encoding of a text, which maps characters to tokens; its token ids)."""
     out = tokenizer([text], add_special_tokens=False, return_attention_mask=False, verbose=False)
     return out.encodings[0], np.asarray(out.input_ids[0], np.int32)
 
 
 def _token_at(encoding: Any, place: int) -> int | None:
-    """Return the index of the token that begins at character `place`, or None."""
+    """Return the index of the token that begins at character `place`, None if no token begins there."""
     index = encoding.char_to_token(place)
     return index if index is not None and encoding.token_to_chars(index)[0] == place else None
 
@@ -499,9 +510,10 @@ def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[l
 def _span_of_each(
     spans: Sequence[Span], first: Int[np.ndarray, " tokens"], last: Int[np.ndarray, " tokens"]
 ) -> Int[np.ndarray, " tokens"]:
-    """For each token, return the index of the last span that contains one of its characters, or -1.
+    """For each token, return the index of the last span that contains one of its characters, -1 for none.
 
-    spans: disjoint, in order. first, last: where each token begins and ends.
+    spans: disjoint, in ascending order. first, last: the characters at which each token begins and ends (last
+    is exclusive).
     """
     starts, ends = np.asarray(spans, np.int64).reshape(len(spans), 2).T
     index = np.searchsorted(starts, last) - 1  # the last span that begins before the token ends
@@ -557,11 +569,11 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
         hidden = render_turns(template, chat, unlearned)[1] if unlearned else []
     except HiddenPart as error:
         has_calls = "tool call" in str(error)
-        remedy = SHOW_TOOLS if has_calls else "use a tokenizer whose template shows it"
+        remedy = SHOW_TOOLS if has_calls else "use a tokenizer with another chat template"
         remedy += ", fix or remove the row"
         if targets and min(targets) < chat.response:
             remedy += ", or set data.loss_on=completion if that turn is not part of the last response"
-        problem = f"{template.name} hides what is learned: {error}; {remedy}"
+        problem = f"{template.name} misrenders a turn that is trained on: {error}; {remedy}"
         reason = HIDDEN_CALLS if has_calls else "turn that the chat template hides"
         raise InvalidRow(chat.name, reason, problem) from error
     except REJECTIONS as error:
@@ -579,6 +591,8 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
 
 
 def _outside(spans: Sequence[Span], length: int) -> list[Span]:
-    """Return the ranges of a text of this length that are in none of the spans, which are in order."""
+    """Return the ranges of a text of `length` characters that are in none of the spans, which are disjoint
+    and in ascending order.
+    """
     starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), length]
     return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]

@@ -1,12 +1,12 @@
-"""The token ids between two assistant turns: the end of the first, the messages that answer it, and the next
-generation prompt.
+"""The token ids between two assistant turns: the end of the first turn, the messages that answer it (such as
+a tool's result), and the generation prompt of the next turn.
 
-A conversation that a model continues keeps its given and its sampled ids; none of them is tokenised again.
-What the template adds after a turn is a suffix of text: the rendering with the turn and its answers, minus
-the rendering up to the end of the turn. Only this suffix is tokenised.
+In a rollout of several turns, the token ids of earlier prompts and sampled turns are never tokenised again.
+Only the text that the chat template writes after a turn is tokenised: the rendered conversation with the turn
+and its answers, without the text up to the end of the turn.
 
-A template that rewrites what comes before, such as one that drops earlier reasoning, has no such suffix: the
-next prompt is then rendered as a whole and begins a new row.
+Some templates change earlier text when messages follow, such as one that drops earlier reasoning. The next
+prompt is then rendered and tokenised as a whole, and begins a new training row.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,10 @@ SOME_TEXT = "Qx7w"  # content in the place of a turn without any, whose place in
 
 
 class TurnWording(NamedTuple):
-    """One way to write a turn as a message, and the messages that answer it."""
+    """A sampled turn as a message, and the messages that answer it.
+
+    A turn may have several wordings: a tool call can be text in its content, or an entry of tool_calls.
+    """
 
     turn: Message
     answers: tuple[Message, ...]
@@ -33,8 +36,9 @@ class TurnWording(NamedTuple):
 class NextPrompt(NamedTuple):
     """The prompt of the next turn.
 
-    ids: the ids to append to the conversation; with `restarts`, the whole prompt, which begins a new row.
-    messages: the conversation up to this prompt.
+    restarts: whether it begins a new training row, because the template changes earlier text. ids: the whole
+    prompt if it restarts, else the token ids to append to the conversation. messages: the conversation up to
+    the next turn, which this prompt renders.
     """
 
     ids: list[int]
@@ -43,7 +47,9 @@ class NextPrompt(NamedTuple):
 
 
 class _Suffix(NamedTuple):
-    """The text after a turn: its end token (end; "" for none) and everything behind it (rest)."""
+    """The rendered text after a turn's end. end: the end-of-turn token, which the turn includes; "" for none.
+    rest: all text after that token.
+    """
 
     end: str
     rest: str
@@ -52,11 +58,12 @@ class _Suffix(NamedTuple):
 def next_prompt(
     chat: Chat, ways: Sequence[TurnWording], stopped: bool, tokenizer: Any, settings: TemplateSettings
 ) -> NextPrompt:
-    """Return the prompt after a turn that answers the messages of `chat`.
+    """Return the prompt that follows a sampled turn and the messages that answer it.
 
-    ways: alternative wordings of the turn; the first that the template appends without a change of earlier
-    text is used, else the first that it renders. stopped: whether the turn's stop token was sampled; if not,
-    the returned ids begin with the template's end token. Raises InvalidRow if the template rejects all ways.
+    chat: the conversation before the turn. ways: alternative wordings of the turn; the first that the
+    template appends without a change of earlier text is used, else the first that it renders. stopped:
+    whether the model sampled the end-of-turn token; if not, the returned ids begin with it. Raises InvalidRow
+    if the template rejects all ways, or the tokenizer has no template.
 
     Example: with ChatML, a sampled turn "4<|im_end|>" and the answer {"role": "user", "content": "Why?"}, the
     ids encode "\\n<|im_start|>user\\nWhy?<|im_end|>\\n<|im_start|>assistant\\n".
@@ -78,8 +85,8 @@ def next_prompt(
 
 
 def _first_suffix(template: Template, chat: Chat, ways: Sequence[TurnWording]) -> tuple[int, _Suffix | None]:
-    """Return (index, suffix) of the first way that the template appends without a change of earlier text;
-    without one, (index, None) of the first way that it shows in full, else (0, None).
+    """Return (index, text after the turn) of the first wording that the template appends without a change of
+    earlier text. If there is none: (index, None) of the first wording that it shows in full, else (0, None).
     """
     prompt, shown = render_messages(template, chat.messages, chat.tools, generation=True), list[int]()
     for number, way in enumerate(ways):
@@ -94,10 +101,10 @@ def _first_suffix(template: Template, chat: Chat, ways: Sequence[TurnWording]) -
 
 
 def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _Suffix | None:
-    """Return the text that follows the turn; None if the template rewrites the text before it. prompt: the
-    rendered prompt of the turn.
+    """Return the text that follows the turn, None if the template rewrites earlier text.
 
-    Raises HiddenPart if it doesn't show all of the turn and its answers, and the errors of render_messages.
+    chat: the conversation before the turn. prompt: its text, with the generation prompt. Raises HiddenPart if
+    the template does not show all of the turn and its answers, and the errors of render_turns.
     """
     index, turn = len(chat.messages), way.turn
     if not parts_of(turn):
@@ -116,7 +123,7 @@ def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _S
 def _require_answers(
     template: Template, chat: Chat, before: tuple[Message, ...], answers: tuple[Message, ...]
 ) -> None:
-    """Raise HiddenPart if the template drops the content of an answer, a message after those in `before`."""
+    """Raise HiddenPart if the template drops the content of an answer. before: all messages before them."""
     words = [f"Qx7w{number}Zk" for number in range(len(answers))]
     marked = [{**answer, "content": word} for answer, word in zip(answers, words, strict=True)]
     text = render_messages(template, [*before, *marked], chat.tools).lower()
@@ -127,7 +134,9 @@ def _require_answers(
 def _restart(
     chat: Chat, ways: Sequence[TurnWording], tokenizer: Any, settings: TemplateSettings
 ) -> NextPrompt:
-    """Return the whole conversation as a prompt of a new row. Raises InvalidRow if all ways are rejected."""
+    """Return the whole conversation as the prompt of a new row, with the first wording that the template
+    accepts. Raises the InvalidRow of the last wording if it rejects all.
+    """
     for way in ways:
         messages = (*chat.messages, way.turn, *way.answers)
         (ids,) = example_prompt_ids(
@@ -143,7 +152,8 @@ _ANSWERS = {"the user answers": "user", "a tool answers": "tool"}
 
 
 def restart_notes(tools: Sequence[Any], tokenizer: Any, settings: TemplateSettings) -> tuple[str, ...]:
-    """Return a note about turns after which the chat template rewrites the conversation, () if it never does.
+    """Return a log line that lists the turns (with or without thinking, answered by the user or a tool) after
+    which the chat template changes earlier text; () if it never does.
 
     tools: schemas of the tools that may answer.
     """
@@ -168,6 +178,6 @@ def restart_notes(tools: Sequence[Any], tokenizer: Any, settings: TemplateSettin
     if not rewriting:
         return ()
     return (
-        f"note: the chat template rewrites earlier turns after {', '.join(rewriting)}: there a new training "
-        "row begins, whose prompt is the conversation as the template then renders it",
+        f"note: the chat template rewrites earlier turns after {', '.join(rewriting)}: a new training row "
+        "begins after such a turn; its prompt is the rewritten conversation",
     )

@@ -103,8 +103,8 @@ class Template:
         """Return the template for a conversation: the one for tools if the conversation has tools, as
         transformers' apply_chat_template chooses. The conversation's arguments override the run's.
         """
-        own = self.tool_use if chat.tools and self.tool_use else self
-        return replace(own, arguments={**own.arguments, **chat.arguments}) if chat.arguments else own
+        chosen = self.tool_use if chat.tools and self.tool_use else self
+        return replace(chosen, arguments={**chosen.arguments, **chat.arguments}) if chat.arguments else chosen
 
 
 def name_of_template(tokenizer: Any) -> str:

@@ -57,7 +57,7 @@ PROPOSED_SYNONYMS = {
 PROPOSED_BY_NAME = ("query", "document", "choices", "answer", "completions", "labels")
 LABEL_NAMES = ("label", "labels", "task", "category", "premise", "hypothesis")  # that are never proposed
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-NEARER = 0.85  # of those of PROPOSED_BY_NAME
+NEARER = 0.85  # similarity of names in PROPOSED_BY_NAME
 NEAR = 0.75  # similarity of names that may be a misspelling of one another
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -72,10 +72,9 @@ def is_set_by_jaxft(argument: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def respelled(names: tuple[str, ...], known: frozenset[str]) -> dict[str, str]:
-    """Map known columns to a row's columns of the same name but for case or spaces around it: {"prompt": "
-    Prompt"}.
+    """Return {known column: the row's column}, where these differ in case or outer spaces: {"text": "Text "}.
 
-    Known columns that the row has exactly, or in two spellings, are left out.
+    names: the row's columns. Known columns that the row has exactly, or in two spellings, are left out.
     """
     spellings: dict[str, list[str]] = {}
     for name in names:
@@ -103,7 +102,9 @@ def other_name(fields: Mapping[str, Any], ours: str) -> str | None:
 
 
 def further_columns(fields: Mapping[str, Any], optional: Iterable[str]) -> dict[str, str]:
-    """Map the columns system and input, if optional and missing, to synonyms: {"input": "context"}."""
+    """Return the row's synonyms of the columns system and input that it lacks, such as {"input": "context"}.
+    optional: the optional columns of its format; a column that is not among them is not looked for.
+    """
     others = {
         ours: other_name(fields, ours) for ours in FURTHER if ours in optional and fields.get(ours) is None
     }
@@ -360,8 +361,8 @@ def _content(row: Row, where: str, content: Any) -> str | None:
 
 
 def _calls_of_text(row: Row, where: str, text: str | None) -> list[dict[str, Any]]:
-    """Return the tool calls of a "function_call" turn, whose text is JSON: {"name", "arguments"} or a list of
-    these.
+    """Return the tool calls of a "function_call" turn, whose text is JSON: an object {"name", "arguments"} or
+    a list of such objects.
     """
     calls = _parsed(text or "")
     calls = [calls] if isinstance(calls, dict) else calls

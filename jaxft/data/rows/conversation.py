@@ -176,8 +176,8 @@ def require_difference(row: Row, responses: dict) -> None:
 
 
 class _Reading(NamedTuple):
-    """Where a row has its prompt: in `column`, or with None in the common beginning of the responses.
-    responses: columns that may repeat the prompt, with earlier turns that `column` lacks.
+    """A way to read a row's prompt. column: the prompt's column; None: the prompt is the common beginning of
+    the responses. responses: columns that may begin with the prompt and turns before it that `column` lacks.
     """
 
     column: str | None
@@ -446,7 +446,9 @@ def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
 
 
 def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
-    """Split dialogues that differ only in their last turn. whole: turns of each kind."""
+    """Split dialogues that differ only in their last turn into prompt and responses. whole: the turns of
+    each dialogue, by the kind of its response.
+    """
     require_difference(row, whole)
     prompt, *others = [turns[:-1] for turns in whole.values()]
     if any(other != prompt for other in others):

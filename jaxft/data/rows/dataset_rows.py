@@ -68,7 +68,7 @@ class Listing:
         return replace(self, chunks=lambda: row_files.first_chunks(self.chunks(), most), rows=rows)
 
     def only(self, name: str) -> "Listing":
-        """Return the listing of the row with this name, or of no row."""
+        """Return the listing of the row with this name; an empty listing if there is no such row."""
 
         def chunks() -> Iterator[Chunk]:
             for chunk in self.chunks():
@@ -323,7 +323,8 @@ def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) ->
 
 
 def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], object]) -> _Scanned:
-    """Read a file once and return its chunks. report: receives the file's bytes."""
+    """Read a file once and return its chunks. label: the prefix of its rows' names. report: receives the
+    file's bytes."""
     size = path.stat().st_size
     if path.suffix == ".jsonl" or (path.suffix == ".json" and row_files.has_json_lines(path)):
         encoding = wide_encoding(path)

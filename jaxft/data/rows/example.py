@@ -36,8 +36,8 @@ class Chat:
 
     plain: the prompt is one instruction, which needs no chat template. tools: JSON schemas. arguments:
     further arguments of the chat template. given: number of messages in the row's separate prompt, 0 without
-    one; data.loss_on=assistant trains on their assistant turns only if these have a weight. weights: the
-    messages' weights in the row, by index; 0 is not learned.
+    one; data.loss_on=assistant trains on assistant turns among them only if the turns have a weight. weights:
+    the messages' weights in the row, by index; 0 is not learned.
     """
 
     name: str

@@ -277,7 +277,7 @@ def choose_format(
 
 
 def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
-    """Return the row with those of `columns` that it lacks, copied from columns that are synonyms."""
+    """Return the row with each of `columns` that it lacks, copied from a column whose name is a synonym."""
     others = {ours: other_name(row.fields, ours) for ours in columns if row.fields.get(ours) is None}
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 
@@ -517,10 +517,10 @@ def _other_task(row: Row, formats: Formats) -> str | None:
     """Return the task of a format that a row fits, other than the tasks of `formats`; None without one. That
     format has a column that `formats` lack, or all columns of the row.
     """
-    here, own = known_columns(formats), {candidate.task for candidate in formats.values()}
+    here, tasks = known_columns(formats), {candidate.task for candidate in formats.values()}
     named = {str(name).strip().lower(): value for name, value in row.fields.items()}
     fits = list[tuple[int, bool, str]]()
-    for candidate in (x for x in ROW_FORMATS if x.task not in own and x.task in TASKS):
+    for candidate in (x for x in ROW_FORMATS if x.task not in tasks and x.task in TASKS):
         required = tuple(tuple(map(str.lower, group)) for group in candidate.required)
         foreign = [c for group in required for c in group if c in named and c not in here]
         is_one = _has(named, required) and candidate.fits(Row(row.name, named))

@@ -112,7 +112,7 @@ def _pair(row: Row, settings: RowSettings, prompt: str | None) -> dict[str, Exam
 
 
 def _refused(row: Row, settings: RowSettings, reason: str, problem: str) -> dict[str, Example]:
-    """Raise InvalidRow: rows with these columns are known, but cannot be read. It replaces their `parse`."""
+    """Raise InvalidRow. It is the `parse` of a format that jaxft recognises and cannot read."""
     raise row.invalid(reason, problem)
 
 
@@ -195,8 +195,8 @@ def _with_choices(row: Row) -> Row:
     """Return a row with its question and choices as one conversation, in the column `messages`."""
     fields = {**row.fields, "answer": None}
     asked = parse(Row(row.name, fields), DECISION, replace(DEFAULT_ROW_SETTINGS, unlabelled=True)).messages
-    own = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}
-    return Row(row.name, {**own, "messages": [*asked]})
+    others = {name: x for name, x in row.fields.items() if name not in ("question", "context", "system")}
+    return Row(row.name, {**others, "messages": [*asked]})
 
 
 # ---- numbers
@@ -218,6 +218,10 @@ def _row_weight(row: Row, settings: RowSettings) -> float:
 def own_columns(row: Row, settings: RowSettings) -> Row:
     """Return the row unchanged: the `rewrite` of formats that need none."""
     return row
+
+
+def _fits_any_row(row: Row) -> bool:
+    return True
 
 
 def _no_note(settings: RowSettings) -> str:
@@ -276,7 +280,7 @@ class RowFormat:
     listed: bool = True
     labelled: bool = False
     answer: str = ""
-    fits: Callable[[Row], bool] = lambda row: True
+    fits: Callable[[Row], bool] = _fits_any_row
     prompt: Callable[[Row], Row] | None = None
 
     @property

@@ -235,7 +235,7 @@ def make_mixture(
     shares = [source.share for source in sources if source.share is not None]
     if not shares:
         return None
-    empty = next((source.ref for source, own in zip(sources, rows, strict=True) if not len(own)), None)
+    empty = next((source.ref for source, chosen in zip(sources, rows, strict=True) if not len(chosen)), None)
     if empty is not None:
         raise ValueError(f"{empty}: all of its rows are held out; lower data.held_out, or add rows")
     total = sum(map(len, rows))
@@ -331,10 +331,10 @@ def split_rows(settings: DataSettings, tokenizer: Any, cache: Path | None = None
             "learned; give some rows a weight above 0, or rename the column if it is no weight of the loss"
         )
     begins = train[rows.begins_row[train]]
-    own = [begins[(begins >= a) & (begins < b)] for a, b in pairwise(starts[: len(sources) + 1])]
+    by_source = [begins[(begins >= a) & (begins < b)] for a, b in pairwise(starts[: len(sources) + 1])]
     return SplitRows(
         rows, train, np.flatnonzero(held & ~out), np.repeat(numbers, np.diff(starts)), names,
-        held_names, make_mixture(own, sources, settings.seed), clause,
+        held_names, make_mixture(by_source, sources, settings.seed), clause,
         rows.warnings + settings.held_out_notes(int(held[rows.begins_row].sum()), int(rows.begins_row.sum())),
     )  # fmt: skip
 

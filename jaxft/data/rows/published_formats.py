@@ -212,18 +212,18 @@ def _ratings(row: Row, column: str, items: Sequence[Any]) -> list[float] | None:
                 "one for each response",
             )
         return [_rating(row, f"{parallel}[{i}]", x, parallel == "ranks") for i, x in enumerate(values)]
-    own = [item if isinstance(item, dict) else {} for item in items]
-    counts = {key: sum(item.get(key) is not None for item in own) for key in _NUMBERS}
+    mappings = [item if isinstance(item, dict) else {} for item in items]
+    counts = {key: sum(item.get(key) is not None for item in mappings) for key in _NUMBERS}
     key = max(counts, key=lambda key: counts[key])  # the first that most responses have
     if not counts[key]:
         return None
     if counts[key] < len(items):
-        missing = next(i for i, item in enumerate(own) if item.get(key) is None)
+        missing = next(i for i, item in enumerate(mappings) if item.get(key) is None)
         raise row.invalid(
             "response without a rating",
             f"{column}[{missing}] has no rating, and others have one; rate all responses or none",
         )
-    return [_rating(row, f"{column}[{i}].{key}", x[key], key == "rank") for i, x in enumerate(own)]
+    return [_rating(row, f"{column}[{i}].{key}", x[key], key == "rank") for i, x in enumerate(mappings)]
 
 
 def _is_list(value: Any) -> bool:
@@ -302,8 +302,8 @@ def with_openai_prompt(row: Row) -> Row:
     given = row.fields["input"]
     if not isinstance(given, dict) or not isinstance(given.get("messages"), list):
         raise row.invalid("input without messages", "column 'input' has no messages; use {'messages': [...]}")
-    own = {name: value for name, value in row.fields.items() if name != "input"}
-    return Row(row.name, {**own, "prompt": given["messages"], "tools": given.get("tools") or None})
+    others = {name: value for name, value in row.fields.items() if name != "input"}
+    return Row(row.name, {**others, "prompt": given["messages"], "tools": given.get("tools") or None})
 
 
 # ---- transcripts

@@ -47,7 +47,7 @@ def phi3(config: Phi3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) ->
 
 def _specs(c: Phi3Config) -> dict[str, Any]:
     """Return the specs: attn/qkv [D, (H + 2K) E] has the columns of q, k and v in this order, mlp/gate_up
-    [D, 2F] those of gate and up.
+    [D, 2F] the columns of gate and up.
     """
     specs, L, D, F = llama_specs(c), c.layers, c.width, c.mlp
     axes, columns = ("layers", "fused_width"), (c.heads + 2 * c.kv_heads) * c.head_dim

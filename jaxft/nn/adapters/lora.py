@@ -376,7 +376,7 @@ def adapters_axis(path: str) -> int:
 
 def adapter_of_stack(stack: Any, number: int, like: Any) -> Any:
     """Return adapter `number` of a stack [K, ...], truncated to the shapes (and so to the rank) of `like`."""
-    return jax.tree.map(lambda x, one: x[(number, *(slice(n) for n in one.shape))], stack, like)
+    return jax.tree.map(lambda x, y: x[(number, *(slice(n) for n in y.shape))], stack, like)
 
 
 def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array:

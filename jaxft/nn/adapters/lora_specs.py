@@ -206,7 +206,7 @@ def _pair_specs(
     rank, ranks = max(layout.ranks), layout.ranks
     if settings.init == EVA:  # the ranks of the layers are known only when the run has read its rows
         rank = most_components(rank, settings.eva_rho, size_in)
-        ranks = tuple(rank if one else 0 for one in ranks)
+        ranks = tuple(rank if has_rank else 0 for has_rank in ranks)
     scales = [settings.scale_of(r, alpha) if r else settings.scale for r, alpha in zip(*layout, strict=True)]
     start, start_b = (full(0.0), normal(1.0)) if is_table else (kaiming_uniform(size_in), full(0.0))
     if min(ranks) < rank:

@@ -382,8 +382,12 @@ def widen_prompts(keys: PromptKeys, like: PromptKeys) -> PromptKeys:
         widths[axis] = (slots - x.shape[axis], 0)
         return jnp.pad(x, widths)
 
-    def of(own: Any, other: Any) -> Any:
-        return Keys(pad(own.k, other.k.shape[4], 4), pad(own.v, other.k.shape[4], 3)) if is_keys(own) else own
+    def of(part: Any, other: Any) -> Any:
+        return (
+            Keys(pad(part.k, other.k.shape[4], 4), pad(part.v, other.k.shape[4], 3))
+            if is_keys(part)
+            else part
+        )
 
     layers = jax.tree.map(of, keys.layers, like.layers, is_leaf=is_keys)
     return PromptKeys(layers, pad(keys.visible, like.visible.shape[1], 1))
@@ -462,7 +466,7 @@ def _map_slots(fn: Callable[..., Array], keys: Keys, *others: Keys) -> Keys:
 
 
 def append_chunks(rows: LayerKeys, new: Keys, chunk: GivenChunk, a: AttentionLayers) -> LayerKeys:
-    """Append the keys and values of a chunk to those of its rows. new: as `store` returns them."""
+    """Append the keys and values of a chunk to its rows' cache. new: as `store` returns them."""
 
     def of(keys: Keys | None, layers: np.ndarray) -> Keys | None:
         if keys is None:

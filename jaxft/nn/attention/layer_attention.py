@@ -106,7 +106,7 @@ class AttentionLayers:
 
 def varies_with_length(a: AttentionLayers, longest: int) -> bool:
     """Return whether the rope angles of texts with up to `longest` tokens depend on the texts' lengths, as
-    those of dynamic and longrope do beyond the original length.
+    in the rope types dynamic and longrope beyond the original length.
     """
     ropes = [kind.rope for kind in a.kinds if needs_lengths(kind.rope)]
     return any(longest > (rope.original_max_positions or 0) for rope in ropes)

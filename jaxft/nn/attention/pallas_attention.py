@@ -1,7 +1,7 @@
 """Attention by key ranges for NVIDIA GPUs: FlashAttention-2 (arXiv 2307.08691) as Pallas kernels for Triton.
 
 A program of a kernel computes one block of queries and visits only the blocks of keys that they see: first
-those of shared prompts, then those of the queries' own ranges. (For the gradients of keys and values, a
+the shared prompts' blocks, then the queries' own ranges. (For the gradients of keys and values, a
 program computes a block of keys and visits blocks of queries.) Keys are not copied for the query heads that
 share them. The size of a block is a power of two, and a head is padded to a power of two in the kernel.
 

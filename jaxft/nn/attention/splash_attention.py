@@ -84,13 +84,13 @@ def splash_of_scaled(
     ranges = pad_queries(ranges, -T % 128)
     q, k, v = (pad_time(x, -T % 128).swapaxes(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
     settings = _Settings(H, q.shape[2], softcap, interpret)
-    own = ranges.own_start, ranges.own_start  # padding sees padding
+    hidden = ranges.own_start, ranges.own_start  # padding sees padding
     if ranges.prompt_start is None:
-        o = jax.vmap(_kernel(settings, False))(q, k, v, _segment_ids(own))
+        o = jax.vmap(_kernel(settings, False))(q, k, v, _segment_ids(hidden))
     else:
         prompt_token = (ranges.own_end > 0) & (ranges.prompt_end == 0)
         prompts = ranges.prompt_start, jnp.where(prompt_token, ranges.own_start, -1)
-        o = _merged((q, k, v), (own, prompts), settings)
+        o = _merged((q, k, v), (hidden, prompts), settings)
     return o.swapaxes(1, 2)[:, :T]
 
 
@@ -133,7 +133,7 @@ def _merged(qkv, ids, settings):
 
 def _merged_forward(qkv, ids, settings):
     kernel = jax.vmap(_kernel(settings, True))
-    (o_own, (lse_own,)), (o_prompt, (lse_prompt,)) = (kernel(*qkv, _segment_ids(one)) for one in ids)
+    (o_own, (lse_own,)), (o_prompt, (lse_prompt,)) = (kernel(*qkv, _segment_ids(item)) for item in ids)
     # without a prompt, lse_prompt is splash's mask value, and o_prompt any finite number
     lse = jnp.logaddexp(lse_own, lse_prompt)
     parts = ((o_own, lse_own), (o_prompt, lse_prompt))
@@ -158,7 +158,7 @@ def _merged_backward(settings, saved, do):
         }
         return module._splash_attention_bwd(**given)[3:6]
 
-    of_calls = [jax.vmap(backward)(*qkv, _segment_ids(one), o, lse, do) for one in ids]
+    of_calls = [jax.vmap(backward)(*qkv, _segment_ids(item), o, lse, do) for item in ids]
     return tuple(x + y for x, y in zip(*of_calls, strict=True)), None
 
 

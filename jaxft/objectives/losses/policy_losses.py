@@ -214,8 +214,8 @@ def policy_gradient(batch: PolicyBatch) -> TokenLoss:
 
 
 def unclipped(batch: PolicyBatch) -> TokenLoss:
-    """`-A r`: the policy gradient of tokens that an older policy sampled; for r = 1 its gradient is that of
-    policy_gradient.
+    """`-A r`: the policy gradient of tokens that an older policy sampled; for r = 1 its gradient equals
+    policy_gradient's.
     """
     return -batch.advantages * batch.ratio
 
@@ -321,7 +321,7 @@ def sapo(batch: PolicyBatch, tau_pos: float = 1.0, tau_neg: float = 1.05) -> Tok
     """`-A sigmoid(tau (r - 1)) 4 / tau`, a soft gate in place of clipping; tau is tau_pos where A > 0, else
     tau_neg.
 
-    Gao et al. 2025, arXiv:2511.20347. At r = 1 its derivative by r is that of -A r.
+    Gao et al. 2025, arXiv:2511.20347. At r = 1 its derivative by r equals the derivative of -A r.
     """
     require(
         (tau_pos > 0) & (tau_neg > 0),

@@ -83,8 +83,8 @@ class Task:
             raise
 
     def object(self, make: Callable[[], T], close: Callable[[T], Any] | None = None) -> T:
-        """Return this thread's object of make(). The first call makes it; later calls, also those of later
-        episodes in the thread, return the same one. close: called with it when the thread ends.
+        """Return this thread's object of make(). The first call makes it; later calls, also in later
+        episodes of the thread, return the same one. close: called with it when the thread ends.
         """
         objects = self.worker.objects
         if make not in objects:

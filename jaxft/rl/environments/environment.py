@@ -154,7 +154,7 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
     elif isinstance(given, Environment):
         environment = given
     elif isinstance(given, Mapping) and given:
-        environment = _of_several({str(name): environment_of(one) for name, one in given.items()})
+        environment = _of_several({str(name): environment_of(value) for name, value in given.items()})
     elif inspect.isclass(_without_partial(given)):
         environment = _of_class(_without_partial(given), given)
     elif callable(given) and not inspect.signature(given).parameters:
@@ -178,10 +178,10 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
 def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
     """Return the environment with further tools."""
     added = by_name(tools)
-    own = {schema["function"]["name"] for schema in environment.schemas}
-    if own & added.keys():
+    existing = {schema["function"]["name"] for schema in environment.schemas}
+    if existing & added.keys():
         raise ValueError(
-            f"tools: the environment {environment.name} already has a tool {min(own & added.keys())}. "
+            f"tools: the environment {environment.name} already has a tool {min(existing & added.keys())}. "
             "Rename one, or leave that environment out with environment=none."
         )
 
@@ -225,9 +225,9 @@ def _of_several(parts: Mapping[str, Environment]) -> Environment:
     """
 
     def reset(row: RowColumns, task: Task) -> Beginning:
-        own = {name: value for name, value in row.items() if name != ENVIRONMENT}
+        columns = {name: value for name, value in row.items() if name != ENVIRONMENT}
         part = parts[row[ENVIRONMENT]]
-        begun = part.reset(own, task)
+        begun = part.reset(columns, task)
         return begun._replace(state=(part, begun.state))
 
     def step(state: EpisodeState, text: str, task: Task) -> StepResult:
@@ -326,8 +326,8 @@ def _of_native(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -
     def tools(state: EpisodeState) -> Mapping[str, Tool]:
         return {method: getattr(state[0], method) for method in methods}
 
-    own = Environment(name, reset, step, tools, _schemas(methods), _no_score, owner=_first)
-    return _with_prompts(own, members["reset"])
+    environment = Environment(name, reset, step, tools, _schemas(methods), _no_score, owner=_first)
+    return _with_prompts(environment, members["reset"])
 
 
 def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> Environment:
@@ -347,8 +347,8 @@ def _of_trl(name: str, make: Callable[[], Any], members: Mapping[str, Any]) -> E
     def score(state: EpisodeState, task: Task) -> float | None:
         return checked_reward(task.call(state.get_reward)) if rewards else math.nan
 
-    own = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards)
-    return _with_prompts(replace(own, tool_errors=(Exception,)), members["reset"])
+    environment = Environment(name, reset, _end, tools, _schemas(methods), score, scored=rewards)
+    return _with_prompts(replace(environment, tool_errors=(Exception,)), members["reset"])
 
 
 def _tool_methods(members: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
@@ -470,10 +470,14 @@ def short_repr(value: Any) -> str:
 NOT_SHOWN = ("done", "reward", "metadata")  # fields of an observation that its result has too
 
 
+def _no_options(row: RowColumns) -> dict[str, Any]:
+    return {}
+
+
 def openenv(
     connect: Callable[[], Any],
     action: Callable[[str], Any],
-    options: Callable[[RowColumns], dict[str, Any]] = lambda row: {},
+    options: Callable[[RowColumns], dict[str, Any]] = _no_options,
     observation: Callable[[Any], str] | None = None,
     name: str = "openenv",
 ) -> Environment:

@@ -285,9 +285,9 @@ def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
     origins = [typing.get_origin(member) or member for member in members]
     if tuple in origins:
         items = value if isinstance(value, list | tuple) else (value,)
-        own = typing.get_args(members[origins.index(tuple)])[0]
+        item_kind = typing.get_args(members[origins.index(tuple)])[0]
         return tuple(
-            parse_value(x, own) if isinstance(x, str) else _object_as(key, ObjectText.of(x), own)
+            parse_value(x, item_kind) if isinstance(x, str) else _object_as(key, ObjectText.of(x), item_kind)
             for x in items
         )
     classes = tuple(origin for origin in origins if isinstance(origin, type))
@@ -327,8 +327,8 @@ def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps
     use: the value that the key is given, and the recipe's name, for the advice in an error.
     """
     steps = tuple(key.split("."))
-    own = [f.name for f in dataclasses.fields(root)]
-    if len(steps) > 1 and steps[0] not in own and steps[0] == type(root).__name__.lower():
+    field_names = [f.name for f in dataclasses.fields(root)]
+    if len(steps) > 1 and steps[0] not in field_names and steps[0] == type(root).__name__.lower():
         steps = steps[1:]
     node = root
     for i, step in enumerate(steps):

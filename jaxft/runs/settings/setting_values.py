@@ -218,9 +218,9 @@ def find_file(path: str) -> Path:
         if (folder / path).is_file():
             return (folder / path).resolve()
     folder = Path(path).parent
-    own = sorted((folder / p.name).as_posix() for p in folder.glob("*.py"))
+    beside = sorted((folder / p.name).as_posix() for p in folder.glob("*.py"))
     configs = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").glob("*.py"))
-    near = list(dict.fromkeys([*difflib.get_close_matches(path, own, 3, 0.5), *nearest(path, configs, 5)]))
+    near = list(dict.fromkeys([*difflib.get_close_matches(path, beside, 3, 0.5), *nearest(path, configs, 5)]))
     hint = f"; there are: {', '.join(near[:5])}" if near else "; correct the path"
     folders = " or ".join(dict.fromkeys(map(str, (Path.cwd(), ROOT))))
     raise FileNotFoundError(f"{path}: no such file in {folders}{hint}")

@@ -198,11 +198,11 @@ def is_greater_better(name: str) -> bool | None:
     """Return whether a greater value of a held-out metric is better, by its name; None if the name does not
     imply it.
     """
-    own = name.removeprefix(HELD_OUT)
-    if own.endswith(LOWER_IS_BETTER):
+    metric = name.removeprefix(HELD_OUT)
+    if metric.endswith(LOWER_IS_BETTER):
         return False
-    by_function = own.startswith(SCORES) or (own.startswith("rewards/") and own.endswith("/mean"))
-    return True if by_function or own in GREATER_IS_BETTER else None
+    by_function = metric.startswith(SCORES) or (metric.startswith("rewards/") and metric.endswith("/mean"))
+    return True if by_function or metric in GREATER_IS_BETTER else None
 
 
 def is_stalled(scores: Sequence[float | None], patience: int) -> bool:
@@ -320,11 +320,11 @@ def _pair_preferences(
     indices = source.split.held if rows.holds_out else range(len(source.keys))
     check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
     names, batches = source.split.rows.names, source.cover(indices)
-    own, base = _response_logps(forward, loaded, loaded.params, batches), None
+    by_row, base = _response_logps(forward, loaded, loaded.params, batches), None
     if "adapter" in loaded.params:
         base = _response_logps(forward, loaded, {"base": loaded.params["base"]}, batches)
     scores = []
-    for number, (logps, lengths) in sorted(own.items()):
+    for number, (logps, lengths) in sorted(by_row.items()):
         if not all(map(math.isfinite, logps)):
             raise ValueError(
                 f"{names[number]}: the log-probabilities of its responses are {logps}; use --dtype float32, "
@@ -382,10 +382,10 @@ def _decision_scores(
     for number, batch in enumerate(source.held_out):
         metrics, p = jax.device_get(forward(loaded.params, sharding.shard_batch(loaded.mesh, batch)))
         parts.append({name: m for name, m in metrics.items() if not isinstance(m, PerRow)})
-        for at, own in row_values(metrics).items():
-            if not math.isfinite(own[LOSS]):
+        for at, of_row in row_values(metrics).items():
+            if not math.isfinite(of_row[LOSS]):
                 raise ValueError(
-                    f"{rows.train}: the log loss is {own[LOSS]}; use --dtype float32, or check the "
+                    f"{rows.train}: the log loss is {of_row[LOSS]}; use --dtype float32, or check the "
                     "weights of the model"
                 )
             example = source.layout.example_at(batch, number, at)
@@ -396,7 +396,7 @@ def _decision_scores(
                 "probabilities": _by_choice(choices, predicted),
                 **({"answer": _by_choice(choices, labels)} if any(labels) else {}),
             }
-            results[example] = own[DECISION_ACCURACY] if any(labels) else math.nan, line
+            results[example] = of_row[DECISION_ACCURACY] if any(labels) else math.nan, line
     in_order = [results[example] for example in sorted(results)]
     accuracies, lines = [accuracy for accuracy, _ in in_order], [line for _, line in in_order]
     notes, without = [*invalid_lines(stats.invalid)], sum(map(math.isnan, accuracies))

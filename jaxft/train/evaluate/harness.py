@@ -288,8 +288,10 @@ def make_harness_model(backend: HarnessBackend) -> Any:
                 ]
                 for request in requests
             ]
-            logps = iter([logp for logp, _ in backend.logps([window for own in windows for window in own])])
-            return [sum(next(logps) for _ in own) for own in windows]
+            logps = iter(
+                [logp for logp, _ in backend.logps([window for pieces in windows for window in pieces])]
+            )
+            return [sum(next(logps) for _ in pieces) for pieces in windows]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
             return backend.completions([request.args for request in requests])
@@ -526,12 +528,12 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> list[Any]:
                 f"--tasks {name}: no such task; near: {near}. Tasks of your own are in the folder of "
                 "--include-path, or a .yaml file"
             )
-        for one in matching:
+        for match in matching:
             try:
-                loaded = manager.load([one])
+                loaded = manager.load([match])
             except Exception as error:  # files, data and code of others
                 problem = f"{type(error).__name__}: {error}"
-                text = f"--tasks {one}: the task cannot be loaded: {problem}; correct it, or leave it out"
+                text = f"--tasks {match}: the task cannot be loaded: {problem}; correct it, or leave it out"
                 raise ValueError(text) from error
             groups = list(loaded.get("groups", {}).values())  # the first one contains the others
             loaded_tasks += groups[:1] or list(loaded["tasks"].values())
@@ -555,8 +557,8 @@ def evaluate_tasks(
     from lm_eval.utils import handle_non_serializable, make_table
 
     backend = HarnessBackend(loaded, settings)
-    for one in tasks:
-        for task in one.get_all_tasks() if isinstance(one, Group) else [one]:
+    for item in tasks:
+        for task in item.get_all_tasks() if isinstance(item, Group) else [item]:
             if task.get_config("output_type") == "generate_until":  # refused before the hours of other tasks
                 backend.check_generation({**(task.get_config("generation_kwargs") or {}), **flags.generation})
     report = simple_evaluate(

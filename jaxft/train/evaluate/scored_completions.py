@@ -330,23 +330,23 @@ def make_scorer(
         )
         return [FunctionScores(name, np.array(values), fault) for name, values, fault in scored_by]
 
-    for one in call([text.reference for text in texts[: scoring.prompts]], 1) if functions else ():
-        if one.fault:
+    for part in call([text.reference for text in texts[: scoring.prompts]], 1) if functions else ():
+        if part.fault:
             raise ValueError(
-                f"scoring.by: {one.fault}, called with that row's own response. Choose a function that fits "
+                f"scoring.by: {part.fault}, called with that row's own response. Choose a function that fits "
                 "the rows, or set scoring.by= to nothing"
             )
 
     prompt_names = _prompt_names(texts[: scoring.prompts]) if functions else []
 
     def score(completions: Sequence[Completed]) -> Scored:
-        shown = [one.shown() for one in completions[::group][:samples]]
+        shown = [done.shown() for done in completions[::group][:samples]]
         metrics: FloatMetrics = {}
         intervals: dict[str, Interval] = {}
         of_prompts: dict[str, FloatMetrics] = {name: {} for name in prompt_names}
         faults = []
         prompts = len(texts[: scoring.prompts]) if functions else 0
-        scored = [one.completion for one in completions[: prompts * group]]
+        scored = [done.completion for done in completions[: prompts * group]]
         for scores in call(scored, group):
             for name, mean, by_prompt in scores.figures(scoring.pass_at):
                 metric = f"{HELD_OUT}{SCORES}{name}"
@@ -357,9 +357,9 @@ def make_scorer(
                 faults.append(
                     f"{scores.missing} completions of held-out prompts have no score: {scores.fault}"
                 )
-        broken = np.array([one.finish == "nonfinite" for one in completions]).reshape(-1, group).any(1)
+        broken = np.array([done.finish == "nonfinite" for done in completions]).reshape(-1, group).any(1)
         intervals = {name: x for name, x in intervals.items() if math.isfinite(x.low)}  # of one prompt
-        of_prompts = {prompt: own for prompt, own in of_prompts.items() if own}
+        of_prompts = {prompt: means for prompt, means in of_prompts.items() if means}
         return Scored(shown, prompts, metrics, intervals, of_prompts, faults, int(broken.sum()))
 
     return score
@@ -452,15 +452,15 @@ class CompletionScorer:
         scores = score_texts(self.functions, prompt_texts, texts, rows, self.samples)
         metrics: dict[str, float] = {"prompts": len(prompts), "completions": len(texts)}
         notes, by_row = [], {}
-        for one in scores:
-            if np.isnan(one.values).all():
+        for part in scores:
+            if np.isnan(part.values).all():
                 raise ValueError(
-                    f"no completion has a score: {one.fault}; correct the function, or choose another one "
+                    f"no completion has a score: {part.fault}; correct the function, or choose another one "
                     "with --by"
                 )
-            if one.fault:
-                notes.append(f"{one.missing} completions have no score: {one.fault}")
-            for name, mean, by_prompt in one.figures(self.passes):
+            if part.fault:
+                notes.append(f"{part.missing} completions have no score: {part.fault}")
+            for name, mean, by_prompt in part.figures(self.passes):
                 metrics[name], by_row[name] = mean, by_prompt
         ended = np.asarray(np.isin(tokens, loaded.stop).any(-1))
         metrics[COMPLETION_LENGTH] = float((tokens >= 0).sum(-1).mean())
@@ -471,7 +471,7 @@ class CompletionScorer:
                 "prompt": prompt_texts[i],
                 "completion": text,
                 "finish": "stop" if ended[i] else "length",
-                "scores": {one.name: _or_none(one.values.ravel()[i]) for one in scores},
+                "scores": {part.name: _or_none(part.values.ravel()[i]) for part in scores},
             }
             for i, text in enumerate(texts)
         ]
@@ -513,12 +513,12 @@ def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, li
     """
     by_k = {}
     for k in ks:
-        known = [own[~np.isnan(own)] for own in scores]
+        known = [row[~np.isnan(row)] for row in scores]
         estimates = [
-            1 - math.comb(len(own) - int((own >= CORRECT).sum()), k) / math.comb(len(own), k)
-            if len(own) >= k
+            1 - math.comb(len(row) - int((row >= CORRECT).sum()), k) / math.comb(len(row), k)
+            if len(row) >= k
             else math.nan
-            for own in known
+            for row in known
         ]
         if not np.isnan(estimates).all():
             by_k[k] = estimates

@@ -60,8 +60,8 @@ def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
     if run is None:
         return _folder(merged or source, repo)
     push = _folder(merged or _weights_of(run), repo)
-    own = _card_of_run(run, push.files.get(CARD), merged is not None)
-    return Push(push.what, {**push.files, **own}, push.notes)
+    card = _card_of_run(run, push.files.get(CARD), merged is not None)
+    return Push(push.what, {**push.files, **card}, push.notes)
 
 
 def finished_run(folder: Path) -> Path | None:
@@ -212,13 +212,13 @@ def _card_of_run(run: Path, weights_card: FileContent | None, is_merged: bool) -
     if not (run / CARD).is_file() or not isinstance(weights_card, bytes):
         return {}
     text = FRONT_MATTER.sub("", _regular(run / CARD).read_text("utf-8", errors="replace"))
-    own = weights_card.decode()
-    where, use, front = _section(text), _section(own), FRONT_MATTER.match(own)
+    card_text = weights_card.decode()
+    where, use, front = _section(text), _section(card_text), FRONT_MATTER.match(card_text)
     if where is None or use is None or front is None:  # written by hand, or by an older version
         return {}
     title, _, body = text[: where.start()].lstrip().partition("\n")
     if is_merged:
-        description = own[front.end() : use.start()].strip().partition("\n")[2].strip()
+        description = card_text[front.end() : use.start()].strip().partition("\n")[2].strip()
         body = f"\n{description} The adapter:\n{body}"
     text = f"{front[0]}\n{title}\n{body}{use[0].rstrip()}\n\n{text[where.end() :]}"
     pictures = [name for name in re.findall(r"\]\(([\w.-]+\.png)\)", text) if (run / name).exists()]

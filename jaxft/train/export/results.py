@@ -79,12 +79,12 @@ def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
         return
     name = job.sources[0].held_out_name  # all of a sweep have the same held-out rows
     for member, (rows, prompts) in zip(job.members, values, strict=True):
-        named = [*((name(at), own) for at, own in sorted(rows.items())), *prompts.items()]
+        named = [*((name(at), means) for at, means in sorted(rows.items())), *prompts.items()]
         seen, lines = Counter[str](), list[str]()
-        for row, own in named:
+        for row, means in named:
             seen[row] += 1
             label = row if seen[row] == 1 else f"{row} ({seen[row]})"
-            lines.append(json.dumps({"row": label, **json_value(own)}) + "\n")
+            lines.append(json.dumps({"row": label, **json_value(means)}) + "\n")
         if lines:
             write_durably(member.folder / HELD_OUT_ROWS, "".join(lines).encode())
 
@@ -94,8 +94,8 @@ def export_members(
 ) -> list[Path | None]:
     """Write the finished members' weights; return their folders, None for others. Every process calls it."""
     return [
-        _export(m, tree.combine(state.trainable, own), job.tokenizer, m.folder) if is_finished else None
-        for m, state, own, is_finished in zip(job.members, states, frozen, finished, strict=True)
+        _export(m, tree.combine(state.trainable, fixed), job.tokenizer, m.folder) if is_finished else None
+        for m, state, fixed, is_finished in zip(job.members, states, frozen, finished, strict=True)
     ]
 
 
@@ -146,8 +146,8 @@ def write_reports(
         for number, member in enumerate(job.members):
             folder = weights[number]
             if folder is not None:
-                own = [*notes[number], f"Training {time_line(perf[number])}."]
-                card = _card(job, number, folder, (before[number], after[number]), own)
+                lines = [*notes[number], f"Training {time_line(perf[number])}."]
+                card = _card(job, number, folder, (before[number], after[number]), lines)
                 (member.folder / runfolder.CARD).write_text(run_texts.model_card(card), encoding="utf-8")
             summary = {
                 "before": before[number],
@@ -176,8 +176,10 @@ def write_reports(
     processes.barrier()  # the run is finished for all processes or for none
     for log, folder in zip(logs.members, weights, strict=True):
         log.mark("failed" if folder is None else "finished")
-    took = time_line({**perf[0], "tokens": sum(own["tokens"] for own in perf)})
-    for line in _result_lines(job, logs, weights, (before, after), [[*own, took] for own in notes], table):
+    took = time_line({**perf[0], "tokens": sum(p["tokens"] for p in perf)})
+    for line in _result_lines(
+        job, logs, weights, (before, after), [[*lines, took] for lines in notes], table
+    ):
         logs.message(line)
 
 

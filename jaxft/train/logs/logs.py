@@ -126,7 +126,7 @@ def total_rates(perf: Sequence[FloatMetrics]) -> FloatMetrics:
     if not perf[0]:
         return {}
     added = ("tokens_per_second", "mfu")
-    return {name: sum(own[name] for own in perf) if name in added else x for name, x in perf[0].items()}
+    return {name: sum(p[name] for p in perf) if name in added else x for name, x in perf[0].items()}
 
 
 def open_logs(

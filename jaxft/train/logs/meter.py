@@ -111,8 +111,8 @@ class Meter:
 
     def _on_host(self, metrics: Metrics) -> Metrics:
         host = jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(metrics))
-        own = host if self._index is None else jax.tree.map(lambda x: x[self._index], host)
-        return metric.by_layer(own)
+        of_member = host if self._index is None else jax.tree.map(lambda x: x[self._index], host)
+        return metric.by_layer(of_member)
 
     def _give_up(self, steps: range) -> None:
         rows = [name for step in steps for row in self._source.row_names(step) for name in row.split(", ")]
@@ -171,8 +171,8 @@ class Meters:
         for number, member in enumerate(job.members):
             # a member of a sweep that becomes non-finite is frozen, and the others continue
             max_bad, index = (member.run.loop.max_bad, None) if job.sweep is None else (None, number)
-            own = None if counters is None else counters[number]
-            self._each.append(Meter(member, job.source_of(number), max_bad, own, index))
+            member_counters = None if counters is None else counters[number]
+            self._each.append(Meter(member, job.source_of(number), max_bad, member_counters, index))
 
     def add(self, step: int, batches: Sequence[Batch], metrics: Metrics) -> None:
         """Add a step's metrics. batches: one batch for all members, or one per member."""

@@ -125,8 +125,8 @@ def diagnose(member: Member, step: int, state: TrainState, frozen: Params, batch
     parameters, gradient_norms, output_norms = jax.device_get((parameters, *computed))
     nonfinite = first_parameter(params, p.partition.specs, p.mesh)
     layers = {path: layer_numbers(spec) for path, spec in spec_paths(p.partition.specs).items()}
-    own, of_teacher = output_norms
-    return Diagnosis(parameters, gradient_norms, own, of_teacher, nonfinite, layers)
+    of_model, of_teacher = output_norms
+    return Diagnosis(parameters, gradient_norms, of_model, of_teacher, nonfinite, layers)
 
 
 def make_layer_outputs(

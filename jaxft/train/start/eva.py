@@ -170,7 +170,7 @@ def _add_batch(
     known: InputStatistics,
     batch: Batch,
 ) -> InputStatistics:
-    """Return `known`, the statistics so far, merged with those of a microbatch [1, rows, ...]."""
+    """Return `known`, the statistics so far, merged with the statistics of a microbatch [1, rows, ...]."""
     rows = jax.tree.map(lambda x: x[0], batch)
     counted = (rows.segments > 0).astype(dtype)
     count, one = jnp.sum(counted), jnp.ones((), dtype)

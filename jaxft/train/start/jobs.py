@@ -221,10 +221,10 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         programs, source = build(run, steps), sources[min(number, len(sources) - 1)]
         _check_weights(run, programs)
         sharded_batch(programs, source.shapes[-1])  # raises if the rows don't divide over the mesh
-        own = {"data_fingerprint": source.info.fingerprint, **source.info.recorded}
-        own["chat_template"] = template_fingerprint(tokenizer)
-        own |= {} if calibration is None else {"quant": describe(run.quant)}
-        settings_ = {**(record or describe(run)), **weights, **sampled, **own}
+        recorded = {"data_fingerprint": source.info.fingerprint, **source.info.recorded}
+        recorded["chat_template"] = template_fingerprint(tokenizer)
+        recorded |= {} if calibration is None else {"quant": describe(run.quant)}
+        settings_ = {**(record or describe(run)), **weights, **sampled, **recorded}
         members.append(Member(label, run, folder / label, settings_, programs))
     if sweep and any(member.programs.objective.facts.noise for member in members):
         raise ValueError(
@@ -245,8 +245,8 @@ def _check_weights(run: Run, programs: Programs) -> None:
     if run.start and run.adapter is None:
         files = pretrained.open_files(run.weights)
         read_adapter(adapter_folder(run.start), programs.partition.stored.model, files)
-    own = HeadSettings(run.adapter, run.start if run.adapter else None)
-    check_starts(programs.partition.model, own, run.weights, run.heads)
+    heads = HeadSettings(run.adapter, run.start if run.adapter else None)
+    check_starts(programs.partition.model, heads, run.weights, run.heads)
 
 
 def _check_token_ids(source: Source[Any], run: Run) -> None:
@@ -397,10 +397,10 @@ def load_members(
         tokens = member.run.adapter.eva_tokens if member.run.adapter else 0
         batches = partial(first_batches, job.source_of(number), tokens)
         rows = FirstRows(batches, report)
-        state, own = start(member.run, member.programs, saved, base, member.folder, rows)
-        base = own["base"]
+        state, fixed = start(member.run, member.programs, saved, base, member.folder, rows)
+        base = fixed["base"]
         states.append(state)
-        frozen.append(own)
+        frozen.append(fixed)
     return tuple(states), tuple(frozen)
 
 
@@ -425,5 +425,5 @@ def bind_sources(
         counter=counter,
     )
     stored = saved["sources"] if saved else [None] * len(job.sources)
-    sources = [source.bind(bound, own) for source, own in zip(job.sources, stored, strict=True)]
+    sources = [source.bind(bound, old) for source, old in zip(job.sources, stored, strict=True)]
     return replace(job, sources=tuple(sources))

@@ -210,8 +210,8 @@ def _recorded(settings: Resolved, root: Path) -> Chosen:
     """Return what jaxft chose at the run's start and this command leaves open; {} without a checkpoint."""
     name, names = settings.value.name, _open_names(settings)
     folder = root / name
-    own = [folder, folder.parent] if "/" in name else [folder]  # the runs of a sweep share its checkpoints
-    if not any(path for place in own for path in place.glob(f"{CHECKPOINTS}/*")):
+    paths = [folder, folder.parent] if "/" in name else [folder]  # the runs of a sweep share its checkpoints
+    if not any(path for place in paths for path in place.glob(f"{CHECKPOINTS}/*")):
         return {}
     record = read_saved_json(folder / "config.json")
     values = {_name_of(settings, name): str(record["data"][name]) for name in names}  # a sweep's member

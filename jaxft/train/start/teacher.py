@@ -125,8 +125,8 @@ def with_teacher_storage(parts: Partition, teacher: Teacher | None) -> Partition
     """Return the partition with the storage of a teacher that has its own weights."""
     if teacher is None or teacher.model is None:
         return parts
-    own = {f"{TEACHER}/{path}": storage for path, storage in _stored(teacher).storage.items()}
-    return replace(parts, stored=replace(parts.stored, storage={**parts.storage, **own}))
+    of_teacher = {f"{TEACHER}/{path}": storage for path, storage in _stored(teacher).storage.items()}
+    return replace(parts, stored=replace(parts.stored, storage={**parts.storage, **of_teacher}))
 
 
 def teacher_lines(run: Run, mesh: jax.sharding.Mesh) -> list[str]:

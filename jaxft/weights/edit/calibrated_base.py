@@ -168,9 +168,9 @@ def _programs(layer: BlockLayer, paths: list[str]) -> _Programs:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _add(moments: InputMoments, own: Float[Array, "B T I"], exact: Float[Array, "B T I"]) -> InputMoments:
+def _add(moments: InputMoments, inputs: Float[Array, "B T I"], exact: Float[Array, "B T I"]) -> InputMoments:
     return InputMoments(
-        moments.gram + outer(own, own, jnp.float32), moments.cross + outer(own, exact, jnp.float32)
+        moments.gram + outer(inputs, inputs, jnp.float32), moments.cross + outer(inputs, exact, jnp.float32)
     )
 
 

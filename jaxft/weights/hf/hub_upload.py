@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.data.decisions import DECISION_FILE
+from jaxft.distributed.exit import shorten_error
 from jaxft.weights.edit.extended_model import UNTRAINED
 from jaxft.weights.gguf.gguf_file import PART_NAME
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hf.hub import short_message
 
 WEIGHTS_OR_CONFIG = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json",
@@ -114,7 +114,7 @@ def upload_files(
                 revision=target.branch,
                 parent_commit=before,  # another commit since then is an error of this one
             )
-    notes = [f"warning: {short_message(x.message)}" for x in caught if "README.md" in str(x.message)]
+    notes = [f"warning: {shorten_error(x.message)}" for x in caught if "README.md" in str(x.message)]
     if private and target.public:
         notes.append(f"{target.repo} was there before and stays private; its settings can change that")
     commit, place = str(info.oid), f"{hub_endpoint()}/{target.repo}"
@@ -226,7 +226,7 @@ def _one_line(target: HubTarget, progress: _Progress) -> Iterator[None]:
         raise
     except Exception as error:  # the hub's own, or of the HTTP library that this version of it uses
         is_value = isinstance(error, ValueError)
-        reason = short_message(error) if is_value else _reason(error, where, progress.committing)
+        reason = shorten_error(error) if is_value else _reason(error, where, progress.committing)
         raise OSError(f"{target.repo}: {reason}; {progress.outcome(f'{where}/{target.repo}')}") from error
 
 
@@ -312,7 +312,7 @@ def _reason(error: Exception, where: str, uploading: bool) -> str:
         return "another change of the repository came first"
     if status == 409:
         return "it exists already, and this token may not read it; use a token that may, or another name"
-    text = f"the upload to {where} failed: {short_message(cause).partition(' For more information')[0]}"
+    text = f"the upload to {where} failed: {shorten_error(cause).partition(' For more information')[0]}"
     uses_xet = importlib.util.find_spec("hf_xet") and not os.environ.get("HF_HUB_DISABLE_XET")
     if uploading and response is None and uses_xet:
         text += " (a hub without Xet storage needs HF_HUB_DISABLE_XET=1)"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxft.distributed.exit import shorten_error
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
 
 TEMPLATES_FOLDER = "additional_chat_templates"  # of transformers, with all of several but the default one
@@ -58,7 +59,7 @@ def reading_failed(folder: Path, error: Exception) -> str:
             json.loads((folder / name).read_bytes() if (folder / name).is_file() else "{}")
         except (ValueError, RecursionError) as e:
             return f"{name} is not a complete JSON file ({e}); download it again"
-    reason = " ".join(str(error).split())[:300]
+    reason = shorten_error(error)
     if "contains custom code" in reason:
         reason = "it is code in the folder, which jaxft never runs"
     return f"no tokenizer could be loaded from {folder} ({reason}); it needs a tokenizer.json"

@@ -14,6 +14,7 @@ from jaxtyping import DTypeLike
 
 from jaxft.data.rows.shipped import script_command
 from jaxft.distributed import sharding
+from jaxft.distributed.exit import shorten_error
 from jaxft.models.adapted import HeadSettings
 from jaxft.models.model import Model
 from jaxft.nn import param
@@ -193,7 +194,7 @@ def other_base_name(folder: Path, ref: str) -> list[str]:
         return []
     if hub.is_same_file(name, ref):
         return []
-    shown = hub.short_message(repr(name))
+    shown = shorten_error(repr(name))
     return [f"warning: the adapter in {folder} is for the base {shown}, but it is used with {ref}"]
 
 

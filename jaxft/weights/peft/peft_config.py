@@ -226,7 +226,7 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
         twice += [(stored[plain], old)] if plain in stored else []
         stored[plain] = old
     if len(names) > 1:
-        shown = ", ".join(f"{repr(name) if name else 'none'} ({one})" for name, one in names.items())
+        shown = ", ".join(f"{repr(name) if name else 'none'} ({problem})" for name, problem in names.items())
         raise ValueError(
             f"{files.where}: tensors of several adapters, by name: {shown}; save each with peft's "
             "save_pretrained(FOLDER, selected_adapters=[NAME])"
@@ -269,7 +269,7 @@ def config_of_decoder(config: dict[str, Any], prefix: str | None, modules: Seque
         if isinstance(value, str) and value != "all-linear":
             out[key] = [module for name, module in full.items() if tree.regex(value, key).fullmatch(name)]
         elif isinstance(value, list):
-            out[key] = [_NESTED.sub("model.", one) if isinstance(one, str) else one for one in value]
+            out[key] = [_NESTED.sub("model.", item) if isinstance(item, str) else item for item in value]
     for key in ("rank_pattern", "alpha_pattern"):
         values = config.get(key)
         if isinstance(values, dict):

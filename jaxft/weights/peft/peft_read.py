@@ -300,7 +300,8 @@ def _read_settings(folder: Path, config: dict[str, Any]) -> Adapter:
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
-            raise ValueError(f"{where}: {key} has type {type(patterns).__name__}, expected an object")
+            kind = type(patterns).__name__
+            raise ValueError(f"{where}: {key} has type {kind}, expected an object; correct it")
         for pattern, value in patterns.items():
             tree.regex(pattern, f"{where}: {key}")
             if not (

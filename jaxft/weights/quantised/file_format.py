@@ -27,6 +27,14 @@ class WrittenTensor(NamedTuple):
     values: Callable[[QTensor], Any]
 
 
+def _no_tensors(name: str, layout: QTensor) -> list[WrittenTensor]:
+    return []
+
+
+def _no_config(quant: Quant, plain: list[str], packed: list[str]) -> QuantConfig:
+    return {}
+
+
 @dataclass(frozen=True)
 class FileFormat:
     """A file format of quantised weights.
@@ -50,8 +58,8 @@ class FileFormat:
     kinds: tuple[str, ...] = ()
     summary: str = ""
     head_summary: str = ""
-    write: Callable[[str, QTensor], list[WrittenTensor]] = lambda name, layout: []
-    config: Callable[[Quant, list[str], list[str]], QuantConfig] = lambda quant, plain, packed: {}
+    write: Callable[[str, QTensor], list[WrittenTensor]] = _no_tensors
+    config: Callable[[Quant, list[str], list[str]], QuantConfig] = _no_config
     scale_dtype: DTypeLike | None = None
     with_head: bool = True
     whole_blocks: bool = True
