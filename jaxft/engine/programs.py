@@ -245,7 +245,7 @@ def decode_rows(
 
 
 def _groups(d: Decoding, state: State, used: Array) -> RowGroups:
-    """Return which used rows complete which prompt."""
+    """Return the assignment of the used rows to the prompts that they complete."""
     (rows,), prompts = used.shape, state.cache.prompts.visible.shape[0]
     places = state.prompts * d.group + state.places
     at = jnp.where(used, places, prompts * d.group)

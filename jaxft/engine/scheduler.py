@@ -68,9 +68,10 @@ def compile_server(
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A prompt to complete, as token ids, and how.
+    """A prompt as token ids, and the settings of its completion.
 
-    seed, number: determine the random key; generate.py with this seed uses the same for its prompt `number`.
+    seed, number: determine the random key: it is that of prompt `number` of scripts/generate.py with this
+    seed.
     """
 
     prompt: tuple[int, ...]

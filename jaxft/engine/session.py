@@ -215,13 +215,14 @@ class Session:
         return []
 
     def sampled(self, it: Running) -> Sampled:
-        """Return what a row has sampled in its present turn. it: a row that `step` has returned."""
+        """Return the tokens that a row has sampled in its present turn. it: a row that `step` returned."""
         turn = it.row, slice(it.begun, it.count)
         return Sampled(it.episode, self.tokens[turn].copy(), self.logps[turn].copy(), it.finish or "length")
 
     def step(self, steps: int | None = None) -> list[Running]:
-        """Run one program: extend rows, start prompts, or decode up to `steps` steps. Return the rows that
-        have new tokens. The attributes `tokens` and `logps` [rows, max_new] then have all tokens so far.
+        """Run one program: extend rows, start prompts, or decode up to `steps` steps (None: no such limit).
+        Return the rows that have new tokens. The attributes `tokens` and `logps` [rows, max_new] then have
+        all tokens so far.
         """
         self._fit()
         if not (self._extend() or self._start()):

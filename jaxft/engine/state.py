@@ -126,9 +126,8 @@ def first_device(mesh: Mesh | None) -> Any:
 
 
 def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
-    """Return for how many rows programs are compiled: at most three numbers, each half of the last.
-
-    On several devices only `rows`: another number would move cached keys between devices.
+    """Return at most three numbers of rows, for each of which programs are compiled: `rows`, its half and its
+    quarter, without small ones. On several devices only `rows`: fewer would move cached keys between devices.
     """
     fewest = FEWEST_ROWS if first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
     levels = [rows]

@@ -1,9 +1,9 @@
-"""Alarms and summaries of a run, computed from its logged metrics alone.
+"""Alarms (warnings that training goes wrong) and summaries of a run, computed from its logged metrics alone.
 
-An alarm function is called with each entry of metrics.jsonl in order and with the memory that it returned for
-the entry before, so that a run that was killed and resumed raises the same alarms. In the functions of this
-file, memory: {} before the first entry. entry: {metric: value}. n: the finite metrics of an entry. last:
-whether it is the last entry of a finished run.
+An alarm function is called once for each entry of metrics.jsonl, in order. It returns a `memory`, a dict for
+JSON, that it gets back with the next entry ({} with the first one), so that a run that was killed and resumed
+raises the same alarms. In the functions of this file, entry: {metric: value}, where None stands for a value
+that was not finite. n: the finite metrics of an entry. last: whether a finished run has no later entry.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,7 +39,9 @@ Entry: TypeAlias = dict[str, Any]  # of metrics.jsonl; null stands for a value t
 
 
 class Alarms(NamedTuple):
-    """The result of an alarm function for a log entry: memory for the next entry, messages, and alarms."""
+    """The result of an alarm function for a log entry: memory, for the call with the next entry; messages,
+    lines to log that report nothing bad; alarms, lines to log as warnings.
+    """
 
     memory: Memory
     messages: list[str]
@@ -71,16 +73,16 @@ FAULTS_RAISED, FAULTS_NOT_A_NUMBER = "reward_faults/raised", "reward_faults/not_
 
 
 def training_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Return the alarms of any run that learns from rows: skipped steps, and gradients of 0."""
+    """Check an entry of a run that learns from a dataset: skipped steps, and gradients of 0."""
     return run_alarms(
         {"skipped": check_skipped_steps, "no gradient": check_zero_gradient}, memory, entry, last
     )
 
 
 def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Return the alarms of a preference run for a log entry.
+    """Check an entry of a preference run.
 
-    beta: the factor of rewards that are beta times the log-ratio to a reference; None for other rewards.
+    beta: if the logged rewards are beta times the log-ratio of policy and reference, this beta; else None.
     """
     checks: dict[str, AlarmCheck] = {
         "first loss": check_first_loss,
@@ -95,7 +97,7 @@ def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bo
 
 
 def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Return the alarms of a run that learns from rollouts."""
+    """Check an entry of a run that learns from rollouts."""
     checks = {
         "faults": check_reward_faults,
         "idle": check_idle_steps,
@@ -106,8 +108,10 @@ def rollout_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
 
 
 def run_alarms(checks: Mapping[str, AlarmCheck], memory: Memory, entry: Entry, last: bool) -> Alarms:
-    """Return the alarms of several named checks, each with its own memory. Also report held-out losses that
-    are not finite, and loss spikes.
+    """Run several checks on an entry, and two that every run needs: for held-out losses that are not finite,
+    and for loss spikes.
+
+    checks: by name. memory: {name of a check: the memory of this check}.
     """
     numbers = {name: value for name, value in entry.items() if isinstance(value, int | float)}
     memory, messages, alarms = {**memory}, [], []
@@ -125,7 +129,9 @@ def run_alarms(checks: Mapping[str, AlarmCheck], memory: Memory, entry: Entry, l
 
 
 def check_first_loss(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Compare the loss before the first update with its theoretical value for policy = reference."""
+    """Compare the loss before the first update with its theoretical value for a policy that equals the
+    reference (the metric loss_at_reference): a message if they agree, an alarm if not.
+    """
     prefix = HELD_OUT if n["step"] == 0 else ""
     loss, theory = n.get(prefix + LOSS), n.get(prefix + LOSS_AT_REFERENCE)
     if n["step"] > 1 or loss is None or theory is None:
@@ -146,8 +152,9 @@ def check_first_loss(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_falling_logp(beta: float | None, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Detect a falling log-prob of chosen responses: on held-out pairs below its value at step 0, on training
-    pairs below the reference's (only with `beta`, see preference_alarms).
+    """Detect that the log-prob of chosen responses falls: on held-out pairs below its value at step 0, on
+    training pairs below the reference's log-prob. beta: see preference_alarms; with None only held-out pairs
+    are checked.
     """
     memory, depths = {"reported": 0.0, **memory}, []
     held_out = HELD_OUT + CHOSEN_LOGP
@@ -182,10 +189,11 @@ def _falls(curve: list[float], points: int) -> bool:
 
 
 def _add_to_window(memory: Memory, value: float) -> tuple[Memory, float]:
-    """Add a value to a window of WINDOW_STEPS values. Return the new memory, and how far the mean of the
-    window is below 0 if the means keep falling and this exceeds the noise; else 0.
+    """Collect values in windows of WINDOW_STEPS. Return the new memory, and a depth in nats.
 
-    The noise is estimated from the scatter of values inside of windows, of which the newest count most.
+    The depth is 0, except after the last value of a window whose mean m is the end of FALLS falls of the mean
+    in a row, and is below 0 by more than STANDARD_ERRORS standard errors: then it is -m. The standard error
+    is estimated from the scatter of values around the mean of their window; newer windows have more weight.
     """
     values = [*memory.get("window", []), value]
     if len(values) < WINDOW_STEPS:
@@ -200,8 +208,8 @@ def _add_to_window(memory: Memory, value: float) -> tuple[Memory, float]:
 
 
 def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Detect overfitting: at two evaluations in a row the held-out accuracy is below its best value, and the
-    margin above its value at that evaluation.
+    """Detect overfitting: in two evaluations in a row the held-out accuracy is at least ACCURACY_DROP below
+    its best value so far, and the held-out margin is larger than it was in that best evaluation.
     """
     accuracy, margin = n.get(HELD_OUT + ACCURACY), n.get(HELD_OUT + MARGIN)
     if accuracy is None or margin is None:
@@ -222,8 +230,8 @@ def check_overfitting(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Compare the final held-out accuracy with the accuracy of always preferring the longer, or the shorter,
-    response. accuracy: the metric's name.
+    """Detect a finished run whose held-out accuracy is no better than always preferring the longer response,
+    or always the shorter one. accuracy: the name of the accuracy metric, without eval_.
     """
     reached, guess = n.get(HELD_OUT + accuracy), length_baseline(n)
     if not last or reached is None or guess is None or reached > guess[0]:
@@ -239,7 +247,9 @@ def check_more_than_length(accuracy: str, memory: Memory, n: FloatMetrics, last:
 
 
 def check_all_ties(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report a finished run in which all held-out pairs are ties. accuracy: the metric's name."""
+    """Detect a finished run in which all held-out pairs are ties. accuracy: the name of the accuracy metric,
+    without eval_.
+    """
     pairs = n.get(HELD_OUT + accuracy + PAIR_COUNT)
     if not last or not pairs or HELD_OUT + accuracy in n:
         return Alarms(memory, [], [])
@@ -251,7 +261,7 @@ def check_all_ties(accuracy: str, memory: Memory, n: FloatMetrics, last: bool) -
 
 
 def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report steps with a non-finite loss, gradient or update: the first, and each doubling of the count."""
+    """Report steps with a non-finite loss, gradient or update: the first, and each doubling of the number."""
     total, reported = memory.get("total", 0) + n.get(SKIPPED, 0), memory.get("reported", 0)
     if total < max(1, REPEAT * reported):
         return Alarms({"total": total, "reported": reported}, [], [])
@@ -263,7 +273,7 @@ def check_skipped_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_loss_spikes(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report steps that optim.skip_spikes skipped: the first, and each doubling of their number."""
+    """Report steps that optim.skip_spikes skipped: the first one, and each doubling of their number."""
     if LOSS_SPIKES not in n:
         return Alarms(memory, [], [])
     steps = n["step"] - memory.get("step", 0)  # of this entry, which has their mean
@@ -279,7 +289,9 @@ def check_loss_spikes(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_reward_faults(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report rewards that raised or returned no number: the first, and each doubling of their fraction."""
+    """Report calls of reward functions that raised or returned no finite number: the first such entry, and
+    each doubling of their fraction.
+    """
     fraction, reported = n.get(FAULTS_RAISED, 0) + n.get(FAULTS_NOT_A_NUMBER, 0), memory.get("reported", 0)
     if not fraction or fraction < REPEAT * reported:
         return Alarms(memory, [], [])
@@ -292,8 +304,8 @@ def check_reward_faults(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_idle_steps(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report consecutive steps without a training signal: all scores of the rollout are equal, no completion
-    is trained on, or the gradient is 0 because the scores within each group are equal.
+    """Report consecutive logged steps without a training signal: all scores of the rollout are equal, no
+    completion is trained on, or the gradient is 0, as where the completions of each prompt score alike.
     """
     if FRAC_LEARNED not in n:
         return Alarms(memory, [], [])
@@ -320,9 +332,10 @@ def check_zero_gradient(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report consecutive rollouts whose completions mostly reach the length limit.
+    """Report IDLE_STEPS consecutive logged rollouts, of which each has at least half of its completions
+    (MOST) truncated at data.max_new tokens.
 
-    A run with too few logged steps for such a streak is checked at its end.
+    A run with fewer logged rollouts is checked at its end.
     """
     streak, due = memory.get("streak", 0), memory.get("next", IDLE_STEPS)
     if CLIPPED_RATIO in n:
@@ -342,7 +355,7 @@ def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> 
 
 def _report_streak(memory: Memory, bad: bool, text: str) -> Alarms:
     """Return an alarm after IDLE_STEPS bad logged steps in a row, and each time that this streak doubles.
-    text: the alarm, with {streak} for the number of steps.
+    bad: whether this step is bad. text: the alarm, with {streak} in place of the number of steps.
     """
     streak = memory.get("streak", 0) + 1 if bad else 0
     if streak != memory.get("next", IDLE_STEPS):
@@ -351,8 +364,8 @@ def _report_streak(memory: Memory, bad: bool, text: str) -> Alarms:
 
 
 def length_baseline(n: Mapping[str, Any]) -> tuple[float, str] | None:
-    """Return the better held-out accuracy of two rules, to prefer the longer or the shorter response, and the
-    rule, "longer" or "shorter"; None if the metrics lack it. n: metrics.
+    """Return (held-out accuracy, "longer" or "shorter") of the better one of two rules: always prefer the
+    longer response, or always the shorter one. None if the metrics `n` have no lengths.
     """
     longer = n.get(HELD_OUT + LONGER_WINS)
     return None if longer is None else max((longer, "longer"), (1 - longer, "shorter"))
@@ -360,7 +373,7 @@ def length_baseline(n: Mapping[str, Any]) -> tuple[float, str] | None:
 
 def preference_summary(first: Entry, last: Entry, starts_tied: bool = True) -> list[str]:
     """Return lines that summarise a preference run. first, last: each metric's first and newest value.
-    starts_tied: whether the policy starts as the reference, if there is one.
+    starts_tied: False if the reference is a teacher, so that the policy does not start as the reference.
     """
     lines = []
     accuracy, margin, logp = HELD_OUT + ACCURACY, HELD_OUT + MARGIN, HELD_OUT + CHOSEN_LOGP
@@ -389,7 +402,9 @@ def has_numbers(entry: Mapping[str, Any], *names: str) -> bool:
 
 
 def length_note(last: Mapping[str, Any]) -> str:
-    """Return a sentence part with the accuracy of the better rule of length_baseline; "" if it is unknown."""
+    """Return for example "; always preferring the longer response gives 0.61", with the better rule of
+    length_baseline; "" without metrics of lengths.
+    """
     guess = length_baseline(last)
     return f"; always preferring the {guess[1]} response gives {guess[0]:.2f}" if guess else ""
 
@@ -413,8 +428,9 @@ def _length_lines(last: Entry) -> list[str]:
 
 
 def _label_line(fraction: float, error: float) -> str:
-    """Return a line about flipped labels. fraction, error: see metrics.LabelNoise. An untrained model
-    disagrees with half of the labels, so a fraction of UNTRAINED and above is no estimate.
+    """Return a line about flipped labels, pairs whose rejected response is the better one. fraction, error:
+    value() and error() of a metrics.LabelNoise. An untrained model disagrees with half of the labels, so a
+    fraction of UNTRAINED or more is not reported as an estimate.
     """
     percent = f"{100 * fraction:.0f} %"
     if fraction >= UNTRAINED:
@@ -431,7 +447,7 @@ def _label_line(fraction: float, error: float) -> str:
 
 
 def accuracy_text(name: str, entry: Mapping[str, Any]) -> str:
-    """Return the metric `name`, an accuracy, as text with its interval and its number of pairs."""
+    """Return the metric `name`, an accuracy, as text, with its 95 % interval and its number of pairs."""
     return fraction_text(entry[name], entry.get(name + PAIR_COUNT))
 
 
@@ -450,6 +466,6 @@ def accuracy_change(name: str, first: Entry, last: Entry, ties: bool = False) ->
 
 
 def change(name: str, first: Entry, last: Entry, digits: int) -> str:
-    """Return a metric before and after training, as text with this number of decimal places."""
+    """Return a metric before and after training, as text with `digits` decimals: "1.2 before, 0.8 after"."""
     before, after = first.get(name), f"{last[name]:.{digits}f}"
     return f"{before:.{digits}f} before, {after} after" if isinstance(before, float) else after

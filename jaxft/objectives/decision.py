@@ -1,4 +1,5 @@
-"""Decisions: the probabilities of given choices at one position, trained by a proper scoring rule.
+"""Decisions: a model's probabilities of given choices, such as the tokens A, B and C, at one position of a
+row, trained by a proper scoring rule.
 
 The expected value of a proper scoring rule is smallest for the true probabilities (Gneiting & Raftery 2007,
 doi:10.1198/016214506000001437), so training by one makes a model's probabilities match those in its rows.
@@ -67,7 +68,8 @@ def brier(log_p: PerChoice, q: PerChoice) -> Float[Array, "..."]:
 def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]) -> Float[Array, "B M C"]:
     """Return the log-softmax over the choices of each decision.
 
-    logits: of U tokens. choices: indices into the axis U; -1 for no choice, which gets the logit NONE.
+    logits: of the U tokens that are choices anywhere in the batch. choices: indices into the axis U.
+    Decisions with fewer than C choices are padded with -1, which has the logit NONE.
     """
     of_choices = jnp.take_along_axis(logits, jnp.maximum(choices, 0), axis=-1)
     return jax.nn.log_softmax(jnp.where(choices >= 0, of_choices, jnp.asarray(NONE, of_choices.dtype)), -1)
@@ -76,7 +78,8 @@ def choice_log_probs(logits: Float[Array, "B M U"], choices: Int[Array, "B M C"]
 @struct
 class Outputs:
     """The forward pass of a batch. log_p: the model's log-probabilities of the choices. q: the dataset's
-    probabilities. weight: of each decision; 0 marks padding.
+    probabilities of them. weight: of each decision; 0 marks padding. sources: for each decision the index of
+    its dataset in source_names; None if there is one dataset.
     """
 
     log_p: Float[Array, "B M C"]
@@ -88,10 +91,11 @@ class Outputs:
 
 
 def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Objective:
-    """`sum_d w_d loss(log p_d, q_d)` over decisions d, with p the softmax over the logits of the choices.
+    """`sum_d w_d loss(log p_d, q_d)` over decisions d with weights w: p is the softmax over the logits of the
+    choices, q are the probabilities of the choices in the dataset.
 
-    Only logits of tokens that are choices are computed. loss: cross_entropy, brier, log_score, or another
-    function of log p [..., C] and q [..., C], the probabilities in the rows, that returns [...].
+    Only logits of tokens that are choices are computed. loss: cross_entropy, brier, log_score, or your own
+    function (log_p [..., C], q [..., C]) -> [...].
 
     Metrics, over decisions of equal weight: accuracy (p and q have the same most probable choice), log_loss
     (cross_entropy), brier, ece (metrics.CalibrationError, where `correct` is q of the predicted choice) and
@@ -128,7 +132,7 @@ def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Object
 
 
 def _metrics(outputs: Outputs, losses: Float[Array, "B M"] | None) -> Metrics:
-    """Return the metrics of a batch. With `losses`, [B, M], also return PerRow values of each decision."""
+    """Return the metrics of a batch; with `losses`, one per decision, also the PerRow values of decisions."""
     log_p, q = outputs.log_p, outputs.q
     used = (outputs.weight > 0) & (jnp.sum(q, -1) > 0)  # rows that are only scored have no probabilities
     top = jnp.argmax(log_p, -1)[..., None]

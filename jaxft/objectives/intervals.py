@@ -47,22 +47,22 @@ class Paired(NamedTuple):
         return not self.interval.has(0) if self.p is None else self.p < 1 - LEVEL
 
     def text(self, unit: str = "rows") -> str:
-        """Return the difference, its interval, and a verdict in words."""
+        """Return the difference, its interval, p, and whether the models differ, as a line of text."""
         test = "" if self.p is None else f", sign test p = {self.p:.2g}"
         verdict = "different" if self.distinguishable else f"not distinguishable with {self.rows:,} {unit}"
         return f"{self.difference:+.3f} {self.interval.text()}{test}: {verdict}"
 
 
 def wilson(fraction: float, count: float) -> Interval:
-    """Return the interval of a fraction of `count` independent trials.
+    """Return Wilson's interval of a fraction p of n = `count` independent trials.
 
-    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n). E. B. Wilson 1927, Probable
-    inference, the law of succession, and statistical inference, JASA 22, 209-212. It stays within [0, 1] and
-    covers well for small counts (Brown, Cai & DasGupta 2001, Statistical Science 16, 101-133). If trials have
-    values between 0 and 1, such as ties that count 1/2, it is somewhat too wide.
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.96. E. B. Wilson 1927,
+    Probable inference, the law of succession, and statistical inference, JASA 22, 209-212. It stays within
+    [0, 1] and covers well for small counts (Brown, Cai & DasGupta 2001, Statistical Science 16, 101-133). If
+    trials have values between 0 and 1, such as ties that count 1/2, it is somewhat too wide.
 
-    Returns [NaN, NaN] for NaN, such as the accuracy of a model whose outputs are not finite. Raises
-    ValueError for other fractions outside [0, 1], and for a count of 0.
+    Returns [NaN, NaN] if the fraction is NaN, such as the accuracy of a model whose outputs are not finite.
+    Raises ValueError for a fraction outside [0, 1] and for a count of 0 or less.
     """
     if math.isnan(fraction):
         return Interval(math.nan, math.nan)
@@ -118,13 +118,13 @@ def interval_of(values: Sequence[float]) -> Interval:
 
 
 def prompt_means(scores: Float[np.ndarray, "n G"]) -> list[float]:
-    """Return for each prompt the mean of its completions' scores without NaN; NaN if all are NaN."""
+    """Return for each of n prompts the mean score of its G completions, without NaN; NaN if all are NaN."""
     return [math.nan if np.isnan(group).all() else float(np.nanmean(group)) for group in scores]
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
-    """Compare values of the same rows: paired_fractions if all are 0, 1 or 1/2, else paired_means. Rows where
-    one of them is NaN are left out.
+    """Compare the values of two models on the same rows, in the same order: by paired_fractions if all are 0,
+    1 or 1/2, else by paired_means. Rows where either value is NaN are left out.
     """
     pairs = [(x, y) for x, y in zip(first, second, strict=True) if not math.isnan(x + y)]
     first, second = [x for x, _ in pairs], [y for _, y in pairs]
@@ -139,9 +139,8 @@ def _are_wins(values: Sequence[float]) -> bool:
 def paired_means(
     first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
 ) -> Paired:
-    """Return mean(second) - mean(first) over the same rows, with the mean_interval of the rows' differences.
-
-    weights: of the rows.
+    """Return mean(second) - mean(first) of two models' values on the same rows, with the mean_interval of the
+    rows' differences. weights: of the rows in these means; None for equal ones.
     """
     differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     w = np.ones_like(differences) if weights is None else np.asarray(weights, np.float64)
@@ -154,8 +153,8 @@ def paired_fractions(first: Sequence[float], second: Sequence[float]) -> Paired:
     and 1/2 for a tie.
 
     p: sign_test of the rows where they differ. interval: sum d / (n + 2) -+ z sqrt(1 + sum d^2 - (sum d)^2 /
-    (n + 2)) / (n + 2) for differences d, the Wald interval with 1/2 added to each cell of the table of right
-    and wrong (Agresti & Min 2005, Statistics in Medicine 24, 729-740, "Wald+2").
+    (n + 2)) / (n + 2) for differences d and z = 1.96, the Wald interval with 1/2 added to each cell
+    of the table of right and wrong (Agresti & Min 2005, Statistics in Medicine 24, 729-740, "Wald+2").
     """
     differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     n, total = len(differences) + 2, float(differences.sum())

@@ -23,30 +23,30 @@ ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 @dataclass(frozen=True)
 class Grammar:
-    """A compiled grammar, over the tokens of a tokenizer. start: llguidance's matcher before any token."""
+    """A compiled grammar over the tokens of a tokenizer. start: llguidance's matcher before any token."""
 
     start: Any
 
     def begin(self) -> "Constraint":
-        """Return the constraint of a new completion."""
+        """Return the constraint of a new, empty completion."""
         return Constraint(self.start.deep_copy())
 
 
 class Constraint:
-    """Follows one completion through its grammar."""
+    """The tokens that may come next in one completion, which must match a grammar."""
 
     def __init__(self, matcher: Any):
         self._matcher = matcher
 
     def allowed(self) -> np.ndarray:
-        """Return a bit for each token, in words of 32, that is set if the token may come next. Stop tokens
-        are allowed where the completion may end.
+        """Return a bit mask of tokens: bit i % 32 of word i // 32 is set if token i may come next. Stop
+        tokens are allowed where the completion may end.
         """
         return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
 
     def accept(self, tokens: Sequence[int]) -> str:
-        """Advance by tokens of the completion. Return an error as text, for example if the grammar is too
-        complex, or "".
+        """Append sampled tokens to the completion. Return an error message, for example if the grammar is
+        too complex; "" if there is no error.
         """
         self._matcher.consume_tokens(list(tokens))
         return f"the grammar failed: {_line(self._matcher.get_error())}" if self._matcher.is_error() else ""
@@ -75,16 +75,17 @@ def regex_grammar(pattern: str) -> str:
 def call_grammar(
     format: ToolFormat, tools: Sequence[Mapping[str, Any]], tokenizer: Any, is_single: bool = False
 ) -> str:
-    """Return the grammar of one or more tool calls, written as the chat template of the format writes them,
-    with arguments that fit the tool's schema. Raises ValueError if the format is "none".
+    """Return the grammar of one or more tool calls in a format such as "hermes", whose arguments fit the
+    schema of the called tool. Raises ValueError if the format is "none".
 
-    tools: {"name": ..., "parameters": JSON schema}. is_single: whether there is exactly one call.
+    tools: {"name": ..., "parameters": JSON schema}. is_single: whether only one call may be made; in the
+    format "llama3" there is never more than one.
     """
     known = call_format(format)
     if known is None:
         raise ValueError(
-            "tool_choice needs a known format of tool calls, and this model's chat template has none; use "
-            "tool_choice=auto, or start the server with --tool-format"
+            "required tool calls, and tools with a response_format, need a known format of tool calls, which "
+            "this model's chat template lacks; omit them, or start the server with --tool-format"
         )
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
 
@@ -115,7 +116,7 @@ def call_grammar(
 
 
 def either(first: str, second: str) -> str:
-    """Return a grammar of the texts of two grammars: a Lark grammar, and one that is a single rule."""
+    """Return the Lark grammar of texts that match `first` or `second`. second: a grammar of a single rule."""
     renamed = re.sub(r"^start:", "first:", first)
     return f"{renamed}\nsecond: {second.removeprefix('start: ')}\nstart: first | second"
 
@@ -123,8 +124,8 @@ def either(first: str, second: str) -> str:
 def compile_grammar(grammar: str, tokenizer: Any, stop: Sequence[int]) -> Grammar:
     """Compile a grammar over the tokens of a tokenizer. stop: token ids that end a completion.
 
-    Raises ValueError for a grammar that is wrong or that llguidance does not support, for example because of
-    a keyword in a JSON schema, and ImportError without llguidance.
+    Raises ValueError if `stop` is empty and for a grammar that is wrong or that llguidance does not support,
+    for example because of a keyword in a JSON schema. Raises ImportError if llguidance is not installed.
     """
     if not stop:
         raise ValueError(

@@ -41,8 +41,8 @@ YES_NO = (DecisionChoice("yes"), DecisionChoice("no"))
 
 @dataclass(frozen=True)
 class Question:
-    """A question of a request. type: predicate, choice or score. name: the request's name for it, repeated in
-    the response. decision: its prompt and choices.
+    """A question of a request. type: predicate, choice or score. name: the question's name in the request,
+    which the response repeats; None without a name. decision: the question's prompt and choices.
     """
 
     type: str
@@ -51,7 +51,7 @@ class Question:
 
 
 def model_name(body: Mapping[str, Any]) -> str | None:
-    """Return the model that a request names, None for the default one. Raises ApiError."""
+    """Return the field `model` of a request, None if it is missing. Raises ApiError if it is no string."""
     model = body.get("model")
     if not isinstance(model, str | None):
         raise ApiError(400, f"model must be a string, got {json_type(model)}", "model")
@@ -61,7 +61,8 @@ def model_name(body: Mapping[str, Any]) -> str | None:
 def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
     """Return the questions of a request of /v1/decisions. Raises ApiError.
 
-    known: a classifier's labels and question, for a question of type choice without choices or instructions.
+    known: the served model's labels and question. If it has labels, a question of type choice that has
+    neither choices nor instructions gets them.
     """
     _check_fields(body, BODY_FIELDS, "")
     items = body.get("questions")
@@ -93,18 +94,19 @@ def _input(value: Any) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
-        raise ApiError(400, "input must be a string or a list of user messages", "input")
+        raise ApiError(400, f"input must be a string or a list of user messages, got {value!r:.40}", "input")
     texts = list[str]()
     for item in value:
         if not isinstance(item, dict) or item.get("role") != "user":
-            raise ApiError(400, "input: every message must have the role user", "input")
+            raise ApiError(400, f"input: every message must have the role user, got {item!r:.40}", "input")
         content = item.get("content")
         parts = [{"type": "input_text", "text": content}] if isinstance(content, str) else content
         if not isinstance(parts, list) or not all(
             isinstance(x, dict) and x.get("type") == "input_text" and isinstance(x.get("text"), str)
             for x in parts
         ):
-            raise ApiError(400, "input: content must be a string or parts of type input_text", "input")
+            shown = f"input: content must be a string or parts of type input_text, got {parts!r:.60}"
+            raise ApiError(400, shown, "input")
         texts += [part["text"] for part in parts]
     return "\n\n".join(texts)
 
@@ -113,17 +115,17 @@ def _question(text: str, number: int, item: Any) -> Question:
     where = f"questions[{number}]"
     kind = item.get("type") if isinstance(item, dict) else None
     if kind not in QUESTION_OPTIONS:
-        raise ApiError(400, f"{where}: type must be one of {', '.join(QUESTION_OPTIONS)}", "questions")
+        raise ApiError(400, f"{where}: type={kind!r:.40}; use {', '.join(QUESTION_OPTIONS)}", "questions")
     options = QUESTION_OPTIONS[kind]
     _check_fields(item, ("type", "name", "instructions", *(options[:1] if options else ())), where)
     instructions, name = item.get("instructions"), item.get("name")
     if not isinstance(instructions, str) or not instructions.strip():
-        raise ApiError(400, f"{where}: instructions must be a string that asks something", "questions")
+        raise ApiError(400, f"{where}: instructions must be text, got {instructions!r:.40}", "questions")
     if not isinstance(name, str | None):
-        raise ApiError(400, f"{where}: name must be a string", "questions")
+        raise ApiError(400, f"{where}: name must be a string, got {json_type(name)}", "questions")
     choices = YES_NO if options is None else _options(where, item.get(options[0]), *options)
     if kind == "score" and len(choices) > MOST_LEVELS:
-        raise ApiError(400, f"{where}: a score has at most {MOST_LEVELS} levels; use fewer", "questions")
+        raise ApiError(400, f"{where}: {len(choices)} levels; use at most {MOST_LEVELS} levels", "questions")
     messages = user_messages(f"{text}\n\n{instructions}" if text.strip() else instructions)
     try:
         return Question(kind, name, decide(where, messages, choices))
@@ -132,18 +134,20 @@ def _question(text: str, number: int, item: Any) -> Question:
 
 
 def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoice, ...]:
-    """Return a question's choices (key "value") or levels (key "label"). where, field: place, for errors."""
+    """Return the choices of a question (`items` of the field "choices", key "value") or its levels ("levels",
+    "label"). where: the question, such as questions[0], for errors.
+    """
     if not isinstance(items, list):
-        raise ApiError(400, f"{where}: {field} must be a list of objects with a {key}", "questions")
+        raise ApiError(400, f"{where}: {field} must be a list, not {json_type(items)}", "questions")
     options, types = [], (str, bool) if key == "value" else str
     for number, item in enumerate(items):
         place = f"{where}.{field}[{number}]"
         if not isinstance(item, dict) or not isinstance(item.get(key), types) or not str(item[key]).strip():
-            raise ApiError(400, f"{place}: {key} must be a string with text", "questions")
+            raise ApiError(400, f"{place}: {key} must be a string with text, got {item!r:.40}", "questions")
         _check_fields(item, (key, "description"), place)
         description = item.get("description") or ""
         if not isinstance(description, str):
-            raise ApiError(400, f"{place}: description must be a string", "questions")
+            raise ApiError(400, f"{place}: description must be text, got {description!r:.40}", "questions")
         options.append(DecisionChoice(item[key], description))
     return tuple(options)
 
@@ -154,7 +158,7 @@ def _options(where: str, items: Any, field: str, key: str) -> tuple[DecisionChoi
 @dataclass(frozen=True)
 class RerankBody:
     """A request of /v1/rerank. decisions: for each document, the question whether it is relevant. most: the
-    most results. with_texts: whether results have the documents' texts.
+    most results in the response. with_texts: whether a result repeats its document's text.
     """
 
     documents: tuple[str, ...]
@@ -164,11 +168,11 @@ class RerankBody:
 
 
 def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
-    """Check a request of /v1/rerank. known: its question is the default instruction. Raises ApiError."""
+    """Check a request of /v1/rerank. known.question replaces a missing `instruction`. Raises ApiError."""
     _check_fields(body, RERANK_FIELDS, "")
     query, items = body.get("query"), body.get("documents")
     if not isinstance(query, str) or not query.strip():
-        raise ApiError(400, "query must be a string with text", "query")
+        raise ApiError(400, f"query must be a string with text, got {query!r:.40}", "query")
     texts = [x.get("text") if isinstance(x, dict) else x for x in items] if isinstance(items, list) else []
     if not 1 <= len(texts) <= MOST_DOCUMENTS or not all(isinstance(x, str) and x.strip() for x in texts):
         raise ApiError(
@@ -179,17 +183,20 @@ def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
         raise ApiError(400, f"top_n must be a whole number of at least 1, got {most!r:.40}", "top_n")
     if not isinstance(with_texts, bool):
-        raise ApiError(400, "return_documents must be true or false", "return_documents")
+        raise ApiError(400, f"return_documents={with_texts!r:.40}; use true or false", "return_documents")
     instruction = body.get("instruction")
     if not isinstance(instruction, str | None):
-        raise ApiError(400, "instruction must be a string", "instruction")
+        raise ApiError(400, f"instruction must be a string, got {json_type(instruction)}", "instruction")
     documents, instruction = tuple(map(str, texts)), instruction or known.question
     asked = (relevance(f"documents[{n}]", query, text, instruction) for n, text in enumerate(documents))
     return RerankBody(documents, tuple(asked), most, with_texts)
 
 
 def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -> dict[str, Any]:
-    """Return the response to a request of /v1/rerank. scores: relevance of each document, a probability."""
+    """Return the response to a request of /v1/rerank, whose results begin with the most relevant document.
+
+    scores: the probability of each document that it is relevant. tokens: tokens of all prompts together.
+    """
     order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.most]
     results = [
         {
@@ -208,20 +215,19 @@ def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -
 
 @dataclass(frozen=True)
 class OneOf:
-    """Constrains a completion to one token of a given set. It has no state, so it is its own Grammar.
-
-    tokens: one token for each choice. vocab: size of the vocabulary.
+    """Constrains a completion to one token, which must be one of `tokens`. It has the methods of both
+    constraint.Grammar and constraint.Constraint, because it has no state.
     """
 
     tokens: tuple[int, ...]
     vocab: int
 
     def begin(self) -> "OneOf":
-        """Return the constraint of a new completion."""
+        """Return itself, which serves any number of completions."""
         return self
 
     def allowed(self) -> np.ndarray:
-        """Return a bit for each token, in words of 32, that is set for the tokens of the choices."""
+        """Return a bit mask of tokens: bit i % 32 of word i // 32 is set if token i is in `tokens`."""
         words = np.zeros(-(-self.vocab // WORD), np.uint32)
         for token in self.tokens:
             words[token // WORD] |= np.uint32(1) << np.uint32(token % WORD)
@@ -234,14 +240,14 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Read:
-    """request: one next token, whose log-probs answer a decision. tokens: the token id of each choice."""
+    """A decision as a request for one token, whose log-probs answer it. tokens: token id of each choice."""
 
     request: TokenRequest
     tokens: tuple[int, ...]
 
 
 def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
-    """Return the request for a decision. Raises ValueError for a prompt of more than `most` tokens."""
+    """Return a decision as a request for one token. Raises ValueError as decision_prompt does."""
     prompt, tokens = decision_prompt(model, decision, most)
     grammar = OneOf(tokens, model.vocab)
     settings = RequestSettings(Sampling(1, 0.0), (), model.adapter, True, grammar, among_allowed=True)
@@ -250,7 +256,8 @@ def read_of(model: ServedModel, decision: Decision, most: int) -> Read:
 
 def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], float]:
     """Return (probabilities of the choices, which sum to 1; confidence). The confidence is the model's
-    probability of the likeliest choice, among all tokens of the vocabulary.
+    probability of the likeliest choice, among all tokens of the vocabulary. sampled: the token that
+    `read.request` returned.
     """
     logps = dict(sampled.top)
     chosen = np.array([logps[token] for token in read.tokens])
@@ -259,7 +266,7 @@ def probabilities_of(read: Read, sampled: SampledToken) -> tuple[list[float], fl
 
 
 def answer(question: Question, p: Sequence[float], confidence: float) -> dict[str, Any]:
-    """Return the answer to a question, an entry of the response. p, confidence: see probabilities_of."""
+    """Return an entry of `answers` of a response. p, confidence: the result of probabilities_of."""
     common: dict[str, Any] = {"type": question.type, "name": question.name}
     choices = question.decision.choices
     if question.type == "predicate":
@@ -281,7 +288,7 @@ def answer(question: Question, p: Sequence[float], confidence: float) -> dict[st
 
 
 def response(model: str, answers: list[dict[str, Any]], prompt_tokens: int) -> dict[str, Any]:
-    """Return the response to a request of /v1/decisions. One token is read for each answer."""
+    """Return the response to /v1/decisions. prompt_tokens: tokens of all questions' prompts together."""
     return {
         "model": model,
         "answers": answers,

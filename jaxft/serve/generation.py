@@ -1,4 +1,4 @@
-"""The choices of one request as pieces of text, which the server streams and the chat prints."""
+"""The completions of one request ("choices" in OpenAI's API) as pieces of text, to be streamed or printed."""
 
 import asyncio
 import codecs
@@ -18,10 +18,12 @@ from jaxft.serve.served_models import ServedModel
 
 @dataclass(eq=False)
 class ChoiceText:
-    """The text of one choice: tokens in, pieces out. Ends at a stop string, a stop token or the limit.
+    """Turns the tokens of one choice into pieces of text. It ends at a stop string, a stop token or the
+    largest number of tokens.
 
-    calls: takes tool calls out of the text; None for plain text. places: whether pieces list their tokens
-    with positions, for log-probs. tokens, characters: numbers of tokens and complete characters so far.
+    calls: removes tool calls from the text; None leaves them in it. places: whether pieces list their tokens
+    with positions, for log-probs. tokens, characters: the numbers of tokens and whole characters so far.
+    begun: whether a token has added text.
     """
 
     index: int
@@ -37,7 +39,9 @@ class ChoiceText:
     )
 
     def piece(self, progress: NewTokens) -> Piece:
-        """Decode new tokens to the next piece of this choice. Raises ApiError if the request failed."""
+        """Decode new tokens to the next piece of this choice. Raises ApiError if the request failed or was
+        cancelled.
+        """
         if progress.finish in ("error", "cancelled"):
             raise ApiError(503 if progress.finish == "cancelled" else 500, progress.error or "cancelled")
         finish: str | None = progress.finish
@@ -68,7 +72,7 @@ class ChoiceText:
         return Piece(self.index, text, placed, finish, calls)
 
     def _placed(self, sampled: SampledToken) -> PlacedToken:
-        """Return a token with its position in the choice's text, even if its text cannot be sent yet."""
+        """Return a token with its position in the choice's text, even if it ends within a character."""
         first = not self.begun
         content = self.stream.decoder.bytes_of(sampled.token, first)
         added = content or b""
@@ -81,7 +85,10 @@ class ChoiceText:
 
 
 class Generation:
-    """The choices of a queued request. Iterate over `pieces`, and finally call `cancel`, whatever happens."""
+    """The choices of a queued request. Iterate over `pieces()`; call `cancel` in a `finally` clause.
+
+    prompt_tokens: tokens of all prompts together. count: the number of choices.
+    """
 
     def __init__(self, choices: list[ChoiceText], prompt_tokens: int, count: int):
         self.choices, self.prompt_tokens, self.count = choices, prompt_tokens, count
@@ -91,7 +98,7 @@ class Generation:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens of all choices so far."""
+        """The number of sampled tokens so far, of all choices together."""
         return sum(choice.tokens for choice in self.choices)
 
     def deliver(self, index: int, progress: NewTokens) -> None:
@@ -123,10 +130,10 @@ def token_requests(
     prompts: Sequence[tuple[int, ...]],
     grammar: Grammar | None = None,
 ) -> list[TokenRequest]:
-    """Return the request of each choice, in the order of the prompts. grammar: what each text must match.
+    """Return one request per choice: choice.n for the first prompt, then choice.n for the next, and so on.
 
-    Choice i of prompt j has the random key of prompt j * n + i of generate.py: with n=1 a request's
-    completions equal generate.py's with the same prompts and seed.
+    grammar: the grammar of all completions, None for any text. Entry i of the result has the random key that
+    scripts/generate.py uses for its prompt i: with n=1, equal prompts and seeds lead to equal completions.
     """
     seed = secrets.randbits(31) if choice.seed is None else choice.seed
     settings = RequestSettings(choice.sampling, model.stop, model.adapter, bool(choice.top), grammar)
@@ -140,7 +147,7 @@ def token_requests(
 def choice_texts(
     model: ServedModel, choice: ChoiceSettings, count: int, has_tools: bool = False
 ) -> list[ChoiceText]:
-    """Return the empty texts of `count` choices. has_tools: whether tool calls are taken out of them."""
+    """Return `count` choices without tokens. has_tools: whether tool calls are removed from their text."""
     calls = call_format(model.tools) if has_tools else None
     decoder = token_decoder(model.tokenizer, calls.tokens if calls else ())
     return [
@@ -162,9 +169,9 @@ def submit_choices(
     has_tools: bool = False,
     grammar: Grammar | None = None,
 ) -> Generation:
-    """Queue all choices of a request; see Scheduler.submit for errors. Runs in an event loop.
+    """Queue all choices of a request. Call it in a running event loop. Raises what Scheduler.submit raises.
 
-    has_tools, grammar: as in choice_texts and token_requests.
+    has_tools, grammar: see choice_texts and token_requests.
     """
     requests = token_requests(model, choice, prompts, grammar)
     texts = choice_texts(model, choice, len(requests), has_tools)

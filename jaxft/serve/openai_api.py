@@ -1,6 +1,6 @@
 """OpenAI's API: requests as checked dataclasses, responses and chunks as JSON objects.
 
-Every error of a request is one line with a status.
+A wrong request raises an ApiError, whose message is one line.
 """
 
 import json
@@ -47,7 +47,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
 
 
 class ApiError(Exception):
-    """An error of a request: HTTP status, one line, and the field that is wrong."""
+    """A request's error: HTTP status, a message of one line, the wrong field, and OpenAI's error code."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -56,18 +56,18 @@ class ApiError(Exception):
         self.message = line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 4]} ..."
 
     def body(self) -> dict[str, Any]:
-        """Return the error as OpenAI's API shows it."""
+        """Return the error as the body of a response, {"error": {"message", "type", "param", "code"}}."""
         kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class ChoiceSettings(NamedTuple):
-    """Settings of sampling and of the response's choices in a request.
+    """Settings of a request that its completions ("choices") depend on.
 
-    seed: None for a random one. stop: stop strings. n: choices per prompt. top: how many of the most likely
-    tokens logprobs list, None without logprobs. schema: the JSON schema that the text must fit, None for any
-    text.
+    seed: None for a random one. stop: stop strings. n: choices per prompt. top: the number of most likely
+    tokens that are listed for each token; None for a response without log-probs. schema: the JSON schema that
+    the text must fit; None for any text.
     """
 
     sampling: Sampling
@@ -88,7 +88,7 @@ class RequiredCall(NamedTuple):
 
 
 class Streaming(NamedTuple):
-    """Options of streaming. on: whether to stream the response. usage: whether its last chunk has usage."""
+    """on: whether to stream the response. usage: whether to end the stream with a chunk of token counts."""
 
     on: bool
     usage: bool
@@ -96,8 +96,8 @@ class Streaming(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatBody:
-    """A request of /v1/chat/completions. arguments: chat_template_kwargs. required: None if the model chooses
-    whether to call a tool.
+    """A request of /v1/chat/completions. model: None for the default one. arguments: chat_template_kwargs.
+    required: the tool calls that the response must consist of; None if the model chooses.
     """
 
     model: str | None
@@ -111,7 +111,7 @@ class ChatBody:
 
 @dataclass(frozen=True)
 class CompletionBody:
-    """A request of /v1/completions. prompts: texts, or token ids."""
+    """A request of /v1/completions. model: None for the default one. prompts: texts, or token ids."""
 
     model: str | None
     choice: ChoiceSettings
@@ -145,7 +145,7 @@ def _encodable(value: Any) -> None:
 
 
 def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
-    """Check a request of /v1/chat/completions. most_new: the default of max_tokens. Raises ApiError."""
+    """Check a request of /v1/chat/completions. most_new: max_tokens if it has none. Raises ApiError."""
     _check_names(body, CHAT_FIELDS)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -155,16 +155,17 @@ def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
         raise ApiError(400, f"messages {problem}; give a list with at least one message", "messages")
     tools = body.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise ApiError(400, "tools must be a list of JSON schemas", "tools")
+        raise ApiError(400, f"tools must be a list of objects with a function, got {tools!r:.60}", "tools")
     arguments = body.get("chat_template_kwargs") or {}
     if not isinstance(arguments, dict):
-        raise ApiError(400, "chat_template_kwargs must be an object", "chat_template_kwargs")
+        shown = f"chat_template_kwargs must be an object, got {json_type(arguments)}"
+        raise ApiError(400, shown, "chat_template_kwargs")
     limits = [_integer(body, name, 1, 2**31 - 1) for name in ("max_completion_tokens", "max_tokens")]
     top = None
     if _boolean(body, "logprobs"):
         top = _integer(body, "top_logprobs", 0, MOST_TOP) or 0
     elif body.get("top_logprobs"):
-        raise ApiError(400, "top_logprobs needs logprobs=true", "top_logprobs")
+        raise ApiError(400, "top_logprobs needs logprobs=true; add it, or omit top_logprobs", "top_logprobs")
     new = next((limit for limit in limits if limit is not None), most_new)
     return ChatBody(
         _text(body, "model"), _choice(body, new, 1, top), _streaming(body), messages,
@@ -174,7 +175,7 @@ def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
 
 
 def parse_completion(body: Mapping[str, Any], most_new: int) -> CompletionBody:
-    """Check a request of /v1/completions. most_new: the default of max_tokens. Raises ApiError."""
+    """Check a request of /v1/completions. most_new: max_tokens if it has none. Raises ApiError."""
     _check_names(body, COMPLETION_FIELDS)
     prompts = _prompts(body.get("prompt"))
     new = _integer(body, "max_tokens", 1, 2**31 - 1)
@@ -184,7 +185,7 @@ def parse_completion(body: Mapping[str, Any], most_new: int) -> CompletionBody:
 
 
 def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCall | None:
-    """Return which calls tool_choice requires, None if it requires none. Raises ApiError."""
+    """Return the tool calls that `tool_choice` requires, None for "auto" and "none". Raises ApiError."""
     _boolean(body, "parallel_tool_calls")
     choice, is_single = body.get("tool_choice") or "auto", body.get("parallel_tool_calls") is False
     if choice in ("auto", "none"):
@@ -198,7 +199,7 @@ def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCal
     if not isinstance(name, str):
         raise ApiError(
             400, 'tool_choice must be auto, none, required or {"type": "function", "function": '
-            '{"name": ...}}', "tool_choice",
+            f'{{"name": ...}}}}, got {choice!r:.60}', "tool_choice",
         )  # fmt: skip
     chosen = tuple(tool for tool in functions_of(tools) if tool["name"] == name)
     if not chosen:
@@ -217,10 +218,11 @@ def functions_of(tools: Sequence[Any]) -> tuple[Mapping[str, Any], ...]:
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(name, str) or not name:
-            raise ApiError(400, f"tools[{number}] must be a function with a name", "tools")
+            raise ApiError(400, f"tools[{number}] must be a function with a name, got {tool!r:.60}", "tools")
         parameters = function.get("parameters") or {"type": "object"}
         if not isinstance(parameters, dict):
-            raise ApiError(400, f"tools[{number}]: parameters must be a JSON schema", "tools")
+            shown = f"tools[{number}]: parameters must be a JSON schema, got {json_type(parameters)}"
+            raise ApiError(400, shown, "tools")
         functions.append({"name": name, "parameters": {"type": "object", **parameters}})
     return tuple(functions)
 
@@ -235,12 +237,14 @@ def _schema(value: Any) -> Mapping[str, Any] | None:
     if kind != "json_schema":
         raise ApiError(
             400, 'response_format must be {"type": "text"}, {"type": "json_object"} or '
-            '{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}', "response_format",
+            f'{{"type": "json_schema", "json_schema": {{"name": ..., "schema": ...}}}}, got {kind!r:.60}',
+            "response_format",
         )  # fmt: skip
     named = value.get("json_schema")
     schema = named.get("schema") if isinstance(named, dict) else None
     if not isinstance(schema, dict):
-        raise ApiError(400, "response_format.json_schema.schema must be a JSON schema", "response_format")
+        shown = f"response_format.json_schema.schema must be a JSON schema, got {json_type(schema)}"
+        raise ApiError(400, shown, "response_format")
     return schema
 
 
@@ -281,9 +285,9 @@ def _choice(body: Mapping[str, Any], new: int, prompts: int, top: int | None) ->
 def _stops(value: Any) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or len(stops) > MOST_STOPS:
-        raise ApiError(400, f"stop must be a string or a list of at most {MOST_STOPS} strings", "stop")
+        raise ApiError(400, f"stop must be at most {MOST_STOPS} strings, got {value!r:.60}", "stop")
     if not all(isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP for stop in stops):
-        raise ApiError(400, f"stop: strings must have 1 to {LONGEST_STOP} characters", "stop")
+        raise ApiError(400, f"stop={value!r:.60}; use strings of 1 to {LONGEST_STOP} characters", "stop")
     return tuple(stops)
 
 
@@ -294,7 +298,7 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
     items = [value] if isinstance(value, str) or is_ids(value) else value
     if not isinstance(items, list) or not items or not all(isinstance(x, str) or is_ids(x) for x in items):
         raise ApiError(
-            400, "prompt must be a string, a list of strings, token ids, or a list of token ids", "prompt"
+            400, f"prompt must be a string, token ids, or a list of these, got {value!r:.60}", "prompt"
         )
     return tuple(x if isinstance(x, str) else tuple(x) for x in items)
 
@@ -302,10 +306,11 @@ def _prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
 def _streaming(body: Mapping[str, Any]) -> Streaming:
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
-        raise ApiError(400, "stream_options must be an object", "stream_options")
+        raise ApiError(400, f"stream_options must be an object, got {json_type(options)}", "stream_options")
     usage = (options or {}).get("include_usage")
     if usage is not None and not isinstance(usage, bool):
-        raise ApiError(400, "stream_options.include_usage must be true or false", "stream_options")
+        shown = f"stream_options.include_usage must be true or false, got {json_type(usage)}"
+        raise ApiError(400, shown, "stream_options")
     return Streaming(_boolean(body, "stream"), bool(usage))
 
 
@@ -349,8 +354,8 @@ LEAST_LOGP = -9999.0  # in place of -inf, which JSON does not have
 
 @dataclass(frozen=True)
 class PlacedToken:
-    """A sampled token and its position. first: whether no earlier token has text. offset: index of the
-    character of the text in which the token begins.
+    """A sampled token and its position in the text. first: whether no earlier token has added text. offset:
+    index of the character in which the token begins.
     """
 
     sampled: SampledToken
@@ -360,8 +365,8 @@ class PlacedToken:
 
 @dataclass(frozen=True)
 class Piece:
-    """The next part of choice `index`. tokens: tokens of the text, () if the request has no logprobs. finish:
-    the finish_reason, None while the choice goes on. calls: tool calls that end in this piece.
+    """The next piece of text of choice `index`. tokens: its tokens, () if the request has no logprobs.
+    finish: the finish_reason, None while the choice goes on. calls: tool calls that end in this piece.
     """
 
     index: int
@@ -373,8 +378,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Envelope:
-    """The fields that all chunks of a response share. chat: whether the request was for a chat rather than a
-    text completion. top: as in ChoiceSettings.
+    """The fields that all chunks of a response have in common. chat: whether the request was for a chat
+    completion, not a text completion. top: see ChoiceSettings.
     """
 
     id: str
@@ -384,7 +389,7 @@ class Envelope:
     top: int | None
 
     def response(self, choices: list[dict[str, Any]], usage: Any = None, chunk: bool = False) -> dict:
-        """Return the response, or a chunk of it, with these choices."""
+        """Return a whole response (chunk=False) or a chunk of a stream. usage: the result of usage_of."""
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
         return {**head, "choices": choices, "usage": usage}
@@ -400,7 +405,7 @@ def usage_of(prompt: int, completion: int) -> dict[str, int]:
 
 
 def chunk_choice(e: Envelope, piece: Piece, first: bool) -> dict[str, Any]:
-    """Return a piece as the choice of a chunk. first: whether it is the first piece of its choice."""
+    """Return a piece as an entry of `choices` of a chunk. first: whether it is its choice's first piece."""
     choice = {"index": piece.index, "logprobs": _logprobs(e, piece), "finish_reason": piece.finish}
     if not e.chat:
         return {**choice, "text": piece.text}
@@ -413,7 +418,7 @@ def chunk_choice(e: Envelope, piece: Piece, first: bool) -> dict[str, Any]:
 
 
 def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
-    """Return an entry of `choices` of a response that is not streamed. whole: all pieces, see `joined`."""
+    """Return an entry of `choices` of a response that is not streamed. whole: the result of `joined`."""
     choice = {"index": whole.index, "logprobs": _logprobs(e, whole), "finish_reason": whole.finish}
     if not e.chat:
         return {**choice, "text": whole.text}
@@ -424,7 +429,7 @@ def whole_choice(e: Envelope, whole: Piece) -> dict[str, Any]:
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
-    """Return all pieces of a choice as a single one."""
+    """Return the pieces of a choice, at least one, as a single piece."""
     text = "".join(piece.text for piece in pieces)
     tokens = tuple(chain.from_iterable(piece.tokens for piece in pieces))
     calls = tuple(chain.from_iterable(piece.calls for piece in pieces))
@@ -455,8 +460,8 @@ def _logprobs(e: Envelope, piece: Piece) -> dict[str, Any] | None:
 
 
 def _by_text(e: Envelope, sampled: SampledToken) -> dict[str, float]:
-    """Return text -> log-prob of the most likely tokens and the sampled one. Of tokens with the same text,
-    the most likely one is listed.
+    """Return text -> log-prob for the e.top most likely tokens and the sampled one. If several have the same
+    text, it gets the log-prob of the most likely one.
     """
     logps: dict[str, float] = {}
     for token, logp in (*sampled.top[: e.top], (sampled.token, sampled.logp)):

@@ -48,10 +48,10 @@ ONE_INSTRUCTION = (["user"], ["system", "user"])
 class ServedModel:
     """A model that the server offers under a name.
 
-    adapter: index of its adapter in the stack of adapters, BASE for none. stop: token ids that end a
-    completion. plain: whether it continues plain text and has no conversations (data.format=plain). vocab:
-    number of its embeddings. tools: the format of its tool calls. decision: labels and question of a decision
-    model.
+    stop: token ids that end a completion. vocab: number of embeddings; token ids are below it. adapter: its
+    adapter's index in the stack of adapters; BASE without one, or if the only adapter cannot be stacked.
+    plain: whether it was trained on plain text (data.format=plain) and takes no conversations. tools: the
+    format of its tool calls. decision: labels and question of a model that was trained on decisions.
     """
 
     name: str
@@ -74,8 +74,10 @@ def chat_prompt(
 ) -> tuple[int, ...]:
     """Return the token ids of a conversation that ends before an assistant turn.
 
+    messages, tools: as in OpenAI's API. arguments: variables of the chat template, such as enable_thinking.
+
     Raises ValueError for messages that are wrong or that the model's chat template rejects, for tools that
-    the template does not render, and for more than `most` tokens (a longer text is not tokenised to its end).
+    the template does not render, for a model of plain text, and for more than `most` tokens.
     """
     _require_chats(model)
     fields: dict[str, Any] = {"messages": list(messages)}
@@ -119,8 +121,8 @@ def _without_tools(model: ServedModel, chat: Chat) -> tuple[int, ...] | None:
 def decision_prompt(
     model: ServedModel, decision: Decision, most: int | None = None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return (token ids of the prompt, as in training; token id of each choice), to read a decision after the
-    prompt. Raises ValueError as chat_prompt does.
+    """Return (token ids of a decision's prompt, as in training; token id of each choice). The token after the
+    prompt is the model's decision. Raises ValueError as chat_prompt does.
     """
     _require_chats(model)
     try:
@@ -151,7 +153,7 @@ def _prompt(model: ServedModel, example: Chat | Completion, most: int | None) ->
 
 
 def token_prompt(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:
-    """Check token ids to continue, and return them. Raises ValueError for ids outside the vocabulary."""
+    """Return `ids` as a tuple. Raises ValueError if there are none, or if one is outside the vocabulary."""
     return _checked(model, ids)
 
 
@@ -174,9 +176,10 @@ def token_text(model: ServedModel, token: int) -> str:
 
 @dataclass(frozen=True)
 class ServeFlags:
-    """Options of the command line; None for the default of the model.
+    """Options of the command line; with None, the model decides.
 
-    prompt, new: most tokens of a prompt and of a completion. tools: format of tool calls.
+    prompt, new: the most tokens of a prompt (--max-prompt) and of a completion (--max-new). tools: the format
+    of tool calls (--tool-format).
     """
 
     dtype: str | None = None
@@ -207,7 +210,8 @@ def load_served(
 ) -> Served:
     """Load the base and all adapters, and compile the programs for `rows` requests at the same time.
 
-    continues: whether a request may continue the row of an earlier one, see engine/scheduler.py.
+    named: models by name, the default one first. continues: whether a prompt that begins with an earlier
+    conversation reuses its cached keys and values.
 
     Raises ValueError for adapters that cannot share a program, and for more tokens than the model has
     positions.
@@ -232,7 +236,8 @@ def _with_adapters(
 ) -> tuple[Model, Params, dict[str, int]]:
     """Return (the model with its adapters, parameters of the adapters, name -> index of its adapter).
 
-    An adapter that cannot be stacked is only possible alone.
+    named: models by name. base: parameters of the base. An adapter that trains a tensor in full cannot be
+    stacked: it must be the only one. Its index is BASE, as that of a model without an adapter.
     """
     if all(n.adapter is None for n in named.values()):
         return adapted(model, None), {}, dict.fromkeys(named, BASE)

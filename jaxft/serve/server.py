@@ -63,8 +63,8 @@ KEY_VARIABLE = "JAXFT_API_KEY"
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What clients may send. key: the API key that they must send, "" for none. body: most bytes of a
-    request. hosts: allowed names in the Host header, () for any.
+    """Limits of requests. key: the API key that clients must send, "" for none. body: the most bytes of a
+    request's body. hosts: allowed names in the Host header, () for any.
     """
 
     key: str = ""
@@ -75,7 +75,7 @@ class ServerLimits:
 @dataclass(frozen=True)
 class Service:
     """The state of the server. models: by name, the default one first; all use one scheduler. created: time
-    of the start. arriving: time-outs of request bodies that are arriving.
+    of the start in Unix seconds. arriving: time-outs of the request bodies that are arriving now.
     """
 
     scheduler: Scheduler
@@ -85,7 +85,7 @@ class Service:
     arriving: dict[asyncio.Timeout, None] = field(default_factory=dict)  # of bodies, the oldest first
 
     def model(self, name: str | None) -> ServedModel:
-        """Return the model of this name. Raises ApiError if there is none."""
+        """Return the model of this name, the default one for None. Raises ApiError if there is none."""
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -95,7 +95,7 @@ class Service:
 
 
 def make_app(scheduler: Scheduler, models: Mapping[str, ServedModel], limits: ServerLimits) -> Any:
-    """Return the ASGI application. It stops the scheduler when it ends."""
+    """Return the ASGI application. When it shuts down, it closes the scheduler."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
     from starlette.routing import Route
@@ -134,7 +134,7 @@ def make_app(scheduler: Scheduler, models: Mapping[str, ServedModel], limits: Se
 
 
 def _guarded(app: Any, limits: ServerLimits, most: int) -> Callable[..., Awaitable[None]]:
-    """Return the application with checks of the Host header, the API key and `most` requests at once."""
+    """Return the application with checks of Host header and API key, and at most `most` requests at once."""
     running = 0
 
     async def guarded(scope: Any, receive: Any, send: Any) -> None:
@@ -331,7 +331,7 @@ def _grammar(model: ServedModel, body: ChatBody | CompletionBody) -> Grammar | N
 
 
 async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, request: Any) -> Any:
-    """Complete the prompts of a request, streamed or in one response."""
+    """Respond to a request for completions, streamed or at once. prompts_of: checks the request's fields."""
     from starlette.responses import StreamingResponse
 
     fields = await _read(service, request)
@@ -351,8 +351,8 @@ async def _complete(prompts_of: Callable[..., ParsedRequest], service: Service, 
 
 @contextlib.contextmanager
 def _refusals(fields: Mapping[str, Any]) -> Iterator[None]:
-    """Turn errors of the scheduler and of prompts into ApiErrors. fields: the request's fields, one of which
-    a message may begin with.
+    """Turn errors of the scheduler and of prompts into ApiErrors. If a message begins with the name of one of
+    the request's `fields`, the ApiError has it as `param`.
     """
     try:
         yield
@@ -421,7 +421,7 @@ async def _probabilities(
 
 
 async def _unless_left(task: "asyncio.Future[Any]", request: Any) -> Any:
-    """Return the result of a task; cancel the task if the client disconnects."""
+    """Return the result of a task. If the client disconnects, cancel the task and raise ApiError (499)."""
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=0.5)
@@ -433,7 +433,7 @@ async def _unless_left(task: "asyncio.Future[Any]", request: Any) -> Any:
 
 
 def _cancelling(response: Any, generation: Generation) -> Callable[..., Awaitable[None]]:
-    """Return a response that cancels its generation however it ends, also before its first event."""
+    """Wrap a streamed response so that it cancels its generation at the end, also if nothing was sent."""
 
     async def respond(scope: Any, receive: Any, send: Any) -> None:
         try:
@@ -445,7 +445,7 @@ def _cancelling(response: Any, generation: Generation) -> Callable[..., Awaitabl
 
 
 async def _whole(e: Envelope, generation: Generation, request: Any) -> dict[str, Any]:
-    """Return the response to a request that is not streamed. It is cancelled if the client disconnects."""
+    """Return a response that is not streamed. If the client disconnects, the generation is cancelled."""
 
     async def pieces() -> list[Any]:
         return [piece async for piece in generation.pieces()]
@@ -463,7 +463,7 @@ async def _whole(e: Envelope, generation: Generation, request: Any) -> dict[str,
 
 async def _events(e: Envelope, generation: Generation, usage: bool) -> AsyncIterator[str]:
     """Yield the server-sent events of a streamed response. An error becomes an event, because the status has
-    been sent. usage: whether the last event has the usage.
+    been sent. usage: whether an event with the token counts comes before the final [DONE].
     """
     begun = set[int]()
     try:
@@ -511,7 +511,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_config(app: Any, grace: int) -> Any:
-    """Return the settings of uvicorn. grace: seconds for running requests at the end. Uvicorn's limits of
+    """Return uvicorn's settings. grace: seconds that running requests get at shutdown. Uvicorn's limits of
     connections, requests and idle time are off or out of reach: this file has its own, because uvicorn's
     refusals are not JSON.
     """
@@ -552,7 +552,7 @@ def _connection_class() -> Any:
             super().connection_lost(exc)
 
         def watch(self) -> None:
-            """Give the connection HEADER_SECONDS for the header of a request if it has none."""
+            """Start the time-out of the next request's header, or end it while a response is sent."""
             if self.transport.is_closing() or (self.cycle and not self.cycle.response_complete):
                 return self.unwatch()
             if self not in waiting:

@@ -50,8 +50,9 @@ class Turn:
 
 @dataclass
 class Conversation:
-    """The state of a chat. active: the names of the one or two models that respond. most_new: the largest
-    value that /set max_new accepts. system: the system message, "" for none. done: whether the user has left.
+    """The state of a chat. models: by name. active: the names of the one or two models that respond.
+    choice: settings of sampling. most_new: the largest value that /set max_new accepts. system: the system
+    message, "" for none. done: whether the user has left.
     """
 
     models: dict[str, ServedModel]
@@ -96,7 +97,7 @@ class CommandResult:
 
 
 def run_command(chat: Conversation, line: str) -> CommandResult:
-    """Run a line that begins with a slash. Raises ValueError, or OSError for a file."""
+    """Run a command such as "/set top_k=5". Raises ValueError if it is wrong, OSError if /save fails."""
     name, _, rest = line.strip().partition(" ")
     rest = rest.strip()
     if name in ("/exit", "/quit"):
@@ -135,11 +136,11 @@ def run_command(chat: Conversation, line: str) -> CommandResult:
 
 
 def chosen_models(chat: Conversation, names: Sequence[str]) -> tuple[str, ...]:
-    """Return one or two names of models; "base" is the model without an adapter. Raises
-    ValueError for others.
+    """Return the keys of chat.models that `names` stand for; "base" is the model without an adapter. Raises
+    ValueError for another name, and unless there are one or two names.
     """
     if not 1 <= len(names) <= 2:
-        raise ValueError(f"/use takes one or two names of {', '.join(chat.models)}")
+        raise ValueError(f"/use takes one or two names of {', '.join(chat.models)}, got {len(names)}")
     base = next((name for name, model in chat.models.items() if model.adapter == BASE), None)
     known = {**({"base": base} if base else {}), **{name: name for name in chat.models}}
     for name in names:
@@ -149,23 +150,23 @@ def chosen_models(chat: Conversation, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
-    """Return the settings with one changed by NAME=VALUE. Raises ValueError for a wrong name or value."""
+    """Return chat.choice with one setting changed. text: NAME=VALUE. Raises ValueError if it is wrong."""
     name, equals, value = (part.strip() for part in text.partition("="))
     old = chat.choice
     values: dict[str, Any] = {**vars(old.sampling), "seed": old.seed}
     kinds = {"temperature": float, "top_p": float, "min_p": float, "top_k": int, "max_new": int, "seed": int}
     if not equals or name not in kinds:
-        raise ValueError(f"/set takes NAME=VALUE with a name of {', '.join(kinds)}")
+        raise ValueError(f"/set takes NAME=VALUE with a name of {', '.join(kinds)}, got {text!r:.40}")
     is_none = value.lower() == "none" and name in ("top_p", "min_p", "top_k", "seed")
     try:
         values[name] = None if is_none else kinds[name](value)
     except ValueError as error:
         raise ValueError(f"{name}={value[:40]} is not a number; use one such as 0.7") from error
     if values["max_new"] > chat.most_new:
-        raise ValueError(f"max_new may be at most {chat.most_new}; start chat with a larger --max-new")
+        raise ValueError(f"max_new={value} is above {chat.most_new}; start chat with a larger --max-new")
     seed = values.pop("seed")
     if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError("seed must be a whole number from 0 to 2^63 - 1, or none")
+        raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, or none, got {seed}")
     return old._replace(sampling=Sampling(**values), seed=seed)
 
 
@@ -185,12 +186,12 @@ def as_markdown(chat: Conversation) -> str:
 
 
 def save(chat: Conversation, name: str) -> Path:
-    """Write the conversation to the file `name`; return its path. Raises ValueError for a name without .jsonl
-    or .md, and FileExistsError for an .md file that exists.
+    """Write the conversation to the file `name`; return its path. A .jsonl file gets one more row per active
+    model. Raises ValueError for a name without .jsonl or .md, FileExistsError for an .md file that exists.
     """
     path = Path(name).expanduser()
     if path.suffix not in (".jsonl", ".md"):
-        raise ValueError("/save takes a file that ends in .jsonl (rows for training) or .md")
+        raise ValueError(f"/save takes a .jsonl file (rows for training) or an .md file, got {name!r:.40}")
     if not any(turn.responses for turn in chat.turns):
         raise ValueError("/save: there is no response yet; send a message first")
     if path.suffix == ".md":
@@ -251,10 +252,10 @@ def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedMo
 
 
 class TypedTurns:
-    """A session whose turns a person types; see TurnSession in rl/play.py.
+    """A sampler of an environment's turns (TurnSession in rl/play.py) that asks a person for each turn.
 
-    read(): returns a turn; if it raises EOFError, the program ends. show(text): prints the prompts. A turn
-    "/call NAME {...}" becomes a tool call in the template's format.
+    read(): returns a typed turn. show(text): prints prompts and observations. stop: token id that ends a
+    turn. format: a turn "/call NAME {...}" becomes a tool call in this format; None leaves it as text.
     """
 
     def __init__(
@@ -269,21 +270,21 @@ class TypedTurns:
         self.asked = dict[int, int]()  # the most tokens of the turn that each episode is to have
 
     def start(self, prompt: Sequence[int], episodes: Sequence[int], number: int, max_new: int) -> None:
-        """Show a prompt."""
+        """Show a prompt, and expect a turn of at most `max_new` tokens for each of these episode numbers."""
         self.asked |= dict.fromkeys(episodes, max_new)
         self.show(self.tokenizer.decode(prompt))
 
     def extend(self, episode: int, tokens: Sequence[int], max_new: int) -> None:
-        """Show the tokens that answer a turn, such as a tool's result."""
+        """Show tokens that follow an episode's turn, such as a tool's result, and expect another turn."""
         self.asked[episode] = max_new
         self.show(self.tokenizer.decode(tokens))
 
     def drop(self, episode: int) -> None:
-        """End an episode."""
+        """Expect no more turns of an episode."""
         self.asked.pop(episode, None)
 
     def wait(self) -> list[Sampled]:
-        """Read a turn for the first episode that waits for one."""
+        """Read a turn for the first episode that waits for one, and return it; [] if none waits."""
         if not self.asked:
             return []
         episode, most = next(iter(self.asked.items()))

@@ -92,18 +92,19 @@ class TokenisedRows:
     Example i has the tokens ids[offsets[i]:offsets[i + 1]], and its piece p begins at ids[starts[i, p]].
     learned: mask of the tokens that are targets; the first token of a sequence never is. counts: tokens of
     each piece. hashes: a hash of each piece's tokens. content: a hash that duplicates share. reads: number of
-    targets of each continuation. ends: the token id of each continuation's last target that is not
-    whitespace, -1 if the continuation is missing. truncated: mask of truncated examples. responses: tokens of
-    each example's responses before truncation; learned_responses: how many of them are targets with a weight
-    above 0. weights: a factor of the weights of an example's targets. order: the numbers of data.order_by, 0
-    without it. placeholders: mask of examples whose response is a placeholder such as N/A. pieces: index of
-    each example within its row, above 0 only if the row is split into several examples (data.too_long=split),
-    which follow one another. extras: further columns by name. names: the name of each example's row. digest:
-    a hash of the columns, see cache.StoredRows. largest_id: the largest token id. formats: row formats of the
-    datasets. labels: the labels that a classifier chooses from, else (). dropped: number of rows that were
-    left out as too long. invalid: the invalid rows that were left out. warnings: lines for the start of a
-    run. read, total: numbers of rows that were read, and of all rows of the dataset, None if unknown. cache:
-    whether the cache had the columns, see cache.load_or_make.
+    targets of each continuation. ends: the token id of each continuation's last target, where up to two
+    targets of whitespace at the end do not count; -1 if the continuation is missing. truncated: mask of
+    truncated examples. responses: tokens of each example's responses before truncation; learned_responses:
+    how many of them are targets with a weight above 0. weights: a factor of the weights of an example's
+    targets. order: the numbers of data.order_by, 0 without it. placeholders: mask of examples whose response
+    is a placeholder such as N/A. pieces: index of each example within its row, above 0 only if the row is
+    split into several examples (data.too_long=split), which follow one another. extras: further columns by
+    name. names: the name of each example's row. digest: a hash of the columns, see cache.StoredRows.
+    largest_id: the largest token id. formats: row formats of the datasets. labels: the labels that a
+    classifier chooses from, else (). dropped: number of rows that were left out as too long. invalid: the
+    invalid rows that were left out. warnings: lines for the start of a run. read, total: numbers of rows that
+    were read, and of all rows of the dataset, None if unknown. cache: whether the cache had the columns, see
+    cache.load_or_make.
     """
 
     kinds: tuple[str, ...]
