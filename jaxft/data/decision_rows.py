@@ -192,13 +192,13 @@ class DecisionBatches(PackedBatches):
 
     @property
     def choices(self) -> Ragged:
-        """The tokens of each row's choices."""
+        """The token ids of the choices of each example of split.rows."""
         choices: Ragged = self.split.rows.extras[CHOICES]
         return choices
 
     @cached_property
     def tokens(self) -> tuple[int, ...]:
-        """The tokens of all choices, each once."""
+        """The token ids of all choices, each once, ascending."""
         return tuple(np.unique(self.choices.values[:]).tolist())
 
     def shapes(self) -> Decisions:

@@ -251,7 +251,8 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
         raise InvalidRow(
             name,
             "choice without a value",
-            f"choices[{number}] has no value; use a string, or an object with a value and a description",
+            f"choices[{number}] has no value, got {str(item)[:40]!r}; use a string, or an object with a "
+            "value and a description",
         )
     if not isinstance(text, str | None):
         raise InvalidRow(
@@ -273,7 +274,8 @@ def _with_texts_as_choices(row: Row) -> Row:
     if not isinstance(labels, list) or not isinstance(texts, list) or len(labels) != len(texts):
         raise row.invalid(
             "choices of a wrong type",
-            "choices: label and text must be lists of equal length; fix or remove the row",
+            f"choices: label and text must be lists of equal length, got {str(choices)[:60]}; fix or remove "
+            "the row",
         )
     if answer in labels:  # as probabilities, which are read whatever the other answers are
         answer = [int(label == answer) for label in labels]

@@ -172,7 +172,7 @@ def _parts(rows: TokenisedRows, index: int, factor: float) -> list[ShownPart]:
 
 
 def _text(rows: TokenisedRows, index: int) -> ShownExample:
-    """Return an SFT example."""
+    """Return the SFT example with an index in `rows`."""
     piece, factor = int(rows.pieces[index]), rows.weights[index]
     (part,) = _parts(rows, index, factor)
     facts = f"{len(part.ids)} tokens, {(part.weights > 0).sum()} with loss"
@@ -513,7 +513,7 @@ def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: in
 
 
 def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
-    """Return how many tokens a row needs in any batch of the first epoch. tokens: number of each pair."""
+    """Return how many tokens a row needs in any batch of the first epoch. tokens: the length of each pair."""
     tokens = tokens[tokens > 0]
     if not len(tokens):
         return LENGTH_STEP

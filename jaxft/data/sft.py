@@ -72,8 +72,8 @@ class Rows(DataSettings):
             raise ValueError(f"data.max_length={self.max_length} with data.too_long=split; use at least 3")
         if self.packing == "wrapped" and (self.too_long != "split" or self.weighting != "token"):
             raise ValueError(
-                "data.packing=wrapped cuts documents anywhere, so none is too long or weighted as a whole: "
-                "set data.too_long=split data.weighting=token"
+                f"data.too_long={self.too_long} data.weighting={self.weighting} with data.packing=wrapped, "
+                "which cuts documents anywhere; set data.too_long=split data.weighting=token"
             )
 
     @property
@@ -179,7 +179,9 @@ class PackedBatches(source.BatchLayout[Tokens]):
         return replace(flat, packed=self.settings.packing is True, source_names=names)
 
     def positions(self, batch: Tokens) -> int:
-        """Return how many values a metrics.PerRow has: T + 1 a row; value i is example i's, from 1."""
+        """Return how many values a metrics.PerRow has: for each row T + 1, of which the first has no meaning
+        and value i belongs to the row's i-th example.
+        """
         _, rows, length = batch.ids.shape
         return rows * (length + 1)
 
@@ -331,11 +333,10 @@ def read_length(
 def weights_of_members(
     examples: TokenisedRows, plan: RowPlan, weighting: str
 ) -> Float[np.ndarray, " members"]:
-    """Return the weight of each target token of a member, without the weights of turns, which multiply it.
-    weighting: see Rows.
+    """Return, for each member of the plan, the weight of its target tokens before it is multiplied by the
+    weights of turns (TOKEN_WEIGHTS). weighting: see Rows.
 
-    With the weights of turns, all weights sum to 1 over the targets of the plan, or are 0 if all examples
-    have weight 0.
+    The multiplied weights sum to 1 over the targets of the plan, or are 0 if all examples have weight 0.
     """
     factors = examples.weights[plan.members]
     mass = examples.extras[MASS][plan.members] if plan.counts is None else member_targets(examples, plan)
@@ -505,8 +506,8 @@ class SolutionRows(Rows):
         super().__post_init__()
         if self.loss_on != LOSS_ON[1] or self.format not in ("auto", formats.STEPS):
             raise ValueError(
-                "data.loss_on and data.format have no meaning for steps with labels, which are plain text; "
-                "remove them"
+                f"data.loss_on={self.loss_on} and data.format={self.format}: steps with labels are plain "
+                "text, which these settings cannot change; remove them"
             )
 
     @property

@@ -133,8 +133,8 @@ class Ticket:
 
 
 class Load(NamedTuple):
-    """Counts of a scheduler. running, waiting: requests in rows and in the queue now. finished, tokens,
-    failures: requests, sampled tokens and failures of the device since the start.
+    """Counts of a scheduler. running, waiting: requests in rows and in the queue now. Since the start:
+    finished: ended requests; tokens: sampled tokens; failures: failures of the device.
     """
 
     running: int

@@ -220,7 +220,7 @@ def _shuffle_rows(members: np.ndarray, sizes: np.ndarray, seed: int, epoch: int)
 
 
 def limit_reads(plan: RowPlan, reads: Int[np.ndarray, " members"], most: int) -> RowPlan:
-    """Divide rows with more than `most` targets. reads: number of targets of each member, `most` or less."""
+    """Divide each row of more than `most` targets. reads: number of each member's targets, at most `most`."""
     total = np.add.reduceat(reads, plan.offsets[:-1]) if plan.rows else reads
     cuts = []
     for row in np.flatnonzero(total > most):

@@ -192,8 +192,8 @@ class BatchMeans:
 
 @dataclass(frozen=True)
 class _Runs:
-    """Runs of consecutive tokens. Each field is an array [pairs of the plan, runs of a pair]; a missing run
-    has count 0.
+    """Runs of consecutive tokens, a prompt or a response each. Each field is an array [pairs of the plan,
+    runs of a pair]; the run of a missing response has count 0.
     """
 
     start: np.ndarray  # index into TokenisedRows.ids

@@ -179,7 +179,7 @@ class TokenisedRows:
 
     @property
     def whole_ends(self) -> Int[np.ndarray, " sequences"]:
-        """`ends` of the sequences that are complete: not truncated, and the last piece of their row."""
+        """The `ends`, without -1, of all examples that are not truncated and end their row."""
         ends = self.ends[~self.truncated & np.append(self.pieces[1:] == 0, True)]
         return ends[ends >= 0]
 
