@@ -249,7 +249,8 @@ def make_row_loss(
     model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, Rows], Evaluated]:
     """Return `row_loss(loaded, rows)`, which evaluates the loss on rows, see _row_loss. Its program is
-    compiled once for all weights of a model. check: called with a hash of the rows.
+    compiled once for all weights of a model. check: called with a hash of the rows; it may raise if they are
+    not the expected rows.
     """
     eval_step = jax.jit(make_eval_step(sft(model)))
     return lambda loaded, rows: _row_loss(eval_step, loaded, rows, check)
@@ -294,7 +295,8 @@ def make_pair_preferences(
     model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, PairRows], Evaluated]:
     """Return `preferences(loaded, rows)`, which scores pairs, see _pair_preferences. Its programs are
-    compiled once for all weights of a model. check: called with a hash of the rows.
+    compiled once for all weights of a model. check: called with a hash of the rows; it may raise if they are
+    not the expected rows.
     """
 
     def forward(params: Params, batch: Pairs) -> dict[str, Any]:
@@ -358,7 +360,8 @@ def make_decision_scores(
     model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, DecisionRows], Evaluated]:
     """Return `scores(loaded, rows)`, which scores decisions, see _decision_scores. Its program is compiled
-    once for all weights of a model. check: called with a hash of the rows.
+    once for all weights of a model. check: called with a hash of the rows; it may raise if they are not the
+    expected rows.
     """
     objective = decision(model).for_evaluation()
 

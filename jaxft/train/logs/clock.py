@@ -41,7 +41,9 @@ class Clock:
         self._show = show
 
     def at(self, phase: Phase) -> str:
-        """End the present phase and begin `phase`; return text about the ended one's time and its parts."""
+        """End the present phase and begin `phase`; return text with the time of the ended phase and of its
+        parts.
+        """
         parts, self._parts = self._parts, {}
         self._show("")
         return time_by_phase({**parts, TOTAL: self._switch(phase)})

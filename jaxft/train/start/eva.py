@@ -85,10 +85,10 @@ def eva_adapter(
 ) -> Params:
     """Return `adapter` with each `a` initialised by EVA, sharded as before.
 
-    model: over the whole tree. Every process calls it; process 0 alone computes the directions, because the
-    libraries of other hosts may round otherwise. The rows pass through the model once for each MOMENT_BYTES
-    of covariances, and the host stores the covariances of one kernel. Raises ValueError for inputs that are
-    not finite.
+    model: with base and adapter in one tree. rows: the rows whose activations are measured. Every process
+    calls it; process 0 alone computes the directions, because the libraries of other hosts may round
+    otherwise. The rows pass through the model once for each MOMENT_BYTES bytes of covariances, and the host
+    stores the covariances of one kernel. Raises ValueError for inputs that are not finite.
     """
     layouts = pair_layouts(model.specs["base"], settings, model.weight_names)
     paths = list(layouts)
@@ -139,9 +139,9 @@ def input_statistics(
 ) -> InputStatistics:
     """Return statistics of the inputs of linear layers over all tokens but padding.
 
-    model: over the whole tree. parts: by path, the first and end row of the sum [I, I] to compute. Each batch
-    is centred on its own mean and merged with the earlier ones (Chan et al. 1979), so that a large mean costs
-    no digits.
+    model: with base and adapter in one tree. parts: by path, the first and end row of the sum [I, I] to
+    compute. Each batch is centred on its own mean and merged with the earlier ones (Chan et al. 1979), so
+    that a large mean costs no digits.
     """
     everywhere = sharding.replicated(mesh)
     leaves = tree.paths(base, is_qtensor)
