@@ -67,9 +67,10 @@ def commit() -> str | None:
 
 
 def environment(step: int = 0, attention: str | None = None) -> dict[str, Any]:
-    """Return versions, flags, devices and the git commit of this process, which begins after `step` steps.
+    """Return versions, flags, devices and the git commit of this process.
 
-    attention: the train step's attention kernel and why it runs.
+    step: how many optimizer steps earlier starts of the run have done. attention: a text with the train
+    step's attention kernel and why it was chosen. Both are returned under their names.
     """
     return {
         **versions(),
@@ -144,7 +145,9 @@ def bug_report() -> dict[str, Any]:
 
 
 def installation() -> str:
-    """Return how jaxft is installed: "wheel", "editable" (`pip install -e .` of this clone) or "no"."""
+    """Return how jaxft is installed: "wheel"; "editable" (`pip install -e .` of this clone); or "no" for a
+    clone that is not installed.
+    """
     if not IS_CLONE:
         return "wheel"
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError):
@@ -170,7 +173,7 @@ def processor() -> dict[str, Any]:
 
 
 def memory() -> dict[str, float]:
-    """Return the total and the available memory in GiB; {} where /proc/meminfo does not exist."""
+    """Return {"total": ..., "available": ...} memory in GiB; {} where /proc/meminfo does not exist."""
     with contextlib.suppress(OSError):
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         sizes = dict(re.findall(r"(\w+): +(\d+) kB", text))

@@ -193,7 +193,7 @@ def test_a_store_that_cannot_be_opened_ends_the_start(store, tmp_path, monkeypat
 
 def test_after_a_second_start_the_first_one_sends_no_more(store, tmp_path):
     first, lines = write_folder(tmp_path / "first"), []
-    with pytest.raises(OSError, match="is written by another start of this run, process"):  # noqa: SIM117
+    with pytest.raises(OSError, match="is written by another process of this run, pid"):  # noqa: SIM117
         with started(first, PLACE["s3"], lines.append) as copy:
             write_step(first, 1)
             copy(1)
