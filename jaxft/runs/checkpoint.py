@@ -122,8 +122,8 @@ class Checkpoints:
         """Begin to save; the state may be donated as soon as this returns. Called by every process.
 
         meta: JSON that `restore` returns. scores: one number per member of a sweep, or one for a run alone;
-        lower is better, None is not evaluated. keep_best ranks checkpoints by them. Raises OSError if this save cannot begin or
-        an earlier one failed; earlier checkpoints are then unchanged.
+        lower is better, None is not evaluated. keep_best ranks checkpoints by them. Raises OSError if this
+        save cannot begin or an earlier one failed; earlier checkpoints are then unchanged.
         """
         self.wait()
         leaves = {name: _for_orbax(leaf) for name, leaf in manifest.named_leaves(state).items()}

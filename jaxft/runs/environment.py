@@ -98,7 +98,9 @@ def with_earlier_starts(now: dict[str, Any], before: dict[str, Any] | None) -> d
 
 
 def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for each version, flag or device that differs between two starts."""
+    """Return a line such as "jax: 0.7.0 -> 0.7.1" for each difference between two starts of a run: in
+    versions, flags, devices, number of processes, attention kernel and commit. before, now: from environment.
+    """
     lines = []
     for name in COMPARED:
         old, new = before.get(name), now.get(name)
