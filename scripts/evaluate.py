@@ -231,7 +231,7 @@ def rows_of(args: argparse.Namespace, record: dict[str, Any] | None) -> tuple[st
 def evaluate_rows(args: argparse.Namespace, loaded: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """Return adapter -> Evaluated: the loss of SFT rows, accuracy on pairs, or probabilities of decisions.
 
-    loaded, data: adapter -> its model, and -> the settings of the rows.
+    loaded: adapter -> LoadedWeights. data: adapter -> settings by which its prompts are made from rows.
     """
     from jaxft.data.decision_rows import DecisionRows
     from jaxft.data.pairs import PairRows
@@ -322,7 +322,8 @@ def evaluate_completions(
 ) -> dict[str, Any]:
     """Complete the prompts and score the completions; return adapter -> Evaluated.
 
-    loaded, data: adapter -> its model, and -> the settings of the rows. functions: scores (see --by).
+    loaded: adapter -> LoadedWeights. data: adapter -> settings by which its prompts are made from rows.
+    functions: scores (see --by).
     """
     from jaxft.data.rows.dataset_rows import read_rows
     from jaxft.data.rows.mixture import held_out_sources, parse_sources

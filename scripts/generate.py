@@ -135,7 +135,8 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     is_plain = args.raw or (source.record and source.record["data"].get("format") == PLAIN)
     if is_plain and (args.chat_template_kwargs or args.system):
         raise ValueError(
-            "the run has data.format=plain and so no chat template; omit --chat-template-kwargs and --system"
+            "--raw, or a run with data.format=plain, uses no chat template; omit --chat-template-kwargs and "
+            "--system"
         )
     rows = [Row("--prompt", {"prompt": text}) for text in args.prompt]
     if args.file and args.file.endswith(".txt"):

@@ -87,8 +87,10 @@ def leave_out(run: Any) -> int:
 
 
 def weigh(parts: Any, steps: int) -> int:
-    """Print the derivatives of the held-out loss with respect to the weights of the sources, and weights that
-    are fitted to lower it.
+    """Print, for each source of rows, the derivative of the held-out loss after `steps` training steps with
+    respect to the source's weight, and the weight that is fitted to lower this loss. Return the exit code.
+
+    parts: the return value of jaxft.prepare.
     """
     import jax.numpy as jnp
 

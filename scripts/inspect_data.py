@@ -147,7 +147,8 @@ def with_fields(data: Data, overrides: list[str]) -> Data:
 
 def lengths_table(lengths: Mapping[str, np.ndarray], width: int) -> Table:
     """Return a table with minimum, percentiles, maximum and a histogram of token counts, for a terminal of
-    `width` columns. lengths: part of a row, such as prompt -> its count in each row.
+    `width` columns. lengths: {"prompt": the number of tokens in the prompt of each row}, and so on for the
+    other parts of a row.
     """
     result = Table(box=None, pad_edge=False, header_style="dim")
     result.add_column("lengths (no limit)", max_width=None if width >= WIDE else LABEL_WIDTH)

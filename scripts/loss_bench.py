@@ -131,7 +131,7 @@ def analyse(
     loss: NamedLoss, claims: Sequence[str], columns: Sequence[str]
 ) -> tuple[Probe, tuple[Check, ...]]:
     """Evaluate a loss on synthetic pairs, and check it. claims: further laws that it must obey (--claims).
-    columns: of the rows that the loss reads. Raises ValueError with the line that fails.
+    columns: names of the columns of rows that the loss gets. Raises ValueError with the line that fails.
     """
     try:
         probed = probe(loss.label, loss.fn, columns)

@@ -85,7 +85,9 @@ def decimal_size(count: float) -> str:
 
 
 def print_deletions(files: dict[str, Any], target: Any) -> None:
-    """Print the files that a push would delete from the branch, or a line if they are unknown."""
+    """Print the files that a push would delete from the branch, or a line if they are unknown. files: the
+    files to push, by name in the repository. target: repository and branch.
+    """
     from jaxft.runs.terminal import printable_line
     from jaxft.weights.hf.hub_upload import deletions
 

@@ -8,7 +8,7 @@ renamed to `<step>`. A checkpoint that does not match its manifest later is rena
 
 Each of several processes writes, hashes and reads its own shards, in a folder that all of them see. They go
 from one stage of a save to the next together, and an error of one process is raised on all. No process has
-more of a leaf in memory than its own shards or one slab.
+more of a leaf in memory than its own shards, or one slab: a slice of the leaf that is read for a check.
 
 Publishing and pruning are not left to orbax's CheckpointManager, for two reasons. It publishes a step and
 deletes older ones before the step has been read back, so a disk that corrupts writes can destroy the last
@@ -80,24 +80,24 @@ class Checkpoints:
     # Listing
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Steps of the checkpoints that have a manifest, ascending."""
         return [step for step in self._steps() if (self.folder / str(step) / manifest.NAME).is_file()]
 
     def _steps(self) -> list[int]:
-        """Steps of all checkpoints, ascending, also without a manifest."""
+        """Steps of all checkpoints, with or without a manifest, ascending."""
         if not self.folder.is_dir():
             return []
         is_step = re.compile(r"0|[1-9]\d*").fullmatch
         return sorted(int(p.name) for p in self.folder.iterdir() if is_step(p.name) and p.is_dir())
 
     def latest(self) -> int | None:
-        """Return the step of the newest complete checkpoint, None without one; `restore` verifies it."""
+        """Return the last of `steps`, or None. Its files are not verified here, but by `restore`."""
         return max(self.steps(), default=None)
 
     def best(self, member: int = 0) -> tuple[int, float] | None:
         """Return the (step, score) of the checkpoint with the lowest score, None without scores.
 
-        member: its number in a sweep, 0 for a run alone. Called by every process.
+        member: the number of a sweep's member, from 0; 0 for a run that is no sweep. Called by every process.
         """
         ranked = sync.exchange_first(sync.gather_texts, self._best_first)
         return tuple(ranked[member][0]) if member < len(ranked) and ranked[member] else None
@@ -121,9 +121,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any], scores: Sequence[float | None] = ()) -> None:
         """Begin to save; the state may be donated as soon as this returns. Called by every process.
 
-        meta: JSON that `restore` returns. scores: one for each member of a sweep, or one for a run, from
-        which keep_best selects the lowest; None if not evaluated. Raises OSError if this save cannot begin or
-        an earlier one failed; earlier checkpoints are then unchanged.
+        meta: JSON that `restore` returns. scores: one number per member of a sweep, or one for a run alone;
+        lower is better, None is not evaluated. keep_best ranks checkpoints by them. Raises OSError if this
+        save cannot begin or an earlier one failed; earlier checkpoints are then unchanged.
         """
         self.wait()
         leaves = {name: _for_orbax(leaf) for name, leaf in manifest.named_leaves(state).items()}
@@ -200,7 +200,9 @@ class Checkpoints:
     ) -> None:
         """Run the stages of a save after `_begin`, each when all processes have finished the one before.
 
-        body: the manifest without leaves and files. It runs in a thread, so it uses no device.
+        body: the manifest without leaves and files. entries: this process's part of the manifest's leaves, by
+        name. wait_written: the function from _start_writing. exchange: sends messages between the processes
+        as files, since this method runs in a thread and must not use devices. An error is stored for `wait`.
         """
         step = body["step"]
         temporary = self.folder / f"{step}.tmp"
@@ -223,8 +225,8 @@ class Checkpoints:
             shutil.rmtree(self.folder / EXCHANGE, ignore_errors=True)
 
     def _merge(self, temporary: Path) -> list[str]:
-        """Merge the files of all processes, on process 0, and sync them to disk, as Orbax syncs only a few.
-        Return their paths in the checkpoint.
+        """On process 0: merge the files that all processes wrote, and sync them to disk, as Orbax syncs only
+        a few. Return the paths of the merged files, relative to `temporary`.
         """
         assert self._orbax is not None
         self._orbax.finalize(epath.Path(temporary / "state"))
@@ -322,9 +324,10 @@ class Checkpoints:
         """Return (state, meta, step) of the newest checkpoint that matches its manifest, None without one.
 
         The leaves get the shardings of `abstract_state`, on any mesh and any number of processes. A corrupt
-        checkpoint is renamed to `<step>.bad`; then the same step in a store, or the next older one, is tried.
-        step: restore only this one; FileNotFoundError if it is missing, ValueError if it is corrupt. Raises
-        ValueError if its leaves differ from `abstract_state`. Called by every process.
+        checkpoint is renamed to `<step>.bad`; then its copy in the object store, or the next older one, is
+        tried. step: restore only this one; FileNotFoundError if it is missing, ValueError if it is corrupt.
+        Raises ValueError if names, shapes or dtypes of leaves differ from `abstract_state`, and OSError if
+        the disk cannot be read. Called by every process.
         """
         self.wait()
         steps = sync.exchange_first(sync.gather_texts, self._steps)
@@ -384,8 +387,8 @@ def in_flight_gb(leaves: Iterable[Any]) -> float:
 
 
 def _for_orbax(leaf: Any) -> jax.Array | np.ndarray:
-    """Return the array as Orbax expects it: an array that every process has in full becomes a NumPy array,
-    which process 0 writes.
+    """Return a leaf as Orbax expects it. With several processes, a jax.Array that each of them has in full
+    becomes a NumPy array, which process 0 writes.
     """
     is_global = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
     return leaf if is_global else np.asarray(leaf)
@@ -412,8 +415,8 @@ def _my_part(work: list[Any]) -> list[Any]:
 
 
 def verify(folder: Path) -> None:
-    """Check the arrays on disk against the manifest's hashes of the arrays in memory; each process checks a
-    part of the shards. Raises Corrupt.
+    """Check the arrays of the checkpoint in `folder` against the hashes that its manifest has from the arrays
+    in memory. Each process checks a part of the shards. Raises Corrupt.
     """
     entries = manifest.read_manifest(folder)["leaves"]
     shards = [(name, index) for name, entry in entries.items() for index in entry["shards"]]
@@ -421,8 +424,8 @@ def verify(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path, abstract_state: Any, restored: dict[str, Any]) -> str | None:
-    """Read a checkpoint's state and meta into the dict `restored`. Return why it does not match its manifest,
-    None if it does.
+    """Read a checkpoint into restored["state"] and restored["meta"]. If it does not match its manifest,
+    leave `restored` as it is and return the reason as text; else return None.
     """
     try:
         body, expected = manifest.read_manifest(folder), manifest.named_leaves(abstract_state)
@@ -438,10 +441,11 @@ def read_checkpoint(folder: Path, abstract_state: Any, restored: dict[str, Any])
 
 
 def _read_leaves(folder: Path, expected: dict[str, Any], entries: dict[str, Any]) -> dict[str, jax.Array]:
-    """Read this process's shards of all leaves.
+    """Read this process's shards of all leaves. Raises Corrupt if a hash differs.
 
-    A shard that was saved with the same index is compared with its hash once it is loaded. Other shards are
-    read back separately for this check, each by one process.
+    expected: abstract arrays by name. entries: the manifest's leaves. A shard that was saved with the index
+    with which it is loaded is hashed after loading. Other saved shards are read a second time for their
+    hashes, each by one process.
     """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = {name: leaf.sharding or here for name, leaf in expected.items()}

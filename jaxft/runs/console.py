@@ -111,7 +111,9 @@ class ConsoleView:
         self._total_steps = step
 
     def message(self, text: str) -> None:
-        """Print a line, above a live view. Except in prompts and completions, URLs lose their secrets."""
+        """Print a line, above the live view if there is one. URLs lose their secrets, except in lines that
+        show prompts or completions.
+        """
         shown = printable_text if text.startswith(ROW_TEXTS) else printable_message
         text, encoding = shown(text), self._console.encoding
         text = text.encode(encoding, "replace").decode(encoding)
@@ -140,8 +142,8 @@ class ConsoleView:
         return "  ".join([f"step {step}/{self._total_steps}", *values, *rates, *eta, *remarks(metrics)])
 
     def _rows(self, step: int, metrics: dict[str, float], rates: list[str]) -> list[str]:
-        """Return the lines of a sweep's table: one for each metric, the first time after a heading. rates:
-        texts about speed and memory, which end the last line.
+        """Return the lines of a sweep's table: one for each metric, and in the first call a heading above
+        them. rates: texts about speed and memory, which are appended to the last line.
         """
         kinds = dict.fromkeys(name.rpartition(" ")[0] for name in metrics)
         head = [self._row("step", "", [_shorten(label) for label in self._columns])] * self._needs_head
@@ -218,7 +220,7 @@ def _with_interval(name: str, metrics: dict[str, float]) -> str:
 
 
 def _rates(perf: dict[str, float]) -> list[str]:
-    """Return speed and memory as texts, and the times of evaluation and sampling from 1 s on."""
+    """Return speed and memory as texts, and the seconds of evaluation and sampling if 1 s or more."""
     times = (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS)
     shown = {name: x for name, x in perf.items() if name not in HIDDEN and not (name in times and x < 1)}
     return [format_metric(name, value) for name, value in shown.items()]

@@ -67,9 +67,10 @@ def commit() -> str | None:
 
 
 def environment(step: int = 0, attention: str | None = None) -> dict[str, Any]:
-    """Return versions, flags, devices and the git commit of this process, which begins after `step` steps.
+    """Return versions, flags, devices and the git commit of this process.
 
-    attention: the train step's attention kernel and why it runs.
+    step: how many optimizer steps earlier starts of the run have done. attention: a text with the train
+    step's attention kernel and why it was chosen. Both are returned under their names.
     """
     return {
         **versions(),
@@ -97,7 +98,9 @@ def with_earlier_starts(now: dict[str, Any], before: dict[str, Any] | None) -> d
 
 
 def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return a line for each version, flag or device that differs between two starts."""
+    """Return a line such as "jax: 0.7.0 -> 0.7.1" for each difference between two starts of a run: in
+    versions, flags, devices, number of processes, attention kernel and commit. before, now: from environment.
+    """
     lines = []
     for name in COMPARED:
         old, new = before.get(name), now.get(name)
@@ -144,7 +147,9 @@ def bug_report() -> dict[str, Any]:
 
 
 def installation() -> str:
-    """Return how jaxft is installed: "wheel", "editable" (`pip install -e .` of this clone) or "no"."""
+    """Return how jaxft is installed: "wheel"; "editable" (`pip install -e .` of this clone); or "no" for a
+    clone that is not installed.
+    """
     if not IS_CLONE:
         return "wheel"
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError, KeyError):
@@ -170,7 +175,7 @@ def processor() -> dict[str, Any]:
 
 
 def memory() -> dict[str, float]:
-    """Return the total and the available memory in GiB; {} where /proc/meminfo does not exist."""
+    """Return {"total": ..., "available": ...} memory in GiB; {} where /proc/meminfo does not exist."""
     with contextlib.suppress(OSError):
         text = Path("/proc/meminfo").read_text(encoding="ascii")
         sizes = dict(re.findall(r"(\w+): +(\d+) kB", text))

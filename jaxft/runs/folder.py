@@ -59,7 +59,8 @@ def folder_of(root: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[TextIO]:
-    """Create the run folder and lock it; at the end, remove it if nothing else was written into it.
+    """Create a run's folder and lock it for the `with` block, which gets the open lock file. After the block,
+    remove the folder if it has nothing but this file.
 
     Raises OSError if another process has the lock, and the error of check_paths.
     """
@@ -245,9 +246,10 @@ def permitted_changes(
 
 
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
-    """Replace each line about a fingerprint by one that names the files that have changed.
+    """Replace each line about a fingerprint, a hash of files, by a line that names the changed files.
 
-    The line is left out if the setting that names the files has changed too. record: today's settings.
+    lines: from `differences`, such as "data_fingerprint: 1a -> 2b". Such a line is left out if the setting
+    that names the files (here data) is in `lines` too. record: today's settings.
     """
     names, explained = [line.partition(":")[0] for line in lines], []
     for line, name in zip(lines, names, strict=True):
@@ -461,7 +463,8 @@ def _run_record(folder: Path) -> dict[str, Any] | None:
 
 
 def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
-    """Return (reference of the base or model, adapter folder or None, settings) of a run with weights.
+    """Return (model, adapter folder, settings) of a run. With an adapter, model is the folder or name of its
+    base; without one, the adapter folder is None and model is the run's folder model/.
 
     Raises FileNotFoundError for a folder that is not a run's or has no weights yet, and ValueError for
     weights that have changed since the run wrote or used them.
@@ -486,8 +489,8 @@ def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
 
 
 def _base_weights(folder: Path, record: dict[str, Any]) -> str:
-    """Return the reference of a run's base weights. Raises ValueError if they, or their calibrated codes,
-    have changed since the run was trained.
+    """Return the folder or name of a run's base model. Raises ValueError if its weights, or the quantised
+    weights that the run calibrated and cached, have changed since the run was trained.
     """
     ref, path = record["weights"], record.get("weights_path")
     if path and not Path(ref).exists():
@@ -512,7 +515,7 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
 
 
 def _check_codes(folder: Path) -> None:
-    """Raise ValueError if the calibrated codes in the cache have changed since the run was trained."""
+    """Raise ValueError if the quantised base that the run in `folder` calibrated has changed in the cache."""
     record = read_saved_json(folder / CALIBRATED_JSON)
     name = str(record.get("codes"))
     if not calibrated_base.confirm_codes(record):
@@ -523,7 +526,7 @@ def _check_codes(folder: Path) -> None:
 
 
 def weights_fingerprint(ref: str) -> str:
-    """Return a hash of all bytes of the weights behind `ref`."""
+    """Return a hash of all bytes of a model's weight files. ref: the model's folder, name or .gguf file."""
     located = hub.locate(ref)
     files = part_files(located.path) if located.kind == "gguf" else hf_read.weight_files(located.path)
     lines = [f"{path.name} {known}\n" for path, known in zip(files, files_sha256(files), strict=True)]

@@ -3,11 +3,11 @@ fetched where the run is resumed or a command names it.
 
 A run writes its folder on disk, because an object store has neither renames nor locks nor files that grow.
 Verified checkpoints are copied in the background, each with the other files of the folder that have changed.
-A checkpoint is skipped if a newer one exists by then. `index.json` has the sizes and hashes of the files, and
-names the start of the run that sends them, the last one that was accepted. A checkpoint's manifest is sent
-last: a checkpoint without one is incomplete, and one with a manifest has its logs. A start fetches the folder
-first if the store has a newer checkpoint than the disk, and a checkpoint if the one on disk is damaged. A
-start whose settings differ from the run in the store is refused and leaves the store as it is.
+A checkpoint is skipped if a newer one exists by then. `index.json` has the sizes and hashes of the files,
+and the process that sends them: the last one whose settings were accepted. A checkpoint's manifest is sent
+last: a checkpoint without one is incomplete, and one with a manifest has its logs. A process that starts the
+run fetches the folder first if the store has a newer checkpoint than the disk, and a checkpoint if the one on
+disk is damaged. If its settings differ from the run in the store, it ends and leaves the store as it is.
 """
 
 import contextlib
@@ -46,14 +46,14 @@ def _nowhere(*step: int) -> None:
 
 
 class Copies(NamedTuple):
-    """The functions that a run calls so that its folder is copied; without a store these functions do
-    nothing.
+    """The functions that a run calls so that its folder is copied to a store. Without a store they do
+    nothing, and `sending` returns an empty set.
 
-    accepted: when the start is accepted. published: with the step of each new checkpoint, which is copied in
-    the background. sending: the steps of checkpoints that are being copied and must stay on disk. settle:
-    wait for the copy under way; later ones are made at the end of the run. stopped: when a signal has ended
-    the run and it is saved; a store that fails at the end is then only a warning. fetch: see
-    Mirror.fetch_step.
+    accepted(): call it once the run's settings and lock are accepted. published(step): copy the new
+    checkpoint of this step in the background. sending(): the steps of the checkpoints that are being copied
+    and must stay on disk. settle(): wait for the copy under way; later checkpoints are copied at the end of
+    the run. stopped(): call it when a signal has ended the run; a store that fails at the end is then only a
+    warning. fetch(limit): see Mirror.fetch_step.
     """
 
     accepted: Callable[[], None] = _nowhere
@@ -72,8 +72,9 @@ class Damaged(Exception):
 
 
 class Mirror:
-    """The copy of a run's folder in a store. report: called with a line about each event that matters.
-    defaults: of each setting by dotted name, for settings that the run in the store lacks.
+    """The copy of a run's folder in a store. report: called with a line for the user about each event, such
+    as a damaged file. defaults: {dotted name: default} of the settings; they stand for settings that the
+    record of an older run in the store lacks.
     """
 
     def __init__(
@@ -103,9 +104,10 @@ class Mirror:
     # From the store
 
     def open(self, records: Records) -> None:
-        """Fetch the run if the store has a later step; the store stays as it is.
+        """Fetch the run if the store has a later checkpoint than the folder, or results that the folder
+        lacks. Nothing is written to the store.
 
-        records: the settings of this start, by the path of their file in the folder. Raises ValueError,
+        records: this process's settings as JSON, by file: {"config.json": ...}. Raises ValueError,
         before anything is fetched, if the store has a checkpoint or results of a run with other settings, or
         of another run than the folder; OSError if the store fails.
         """
@@ -155,7 +157,7 @@ class Mirror:
         return [int(path.parent.name) for path in manifests if path.parent.name.isdecimal()]
 
     def _check_settings(self, records: Records) -> None:
-        """Raise ValueError if the run in the store has other settings."""
+        """Raise ValueError if the run in the store has other settings. records: as in `open`."""
         for name, record in records.items():
             place, content = f"{self.store.url}/{name}", self.store.read(name)
             if content is None:
@@ -364,18 +366,20 @@ class Mirror:
         self.is_stopped = True
 
     def _is_behind(self, stored: list[str], step: int) -> bool:
-        """Return whether the store has a checkpoint later than `step`, and report it."""
+        """Return whether the store has a checkpoint later than `step`, and report it. stored: names of the
+        store's objects.
+        """
         latest = max(_complete_steps(stored), default=step)
         if latest > step:
             self.report(f"{self.store.url} has step {latest}: nothing is copied before the run has passed it")
         return latest > step
 
     def _check_owner(self) -> None:
-        """Raise OSError if another start now sends this run."""
+        """Raise OSError if another process has taken over the copying of this run."""
         owner = self._read_index()["owner"]
         if owner.get("id", self.owner["id"]) != self.owner["id"]:
-            where = "process {} on {} since {}".format(*(owner.get(k, "?") for k in ("pid", "host", "since")))
-            raise OSError(f"{self.store.url} is written by another start of this run, {where}; stop one")
+            where = "pid {} on {} since {}".format(*(owner.get(k, "?") for k in ("pid", "host", "since")))
+            raise OSError(f"{self.store.url} is written by another process of this run, {where}; stop one")
 
     def _send_checkpoints(self, steps: list[int], stored: list[str]) -> None:
         """Send the states of checkpoints, then the logs of the run, then the manifests. Results, which may be
@@ -460,7 +464,7 @@ def _entry_of(content: bytes) -> list[Any]:
 
 
 def _reason(error: Exception) -> str:
-    """Return the text of an error, with its type if it is a bug and not a user's."""
+    """Return the text of an error; its type precedes it unless it is an OSError or ValueError."""
     return str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
 
 
@@ -475,8 +479,8 @@ def mirrored(
     """Fetch a run's folder from the store at `url`; yield the functions that copy it there; at the end of the
     block, copy the files that have changed since. If `url` is None, nothing is fetched or copied.
 
-    records: see Mirror.open. defaults: see permitted_changes. A start that fails before it is accepted copies
-    nothing. Raises the errors of Mirror.open and Mirror.finish.
+    records: see Mirror.open. defaults: see Mirror. If the block fails before it calls `accepted`, nothing is
+    copied. Raises the errors of Mirror.open and Mirror.finish.
     """
     if url is None:
         yield LOCAL_ONLY

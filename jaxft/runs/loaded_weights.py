@@ -227,9 +227,10 @@ def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None
 def held_out_names(
     data: Rows | PairRows | Prompts, tokenizer: Any, check: FingerprintCheck = any_rows
 ) -> set[str]:
-    """Return the names of the held-out rows, for data whose setting held_out is a fraction of its rows.
+    """Return the names of the held-out rows, such as "rows.jsonl:3", for data whose setting held_out is a
+    fraction of its rows.
 
-    check: is called with the fingerprint of the rows, and raises an error if they have changed.
+    check: is called with the hash of the rows, and raises an error if they have changed.
     """
     if isinstance(data, Prompts):
         train, held = split_prompts(data, tokenizer)
@@ -262,7 +263,7 @@ def named_models(
             by_name[name] = named
     refs = {named.ref: name for name, named in by_name.items()}
     if model is not None and runs:
-        raise ValueError("--run sets the base; omit --model")
+        raise ValueError(f"--run sets the base; omit --model {model}")
     if len(refs) > 1:
         (one, first), (other, second) = list(refs.items())[:2]
         raise ValueError(

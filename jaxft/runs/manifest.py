@@ -31,7 +31,9 @@ class Corrupt(Exception):
 
 
 def named_leaves(state: Any) -> dict[str, Any]:
-    """Return the leaves of a state by their names on disk: their paths with dots, Orbax's separator."""
+    """Return the leaves of a state by their names on disk: their paths with dots, Orbax's separator. Raises
+    ValueError if two names are equal, or for a typed PRNG key.
+    """
     leaves = {path.replace("/", "."): leaf for path, leaf in tree.paths(state).items()}
     if len(leaves) != len(jax.tree.leaves(state)):
         raise ValueError("two leaves of the state have the same path; use no '.' or '/' in parameters' names")

@@ -95,7 +95,11 @@ def truncate(path: Path, step: int) -> list[Entry]:
 
 
 def step_ranges(steps: Iterable[int]) -> list[list[int]]:
-    """Return steps as ascending ranges [first, last, stride]; the stride of a single step is 0."""
+    """Return steps as ascending ranges [first, last, stride]; the stride of a single step is 0.
+
+    >>> step_ranges([0, 10, 20, 25])
+    [[0, 20, 10], [25, 25, 0]]
+    """
     ranges: list[list[int]] = []
     for step in sorted(set(steps)):
         if ranges and (ranges[-1][2] in (0, step - ranges[-1][1])):
@@ -191,8 +195,8 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 class DigestWriter:
-    """Appends digests to the digests file of a log. kept: the lines that the log has now; digests after them
-    are removed.
+    """Appends digests to the digests file of a log. kept: the lines that the log has now. Digests of later
+    lines and of other files are removed.
 
     Lines without a digest, which a killed process may leave, get one. A digest that does not fit its line is
     not corrected, so that the change is still found.

@@ -48,7 +48,9 @@ class Store:
         self._call(lambda: self.kv.write(name, content).result())
 
     def write_files(self, files: Iterable[tuple[str, Path]]) -> None:
-        """Write files under their names; several at a time, as far as they fit into SENT_AT_ONCE."""
+        """Write (name, path) pairs: the content of each path as the object `name`. Up to SENT_AT_ONCE bytes
+        are sent at a time.
+        """
         writing: list[Any] = []
         size = 0
         for name, path in files:

@@ -80,11 +80,11 @@ class ModelSummary:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The rows of an optimizer step as the settings have them, and the row slots of its compiled program.
+    """How many rows an optimizer step has, and how many row slots its compiled program has.
 
-    unit: rows, pairs or prompts. batch, micro, minibatches: the settings of that name in `data`; a rollout's
-    batch is divided into `minibatches` optimizer steps. shards: parts that the mesh divides a microbatch's
-    rows into.
+    unit: what a slot is for: "rows", "pairs" or "prompts". batch, micro, minibatches: data.batch, data.micro
+    and data.minibatches; a rollout's batch is divided into `minibatches` optimizer steps. shards: into how
+    many parts the mesh divides the rows of a microbatch.
     """
 
     unit: str
@@ -247,8 +247,8 @@ def _short(text: str) -> str:
 
 
 def same_prompts(before: Sequence[Sample], after: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """Return the samples of the same prompts before and after training; `samples` may have changed when the
-    run was resumed.
+    """Return pairs (sample before, sample after training) of the same prompt. Prompts that only one side has
+    are left out; the number of samples may have changed when the run was resumed.
     """
     known = {old["prompt"]: old for old in before}
     return [(known[new["prompt"]], new) for new in after if new["prompt"] in known]
@@ -258,12 +258,12 @@ def same_prompts(before: Sequence[Sample], after: Sequence[Sample]) -> list[tupl
 class ModelCard:
     """The contents of a run's model card, README.md.
 
-    metadata: for the hub, see model_card.front_matter. base: the base model as a reader knows it. merged: the
+    metadata: for the hub, see model_card.front_matter. base: the base model's name for readers. merged: the
     weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token id
     that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
     base. curves, completions: sections with pictures and with sampled completions, or "". command: the
     command line that trains the same run, or "". labels: a sentence about a classifier's labels, or "".
-    served: paths of the server for the questions of a decision model.
+    served: URL paths at which scripts/serve.py answers questions with a decision model.
     """
 
     name: str

@@ -193,7 +193,7 @@ def test_a_store_that_cannot_be_opened_ends_the_start(store, tmp_path, monkeypat
 
 def test_after_a_second_start_the_first_one_sends_no_more(store, tmp_path):
     first, lines = write_folder(tmp_path / "first"), []
-    with pytest.raises(OSError, match="is written by another start of this run, process"):  # noqa: SIM117
+    with pytest.raises(OSError, match="is written by another process of this run, pid"):  # noqa: SIM117
         with started(first, PLACE["s3"], lines.append) as copy:
             write_step(first, 1)
             copy(1)
@@ -202,7 +202,7 @@ def test_after_a_second_start_the_first_one_sends_no_more(store, tmp_path):
                 other(2)
             write_step(first, 2, "first")
             copy(2)
-    assert "another start" in lines[-1]
+    assert "another process of this run" in lines[-1]
     (name,) = [name for name in store.objects if "checkpoints/2/state" in name]
     assert store.objects[name] == b"second 2"
 
@@ -392,7 +392,7 @@ def test_a_store_that_fails_at_the_end_of_a_stopped_run_is_a_warning(store, tmp_
         end(stopped=False)
     assert terminal.print_error(caught.value) == 75 and terminal.print_error(OSError("x")) == 1
     store.faults.clear()
-    with pytest.raises(OSError, match="another start") as lost, started(here):
+    with pytest.raises(OSError, match="another process of this run") as lost, started(here):
         store.objects["runs/a/index.json"] = b'{"owner": {"id": "other"}}'
     assert not isinstance(lost.value, RestartError)
 
@@ -413,14 +413,14 @@ def test_a_start_during_a_copy_remains_the_one_that_sends(store, tmp_path, monke
 
     monkeypatch.setattr(stores.Store, "write_files", interrupted)
     with (
-        pytest.raises(OSError, match="is written by another start"),
+        pytest.raises(OSError, match="is written by another process"),
         started(first, report=lines.append) as copy,
     ):
         write_step(first, 1)
         pending.append(True)
         copy(1)
     assert [owner()] == owners
-    assert "is written by another start" in lines[-1]
+    assert "is written by another process" in lines[-1]
     assert "runs/a/checkpoints/1/manifest.json" not in store.objects
 
 
@@ -439,7 +439,7 @@ def test_no_error_of_a_copy_reaches_the_run(store, tmp_path, monkeypatch):
             copy(2)
         store.objects[index] = b"{"
         raise KeyError("its own")
-    assert "process ? on ?" in lines[0] and "not JSON" in lines[1] and "MemoryError" in lines[2]
+    assert "pid ? on ?" in lines[0] and "not JSON" in lines[1] and "MemoryError" in lines[2]
     assert lines[3].startswith("warning: the end of this run was not copied") and len(lines) == 4
 
 

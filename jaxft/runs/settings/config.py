@@ -215,7 +215,8 @@ def type_hints(thing: Any) -> dict[str, Any]:
     try:
         return typing.get_type_hints(thing, include_extras=True)
     except NameError as error:
-        text = f"cannot read the annotations of {thing.__qualname__}: {error}; import it in that file"
+        name, file = thing.__qualname__, thing.__module__
+        text = f"cannot read the annotations of {name}: {error}; import it in {file}"
         raise ValueError(text) from error
 
 

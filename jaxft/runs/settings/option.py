@@ -1,6 +1,8 @@
-"""An option of another tool, such as TRL, and the five kinds of rows of the table of all options.
+"""An option of another tool, such as TRL, and the functions that write the table of all options.
 
-names: options with the letters of their tools, such as "learning_rate:tafu lr:f"; see option_names.OPTIONS.
+The table is option_names.OPTIONS. Its rows are made by `same`, `mapped`, `combined`, `unneeded` and `absent`.
+Their argument `names` is option names with the letters of their tools (see TOOL_LETTERS), separated by
+spaces: "learning_rate:tafu lr:f".
 """
 
 import json
@@ -88,7 +90,9 @@ def normalised(name: str) -> str:
 
 
 def options(names: str, **fields: Any) -> Iterator[Option]:
-    """Yield one option per name of `names`, "name:letters", with the letters of its tools in TOOL_LETTERS."""
+    """Yield an Option for each "name:letters" in `names`; letters are keys of TOOL_LETTERS. fields: the other
+    fields of all these options.
+    """
     for item in names.split():
         name, _, letters = item.partition(":")
         yield Option(name, tuple(TOOL_LETTERS[letter] for letter in letters), **fields)
@@ -102,7 +106,9 @@ def same(names: str, setting: str, example: Any, note: str = "", recipe: str = "
 def mapped(
     names: str, setting: str, values: dict[str, str], note: str = "", recipe: str = "sft"
 ) -> Iterator[Option]:
-    """Yield options whose values jaxft names differently; other values have no equivalent."""
+    """Yield options whose values jaxft names differently. values: {value: what to write in jaxft}; values
+    that it lacks have no equivalent.
+    """
     example = next((value for value, ours in values.items() if ours), next(iter(values)))
     fields: dict[str, Any] = {"values": values, "only_values": True, "recipe": recipe}
     return options(names, setting=setting, note=note, example=example, **fields)
@@ -121,6 +127,8 @@ def unneeded(names: str, note: str) -> Iterator[Option]:
 
 
 def absent(names: str, note: str, harmless: str = "") -> Iterator[Option]:
-    """Yield options without an equivalent. harmless: values with nothing to replace, as false has."""
+    """Yield options without an equivalent. harmless: values, separated by spaces, that need no setting in
+    jaxft, as false, none and the empty text never do.
+    """
     off = {"false": "", "none": "", "": "", **dict.fromkeys(harmless.split(), "")}
     return options(names, setting=None, note=note, kind="absent", values=off)

@@ -561,9 +561,10 @@ for _option in OPTIONS:
 
 
 def find_options(name: str, tool: str | None = None, recipe: str | None = None) -> tuple[Option, ...]:
-    """Return the rows of a name, () for an unknown one.
+    """Return the options called `name` in other tools, () for an unknown name.
 
-    tool, recipe: only the rows of this tool; if some are for this recipe, only these.
+    tool: return only options of this tool, such as "TRL". recipe: if some of the options are for this recipe,
+    return only these.
     """
     rows = tuple(
         option for option in _BY_NAME.get(normalised(name), ()) if tool is None or tool in option.tools

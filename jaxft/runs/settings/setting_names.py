@@ -90,7 +90,9 @@ def definition(name: str, file: Path) -> ast.AST | None:
 
 
 def defined_as(name: ast.AST, file: Path) -> Definition | None:
-    """Return the definition of NAME or MODULE.NAME in `file` or, if imported, in jaxft; None for others."""
+    """Return the definition that the expression NAME or MODULE.NAME refers to in `file`: from `file`, or from
+    the module of jaxft that it imports it from; None for any other expression or name.
+    """
     if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):  # processes.Hosts
         statement = definition(name.value.id, file)
         if isinstance(statement, ast.ImportFrom):
@@ -131,7 +133,7 @@ def section_class(kind: Definition) -> Definition | None:
 
 
 def base_classes(cls: Definition) -> Iterator[Definition]:
-    """Yield a class's bases in jaxft and theirs, then the class itself."""
+    """Yield the base classes of a class that jaxft defines, the topmost first, then the class itself."""
     assert isinstance(cls.node, ast.ClassDef)
     for base in cls.node.bases:
         defined = defined_as(base, cls.file)
@@ -245,7 +247,9 @@ def named_by(mark: ast.expr, file: Path) -> list[str]:
 
 
 def constant_texts(node: ast.AST, file: Path) -> Iterator[str]:
-    """Yield the constants of a tuple, or one constant, as written; names are looked up, others skipped."""
+    """Yield the constants in an expression, a constant or a tuple of them, as on the command line. A name is
+    replaced by its value in `file`; anything else is skipped.
+    """
     if defined := defined_as(node, file):
         node, file = defined
     if isinstance(node, ast.Constant):
