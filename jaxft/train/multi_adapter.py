@@ -225,7 +225,6 @@ def _stacks(trainable: Sequence[Params], frozen: SharedFrozen) -> tuple[Params, 
 
 
 def _row_count(batch: Batch) -> int:
-    """Return the number of rows of a microbatch."""
     return jax.tree.leaves(batch)[0].shape[1]
 
 

@@ -409,7 +409,6 @@ class LoadedModel:
 
 
 def _name_of(source: Any) -> str | Path:
-    """Return the folder of a Result; return a name of a model unchanged."""
     return source.folder if isinstance(source, RunResult) else source
 
 

@@ -222,7 +222,6 @@ def merged_base(source: ExportSource) -> Params:
 
 
 def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer | None) -> Card:
-    """Return the model card of an exported folder."""
     merged = " with a LoRA adapter merged into it" if source.adapter else ""
     text = f"`{base_name(source.ref)}`{merged}, written by jaxft."
     library = "transformers"
@@ -426,7 +425,6 @@ def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
 
 
 def _gguf_header(ref: str) -> GgufHeader | None:
-    """Return the header of a model that is a GGUF file, None for another."""
     located = hub.locate(ref)
     return read_gguf_header(located.path) if located.kind == "gguf" else None
 

@@ -179,12 +179,10 @@ def _gguf(path: Path, repo: str) -> Push:
 
 
 def _gguf_defaults(header: GgufHeader, repo: str) -> dict[str, FileContent]:
-    """Return the card of a GGUF file, for a repository without one."""
     return {CARD: gguf_card(header, repo.rpartition("/")[2]).encode()}
 
 
 def _gguf_notes(header: GgufHeader) -> list[str]:
-    """Return notes to print about a GGUF file's card and license."""
     notes = [f"a repository without {CARD} gets a short model card from the header of {header.path.name}"]
     if "license" not in gguf_metadata(header):
         notes.append(f"warning: {header.path.name} states no license; its model card says license: unknown")

@@ -163,7 +163,6 @@ def make_layer_outputs(
 
 
 def _row_norms(before: Float[Array, "B T D"], after: Float[Array, "B T D"]) -> LayerOutputs:
-    """Return the norms of a layer's input and output, [2, B]."""
     wide = (x.astype(accumulation_dtype(x.dtype)) for x in (before, after))
     return {ROW_NORMS: jnp.stack([jnp.sqrt(jnp.sum(jnp.square(x), (1, 2))) for x in wide])}
 

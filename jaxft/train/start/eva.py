@@ -373,5 +373,4 @@ def written_adapter(adapter: Params, settings: Adapter, model: Model) -> tuple[P
 
 @partial(jax.jit, static_argnames="count")
 def _first_ranks(a: jax.Array, b: jax.Array, count: int) -> dict[str, jax.Array]:
-    """Return the first `count` columns of a and rows of b."""
     return {"a": a[..., :count], "b": b[..., :count, :]}

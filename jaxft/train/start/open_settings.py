@@ -183,7 +183,6 @@ def _has_own_rows(settings: Resolved) -> bool:
 
 
 def _ships(data: str) -> bool:
-    """Return whether a dataset is among the rows that ship with jaxft."""
     return all(source.ref in SHIPPED for source in parse_sources(data))
 
 
@@ -521,7 +520,6 @@ def _environment_lines(settings: Resolved) -> list[str]:
 
 
 def _rate_lines(settings: Resolved) -> list[str]:
-    """Return a line about a learning rate that was chosen."""
     name = next((name for name in ("lr", "optim.lr") if name in settings.chosen), None)
     if name is None:
         return []

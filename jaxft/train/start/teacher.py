@@ -171,6 +171,5 @@ def load_teacher(teacher: Teacher, run: Run, mesh: jax.sharding.Mesh) -> Params:
 
 
 def _stored(teacher: Teacher) -> StoredModel:
-    """Return the storage of a teacher's own weights."""
     assert teacher.model is not None
     return pretrained.frozen_model(teacher.model, teacher.quant, teacher.weights)
