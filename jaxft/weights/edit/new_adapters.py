@@ -118,8 +118,8 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     """
     if len(adapters) < 2 or len(how.weights) != len(adapters):
         raise ValueError(
-            f"--weights {how.listed_weights}: {len(how.weights)} weights for {len(adapters)} adapters; "
-            "name at least two adapters and give one weight for each"
+            f"--weights {how.listed_weights} for {len(adapters)} adapters; name at least two "
+            "adapters and give one weight for each"
         )
     for adapter in adapters:
         _check_plain(adapter)
