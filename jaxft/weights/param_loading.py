@@ -133,9 +133,10 @@ def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: boo
 
 
 def _small_parts(reader: ParamReader, tensor: Tensor, index: Index) -> list[Index]:
-    """Split a part of a tensor into parts of at most PIECE_BYTES bytes, or of COPY_COLUMNS slices if larger.
+    """Split the part of a tensor at `index` into parts of at most PIECE_BYTES bytes; but a part has at least
+    COPY_COLUMNS rows, or columns if the files store it transposed.
 
-    Quantised tensors are not split, because some are dequantised whole.
+    Quantised tensors are not split, because some formats dequantise only the full tensor.
     """
     if not index or reader.files.tensors[tensor.name].quantised:
         return [index]
@@ -151,8 +152,8 @@ def _small_parts(reader: ParamReader, tensor: Tensor, index: Index) -> list[Inde
 
 @contextlib.contextmanager
 def errors_name_tensor(reader: ParamReader, tensor: Tensor, index: Index) -> Iterator[None]:
-    """Add to a ValueError raised in the context the file and the tensor, unless its message begins with the
-    file, and `index`, unless that is the whole tensor.
+    """Add the file and the tensor's name to a ValueError raised in the context, unless its message begins
+    with the file; and `index`, if it is only a part of the tensor.
     """
     try:
         yield
@@ -385,7 +386,7 @@ def _arrays_by_name(x: Leaf) -> dict[str, Any]:
 
 
 def is_quantised(like: Leaf) -> bool:
-    """Whether a parameter stored like this takes fewer bits than its dtype."""
+    """Whether `like` has fewer bits than its dtype. False for a QTensor of kind "bits": 16-bit raw values."""
     return isinstance(like, QTensor) and like.kind != "bits"
 
 

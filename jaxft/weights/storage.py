@@ -40,7 +40,7 @@ class Storage:
 
     @property
     def quantised(self) -> bool:
-        """Whether it takes fewer bits than its dtype."""
+        """Whether the parameter is stored with fewer bits than its dtype."""
         return self.layout is not None or self.quantize is not None and self.quantize[0] != "bits"
 
 

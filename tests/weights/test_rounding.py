@@ -110,14 +110,18 @@ def test_the_target_maps_the_inputs_to_the_exact_outputs_with_the_least_error():
     own = exact + 0.2 * np.random.default_rng(5).normal(size=exact.shape).astype(np.float32)
     factor = calibrated_rounding.inverse_factor(jnp.asarray(own.T @ own))
     found = np.asarray(
-        calibrated_rounding.exact_outputs(jnp.asarray(w), InputMoments(own.T @ own, own.T @ exact), factor)
+        calibrated_rounding.compensated_weight(
+            jnp.asarray(w), InputMoments(own.T @ own, own.T @ exact), factor
+        )
     )
     damping = np.sqrt(calibrated_rounding.DAMPING * np.square(own).sum(0).mean()) * np.eye(48)  # towards w
     rows, goal = np.vstack([own, damping]), np.vstack([exact @ w, damping @ w])
     np.testing.assert_allclose(found, np.linalg.lstsq(rows, goal, rcond=None)[0], atol=2e-3)
     off = [np.square(own @ v - exact @ w).sum() for v in (w, found)]
     assert off[1] < 0.9 * off[0]
-    same = calibrated_rounding.exact_outputs(jnp.asarray(w), InputMoments(own.T @ own, own.T @ own), factor)
+    same = calibrated_rounding.compensated_weight(
+        jnp.asarray(w), InputMoments(own.T @ own, own.T @ own), factor
+    )
     np.testing.assert_allclose(same, w, atol=1e-6)
 
 

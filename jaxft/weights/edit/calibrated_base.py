@@ -1,11 +1,13 @@
-"""The calibrated base of a run: calibrate a model's quantised layers one by one, and cache their codes.
+"""The calibrated base of a run: calibrate a model's quantised layers one by one, and cache their
+codes, the rounded weights.
 
 Memory contains the weights of one layer, and the activations between two layers, both of the exact and of the
 quantised model. The weights of a layer are rounded in the order in which the layer uses them (q, k and v; o;
 gate and up; down), each on inputs computed with the weights that are quantised already.
 
-The folder in the cache is named by a hash of the model's files, the rows and all settings that the codes
-depend on. A run stores this name in its record, and every command that uses the run reads the same codes.
+The folder in the cache is named by a hash of the model's files, the calibration rows and all settings that
+the codes depend on. A run stores this name in its record, and every command that uses the run reads the same
+codes.
 """
 
 import hashlib
@@ -31,8 +33,8 @@ from jaxft.nn.stack import BlockLayer, LayerPlace, layer_places, run_layer
 from jaxft.tree import Params
 from jaxft.weights.edit.calibrated_rounding import (
     InputMoments,
+    compensated_weight,
     correction,
-    exact_outputs,
     inverse_factor,
     quantize_calibrated,
 )
@@ -78,7 +80,9 @@ class CalibratedLayer:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """N packed rows of T tokens for calibration, int32; fields as in batch.Tokens."""
+    """N packed rows of T tokens for calibration, int32. segments: 0 at padding, 1, 2, ... in the examples of
+    a row. positions: of the token in its example, from 0.
+    """
 
     ids: Int[np.ndarray, "N T"]
     segments: Int[np.ndarray, "N T"]
@@ -91,12 +95,14 @@ class CalibrationRows:
 
     @property
     def digest(self) -> str:
-        """A hash of all arrays."""
+        """SHA-256 of all arrays, in hex."""
         arrays = (self.ids, self.segments, self.positions)
         return hashlib.sha256(b"".join(np.ascontiguousarray(x).tobytes() for x in arrays)).hexdigest()
 
     def batches(self) -> list[Tokens]:
-        """Return the rows in batches of about BATCH_TOKENS and one shape; the last is padded."""
+        """Return the rows in batches of one shape, each of at most BATCH_TOKENS tokens, or of one longer row.
+        The last batch is filled up with rows of padding.
+        """
         count, length = self.ids.shape
         size = min(count, max(1, BATCH_TOKENS // length))
 
@@ -183,9 +189,10 @@ def calibrate_layers(
 ) -> Iterator[CalibratedLayer]:
     """Yield the calibrated weights of each layer of a model.
 
-    readers: of the base's parameters by path. ranks: by path of a parameter, the rank of the low-rank
+    readers: a reader of each base parameter, by path. ranks: by path of a parameter, the rank of the low-rank
     correction in each layer, 0 for none; corrections are applied before later layers are calibrated. Call it
-    with a mesh of one device. Raises ValueError for a parameter with several kernels per layer.
+    with a mesh of one device. Raises ValueError for a parameter with several kernels per layer, and for
+    weights or inputs that are not finite.
     """
     specs, paths = spec_paths(model.specs), layer_paths(model.specs, quant)
     for path in paths:
@@ -226,7 +233,7 @@ def calibrate_layers(
                 path = f"{place.path}/{name}"
                 tensor = readers[path].tensors[place.index]
                 hf_name, weight = tensor.name, read_values(readers[path], tensor).astype(np.float32)
-                target = exact_outputs(jnp.asarray(weight), moments, factor)
+                target = compensated_weight(jnp.asarray(weight), moments, factor)
                 form = quant.kind, quant.block, quant.double
                 try:
                     q = quantize_calibrated(np.asarray(target), moments.gram, *form, factor)
@@ -267,8 +274,9 @@ def _with_leaf(params: Params, path: str, value: Array) -> Params:
 
 
 def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> str:
-    """Return the name of the cache folder with the calibrated codes (rounded weights) of the model `ref`.
-    rows: the digest of the CalibrationRows. ranks: see calibrate_layers.
+    """Return the name of the cache folder with the calibrated codes (rounded weights) of the model `ref`: the
+    model's name, "-" and a hash. rows: CalibrationRows.digest. ranks: by path of a parameter, the rank of the
+    low-rank correction in each layer.
     """
     located = hub.locate(ref)
     files = hub.files_of(located)
@@ -292,7 +300,7 @@ def codes_damage(name: str) -> str | None:
 
 def confirm_codes(record: Mapping[str, Any]) -> bool:
     """Whether a run's calibrated codes in the cache are unchanged; True if the cache does not have them.
-    record: the run's, with the name of the codes ("codes") and their hash ("sha256").
+    record: of the run, {"codes": name of the cache folder, "sha256": codes_sha256 of the codes that it used}.
     """
     name = str(record.get("codes"))
     return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")
@@ -302,8 +310,8 @@ def write_codes(name: str, quant: Quant, layers: Callable[[], Iterable[Calibrate
     """Compute and write calibrated codes; after each layer, yield the number of layers written so far. If the
     cache has the codes undamaged, yield nothing.
 
-    name: from codes_name. layers: returns the layers one by one. The folder appears in the cache only when it
-    is complete, and replaces damaged codes. Raises OSError if the cache cannot be written.
+    name: from codes_name. layers(): returns the calibrated layers, first to last. The folder appears in the
+    cache only when it is complete, and replaces damaged codes. Raises OSError if the cache cannot be written.
     """
     out = codes_folder(name)
     if out.is_dir() and codes_damage(name) is None:

@@ -46,9 +46,10 @@ class InputMoments(NamedTuple):
 
 
 class InverseFactor(NamedTuple):
-    """The inverse of a damped moment H [I, I], factorised: `H[order][:, order]^-1 = upper^T upper / mean`.
+    """The inverse of a damped sum H of x x^T, factorised: `H[order][:, order]^-1 = upper^T upper / mean`.
 
-    order: the inputs by mean square, largest first. upper: upper triangular [I, I]. mean: H's mean diagonal.
+    order: indices of the inputs by mean square, largest first. upper: upper triangular [I, I]. mean: mean of
+    H's diagonal.
     """
 
     order: Array
@@ -58,7 +59,9 @@ class InverseFactor(NamedTuple):
 
 @jax.jit
 def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
-    """Damp a moment and factorise its inverse. Weights with the same inputs can share the result."""
+    """Damp a moment, the sum of x x^T over a layer's inputs x, and factorise its inverse. Weights with the
+    same inputs can share the result.
+    """
     order = jnp.argsort(-jnp.diagonal(moment))
     moment = damped(moment)[order][:, order]
     mean = jnp.mean(jnp.diagonal(moment))
@@ -104,12 +107,13 @@ def quantize_calibrated(
 
 
 @jax.jit
-def exact_outputs(
+def compensated_weight(
     weight: Float[Array, "I O"], moments: InputMoments, factor: InverseFactor
 ) -> Float[Array, "I O"]:
-    """Return the weight that maps a layer's inputs to the exact model's outputs with the least error.
+    """Return the weight that maps a layer's inputs in the quantised model to the outputs in the exact model
+    with the least squared error.
 
-    weight: the original. factor: inverse_factor(moments.gram).
+    weight: the exact model's weight. factor: inverse_factor(moments.gram).
     """
     order, upper, mean = factor
     change = jnp.matmul((moments.cross - moments.gram)[order], weight, precision=HIGHEST)
@@ -124,7 +128,9 @@ def _output_error(q: QTensor, weight: Array, moment: Array) -> Array:
 
 
 def _with_scales(q: QTensor, scale: Any) -> QTensor:
-    """Replace the scales of a QTensor on the host by `scale` [N, O], quantised if the QTensor's are."""
+    """Replace the scales of a QTensor on the host by `scale` [N, O], one row for each of N blocks of inputs.
+    They are quantised if the QTensor's scales are.
+    """
     scale = np.asarray(scale).astype(FORMATS[q.kind].scale_dtype)
     if q.outer is None:
         return replace(q, scale=scale)
@@ -190,8 +196,9 @@ def _descended_codes(q: QTensor, weight: Array, moment: Array) -> Array:
 
 @partial(jax.jit, static_argnames="size")
 def _fitted_scales(q: QTensor, weight: Array, moment: Array, size: int) -> Array:
-    """Return scales [N, O] after one pass over all blocks of `size` inputs, each set to its best value given
-    the other scales, unless it would halve or double. moment: the damped gram of the inputs.
+    """Return scales [N, O] after one pass over all N blocks of `size` inputs, each set to its best value
+    given the other scales. A scale whose best value is twice or half of it, or beyond, is unchanged. moment:
+    the damped gram of the inputs.
     """
     ins, outs = weight.shape
     scale, offset = grid(q)
@@ -226,8 +233,8 @@ def with_codes(q: QTensor, codes: Any) -> QTensor:
 
 
 def damped(moment: Float[Array, "I I"]) -> Float[Array, "I I"]:
-    """Add DAMPING times the mean square to the diagonal, and for inputs that were always zero the mean square
-    itself, so that the moment can be inverted.
+    """Add DAMPING times the mean of a moment's diagonal to the diagonal, and for inputs that were always zero
+    also the mean itself, so that the moment (a sum of x x^T) can be inverted.
     """
     squares = jnp.diagonal(moment)
     mean = jnp.mean(squares)
@@ -300,8 +307,8 @@ def swept(
 
 
 def principal_pair(weight: _Weight, rank: int, scale: float) -> FirstPair:
-    """Return a [in, R], b [R, out] so that `scale a b` is the best approximation of rank R of a weight: its R
-    largest singular values.
+    """Return a [in, R], b [R, out], R = rank, so that `scale a b` is the best approximation of a weight with
+    this rank: its R largest singular values and their vectors.
 
     Columns of a and rows of b have equal norms. Singular vectors are eigenvectors of the smaller Gram matrix,
     computed in float64.

@@ -70,7 +70,7 @@ class Extension:
             )
         twice = next((x for i, x in enumerate(self.named) if x in self.named[:i]), None)
         if twice is not None:
-            raise ValueError(f"new tokens: {twice!r} is there twice; write each once")
+            raise ValueError(f"new tokens: {twice!r} is there twice; list each token once")
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -81,7 +81,8 @@ class Extension:
 def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     """Write the model `ref` with an extension to the folder `out`; return lines about the additions.
 
-    Raises ValueError for tokens that exist already or that the tokenizer would split.
+    Raises ValueError if `out` is not a new folder, for tokens that are empty, exist already or would still be
+    split, and for a template that cannot render a conversation or does not end turns with a special token.
     """
     check_new_folder(out)
     model = pretrained.model_for(ref)
@@ -144,13 +145,13 @@ def _draft(folder: Path, ref: str, extension: Extension) -> str:
 
 
 def extended_ref(ref: str, extension: Extension | None, drafts: Path | None = None) -> tuple[str, list[str]]:
-    """Return (path of the model `ref` with an extension, notes). It is a folder in the cache, written if it
-    is missing or damaged; a note reports damage. Without an extension, return (ref, []).
+    """Return (path of the model `ref` with an extension, notes). The path is a folder in the cache, which is
+    written if it is missing or damaged; a note reports damage. Without an extension, return (ref, []).
 
-    drafts: for plans, which need no weights: a folder for only configuration and tokenizer, used instead of
-    the cache. Several processes may call this. If the extension adds no tokens, the folder has links to the
-    weights of `ref`, unless it is a GGUF file; after a move of `ref`, call this with the new path. Raises
-    ValueError as extend_model does.
+    drafts: None, or a folder in which only a configuration and a tokenizer are written, without weights and
+    in place of the cache: for the plan of a run. Several processes may call this. If the extension adds no
+    tokens, the result has links to the weights of `ref`, unless `ref` is a GGUF file; if `ref` has been
+    moved, call this with its new path. Raises ValueError as extend_model does.
     """
     if extension is None:
         return ref, []

@@ -65,7 +65,8 @@ class StartPairs(NamedTuple):
 def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
     """Compute the pairs at step 0 from the weights in the files of `ref`, on the host, layer by layer.
 
-    stored: how the base is stored, for LoftQ's quantisation errors. Raises ValueError as check_ranks does.
+    stored: how the base is stored, for LoftQ's quantisation errors. Raises ValueError if settings.init does
+    not support the ranks or the adapted layers (see check_ranks).
     """
     files, table = pretrained.open_files(ref), tensors_of(stored.model)
     base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # at step 0; that the base lacks
@@ -216,7 +217,7 @@ def _layer_pairs(
     init: str, weight: _Weight, rank: int, scale: float, stored: _Stored
 ) -> tuple[FirstPair, FirstPair]:
     """Return a weight's pair (a, b) at step 0, and the pair that is subtracted from the stored base. weight:
-    [in, out] of a layer. stored(weight): rounds it as the base's storage does.
+    [in, out] of a layer. stored(weight): returns the weight as the stored base rounds it.
     """
     if init == "loftq":
         ins, outs = weight.shape
@@ -231,8 +232,9 @@ def _layer_pairs(
 
 
 def _correcting(codes: str | None, name: str, scale: float) -> tuple[FirstPair, FirstPair]:
-    """Return a calibrated weight's correction, divided by `scale`, as the pair at step 0, and zeros: nothing
-    is subtracted. codes: name of the calibrated codes. name: the weight's Hugging Face name.
+    """Return (pair at step 0, pair of zeros, since nothing is subtracted from the base) of a calibrated
+    weight. `scale` times the product of the first is the weight's low-rank correction. codes: name of the
+    calibrated codes, never None. name: the weight's Hugging Face name.
     """
     assert codes is not None  # adapter.init=qera needs quant.calibrate
     a, b = read_correction(codes, name)

@@ -48,9 +48,9 @@ _B = Float[np.ndarray, "_ _"]  # [R, O]
 class Combination:
     """Method and settings of a combination of adapters.
 
-    weights: one for each adapter, of either sign. density: fraction of values that the methods in PRUNING
-    keep, None for 0.5. rank: rank of the result of svd, None for the largest rank of the adapters. seed: seed
-    of the methods in RANDOM, None for 0.
+    weights: one for each adapter, of either sign. density: fraction of values that ties, dare_linear and
+    dare_ties keep, None for 0.5. rank: rank of the result of svd, None for the largest rank of the adapters.
+    seed: of the random choice of dare_linear and dare_ties, None for 0.
     """
 
     method: CombineMethod
@@ -91,7 +91,9 @@ class NamedAdapter(NamedTuple):
 
 
 class Combined(NamedTuple):
-    """A combined adapter. dropped: norm of what svd dropped, divided by the sum's norm; else 0."""
+    """A combined adapter. dropped: for svd, the norm of the exact sum minus the result, divided by the norm
+    of the sum, over all modules; 0 for other methods.
+    """
 
     params: Params
     settings: Adapter
@@ -116,8 +118,8 @@ def combine_adapters(adapters: Sequence[NamedAdapter], model: Model, how: Combin
     """
     if len(adapters) < 2 or len(how.weights) != len(adapters):
         raise ValueError(
-            f"--weights {how.listed_weights}: {len(how.weights)} for {len(adapters)} adapters; give one for "
-            "each of at least two adapters"
+            f"--weights {how.listed_weights} for {len(adapters)} adapters; name at least two "
+            "adapters and give one weight for each"
         )
     for adapter in adapters:
         _check_plain(adapter)
@@ -161,13 +163,13 @@ def _check_plain(adapter: NamedAdapter) -> None:
     if settings.dora:
         raise ValueError(
             f"{adapter.name}: a DoRA adapter, whose learned norms have no weighted sum; merge it into the "
-            "base with export and combine adapters on that"
+            "base with export and combine adapters on the merged model"
         )
     if settings.replaces_weights:
         what = "modules_to_save, biases or trainable tokens"
         raise ValueError(
             f"{adapter.name}: the adapter has {what}, for which no combination is defined; merge it into the "
-            "base with export and combine adapters on that"
+            "base with export and combine adapters on the merged model"
         )
 
 

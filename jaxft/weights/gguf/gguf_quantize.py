@@ -49,11 +49,15 @@ def tensor_bytes(values: np.ndarray, kind: str, importance: np.ndarray | None = 
             cast = np.ascontiguousarray(values.astype(FLOAT_TYPES[kind]))
         if not is_finite(cast):
             raise ValueError(
-                f"some values are too large for {kind}; use --gguf BF16, F32 or a quantised type"
+                f"some values are too large for {kind}, up to {float(np.abs(values).max()):.3g}; use --gguf "
+                "BF16, F32 or a quantised type"
             )
         return cast.view(np.uint8)
     if np.abs(values).max(initial=0) > LARGEST_HALF:
-        raise ValueError(f"some values are too large for {kind}; use --gguf BF16 or F32")
+        raise ValueError(
+            f"some values are too large for {kind}, up to {float(np.abs(values).max()):.3g}; use "
+            "--gguf BF16 or F32"
+        )
     if kind not in SIMPLE or (importance is not None and kind != "Q8_0"):
         return _fitted_bytes(values, importance, kind)
     from gguf.constants import GGMLQuantizationType

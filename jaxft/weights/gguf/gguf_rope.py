@@ -210,7 +210,8 @@ def _table(header: GgufHeader, name: str) -> np.ndarray:
     divisors = read_dequantised(table).astype(np.float64).ravel()
     if not (np.isfinite(divisors) & (divisors > 0)).all():
         raise ValueError(
-            f"{header.path}: {name} must contain finite numbers above 0; use the model's Hugging Face folder"
+            f"{header.path}: {name} must contain finite numbers above 0, got {divisors.min():g} to "
+            f"{divisors.max():g}; use the model's Hugging Face folder"
         )
     return divisors
 

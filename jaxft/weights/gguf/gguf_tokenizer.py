@@ -189,8 +189,8 @@ def _chat_templates(header: GgufHeader) -> str | dict[str, str] | None:
 
 
 def special_token_id(header: GgufHeader, name: str) -> int | None:
-    """Return the id of a special token, None without one. name: a key of SPECIAL_TOKENS. Raises ValueError
-    for an id that is not in the vocabulary.
+    """Return the id of a special token, None without one. name: a key of SPECIAL_TOKENS, such as "eos".
+    Raises ValueError for an id that is not in the vocabulary.
     """
     key = f"tokenizer.ggml.{SPECIAL_TOKENS[name]}_token_id"
     tokens = header.metadata.get("tokenizer.ggml.tokens")
@@ -255,8 +255,7 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> A
     if scores is None or len(scores) != len(tokens):
         raise ValueError(
             f"{header.path}: metadata tokenizer.ggml.scores must have an entry for each of the "
-            f"{len(tokens)} tokens; "
-            "use the model's Hugging Face folder"
+            f"{len(tokens)} tokens, got {len(scores or [])}; use the model's Hugging Face folder"
         )
     plain = {
         token: score

@@ -13,7 +13,7 @@ from jaxft.models.model import Model
 from jaxft.models.model_types import TextPart, decoder_prefix, text_part, text_tensor
 from jaxft.nn.tensor_names import TIED_HEAD
 from jaxft.weights.hf import hub
-from jaxft.weights.hf.safetensors import FLOATS, open_safetensors, read_model_json
+from jaxft.weights.hf.safetensors import FLOATS, UNSUPPORTED, open_safetensors, read_model_json
 from jaxft.weights.quantised.quantised_checkpoints import open_tensors
 from jaxft.weights.tensors import ModelFiles, tensors_of
 
@@ -126,7 +126,11 @@ def text_part_of(ref: str) -> TextPart | None:
 
 
 def check_tensors(files: ModelFiles, model: Model) -> None:
-    """Raise ValueError unless the files contain exactly the model's tensors, in a float dtype."""
+    """Raise ValueError unless the files contain exactly the model's tensors, in a float dtype.
+
+    Ignored: buffers of old files, a copy of the embedding as tied head, and biases of zeros that GPTQ tools
+    add.
+    """
     if model.config.layers > len(files.tensors):  # a corrupt number would make a list of millions of names
         raise ValueError(
             f"{files.where}: its config has {model.config.layers} layers, but the files have only "
@@ -172,8 +176,9 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
                 "use the config.json that belongs to the files"
             )
         if stored.dtype not in FLOATS.values():
+            got = "an unknown dtype" if stored.dtype == UNSUPPORTED else f"dtype {stored.dtype}"
             raise ValueError(
-                f"{files.where}: the dtype of {name} is not one of {', '.join(FLOATS)}; load the model with "
+                f"{files.where}: {name} has {got}, expected one of {', '.join(FLOATS)}; load the model with "
                 "transformers' from_pretrained(MODEL, dtype='bfloat16') and write it with save_pretrained"
             )
 
@@ -227,7 +232,9 @@ def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
 
 
 def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[int] | None:
-    """Return an eos_token_id with the ids `more` added: a list for several ids, None for no id."""
+    """Return the eos_token_id of a config.json with the ids `more` added: an int, a list of several, or
+    None.
+    """
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
     ids = list(dict.fromkeys([*ids, *more]))
     return ids[0] if len(ids) == 1 else ids or None

