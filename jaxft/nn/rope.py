@@ -136,10 +136,12 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
         part = f"head_dim={head_dim}"
         part += "" if dims == head_dim else f" and partial_rotary_factor={rope.rotated}"
         raise ValueError(
-            f"config: rope needs an even number of rotated dimensions above 0, got {dims} from {part}"
+            f"config: {part} makes {dims} rotated dimensions; change it: their number must be even and above 0"
         )
     if rope.kind == "dynamic" and dims == 2:
-        raise ValueError("config: rope type 'dynamic' needs more than 2 rotated dimensions per head, got 2")
+        raise ValueError(
+            "config: rope type 'dynamic' has 2 rotated dimensions per head; use another type, or more"
+        )
     for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
         if rope.kind == "longrope" and len(factors) != dims // 2:
             raise ValueError(

@@ -292,7 +292,12 @@ def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
 
 
 def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
-    """Return the averaging of the weights, None for none. Raises ValueError for contradictory settings."""
+    """Return how the weights are averaged: by optim.ema, or as a schedule-free optimizer declares in `rule`;
+    None for neither.
+
+    Raises ValueError if a schedule-free optimizer is used with optim.ema, or with another schedule than
+    constant.
+    """
     if rule.averaging is None:
         return None if o.ema is None else ema(o.ema)
     name = f"optim.optimizer={name_of(o.optimizer)}"
@@ -363,7 +368,11 @@ def from_optax(
     name: str,
     replicated: tuple[str, ...] = (),
 ) -> Optimizer:
-    """Make an Optimizer that applies an optax transformation to all trainable leaves at once."""
+    """Make an Optimizer that applies an optax transformation to all trainable leaves at once.
+
+    name: for messages. replicated: names of fields of its state that every device stores in full, see
+    UpdateRule.
+    """
     check, update = partial(stays_finite, transform), partial(guarded_update, transform)
     parts = no_layer_parts(update, check)
     return Optimizer(transform.init, check, update, schedule, name, parts, replicated=replicated)

@@ -98,7 +98,10 @@ def combine_objectives(
     Raises ValueError if `at_once` does not divide their number, and for different kinds of reference.
     """
     if len(objectives) % at_once:
-        raise ValueError(f"{len(objectives)} adapters don't divide into blocks of {at_once}; use a divisor")
+        divisors = " or ".join(str(n) for n in range(1, len(objectives) + 1) if len(objectives) % n == 0)
+        raise ValueError(
+            f"{len(objectives)} adapters don't divide into blocks of {at_once}; use at_once={divisors}"
+        )
     kinds = [o.facts.reference for o in objectives]
     used = sorted({kind for kind in kinds if kind != "none"})
     if len(used) > 1:

@@ -180,7 +180,12 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
 
 
 def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) -> Callable[[Params], Aux]:
-    """Return `init_aux(trainable)`: the objective's aux at step 0."""
+    """Return `init_aux(trainable)`, which computes the objective's aux at step 0 from the trainable
+    parameters.
+
+    aux is what an objective stores between steps in addition to the parameters, for example a copy of the
+    reference policy. No copy is stored if the model at step 0 computes the same as its base.
+    """
     at_base = (
         run.adapter is not None
         and run.start is None
@@ -276,7 +281,9 @@ def start(
 
 
 def reference_step(p: Programs) -> jax.stages.Wrapped:
-    """Return the program `(params, batch [1, rows, ...]) -> log-probs [rows, ...]` of a reference."""
+    """Return the jitted program `(params, batch [1, rows, ...]) -> log-probs [rows, ...]`, where `params` are
+    the parameters of a reference policy.
+    """
 
     def logps(params: Params, batch: Batch) -> Any:
         return p.objective.score(params, jax.tree.map(lambda x: x[0], batch), {}).logps
@@ -356,7 +363,9 @@ def sharded_batch(p: Programs, batch: Batch) -> Batch:
 
 
 def step_rows(data: DataSettings, shards: int) -> StepRows:
-    """Return the rows of an optimizer step, divided into microbatches and over `shards` devices."""
+    """Return how many rows an optimizer step has, in how many microbatches. shards: number of devices over
+    which the rows of a microbatch are divided.
+    """
     return StepRows(data.unit, data.batch, data.micro, shards, data.batch // data.units_per_step)
 
 

@@ -35,10 +35,11 @@ EVALUATED_LOSSES = {HELD_OUT + LOSS: "loss on held-out rows", GENERAL_LOSS: "los
 def evaluate_start(
     job: Job, compiled: Compiled, states: States, frozen: tuple[Params, ...], logs: Logs
 ) -> dict[str, Any]:
-    """Evaluate and log the model before the first step; return a checkpoint's JSON about it.
+    """Evaluate and log the model before the first step.
 
-    Raises AgreedError that names the first non-finite parameter or layer if a loss or the logits of a
-    completion are not finite.
+    Returns the first values of the JSON that checkpoints store: {"before": each member's evaluation,
+    "counters": None, "last_faults": None}. Raises AgreedError that names the first non-finite parameter or
+    layer if a loss or the logits of a completion are not finite.
     """
     for line in first_evaluation_lines(job):
         logs.message(line)
@@ -71,15 +72,19 @@ def evaluate_start(
 
 
 def without_accuracies(end: Evaluation) -> Evaluation:
-    """Return an evaluation without accuracies, for a model whose pairs are all ties up to rounding."""
+    """Return an evaluation without accuracies. At step 0 a policy may equal its reference; the margin of
+    every pair is then a rounding error, and an accuracy would be random.
+    """
     metrics = end["metrics"]
     kept = {name: value for name, value in metrics.items() if name + PAIR_COUNT not in metrics}
     return {**end, "metrics": kept}
 
 
 def check_selection(job: Job, before: list[Evaluation]) -> None:
-    """Raise AgreedError if loop.best_metric is not a metric of the evaluation, if it is not known whether
-    greater is better, or if loop.patience has no metric.
+    """Raise AgreedError if loop.best_metric is not a metric of the evaluations, if neither its name nor
+    loop.greater_is_better tells which value is better, or if loop.patience is set without held-out metrics.
+
+    before: each member's evaluation before the first step.
     """
     for member, end in zip(job.members, before, strict=True):
         # an accuracy of ties alone has no value yet, and the number of its pairs
@@ -99,8 +104,10 @@ def check_selection(job: Job, before: list[Evaluation]) -> None:
 def evaluate_during(
     job: Job, compiled: Compiled, states: States, done: int, saved: dict[str, Any], logs: Logs
 ) -> list[float | None]:
-    """Evaluate and log the members after `done` steps; return each member's score, the lower the better,
-    which selects the best checkpoint (None: no score), and append the list to saved["scores"].
+    """Evaluate and log the members after `done` steps; return each member's score.
+
+    The score selects the best checkpoint, the lower the better; None if loop.best_metric was not computed.
+    The scores are appended to saved["scores"], with None in place of a score that is not finite.
     """
     loop = job.lead.run.loop
     held_out = compiled.held_out_metrics(states, loop.eval_scores)
@@ -147,7 +154,9 @@ def end_by_callback(job: Job, saved: dict[str, Any], done: int, logs: Logs, mete
 
 
 def end_if_due(job: Job, saved: dict[str, Any], done: int, logs: Logs, meters: Meters) -> Job:
-    """Return ended_early's job; where it ends, log the metrics since the last entry and the reason."""
+    """Return the job with `done` as its last step if it ends there, see ended_early; then log the metrics
+    since the last log entry and the reason. Return any other job unchanged.
+    """
     job = ended_early(job, saved, done)
     if done == job.steps:
         if done % job.lead.run.loop.log_every:

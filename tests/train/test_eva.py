@@ -253,13 +253,15 @@ def test_ranks_go_to_the_largest_fractions_and_a_module_may_get_none():
 def test_lanczos_finds_the_directions_of_a_whole_decomposition(monkeypatch):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 40)) * np.logspace(0, -2, 40)
-    whole = eva.principal_directions(x.T @ x, 8)
+    whole = eva.principal_directions(x.T @ x, 8, "q")
     monkeypatch.setattr(eva, "EXACT_INPUTS", 8)
-    directions = eva.principal_directions(x.T @ x, 8)
+    directions = eva.principal_directions(x.T @ x, 8, "q")
     np.testing.assert_allclose(directions.vectors, whole.vectors, atol=1e-5)
     np.testing.assert_allclose(directions.explained, whole.explained, rtol=1e-6)
-    with pytest.raises(ValueError, match="a layer's inputs are not finite; use adapter.init=default"):
-        eva.principal_directions(np.full((3, 3), np.nan), 1)
+    with pytest.raises(
+        ValueError, match="inputs of layers/q, layer 3 are not finite; use adapter.init=default"
+    ):
+        eva.principal_directions(np.full((3, 3), np.nan), 1, "layers/q, layer 3")
 
 
 @pytest.mark.parametrize(

@@ -180,9 +180,7 @@ class HarnessBackend:
         return [(score.logp, score.greedy) for score in scores]
 
     def check_generation(self, given: dict[str, Any]) -> None:
-        """Raise ValueError for arguments of generation that jaxft does not have, or for more tokens than the
-        model reads.
-        """
+        """Raise ValueError for arguments of generation that jaxft lacks, or more tokens than a row has."""
         self._longest_context(generation_settings(given, "").sampling.max_new)
 
     def _longest_context(self, new: int) -> int:
@@ -255,7 +253,6 @@ class HarnessBackend:
 
 
 def _are(count: int, noun: str) -> str:
-    """Return a count with its noun and verb: 1 request is, 2 requests are."""
     return f"{count} {noun} is" if count == 1 else f"{count} {noun}s are"
 
 
@@ -320,7 +317,7 @@ class ContinuationScore(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """The log-probability to compute of `target` after `position` of a row; number: continuation's index."""
+    """The log-probability to compute of `target` after the token at `position`, for continuation `number`."""
 
     position: int
     target: int
@@ -328,9 +325,7 @@ class _Read(NamedTuple):
 
 
 class _ScoredRow(NamedTuple):
-    """The token ids of a row, and the log-probabilities to compute from it. Continuations that differ only in
-    the last token share a row.
-    """
+    """Token ids, and the log-probs to compute. Continuations that end in different tokens share a row."""
 
     ids: tuple[int, ...]
     reads: list[_Read]
@@ -368,8 +363,11 @@ class TokenScorer:
                         logps[read.number] += float(x)
                         greedy[read.number] &= bool(is_top)
                 progress.add(len(part))
-        if not all(map(math.isfinite, logps)):
-            raise ValueError("log-probabilities are not finite; use --dtype float32, or check the weights")
+        for logp, (context, tokens) in zip(logps, continuations, strict=True):
+            if not math.isfinite(logp):
+                text = self.loaded.tokenizer.decode([*context, *tokens][-20:])
+                remedy = "use --dtype float32, or check the weights"
+                raise ValueError(f"the log-probability of a text that ends in {text!r} is {logp}; {remedy}")
         return [ContinuationScore(*score) for score in zip(logps, greedy, strict=True)]
 
     def _placed(self, rows: Sequence[_ScoredRow], shape: tuple[int, int]) -> Tokens:
@@ -441,7 +439,7 @@ def length_bucket(count: int, length: int) -> int:
 
 
 def read_sizes(size: int) -> tuple[int, ...]:
-    """Return, ascending, the numbers of positions with logits that a row of `size` tokens is padded to."""
+    """Return to how many positions with logits a row of `size` tokens may be padded, ascending."""
     return (FEW_READS, size)
 
 

@@ -28,8 +28,10 @@ FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 
 @dataclass(frozen=True)
 class Push:
-    """Files to be uploaded, by their name in the repository. what: "adapter", "model" or "GGUF file". notes:
-    lines for the user. defaults: files that are added unless the repository has them.
+    """Files to be uploaded, by their name in the repository.
+
+    what: what the files contain, for messages: "adapter", "model" or "GGUF file". notes: lines for the user.
+    defaults: files that are added only where the repository has no file of that name.
     """
 
     what: str

@@ -58,9 +58,10 @@ class FirstRows(NamedTuple):
 
 @struct
 class InputStatistics:
-    """Statistics over `count` tokens of the inputs x of linear layers, by path.
+    """Means and second moments of the inputs x of linear layers over tokens, by path.
 
-    means: [L, I]. moments: the sums of (x - mean) (x - mean)^T, [L, I, I] or only a range of their rows.
+    count: number of tokens so far, a scalar array. means: {path: [L, I]}, for L layers with I inputs.
+    moments: {path: sum over tokens of (x - mean) (x - mean)^T}, [L, I, I], or [L, N, I] with N of its rows.
     """
 
     count: Any
@@ -111,8 +112,10 @@ def eva_adapter(
                 with processes.agreement():
                     if processes.is_first():
                         directions[source] = [
-                            principal_directions(np.concatenate(of_layer), counts[source])
-                            for of_layer in zip(*complete, strict=True)
+                            principal_directions(
+                                np.concatenate(of_layer), counts[source], f"{source}, layer {i}"
+                            )
+                            for i, of_layer in enumerate(zip(*complete, strict=True))
                         ]
     first = {path: np.zeros(shapes[path], np.float32) for path in paths}
     if processes.is_first():
@@ -277,17 +280,19 @@ def input_of(path: str, paths: Sequence[str]) -> str:
     return path
 
 
-def principal_directions(moment: Float[np.ndarray, "I I"], count: int) -> Directions:
+def principal_directions(moment: Float[np.ndarray, "I I"], count: int, place: str) -> Directions:
     """Return the `count` principal directions of inputs with this covariance, or a multiple of it.
 
-    Raises ValueError if it is not finite.
+    place: the layer, for the error. Raises ValueError if the covariance is not finite.
     """
     import scipy.linalg  # not at the top: most runs do not need it
     import scipy.sparse.linalg
 
     wide = moment.astype(np.float64)
     if not np.isfinite(wide).all():
-        raise ValueError(f"adapter.init={EVA}: a layer's inputs are not finite; use adapter.init=default")
+        raise ValueError(
+            f"adapter.init={EVA}: the inputs of {place} are not finite; use adapter.init=default"
+        )
     size = len(wide)
     if size <= EXACT_INPUTS or count > size // 4:
         values, vectors = scipy.linalg.eigh(wide, subset_by_index=[size - count, size - 1])

@@ -162,8 +162,10 @@ def _measure(run: Run) -> RowLengths:
 
 
 def _open_names(settings: Resolved) -> list[str]:
-    """Return the names of the data settings that follow from the rows: those that the user has not set, and
-    [] unless the user's rows replace rows that ship with jaxft, which the recipe's values fit.
+    """Return the names of the data settings that are to be chosen from the rows, such as max_length, batch
+    and micro: all of these that the command does not set.
+
+    [] unless the user's rows replace rows that ship with jaxft: a recipe's values fit its own rows.
     """
     data = settings.value.data
     if not _has_own_rows(settings) or not isinstance(data, Rows | PairRows | Prompts):

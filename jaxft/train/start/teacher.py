@@ -87,8 +87,11 @@ def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
 
 
 def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
-    """Raise ValueError or OSError for a teacher whose files are incomplete, or which has other tokens than
-    the run. largest_id: the largest token id of the rows.
+    """Check the files of the run's second model before they are loaded; do nothing for a run without one.
+
+    Raises OSError or ValueError if its weight files or its adapter are missing or incomplete, if its
+    tokenizer gives a token of the run's tokenizer another id, or if `largest_id`, the largest token id of the
+    rows, is beyond its embeddings. tokenizer: the run's.
     """
     teacher = run.teacher
     if teacher is None:
@@ -109,7 +112,9 @@ def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
 
 
 def teacher_fingerprints(teacher: Teacher | None) -> dict[str, str]:
-    """Return hashes, by name, of a teacher's weights that are not the run's base, for its record."""
+    """Return hashes of the second model's weights and of its adapter, by the names that config.json has for
+    them; no hash of weights that are the run's base.
+    """
     fingerprints: dict[str, str] = {}
     if teacher and teacher.weights is not None:
         fingerprints["teacher_fingerprint"] = runfolder.weights_fingerprint(teacher.weights)
