@@ -287,7 +287,7 @@ class RowSource(Generic[SomeBatch]):
         return None
 
     def limit_evaluation(self, most: int | None) -> Any:
-        """Return the source whose `held_out_name` assumes that `most` batches of `held_out` are evaluated."""
+        """Return the source for an evaluation of `most` batches of `held_out`, None for all; see Source."""
         return replace(self, most_evaluated=most)
 
     def row_names(self, step: int) -> list[str]:

@@ -132,7 +132,7 @@ def _put(rows: Array, old: Any, new: Any) -> Any:
 
 
 def _with_tokens(state: State, rows: Array, sampled: _Sampled, counts: Array) -> State:
-    """Append a sampled token to each of these rows. counts: how many tokens the rows had before."""
+    """Append a sampled token to the rows with indices `rows`. counts [r]: tokens that each row has so far."""
 
     def at(columns: Array, old: Array, x: Array) -> Array:
         return old.at[rows, columns].set(x, mode="drop")

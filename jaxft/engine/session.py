@@ -362,7 +362,7 @@ class Session:
         return changed
 
     def top_of(self, it: Running) -> list[tuple[tuple[int, float], ...]]:
-        """Return (token, log-prob) of the most likely tokens, for each new token of a row."""
+        """Return, for each new token of a row, (token, log-prob) of the likeliest ones, () without `top`."""
         if not it.choice.top:
             return [()] * (it.count - it.seen)
         tokens, logps = self.top

@@ -194,7 +194,6 @@ def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
 
 def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -> dict[str, Any]:
     """Return the response to a request of /v1/rerank, whose results begin with the most relevant document.
-
     scores: the probability of each document that it is relevant. tokens: tokens of all prompts together.
     """
     order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.most]

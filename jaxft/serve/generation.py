@@ -39,9 +39,7 @@ class ChoiceText:
     )
 
     def piece(self, progress: NewTokens) -> Piece:
-        """Decode new tokens to the next piece of this choice. Raises ApiError if the request failed or was
-        cancelled.
-        """
+        """Decode new tokens to the next piece. Raises ApiError if the request failed or was cancelled."""
         if progress.finish in ("error", "cancelled"):
             raise ApiError(503 if progress.finish == "cancelled" else 500, progress.error or "cancelled")
         finish: str | None = progress.finish
@@ -86,7 +84,6 @@ class ChoiceText:
 
 class Generation:
     """The choices of a queued request. Iterate over `pieces()`; call `cancel` in a `finally` clause.
-
     prompt_tokens: tokens of all prompts together. count: the number of choices.
     """
 
@@ -131,7 +128,6 @@ def token_requests(
     grammar: Grammar | None = None,
 ) -> list[TokenRequest]:
     """Return one request per choice: choice.n for the first prompt, then choice.n for the next, and so on.
-
     grammar: the grammar of all completions, None for any text. Entry i of the result has the random key that
     scripts/generate.py uses for its prompt i: with n=1, equal prompts and seeds lead to equal completions.
     """
@@ -170,7 +166,6 @@ def submit_choices(
     grammar: Grammar | None = None,
 ) -> Generation:
     """Queue all choices of a request. Call it in a running event loop. Raises what Scheduler.submit raises.
-
     has_tools, grammar: see choice_texts and token_requests.
     """
     requests = token_requests(model, choice, prompts, grammar)

@@ -193,7 +193,6 @@ def _refusal(path: str, headers: Mapping[bytes, str], limits: ServerLimits) -> A
 
 
 def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Any:
-    """Return a JSON response of ASCII characters."""
     from starlette.responses import Response
 
     text = json.dumps(body, allow_nan=False)
@@ -486,7 +485,6 @@ def _event(body: dict[str, Any]) -> str:
 
 
 def _late() -> bytes:
-    """Return the response to a request whose header does not arrive in time."""
     error = ApiError(
         408, f"no complete header within {HEADER_SECONDS:g} s (or more than {MOST_WAITING} connections were "
         "waiting); send the request at once"

@@ -126,8 +126,8 @@ def _response_masks(
 
 
 def _fits(name: str, learned: np.ndarray, settings: RowSettings) -> bool:
-    """Whether a row with this loss mask is kept, whole, truncated or split. Raises InvalidRow for an empty
-    mask, and ValueError if data.too_long ends the run.
+    """Whether a row with this loss mask is kept (in full, truncated or split). Raises InvalidRow for an
+    empty mask, and ValueError if data.too_long ends the run.
     """
     if not learned.any():
         raise InvalidRow(
