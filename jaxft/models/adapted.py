@@ -151,16 +151,19 @@ def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
 
 @struct
 class Viewed:
-    """The name of the critic or reward model to which parameters belong, as a pytree without leaves."""
+    """The name of the critic, reward model or teacher whose parameters `view` has returned; a pytree without
+    leaves.
+    """
 
     name: str = static()
 
 
 def view(params: Params, name: str) -> Params:
-    """Return the parameters {"base", "adapter", "score", "viewed"} of the critic, reward model or teacher
-    `name`, from the parameters of a run. "viewed" is its name, which selects its adapter settings.
+    """Return the parameters of the critic, reward model or teacher `name`, from the parameters of a run.
 
-    Unless it has its own base, "base" is the run's, and the pairs of "initial_adapter" are part of "adapter".
+    They are "base" (the run's, unless the run's parameters have a base under that name), "adapter" and
+    "score" if it has them, and "viewed", its name, by which `adapted` chooses the adapter settings. With the
+    run's base, "adapter" also contains the pairs of "initial_adapter".
     """
     viewed = {"base": params["base"], **params[name], "viewed": Viewed(name)}
     if "base" in params[name] or INITIAL_ADAPTER not in params:

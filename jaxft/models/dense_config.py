@@ -48,7 +48,9 @@ class DenseConfig:
         check_bounds(self, "config:")
         for token in (*self.eos, *([] if self.bos is None else [self.bos])):
             if type(token) is not int or token < 0:
-                raise ValueError(f"config: bos and eos must be token ids, got {token!r}")
+                raise ValueError(
+                    f"config: bos and eos must be token ids, whole numbers from 0 on; got {token!r}"
+                )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"config: {self.heads} query heads are not divisible by {self.kv_heads} kv heads; "
@@ -374,7 +376,9 @@ def _nested(hf: Settings) -> dict[str, Settings]:
 
 
 def _group(group: Any, where: str) -> Settings:
-    """Return the settings in one object of config.json, with the rope type under the name rope_type."""
+    """Return the settings of a rope object of config.json, with its type under the name rope_type; {} for an
+    empty object or null. where: the object's name in errors, such as rope_parameters.
+    """
     if not group:
         return {}
     if not isinstance(group, dict):
@@ -387,7 +391,9 @@ def _group(group: Any, where: str) -> Settings:
     if unknown := group.keys() - {*ROPE_KEYS, *WITHOUT_EFFECT}:
         names = ", ".join(sorted(map(repr, unknown)))
         near = ", ".join(nearest(str(min(unknown, key=str)), list(ROPE_KEYS)))
-        raise ValueError(f"config: rope setting {names:.60} in {where} is not supported; near: {near}")
+        raise ValueError(
+            f"config: rope setting {names:.60} in {where} is not supported; remove it, or use {near}"
+        )
     group = {name: value for name, value in group.items() if value is not None and name not in WITHOUT_EFFECT}
     kinds = [group.pop(name) for name in ("rope_type", "type") if name in group]
     if len(kinds) == 2 and kinds[0] != kinds[1]:

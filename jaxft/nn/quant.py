@@ -213,7 +213,7 @@ def quantize(
     block, double = with_defaults(kind, block, double)
     if weight.ndim < 2 or not weight.size:
         raise ValueError(
-            f"only weights of shape [..., inputs, outputs] can be quantised, got shape {weight.shape}"
+            f"a weight of shape {weight.shape} cannot be quantised; pass one of shape [..., inputs, outputs]"
         )
     *lead, ins, outs = weight.shape
     if not jnp.issubdtype(weight.dtype, jnp.floating):

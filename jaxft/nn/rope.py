@@ -135,11 +135,9 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
     if dims % 2 or not dims:
         part = f"head_dim={head_dim}"
         part += "" if dims == head_dim else f" and partial_rotary_factor={rope.rotated}"
-        raise ValueError(
-            f"config: rope needs an even number of rotated dimensions above 0, got {dims} from {part}"
-        )
+        raise ValueError(f"config: {part} makes {dims} rotated dimensions; use an even number above 0")
     if rope.kind == "dynamic" and dims == 2:
-        raise ValueError("config: rope type 'dynamic' needs more than 2 rotated dimensions per head, got 2")
+        raise ValueError("config: rope type 'dynamic' has 2 rotated dimensions per head; use another type")
     for name, factors in (("short_factor", rope.short_factor), ("long_factor", rope.long_factor)):
         if rope.kind == "longrope" and len(factors) != dims // 2:
             raise ValueError(

@@ -1,9 +1,10 @@
 """Turn the scores of a rollout into advantages: NumPy in float64, on the host.
 
-Scores are [G, N]: N completions of each of G prompts, NaN for a completion without a score. Such a completion
-is in no mean and gets advantage 0; its weight must be 0 (`has_score` is the mask). If all scores of a group
-are equal, its advantages are exactly 0. Per-token arrays are [n, T] with lengths [n]; values beyond a
-completion's length are ignored in arguments and 0 in results.
+Scores are [G, N]: N completions of each of G prompts, which are a group; NaN for a completion without a
+score. Such a completion is in no mean and gets advantage 0; its weight in the loss must be 0 (`has_score` is
+the mask). If all scores of a group are equal, its advantages are exactly 0. Arrays [n, T] have a row of T
+tokens for each of n completions; `lengths` [n] counts a completion's tokens. Values beyond that are ignored
+in arguments and 0 in results.
 
 An advantage is a function (scores, lengths) -> advantages, both [G, N]; most ignore the lengths. Advantages
 and token weights (token_weights.py) combine freely.
@@ -28,7 +29,7 @@ Advantage = Callable[[GroupScores, GroupLengths], GroupScores]
 
 
 def has_score(scores: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "..."]:
-    """Return the mask of completions with a score. Raises ValueError for integer and for infinite scores."""
+    """Return the mask of scores that are not NaN. Raises ValueError for integers and for infinite scores."""
     scores = np.asarray(scores)
     if not np.issubdtype(scores.dtype, np.floating):
         raise ValueError(
@@ -53,7 +54,7 @@ def nonconstant_groups(scores: GroupScores) -> GroupMask:
 
 
 def missing_eos(scores: GroupScores, ended: GroupMask, penalty: float) -> GroupScores:
-    """Subtract `penalty` (at least 0) from completions without an end token: TRL's missing_eos_penalty."""
+    """Subtract `penalty` (at least 0) from scores of completions not in `ended`: missing_eos_penalty."""
     if penalty < 0:
         raise ValueError(
             f"missing_eos={penalty} would reward a missing end token. Use a number of at least 0."
@@ -64,29 +65,29 @@ def missing_eos(scores: GroupScores, ended: GroupMask, penalty: float) -> GroupS
 def overlong(lengths: GroupLengths, max_new: int, soft: int) -> GroupScores:
     """Return DAPO's soft overlong punishment, to add to the scores (arXiv:2503.14476, eq. 13).
 
-    It is 0 up to max_new - soft tokens and falls linearly from there to -1. Raises ValueError if soft is not
-    in 1 .. max_new.
+    It is 0 up to max_new - soft tokens and falls linearly from there to -1 at max_new. Raises ValueError if
+    soft is not in 1 .. max_new.
 
     >>> overlong(np.array([[50, 90, 100]]), max_new=100, soft=20)
     array([[-0. , -0.5, -1. ]])
     """
     if not 0 < soft <= max_new:
         raise ValueError(
-            f"overlong must be between 1 and max_new={max_new} tokens, got {soft}. Use a number in between."
+            f"overlong must be between 1 and max_new={max_new} tokens, got {soft}. Set such a number."
         )
     return -np.clip((np.asarray(lengths, np.float64) - (max_new - soft)) / soft, 0, 1)
 
 
 def clip_scores(scores: GroupScores, low: float, high: float) -> GroupScores:
-    """Clip scores to [low, high]; NaN stays NaN. Raises ValueError for an empty range."""
+    """Clip scores to [low, high]; NaN stays NaN. Raises ValueError unless low < high."""
     if not low < high:
         raise ValueError(f"scores are clipped to [{low}, {high}], which is empty. Use low < high.")
     return np.clip(_float64(scores), low, high)
 
 
 def update_moments(moments: Moments, scores: GroupScores) -> Moments:
-    """Add scores to the moments (count, mean, sum of squared deviations) of all earlier scores, without NaN
-    (Chan et al. 1979).
+    """Return the moments (count, mean, sum of squared deviations from the mean) of earlier scores, whose
+    moments are `moments`, and of new ones without NaN (Chan et al. 1979).
     """
     x = _float64(scores)[has_score(scores)]
     count, mean, squares = _float64(moments)
@@ -103,17 +104,18 @@ def update_moments(moments: Moments, scores: GroupScores) -> Moments:
 
 
 def scale_scores(scores: GroupScores, moments: Moments) -> GroupScores:
-    """Divide scores by the running standard deviation (unbiased; 1 until two scores differ), and
-    subtract no mean.
+    """Divide scores by the standard deviation of all scores so far, without subtracting their mean.
 
-    Engstrom et al. 2020 (arXiv:2005.12729) for scores instead of returns; TRL 0.11's use_score_scaling.
+    moments: see update_moments. The deviation is unbiased, and 1 until two scores differ. Engstrom et al.
+    2020 (arXiv:2005.12729) do so with returns; it is TRL 0.11's use_score_scaling.
     """
     count, _, squares = _float64(moments)
     return _float64(scores) / (np.sqrt(squares / (count - 1)) if count > 1 and squares > 0 else 1.0)
 
 
 def weighted_sum(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupScores:
-    """Return `sum_k w_k r_k`, NaN if one of them is. With any advantage it is TRL's sum_then_normalize.
+    """Return the score `sum_k w_k r_k` of K rewards, NaN if any of them is NaN. An advantage of this score is
+    TRL's sum_then_normalize.
 
     >>> weighted_sum(np.array([[[1.0, 0.5]]]), (1.0, 0.2))
     array([[1.1]])
@@ -123,20 +125,19 @@ def weighted_sum(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupSco
 
 
 def sum_of_known(rewards: ScoresPerReward, weights: Sequence[float]) -> GroupScores:
-    """Return `sum_k w_k r_k` over the rewards that are not NaN, NaN if all are: TRL's sum, where None counts
-    as 0.
-
-    It is for rewards that apply only to some rows.
+    """Return `sum_k w_k r_k` over the rewards that are not NaN; NaN if all are. It is TRL's sum, where a
+    reward of None counts as 0, for rewards that apply only to some rows.
     """
     x, w = _checked_weights(rewards, weights)
     return np.where(np.isnan(x).all(-1), np.nan, np.nansum(w * x, -1))
 
 
 def normalised_sum(rewards: ScoresPerReward, weights: Sequence[float], eps: float = 1e-4) -> GroupScores:
-    """Return advantages of K rewards: GRPO's of each reward, their weighted sum, standardised over the batch.
+    """Return GDPO's advantages of K rewards (Liu et al. 2026, arXiv:2601.05242); TRL's normalize_then_sum.
 
-    GDPO (Liu et al. 2026, arXiv:2601.05242); TRL's normalize_then_sum. NaN as in weighted_sum. Use it through
-    the estimator by_each; by_group would divide by each group's deviation once more.
+    Each reward is normalised within its group by `grpo`, and the weighted sum of the results is standardised
+    over all completions. A completion with a reward of NaN gets advantage 0. In a run set estimate=by_each;
+    do not use it as Rules.combine, because by_group would divide by each group's deviation again.
 
     >>> normalised_sum(np.array([[[1.0, 20.0], [0.0, 0.0]]]), (1.0, 1.0)).round(2)
     array([[ 0.71, -0.71]])
@@ -181,7 +182,7 @@ def grpo_batch(scores: GroupScores, lengths: GroupLengths | None = None, eps: fl
 
 
 def rloo(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScores:
-    """`r - mean of the others in the group` (Ahmadian et al. 2024, arXiv:2402.14740); 0 in a group of one.
+    """`r - mean of the group's other scores` (Ahmadian et al. 2024, arXiv:2402.14740); 0 in a group of one.
 
     >>> rloo(np.array([[1.0, 0.0, 0.0, 1.0]])).round(2)
     array([[ 0.67, -0.67, -0.67,  0.67]])
@@ -191,7 +192,8 @@ def rloo(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScore
 
 
 def opo(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
-    """`r - sum |y| r / sum |y|` of the group: the optimal baseline (Hao et al. 2025, arXiv:2505.23585).
+    """`r - sum(|y| r) / sum(|y|)`, with sums over the group, |y| tokens per completion: the optimal baseline
+    (Hao et al. 2025, arXiv:2505.23585).
 
     >>> opo(np.array([[1.0, 0.0]]), np.array([[10, 30]]))
     array([[ 0.75, -0.25]])
@@ -222,7 +224,7 @@ def maxrl(scores: GroupScores, lengths: GroupLengths | None = None) -> GroupScor
 
 
 def brevity(scores: GroupScores, lengths: GroupLengths) -> GroupScores:
-    """Return minus the length of each completion, so that gfpo retains the shortest: its default metric."""
+    """Return minus the length of each completion: gfpo's default metric, which retains the shortest."""
     return -_float64(lengths)
 
 
@@ -238,13 +240,13 @@ def gfpo(
     metric: Advantage = brevity,
     advantage: Advantage = grpo,
 ) -> GroupScores:
-    """`advantage` among the `retain` completions of each group with the highest `metric`, 0 for the others
-    (Shrivastava et al. 2025, arXiv:2508.09726, eq. 2).
+    """Return the `advantage` of the `retain` completions of each group that have the highest `metric`,
+    computed among these alone; 0 for the others (Shrivastava et al. 2025, arXiv:2508.09726, eq. 2).
 
     retain: None for half of the group, as the paper's 8 of 16. metric: brevity, token_efficiency or your own
-    function of (scores, lengths). Of equal metrics the first is retained. Token weights count all
-    completions, as the paper's do; grpo's deviation is unbiased, the paper's is not. Raises ValueError unless
-    `retain` is in 1 .. N - 1; a group of one has retain=1.
+    function of (scores, lengths). Of completions with equal metrics the first is retained. Token weights
+    count all completions, as the paper's do; grpo's deviation is unbiased, the paper's is not. Raises
+    ValueError unless `retain` is in 1 .. N - 1 (1 in a group of one).
 
     >>> scores, lengths = np.array([[1.0, 0.0, 1.0, 0.0]]), np.array([[10, 20, 40, 30]])
     >>> gfpo(scores, lengths, retain=2, advantage=centred)
@@ -264,12 +266,13 @@ def adaptive_gfpo(
     metric: Advantage = brevity,
     advantage: Advantage = grpo,
 ) -> GroupScores:
-    """gfpo that retains more of harder prompts: Adaptive Difficulty GFPO (arXiv:2508.09726).
+    """gfpo with more completions retained for harder prompts: Adaptive Difficulty GFPO (arXiv:2508.09726).
 
-    fractions: fraction of a group that is retained, for prompts of the lowest quarter of mean scores to the
-    highest; by default the paper's 8, 8, 6 and 4 of 16. Quarters are of the rollout's prompts; the paper's
-    are of all prompts so far, which it estimates with a t-digest. Raises ValueError unless they are in (0,
-    1].
+    A prompt's difficulty is the mean score of its completions. The rollout's prompts are split by it into
+    quarters; the paper splits by all prompts so far, with a t-digest. fractions: the fraction of a group that
+    is retained in each quarter, from the lowest mean scores (hardest) to the highest, rounded down to a
+    number of completions, at least one; the default is the paper's 8, 8, 6 and 4 of 16. metric, advantage:
+    see gfpo. Raises ValueError unless 0 < fraction <= 1.
     """
     if not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(
@@ -284,7 +287,7 @@ def adaptive_gfpo(
 
 
 def standardised(advantages: GroupScores, eps: float = 1e-4) -> GroupScores:
-    """`(A - mean) / (std + eps)` over the batch, 0 if all are equal; TRL's RLOO normalize_advantages."""
+    """`(A - mean) / (std + eps)` over the batch, 0 for NaN or if all are equal; RLOO normalize_advantages."""
     x = _float64(advantages)
     valid = x[~np.isnan(x)]
     if not len(valid) or valid.max() == valid.min():
@@ -296,7 +299,7 @@ def standardised(advantages: GroupScores, eps: float = 1e-4) -> GroupScores:
 
 
 def token_mask(lengths: Lengths, size: int) -> Bool[np.ndarray, "n T"]:
-    """Return the mask [n, size] of the tokens of each completion."""
+    """Return the mask [n, size] that is True at the first `lengths[i]` tokens of row i."""
     return np.arange(size) < np.asarray(lengths)[:, None]
 
 
@@ -306,8 +309,9 @@ def token_rewards(
     """Return `-kl_coef kl_t` with the score added at the last token (Ziegler et al. 2019, arXiv:1909.08593,
     eq. 2).
 
-    A completion without a score has reward 0 at every token, so that everything computed from it stays
-    finite; its weight must be 0. TRL adds the score one position later if padding follows the last token.
+    kl: KL of each token. A completion without a score has reward 0 at every token, so that all that is
+    computed from it is finite; its weight in the loss must be 0. TRL adds the score one position later if
+    padding follows the last token.
 
     >>> token_rewards(np.array([[0.1, 0.2, 0.0]]), np.array([1.0]), np.array([2]), kl_coef=0.5)
     array([[-0.05,  0.9 ,  0.  ]])
@@ -325,8 +329,8 @@ def gae(
     `R_t = A_t + V_t`.
 
     Schulman et al. 2015 (arXiv:1506.02438, eq. 16). The value after the last token is 0, also for a truncated
-    completion. Whiten the advantages afterwards, so that returns stay returns. Raises ValueError if gamma or
-    lam is not in [0, 1].
+    completion. Whiten only the returned advantages: a critic learns the returns as they are. Raises
+    ValueError if gamma or lam is not in [0, 1].
 
     >>> advantages, returns = gae(np.array([[0.0, 1.0]]), np.array([[0.5, 0.5]]), np.array([2]), lam=1.0)
     >>> advantages, returns
@@ -371,19 +375,19 @@ def _float64(x: Shaped[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 
 
 def _zero_without_score(x: GroupScores, scores: GroupScores) -> GroupScores:
-    """0 where there is no score or no baseline for it."""
+    """Return x, with 0 where x or the score is NaN."""
     return np.where(np.isnan(x) | np.isnan(scores), 0.0, x)
 
 
 def _all_equal(scores: GroupScores) -> Bool[np.ndarray, "G 1"]:
-    """Mask of groups whose scores are all equal, or that have none."""
+    """Return the mask of groups whose scores are all equal, or that have no score."""
     valid, x = has_score(scores), _float64(scores)
     high, low = (np.where(valid, x, fill) for fill in (-np.inf, np.inf))
     return high.max(1, keepdims=True) <= low.min(1, keepdims=True)
 
 
 def _centred(scores: Shaped[np.ndarray, "G N"]) -> GroupScores:
-    """`r - mean of the group`, exactly 0 if all are equal: their mean may be off by a rounding."""
+    """Return `r - mean of the group`, set to 0 if all are equal, as a mean may have a rounding error."""
     valid, x = has_score(scores), _float64(scores)
     mean = np.nansum(x, 1, keepdims=True) / np.maximum(valid.sum(1, keepdims=True), 1)
     return np.where(_all_equal(scores), x * 0, x - mean)
@@ -401,20 +405,20 @@ def _highest(scores: GroupScores, ranks: GroupScores, retain: Int[np.ndarray, " 
 def _checked_weights(
     rewards: ScoresPerReward, weights: Sequence[float]
 ) -> tuple[ScoresPerReward, Float[np.ndarray, " K"]]:
-    """Return both in float64. Raises ValueError unless there is one weight for each reward."""
+    """Return rewards and weights in float64. Raises ValueError unless there is one weight for each reward."""
     x, w = _float64(rewards), np.asarray(weights, np.float64)
     if x.shape[-1:] != w.shape:
         raise ValueError(
-            f"{x.shape[-1]} rewards need as many weights, got {len(w)}. Set one weight for each reward."
+            f"{x.shape[-1]} rewards need as many weights, got {len(w)}. Set reward_weights to as many."
         )
     return x, w
 
 
 def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
-    """Raise ValueError if all advantages are 0 because each is relative to a group of one."""
+    """Raise ValueError if scores differ but all advantages are 0, as groups have one completion."""
     valid = scores[has_score(scores)]
     if group == 1 and valid.size and valid.max() > valid.min() and not advantages.any():
         raise ValueError(
             "data.group=1: advantages relative to a group of one are all 0. "
-            "Use data.group of at least 2, or another estimate."
+            "Use data.group of at least 2, or an estimator without groups, such as reinforce or actor_critic."
         )

@@ -26,16 +26,20 @@ KLEstimate = Callable[[PerToken, PerToken], PerToken]  # (log-probs, the referen
 
 @dataclass(frozen=True)
 class RolloutScores:
-    """Scores and log-probs of a rollout: N episodes of each of G prompts, n = G N. A completion is an episode
-    of one turn. All arrays are over sampled tokens: given ones, such as a tool's results, are left out.
+    """Scores and log-probs of a rollout: n = G N episodes, N of each of G prompts, in the order of prompts.
 
-    scores: score of each episode, NaN for none. ended: whether it ended with a stop token rather than at the
-    limit. logps, reference, values: one value per token, 0 beyond the length; None without a reference or a
-    critic. recomputed: whether logps are the training program's rather than the sampler's. reward_scores:
-    scores by each reward, before weights and shaping. turns: number of each token's turn, None if every
-    episode has one turn. turn_rewards: the part of the score that a turn has earned, at its last token; None
-    for none. kl_coef: coefficient of a KL penalty that belongs in the rewards (policy_losses.KLInReward),
-    None without one.
+    An episode of one turn is a completion. S: the most tokens that an episode samples. Arrays [n, S] have a
+    value for each sampled token and 0 beyond an episode's length; tokens that the environment gave, such as a
+    tool's result, are in no array.
+
+    scores: score of each episode, NaN for none. lengths: sampled tokens of each episode. ended: whether no
+    limit of tokens or turns and no fault ended it. logps: the policy's log-probs, by the training program if
+    `recomputed`, else by the sampler. reference: the reference's log-probs, None without a reference. values:
+    a critic's values, None without a critic. reward_scores: score by each reward, before weights and
+    penalties. turns: index of the turn of each token, from 0. turn_rewards: reward of each turn at its last
+    token, 0 at others; it is a part of the episode's score. Both are None if all episodes have one turn.
+    kl_coef: coefficient of a KL penalty that belongs in the rewards (policy_losses.KLInReward), None without
+    such a penalty.
     """
 
     scores: GroupScores
@@ -53,19 +57,20 @@ class RolloutScores:
 
     @property
     def token_mask(self) -> Bool[np.ndarray, "n S"]:
-        """Tokens of completions that have a score."""
+        """Mask of the sampled tokens of episodes that have a score."""
         return adv.token_mask(self.scored_lengths, self.logps.shape[1])
 
     @property
     def scored_lengths(self) -> Int[np.ndarray, " n"]:
-        """Tokens of each completion, 0 for one without a score."""
+        """Sampled tokens of each episode, 0 for an episode without a score."""
         return (self.lengths * adv.has_score(self.scores)).ravel()
 
 
 @dataclass(frozen=True)
 class AdvantageEstimate:
-    """The result of an estimator: advantages and returns (None without a critic) [n, S]; metrics, each a mean
-    over the rollout's completions.
+    """The result of an estimator. advantages: of each sampled token. returns: the values that a critic is
+    trained to predict, None from an estimator that uses no critic. metrics: means over the rollout's
+    episodes, by name.
     """
 
     advantages: Float[np.ndarray, "n S"]
@@ -84,9 +89,9 @@ def by_group(
 ) -> AdvantageEstimate:
     """Give every token its completion's advantage within the group: GRPO, Dr. GRPO, RLOO, OPO.
 
+    advantage: a function (scores, lengths) -> advantages; ValueError is raised if it cannot be called so.
     kl_coef, kl: as in actor_critic. With a KL penalty in the rewards, kl_coef times the completion's KL is
-    subtracted from its score first, as in TRL's RLOO. Raises ValueError if `advantage` can't be called with
-    (scores, lengths).
+    subtracted from its score first, as in TRL's RLOO.
 
     >>> rollout = example_rollout(group=2, weights=(1.0,), facts=Facts())
     >>> rollout.scores
@@ -109,10 +114,13 @@ def by_group(
 
 
 def by_turn(rollout: RolloutScores, advantage: Advantage = adv.grpo, gamma: float = 1.0) -> AdvantageEstimate:
-    """Give every token its turn's return-to-go within the group: `R_k = r_k + gamma R_(k+1)`.
+    """Give every token the advantage of its turn: turn k of an episode is compared with turn k of the other
+    episodes of its group.
 
-    Baseline and deviation are over the same turn of the group's episodes. The part of the score that
-    no turn has earned is a reward of the last turn. With one turn it is `by_group`. Options: see by_group.
+    `advantage` (see by_group) is applied to the returns of turn k, `R_k = r_k + gamma R_(k+1)`, where r_k is
+    the turn's reward. An episode's last turn also gets the part of the score that is in no turn's reward. If
+    all episodes have one turn, the result is by_group's. Raises ValueError for an objective with a KL penalty
+    in the rewards.
     """
     _require_no_kl(rollout, "by_turn")
     mask = rollout.token_mask
@@ -132,7 +140,8 @@ def by_turn(rollout: RolloutScores, advantage: Advantage = adv.grpo, gamma: floa
 
 def by_each(rollout: RolloutScores) -> AdvantageEstimate:
     """Compute GRPO's advantages of each reward, and standardise their weighted sum: GDPO (arXiv:2601.05242).
-    Rules.shape and Rules.scale have no effect on it.
+
+    Rules.shape and Rules.scale have no effect on it. Raises ValueError for a KL penalty in the rewards.
     """
     _require_no_kl(rollout, "by_each")
     total = adv.normalised_sum(rollout.reward_scores, rollout.reward_weights)
@@ -140,7 +149,7 @@ def by_each(rollout: RolloutScores) -> AdvantageEstimate:
 
 
 def group_whitened(rollout: RolloutScores) -> AdvantageEstimate:
-    """Subtract each group's mean score, and whiten over all tokens: REINFORCE++ with a group baseline."""
+    """Whiten scores less their group's mean over all tokens: REINFORCE++ with a group baseline."""
     _require_no_kl(rollout, "group_whitened")
     centred = _per_token(rollout, adv.centred(rollout.scores))
     return AdvantageEstimate(adv.whiten(centred, rollout.token_mask), None, {})
@@ -149,10 +158,10 @@ def group_whitened(rollout: RolloutScores) -> AdvantageEstimate:
 def reinforce(
     rollout: RolloutScores, kl_coef: float | None = None, gamma: float = 1.0, kl: KLEstimate | None = None
 ) -> AdvantageEstimate:
-    """Give every token its return from the score and a KL penalty, whitened over all tokens: REINFORCE++
+    """Give every token its return, the sum of the later rewards, whitened over all tokens: REINFORCE++
     (arXiv:2501.03262).
 
-    Options: see actor_critic.
+    Rewards and kl_coef, gamma, kl: see actor_critic.
     """
     rewards, metrics = _token_rewards(rollout, _kl_coef(rollout, kl_coef), kl)
     returns = adv.returns_to_go(rewards, rollout.scored_lengths, gamma)
@@ -167,15 +176,18 @@ def actor_critic(
     whiten_rewards: bool = False,
     kl: KLEstimate | None = None,
 ) -> AdvantageEstimate:
-    """Give every token its whitened generalised advantage (GAE): PPO.
+    """Give every token its generalised advantage (GAE), whitened over all tokens: PPO.
 
-    A token's reward is `-kl_coef KL_t`, plus the score at the last token. Returns are not whitened.
+    A token's reward is `-kl_coef KL_t`, plus the score at the last token. Returns are not whitened. Raises
+    ValueError without a critic's values.
 
-    kl_coef: None for the coefficient of the objective's KLInReward(...), 0 without one. kl: None for k1.
+    kl_coef: None for the coefficient of the objective's KLInReward(...), or 0 if the objective has none.
+    gamma, lam: discount and lambda of GAE. whiten_rewards: whether to whiten the rewards first, with their
+    mean added again. kl: (log-probs, the reference's) -> KL of each token; None for their difference, k1.
     """
     if rollout.values is None:
         raise ValueError(
-            "actor_critic needs a critic's values. Set policy(critic=...), or use another estimator."
+            "estimate=actor_critic needs a critic's values. Set policy(critic=...), or estimate=reinforce."
         )
     rewards, metrics = _token_rewards(rollout, _kl_coef(rollout, kl_coef), kl)
     if whiten_rewards:
@@ -187,8 +199,8 @@ def actor_critic(
 def example_rollout(group: int, weights: tuple[float, ...], facts: Facts) -> RolloutScores:
     """Return a small rollout with distinct scores, to try an estimator before anything is sampled.
 
-    group: episodes of each prompt. weights: one for each reward. facts: the objective's facts: whether it has
-    a reference, values and a KL penalty in the rewards.
+    group: episodes of each prompt. weights: one for each reward. facts: of the run's objective, which say
+    whether the rollout has a reference, a critic's values and a KL penalty in the rewards.
     """
     scores = np.arange(2.0 * group).reshape(2, group)
     tokens = np.zeros((2 * group, 3))
@@ -212,7 +224,8 @@ def require_signature(fn: Callable, setting: str, arguments: tuple[str, ...]) ->
     except TypeError as error:
         name = fn.__name__ if inspect.isfunction(fn) else repr(fn)
         raise ValueError(
-            f"{setting}={name} can't be called with ({', '.join(arguments)}): {error}. Use these parameters."
+            f"{setting}={name} can't be called with ({', '.join(arguments)}): {error}. "
+            "Give the function these parameters."
         ) from error
 
 
@@ -226,7 +239,7 @@ def _require_no_kl(rollout: RolloutScores, name: str) -> None:
     if rollout.kl_coef is not None:
         raise ValueError(
             f"this objective puts the KL penalty into the rewards, but the estimator {name} ignores it. "
-            "Set policy(beta=NUMBER), or use another estimator."
+            "Set policy(beta=NUMBER), or use an estimator with a KL penalty, such as by_group or reinforce."
         )
 
 
@@ -238,7 +251,7 @@ def _per_token(rollout: RolloutScores, x: GroupScores) -> PerToken:
 def _token_rewards(
     rollout: RolloutScores, coef: float, kl: KLEstimate | None
 ) -> tuple[PerToken, dict[str, float]]:
-    """Return (reward of each token, with the KL penalty `coef`; metrics of rewards and entropy)."""
+    """Return (reward of each token; metrics of rewards, KL and entropy). kl: see actor_critic."""
     mask, scores = rollout.token_mask, rollout.scores.ravel()
     if coef and rollout.reference is None:
         raise ValueError(
@@ -265,7 +278,7 @@ def _token_rewards(
 
 
 def _with_turn_rewards(rollout: RolloutScores, rewards: PerToken) -> PerToken:
-    """Add the rewards of turns at their last tokens, and the rest of the score at the episode's last one."""
+    """Add each turn's reward at its last token, and the remaining score at the episode's last token."""
     of_turns = np.zeros(1) if rollout.turn_rewards is None else rollout.turn_rewards
     of_turns = np.where(rollout.token_mask, of_turns, 0)
     rest = rollout.scores.ravel() - of_turns.sum(1)

@@ -3,7 +3,7 @@
 Online DPO: Guo et al. 2024 (arXiv:2402.04792).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar
 
 import jax
@@ -22,7 +22,9 @@ from jaxft.rl.rollout_rules import Rules
 
 
 def pair_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Pairs]:
-    """Return the shape of a step's batch: rows hold the longest prompt with two of the longest episodes."""
+    """Return the shape of a step's batch, alone in a tuple. A row has slots for a prompt of `longest` tokens
+    with two episodes of the greatest length. shards: number of devices among which the mesh divides rows.
+    """
     tokens, reads = 2 * data.episode_length, 2 * data.sampled_length
     shape = RowShape(padded_length(longest * min(data.starts_per_row, 2) + tokens), padded_length(reads))
     like = rollout_batch_shapes(data, shape, shards)
@@ -33,9 +35,10 @@ def pair_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Pairs]:
 
 
 def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRollout:
-    """Pair the best and the worst episode of each prompt; there is no pair if all scores are equal.
+    """Pair the best and the worst episode of each prompt; a prompt whose scores are all equal has no pair.
 
-    shape: shape of a batch. The result's policy_mask has one entry for each prompt: whether it has a pair.
+    shape: shape of a batch, see pair_shapes. The result's policy_mask has one entry for each prompt: whether
+    it has a pair.
     """
     scored, rules = rollout.scored, data.rules
     valid = has_score(scored.scores) & (scored.episodes.ended | rules.train_on_truncated)
@@ -53,7 +56,7 @@ def pairs_of(data: Rollouts, rollout: ScoredRollout, shape: Pairs) -> TrainingRo
 
 
 def to_pairs(rows: Rollout) -> Pairs:
-    """Convert rows of a prompt with two episodes to pairs, the first one chosen, with weights of 0."""
+    """Convert rows of a prompt with two episodes, the first preferred, to pairs whose weights are 0."""
     lengths, count = rows.lengths[:, None, :], len(rows.ids)
     assert rows.last is not None  # rollout_layout.py writes it
     offsets = np.zeros_like(rows.read)
@@ -76,8 +79,8 @@ def best_and_worst_batch(
     trains_policy: bool,
     shape: Pairs,
 ) -> Pairs:
-    """Return the batch of the chosen prompts' pairs, with equal weights. chosen: indices of prompts.
-    trains_policy has no effect.
+    """Return the batch of the pairs of some prompts, with equal weights that sum to 1. chosen: indices of
+    these prompts. trains_policy has no effect.
 
     If none of these prompts has a pair, all gradients are 0, and only the optimizer's momentum is applied.
     """
@@ -93,8 +96,8 @@ def best_and_worst_batch(
 class OnlinePairs(Rollouts):
     """Data of a preference loss on the policy's own episodes: prompts, and the rules that score the episodes.
 
-    Of the rules, rewards, reward_weights, combine, shape and train_on_truncated apply; others raise
-    ValueError.
+    Of the fields of `rules`, rewards, reward_weights, combine, shape and train_on_truncated apply; any other
+    that differs from its default raises ValueError. Other fields: see Rollouts.
     """
 
     group: Annotated[int, at_least(2)] = 2  # a pair needs two completions
@@ -110,8 +113,9 @@ class OnlinePairs(Rollouts):
             shape=rules.shape,
             train_on_truncated=rules.train_on_truncated,
         )
-        if rules != applied:
+        ignored = [x.name for x in fields(rules) if getattr(rules, x.name) != getattr(applied, x.name)]
+        if ignored:
             raise ValueError(
                 "online pairs use the rules rewards, reward_weights, combine, shape and train_on_truncated. "
-                "Leave the other rules at their defaults."
+                f"Leave {', '.join(ignored)} unset."
             )

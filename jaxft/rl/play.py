@@ -1,15 +1,15 @@
 """Rollouts as episodes: sample turns, let an environment answer them, and return trajectories.
 
 All first turns are queued at once. As soon as a turn has ended, a thread asks the environment for its answer,
-while other rows go on sampling; the answer's tokens are appended to the row, and the next turn is sampled.
-Which tokens are sampled depends on keys and prompts only, not on which answer came first.
+while other episodes go on sampling; the answer's tokens are appended to the episode, and its next turn is
+sampled. Which tokens are sampled does not depend on which answer came first.
 
 An episode ends when the environment says so, at a limit of turns or tokens, or with a fault. An episode that
 a limit ends is scored as others are: by the environment's score or, if that is None, by the sum of the turns'
-rewards so far, 0 if it only called tools. Faults that
-exclude the episode from training and means: the environment or a tool raises, takes longer than the time-out,
-returns a wrong type or too much text, or the chat template rejects the messages. Errors in the model's own
-calls are returned to the model (tools.py). Both are counted by kind.
+rewards so far, 0 if it only called tools. Faults that exclude the episode from training and means: the
+environment or a tool raises, takes longer than the time-out, returns a wrong type or too much text, or the
+chat template rejects the messages. Errors in the model's own calls are returned to the model (tools.py). Both
+are counted by kind.
 """
 
 import json
@@ -58,10 +58,10 @@ FAULT_SIZE = 200  # characters of an error's text
 class EpisodeLimits:
     """The largest sizes and times of an episode.
 
-    turns: turns of the model. turn_tokens: tokens sampled in a turn. tokens: tokens of all turns and answers
-    together; where a template begins a new row, its prompt counts too. prompt: tokens of a prompt. timeout:
-    seconds of each call of an environment or a tool. observation: characters of what reset, step or a tool
-    returns. workers: calls at once.
+    turns: turns of the model. turn_tokens: tokens sampled in a turn. tokens: tokens after the prompt, sampled
+    ones and answers together; where the chat template rewrites earlier turns, the whole prompt of the next
+    turn counts. prompt: tokens of a prompt. timeout: seconds of each call of an environment or a tool.
+    observation: characters of what reset, step or a tool returns. workers: calls at once.
     """
 
     turns: Annotated[int, at_least(1)] = 8
@@ -78,9 +78,11 @@ class EpisodeLimits:
 
 @dataclass(frozen=True)
 class Play:
-    """The environment and the limits of episodes. stop: token ids that end a turn. rewards: functions that
-    score an episode as TRL calls them, with lists of one: (environments, prompts, completions, **columns) ->
-    [number or None].
+    """The environment and the limits of episodes.
+
+    stop: token ids that end a turn. rewards: TRL's reward functions with an argument `environments`. Each is
+    called as an episode ends, with a list of one for each argument (environments, prompts, completions and
+    the dataset's columns), and returns a list of one number, or of None for no score.
     """
 
     environment: Environment
@@ -103,12 +105,12 @@ class Play:
 
     @cached_property
     def calls(self) -> Calls:
-        """The threads of the episodes, which outlive a rollout if they have objects to use again."""
+        """The threads that call users' functions; those with objects to use again outlive a rollout."""
         return Calls(self.limits.workers, self.limits.timeout)
 
     @property
     def call_format(self) -> CallFormat | None:
-        """The format of the template's tool calls, None without tools."""
+        """The format in which the chat template writes tool calls; None if there are no tools."""
         if not self.environment.schemas or not self.tokenizer.chat_template:
             return None
         source = self.tokenizer.get_chat_template(tools=list(self.environment.schemas))
@@ -116,26 +118,26 @@ class Play:
 
 
 class TurnSession(Protocol):
-    """A sampler of turns, whose rows can be continued. Episodes have numbers of the caller's choice.
+    """A sampler of turns, such as the engine's Session, or a person who types them.
 
-    A row stays taken from `start` until `drop`, so that a turn that has ended can be continued. The engine's
-    Session is one, a person who types turns another.
+    The caller gives each episode a number. An episode occupies a row of the sampler from `start` until
+    `drop`, so that it can be continued when a turn has ended.
     """
 
     def start(self, prompt: Sequence[int], episodes: Sequence[int], number: int, max_new: int) -> None:
-        """Queue a prompt with a completion for each of the episodes, of at most `max_new` tokens.
+        """Queue a prompt, and for each of the episodes a completion of at most `max_new` tokens.
 
         number: the prompt's number, from which the random keys of its completions are derived.
         """
 
     def extend(self, episode: int, tokens: Sequence[int], max_new: int) -> None:
-        """Append given tokens to an episode whose turn has ended, and sample up to `max_new` more."""
+        """Append given tokens to an episode whose turn has ended; sample up to `max_new` more."""
 
     def drop(self, episode: int) -> None:
         """End an episode. Its row is free for another."""
 
     def wait(self) -> list[Sampled]:
-        """Sample until turns have ended, and return them; [] if no row is in progress."""
+        """Sample until a turn has ended. Return the turns that have, [] if no episode is in progress."""
 
 
 Sampler = Callable[[jax.Array], TurnSession]  # of a key, from which the keys of all completions derive
@@ -154,10 +156,10 @@ def rollout(
     key: jax.Array,
     ended: Ended | None = None,
 ) -> list[Trajectory]:
-    """Play `group` episodes of each row, and return them in order.
+    """Play `group` episodes of each of the prompts `rows`, and return them, those of a prompt together.
 
-    ended: called with each episode as soon as it has ended, for rewards that overlap with sampling. All
-    processes of a run sample; the environment is called on the first.
+    ended: called with (number, trajectory) of each episode as soon as it has ended, for rewards that overlap
+    with sampling. All processes of a run sample; the environment is called on the first.
 
     >>> from tokenizers import Tokenizer
     >>> from tokenizers.models import WordLevel
@@ -186,9 +188,10 @@ def rollout(
 
 @dataclass
 class _Episode:
-    """An episode in progress. start: None before it has a row. answered: number of turns that the environment
-    has answered. stopped: whether the last turn ended with a stop token. asked: number of messages in its
-    prompt. chat, state, asked: only on the first process.
+    """An episode in progress. prompt: index of its dataset row. start: token ids of its first prompt, None
+    before sampling begins. answered: number of turns that the environment has answered. stopped: whether the
+    last turn ended with a stop token. asked: number of messages in its prompt. chat, state, asked: only on
+    the first process.
     """
 
     number: int
@@ -220,8 +223,9 @@ class _Episode:
 
 
 class _Scored(NamedTuple):
-    """Result of scoring an episode. score: the environment's, or None for the sum of the turns' rewards (0
-    without any). rewards: values of the reward functions that read the environment, by name.
+    """Result of scoring an episode. score: by the environment; NaN if it gives no scores, None for the sum of
+    the turns' rewards (0 if no turn has one). rewards: values of the reward functions that read the
+    environment, by name; NaN for None.
     """
 
     score: float | None
@@ -229,7 +233,7 @@ class _Scored(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """The environment's answer to a turn, and the faults in the model's calls, which the model is shown."""
+    """The environment's answer to a turn. faults: of the model's tool calls, which the model is shown."""
 
     step: StepResult
     faults: list[Fault]
@@ -239,9 +243,9 @@ class _Decision(NamedTuple):
     """The next action of an episode, decided on the first process; all values are JSON.
 
     do: "start", "extend", "wait" (for its score) or "end". ids: token ids of a prompt or of the environment's
-    reply. reward: reward of the last turn. rewards: see _Scored. done: whether the environment has ended the
-    episode. fault: (kind, text) of a fault that excludes the episode. faults: (kind, text) of faults that do
-    not. messages: new messages of the conversation.
+    reply. reward: reward of the last turn, NaN for none. score, rewards: see _Scored. done: whether the
+    environment has ended the episode. fault: (kind, text) of a fault that excludes the episode. faults:
+    (kind, text) of faults that do not. messages: new messages of the conversation.
     """
 
     number: int
@@ -287,7 +291,7 @@ class _Rollout:
         return [self.results[number] for number in range(len(self.episodes))]
 
     def _row(self, episode: _Episode) -> RowColumns:
-        """Return the columns of the episode's row, with its prompt, which a user's function may change."""
+        """Return a copy of the columns of the episode's row, with its prompt."""
         given = self.rows.as_given(episode.prompt)
         return deepcopy({"prompt": given, **self.rows.fields[episode.prompt]})
 
@@ -296,8 +300,8 @@ class _Rollout:
             self.calls.submit(episode.number, work)
 
     def _decisions(self, wait: bool) -> list[_Decision]:
-        """Return what to do after the calls that have ended, the same on all processes. wait: whether
-        to wait until a call has ended.
+        """Return the decisions for episodes whose call of a user's function has ended, the same on all
+        processes. wait: whether to wait until a call has ended.
         """
 
         def on_first() -> list[Any]:
@@ -308,7 +312,7 @@ class _Rollout:
     # ---- on the first process
 
     def _decide(self, number: int, value: Any) -> _Decision:
-        """Return what to do after a call returned a beginning, an answer, a score or an exception."""
+        """Return the decision after a call returned a beginning, an answer, a score or an exception."""
         episode = self.episodes[number]
         try:
             match value:
@@ -485,7 +489,7 @@ class _Rollout:
         return self.decoder.decode([int(x) for x in ids if int(x) not in self.decoder.skipped])
 
     def _score(self, episode: _Episode, done: bool) -> None:
-        """Ask the environment for an episode's score. done: whether the environment has ended the episode."""
+        """Begin to score an episode, or end it without a score. done: the environment has ended it."""
         episode.stopped = episode.stopped and done
         if self.play.environment.scored or self.play.rewards:
             given = {name: [value] for name, value in self._row(episode).items() if name != "prompt"}
@@ -557,7 +561,7 @@ def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
 
 
 def _with_prompt(chat: Chat | Completion, prompt: FirstPrompt) -> Chat:
-    """Return a row's prompt combined with the prompt that the environment's reset returned."""
+    """Return a row's prompt with reset's text at the end of its last message, or reset's messages instead."""
     if isinstance(chat, Completion):
         chat = Chat(chat.name, ({"role": "user", "content": chat.prompt},), 1)
     messages = chat.messages[: chat.response]

@@ -47,8 +47,8 @@ CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 class LoadedRewardModel:
     """A frozen reward model on a mesh.
 
-    score(params, tokens) -> the reward of each row. model: takes all of `params`. pad: id of a padding token,
-    at which no reward is read; None without one.
+    score(params, tokens) -> the reward of each row. model: the architecture, with its head and adapter, whose
+    parameters are `params`. pad: id of a padding token, at which no reward is read; None without one.
     """
 
     score: Callable[[Params, Tokens], Float[Array, "B"]]
@@ -174,7 +174,7 @@ def require_classifier(ref: str) -> None:
         got = ", ".join(architectures) or "no architecture"
         raise ValueError(
             f"{ref}: got {got}, expected a sequence classifier (...{CLASSIFIER}) or an adapter with a head. "
-            "Use such a reward model."
+            "Set another reward model."
         )
     labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))  # transformers' default is two
     if labels != 1:
@@ -199,8 +199,8 @@ def is_classifier(ref: str) -> bool:
 class HeadReward(Reward):
     """A frozen reward model on the run's base: the model in Run.heads with this name.
 
-    pad: a token at which no reward is read, as transformers' classifiers do at padding; the reward is read
-    before it.
+    pad: id of a padding token. If a completion ends with it, the reward is read one token earlier, as from
+    transformers' classifiers.
     """
 
     name: str = "reward"

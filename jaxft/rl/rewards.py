@@ -129,7 +129,7 @@ class FunctionReward(Reward):
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
         """Prepare a call, with copies that the function may change; return a function that returns the call's
-        result. An async function starts now, a plain one when the result is asked for. columns: of the row.
+        result. An async function starts now, a plain one when the result is asked for. columns: the row's.
         """
         given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
         if not self.is_async:
@@ -201,7 +201,8 @@ def _require_reward_signature(fn: Callable, name: str) -> None:
 
 @dataclass(frozen=True)
 class ObjectReward(Reward):
-    """A reward function of TRL that reads the objects of environments: (environments, **columns) -> [number].
+    """A reward function of TRL that reads the objects of environments: (environments, **columns) -> [number]
+    or [None].
 
     The module `play` calls it when an episode ends and stores its values in the episode.
     """

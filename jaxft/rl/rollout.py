@@ -55,7 +55,7 @@ from jaxft.tree import Batch, Metrics
 
 
 class ScoredRollout(NamedTuple):
-    """A scored rollout with its rows. tokens: scores, log-probs and values of each sampled token."""
+    """A rollout with scores. packed: its rows of tokens. tokens: the input of an estimator."""
 
     number: int
     scored: ScoredEpisodes
@@ -65,10 +65,10 @@ class ScoredRollout(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingRollout:
-    """A rollout from which training batches are built: rows of all prompts, without weights.
+    """A rollout from which training batches are built: rows of all prompts, without weights of the loss.
 
-    number: the rollout's number, from 0. policy_mask: episodes (or pairs) that the policy is trained on.
-    scored: episodes that have a score.
+    number: the rollout's number, from 0. lengths: sampled tokens of each episode. policy_mask: episodes (or
+    pairs) that the policy is trained on. scored: episodes that have a score.
     """
 
     number: int
@@ -95,12 +95,14 @@ class BatchKind(NamedTuple):
 
 
 def policy_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Rollout, ...]:
-    """Return the shapes of a step's batch, whose rows hold a prompt of `longest` tokens and its group."""
+    """Return the shapes that a step's batch can have, the largest last. longest: tokens of the longest
+    prompt. shards: number of devices among which the mesh divides rows.
+    """
     return tuple(rollout_shapes(data, longest, shards).values())
 
 
 def policy_rows(data: "Rollouts", rollout: ScoredRollout, shape: Rollout) -> TrainingRollout:
-    """Estimate advantages, and add them to the rows with the log-probs and values of their tokens."""
+    """Estimate advantages, and add them to the rows with the tokens' log-probs and values."""
     rules, scored, tokens, packed = data.rules, rollout.scored, rollout.tokens, rollout.packed
     estimate, episodes, mask = rules.estimate(tokens), scored.episodes, rules.policy_mask(scored)
     check_advantages(data.group, scored.scores, estimate.advantages)
@@ -135,8 +137,8 @@ def rollout_batch(
     trains_policy: bool,
     shape: Rollout,
 ) -> Rollout:
-    """Return the batch of the prompts with indices `chosen`, with weights that sum to 1. trains_policy: if
-    False, only a critic is trained.
+    """Return the batch of the prompts with indices `chosen`, weighted by Rules.token_weights. trains_policy:
+    if False, only a critic is trained.
     """
     rows: Any = jax.tree.map(lambda x: x[chosen], rollout.rows)
     lengths, size = rollout.lengths[chosen], data.sampled_length
@@ -157,8 +159,8 @@ class Rollouts(Prompts):
     on.
 
     environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
-    turn; in a dict of several, a row's column `environment` names one. A row is large enough for a prompt of
-    each episode, unless `reset` is annotated to return None. tools: functions that the policy may call.
+    turn; in a dict of several, a row's column `environment` names one. A batch's row has slots for a prompt
+    of each episode, unless `reset` is annotated to return None. tools: functions that the policy may call.
     timeout: seconds of each call of them. max_observation: characters of what each call returns. replay: the
     folder of a run whose recorded rollouts, of the same prompts, are used in place of new ones; held-out
     prompts are still sampled. observations: whether a batch has weights of the tokens that episodes were
@@ -193,9 +195,7 @@ class Rollouts(Prompts):
 
     @property
     def row_tools(self) -> str:
-        """The schemas of the tools that prompts list, as JSON, "" without tools; see
-        row_settings.RowSettings.
-        """
+        """The schemas of the tools that prompts list, as JSON, "" without tools; see RowSettings."""
         return self.played.row_tools
 
     @property
@@ -215,18 +215,18 @@ class Rollouts(Prompts):
 
     @property
     def reads_given(self) -> bool:
-        """True if batches also read log-probs of the tokens of observations."""
+        """True if batches also read log-probs of the tokens of observations, as ECHO's loss needs."""
         return self.observations
 
     @property
     def starts_per_row(self) -> int:
-        """How many prompts a row has slots for: one, or one per episode if the environment's reset may change
-        the prompt.
+        """How many prompts a batch's row has slots for: one, or `group` if the environment may change
+        prompts.
         """
         return self.group if self.played.resets else 1
 
     def play(self, tokenizer: Any, stop: tuple[int, ...]) -> Play:
-        """Return how episodes are played. stop: tokens that end a turn."""
+        """Return the Play of these settings. stop: tokens that end a turn."""
         sizes = self.max_turns, self.max_new, self.episode_length, self.max_prompt
         limits = EpisodeLimits(*sizes, self.timeout, self.max_observation)
         functions = tuple(reward.fn for reward in self.object_rewards)
@@ -482,7 +482,7 @@ class RolloutSource(PromptSource):
         return self.data.rules.score(episodes, by_reward), packed
 
     def _of_tokens(self, scored: ScoredEpisodes, packed: PackedRows, state: TrainState) -> RolloutScores:
-        """Return the scores with log-probs, reference and values of each sampled token."""
+        """Return the input of an estimator, with recomputed log-probs if the run needs these."""
         episodes, rules = scored.episodes, self.data.rules
         computed = Scores() if self.token_scores is None else self.token_scores(packed, episodes, state)
         in_rewards, has_turns = self.run.objective.facts.kl_in_rewards, episodes.most_turns > 1

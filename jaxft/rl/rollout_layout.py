@@ -45,7 +45,7 @@ def rollout_shapes(data: Prompts, longest: int, shards: int) -> dict[RowShape, R
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The rows [R, ...] of a rollout, one for each prompt and then empty ones.
+    """The rows [R, ...] of a rollout, one for each prompt and then empty ones, with M read positions each.
 
     rows: log-probs, advantages and weights are zero. tokens: for each read position the index of its token in
     flattened arrays [n, S] over sampled tokens; -1 for padding.
@@ -187,7 +187,7 @@ Counter = Callable[[str, int], Callable[[int], None]]  # Clock.counter
 
 
 def uncounted(text: str, total: int) -> Callable[[int], None]:
-    """Return a function that shows no progress: a Counter for BoundRun."""
+    """Return a function that ignores counts: BoundRun.counter without a progress line."""
     return lambda more: None
 
 
@@ -224,7 +224,8 @@ class BoundRun:
 
 @dataclass(frozen=True)
 class RolloutPrograms:
-    """Compile functions of a rollout's rows, one program for each row shape.
+    """A run, with the shapes for which functions of a rollout's rows are compiled, a program for each row
+    shape.
 
     shapes: shape of a batch [micro, rows, ...], by row shape. rows: number of rows of a batch before padding
     for the mesh. complete: adds the fields of a training batch to rows. max_length: most tokens of a prompt

@@ -46,7 +46,9 @@ MaybeMeans = dict[str, float | None]  # None for a mean over nothing
 
 
 def score_metrics(scores: GroupScores) -> dict[str, float]:
-    """Return mean and deviation of the scores, and the fractions without a score and of constant groups."""
+    """Return mean and deviation of the scores, and the fractions without a score and of groups with equal
+    scores. The mean is missing if there is no score, the deviation if there are fewer than two.
+    """
     valid = has_score(scores)
     x = np.asarray(scores, np.float64)[valid]
     constant = ~nonconstant_groups(scores)[:, :1]
@@ -59,7 +61,7 @@ def score_metrics(scores: GroupScores) -> dict[str, float]:
 
 
 def source_rewards(scored: ScoredEpisodes) -> dict[str, Sum]:
-    """Return the mean score of the completions of each source of prompts; {} for one source."""
+    """Return the mean score of each dataset's completions, by name; {} for a single dataset."""
     prompts, means = scored.episodes.prompts, dict[str, Sum]()
     for number, name in enumerate(prompts.source_names):
         scores = scored.scores[np.array(prompts.sources) == number]
@@ -126,7 +128,7 @@ def episode_metrics(episodes: Episodes) -> dict[str, Sum]:
 
 
 def as_sums(means: Mapping[str, float | None], count: int) -> Metrics:
-    """Return means over `count` completions as sums that add over steps; a mean of None has no weight."""
+    """Return means over `count` completions as sums that add over steps; None gets weight 0."""
     weights = {name: np.float64(0 if mean is None else count) for name, mean in means.items()}
     return {name: Sum(np.float64((mean or 0) * count), weights[name]) for name, mean in means.items()}
 

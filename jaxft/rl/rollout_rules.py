@@ -24,8 +24,8 @@ Filter = Callable[[GroupScores], GroupMask]
 
 @dataclass(frozen=True)
 class ScoredEpisodes:
-    """Episodes with their scores; NaN for an episode without one. reward_scores: by each reward. combined: by
-    Rules.combine. scores: after Rules.shape.
+    """Episodes with their scores; NaN for an episode without a score. reward_scores: the scores by each
+    reward. combined: the result of Rules.combine. scores: the result of Rules.shape. faults: of the rewards.
     """
 
     episodes: Episodes
@@ -118,7 +118,9 @@ class Rules:
         return float(np.dot(is_environment, self.reward_weights))
 
     def score(self, episodes: Episodes, by_reward: Sequence[RewardScores]) -> ScoredEpisodes:
-        """Combine and shape the scores, given by reward. An episode with a fault has no score."""
+        """Combine and shape the scores of each reward. Episodes with a fault get none; skipped rewards count
+        0.
+        """
         lengths, valid = episodes.lengths, episodes.valid
         each = np.stack([reward.scores for reward in by_reward], 1).astype(np.float64)
         each = np.where(valid[..., None], each.reshape(*lengths.shape, len(by_reward)), np.nan)
@@ -138,7 +140,7 @@ class Rules:
 
 
 def fault_messages(scored: ScoredEpisodes) -> dict[str, str]:
-    """Return a message about the first fault of each kind."""
+    """Return a message about the first fault of each kind, by kind; "reward" for faults of rewards."""
     messages = {}
     if scored.faults.first:
         messages["reward"] = (
@@ -163,7 +165,8 @@ def shape_scores(
 ) -> GroupScores:
     """Clip scores to +-limit, add the overlong penalty and subtract missing_eos from truncated completions.
 
-    Set its options with partial to use it as Rules.shape. overlong: (max_new, soft) of advantages.overlong.
+    Set its options with partial to use it as Rules.shape. limit, overlong: None for neither. overlong:
+    (max_new, soft) of advantages.overlong.
     """
     scores = scores if limit is None else adv.clip_scores(scores, -limit, limit)
     scores = scores if overlong is None else scores + adv.overlong(lengths, *overlong)

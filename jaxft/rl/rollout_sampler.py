@@ -49,7 +49,8 @@ SampleEpisodes = Callable[[TokenisedPrompts, int, int, TrainState], Episodes]
 
 
 def table_indices(count: int, group: int) -> list[int]:
-    """Return which completions are in completions.jsonl: the first two of the first prompts.
+    """Return the indices of completions for completions.jsonl: two of each of the first prompts, at most
+    eight.
 
     count: completions of the rollout. group: completions of each prompt.
     """
@@ -57,7 +58,7 @@ def table_indices(count: int, group: int) -> list[int]:
 
 
 def append_table(path: Path, step: int, scored: ScoredEpisodes, names: list[str]) -> None:
-    """Append some episodes with their rewards to completions.jsonl. names: names of the rewards."""
+    """Append some episodes with their rewards (`names`) to completions.jsonl. step: the rollout's, from 1."""
     episodes, (_, group, count) = scored.episodes, scored.reward_scores.shape
     by_reward, scores = scored.reward_scores.reshape(-1, count), scored.scores.ravel()
     with path.open("a", encoding="utf-8") as file:
@@ -288,7 +289,7 @@ def compile_rollout_sampler(run: BoundRun, data: Any, tokenizer: Any, prompt_siz
 
 
 def checksum(trainable: Params) -> UInt32[Array, ""]:
-    """Return a number that depends on every bit of the weights, and on nothing else: sums are of integers."""
+    """Return a hash of every bit of the weights, from sums of integers, which have no rounding."""
 
     def of(x: Array) -> Array:
         unsigned = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
@@ -316,8 +317,9 @@ def compile_engines(run: BoundRun, data: Any, prompt_size: int) -> Callable[[Par
 def engine_sizes(
     data: Any, model: Model, stop: tuple[int, ...], group: int, prompt_size: int, mesh: jax.sharding.Mesh
 ) -> tuple[Decoding, Slots]:
-    """Return how a rollout decodes, and its slots. data: Rollouts. stop: token ids that end a completion.
-    group: completions per prompt. prompt_size: as in compile_rollout_sampler.
+    """Return the sampling settings of a rollout, and the sizes of the engine's arrays. data: Rollouts. stop:
+    token ids that end a completion. group: completions per prompt. prompt_size: as in
+    compile_rollout_sampler.
     """
     sampling = Sampling(data.episode_length, data.temperature, data.top_k, data.top_p, data.min_p)
 

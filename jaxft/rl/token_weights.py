@@ -10,8 +10,8 @@ its probability in the training program, which recomputes log-probs, over its pr
 have the same parameters, but they round sums in another order, and the sampler's cache may be quantised. A
 correction multiplies each token's advantage by a weight, without gradient, so that the policy loss is an
 expectation under the training program; the KL penalty and the entropy bonus stay as they are. Set its bounds
-with partial, as in partial(masked_tokens, least=0.5, most=5.0). The first four have the values and default
-bounds of TRL 1.16's vllm_importance_sampling_mode.
+with partial, as in partial(masked_tokens, least=0.5, most=5.0). The first four corrections have the values
+and default bounds of TRL 1.16's vllm_importance_sampling_mode.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,8 @@ def constant_length(
     """Return `1 / (completions * length)`: Dr. GRPO (arXiv:2503.20783). length: None for max_new.
 
     All completions count, in the mask or not, so that the divisor is a constant. The weights sum to the mean
-    over completions of (tokens with a loss) / length. Raises ValueError for a completion longer than that.
+    over completions of (tokens with a loss) / length. Raises ValueError if a completion has more than
+    `length` tokens.
 
     >>> constant_length(np.array([[1, 4]]), np.array([[True, True]]), max_new=8)
     array([[0.0625, 0.0625]])

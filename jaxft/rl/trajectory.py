@@ -37,8 +37,9 @@ class Segment:
 
     logps: log-probs of sampled tokens, at the sampling temperature; None for given tokens: an observation, a
     tool's result, or a stop token that was not sampled. reward: reward of the turn whose tokens these are;
-    NaN for none. begins: whether these given tokens are the prompt of a new training row. It begins where a
-    template rewrites earlier turns, so that the next turn's prompt is not the previous ids plus a suffix.
+    NaN for none. begins: whether these given tokens are the prompt of a new training row. A new row begins
+    where a chat template rewrites earlier turns, so that the next turn's prompt is not the previous ids plus
+    a suffix.
     """
 
     tokens: Int[np.ndarray, " n"]
@@ -64,13 +65,13 @@ class TrainingRow(NamedTuple):
 class Trajectory:
     """One episode.
 
-    prompt: index of the dataset row in the rollout. start: token ids of the prompt. score: the environment's
-    score of the whole episode, NaN for none. ended: whether no limit ended it: the last turn has a stop token
-    and the environment, if there is one, ended the episode. fault: the kind of the fault that excludes the
-    episode from training and means, "" for none. turns: messages as the model was shown them, for
-    completions.jsonl. faults: all faults, also calls that were answered with an error message and exclude
-    nothing. rewards: values of the reward functions that read the environment, by name; NaN where one
-    returned None.
+    prompt: index of its prompt among the rollout's prompts. start: token ids of the prompt. segments: the
+    tokens after it. score: the environment's score of the whole episode, NaN for none. ended: whether no
+    limit ended it: the last turn has a stop token and the environment, if there is one, ended the episode.
+    fault: the kind of the fault that excludes the episode from training and means, "" for none. turns:
+    messages as the model was shown them, for completions.jsonl. faults: all faults, also errors in tool
+    calls, which the model was shown and which exclude nothing. rewards: values of the reward functions that
+    read the environment, by name; NaN where one returned None.
     """
 
     prompt: int
@@ -122,11 +123,12 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Episodes:
-    """N episodes of each of G prompts on the host; n = G N, in order.
+    """N episodes of each of G prompts on the host; n = G N, in order of prompts.
 
     group: N. size: S, the most tokens that an episode may sample. longest: the most tokens of an episode
     after its prompt, given tokens included. most_turns: the most turns of an episode. begun: calls of async
-    rewards that began as episodes ended, by (reward, number of the episode); each returns the result.
+    rewards that began as episodes ended, by (reward, number of the episode); each is a function that waits
+    for the result and returns it.
     """
 
     prompts: TokenisedPrompts
@@ -138,12 +140,12 @@ class Episodes:
     begun: Mapping[Any, Callable[[], Any]] = field(default_factory=dict, repr=False)
 
     def by_prompt(self, values: Sequence[Any]) -> Shaped[np.ndarray, "G N"]:
-        """Arrange a value of each episode by prompt."""
+        """Arrange values, one for each episode, by prompt."""
         return np.array(values).reshape(len(self.prompts), self.group)
 
     def per_token(self, value: Callable[[int, Segment], Any], dtype: Any) -> Shaped[np.ndarray, "n S"]:
-        """Return values of each sampled token; 0 beyond an episode's length. value: (number of a turn, the
-        turn) -> values of its tokens.
+        """Return a value for each sampled token; 0 beyond an episode's length. value: (number of a turn, its
+        segment) -> a value for each of its tokens.
         """
         stacked = np.zeros((len(self.trajectories), self.size), dtype)
         for row, trajectory in zip(stacked, self.trajectories, strict=True):
@@ -199,7 +201,7 @@ class Episodes:
         return [self.prompts.names[i // self.group] for i in range(len(self.trajectories))]
 
     def pick(self, numbers: Int[np.ndarray, "G A"]) -> "Episodes":
-        """Return A episodes of each prompt, by their numbers in its group."""
+        """Return A episodes of each prompt. numbers: their indices among the prompt's episodes."""
         chosen = (np.arange(len(numbers))[:, None] * self.group + numbers).ravel()
         trajectories = tuple(self.trajectories[i] for i in chosen)
         return replace(self, trajectories=trajectories, group=numbers.shape[1], begun={})
@@ -212,8 +214,11 @@ def collect(
     longest: int,
     most_turns: int = 1,
 ) -> Episodes:
-    """Return the episodes of a rollout, given in order of prompt and episode. size, longest, most_turns: see
-    Episodes. An episode with more tokens has a fault.
+    """Return the trajectories of a rollout as Episodes.
+
+    trajectories: in order of prompts, equally many of each. size, longest, most_turns: see Episodes. A
+    trajectory with more than `size` sampled tokens or more than `longest` in all loses its segments and gets
+    the fault NO_LENGTH.
     """
 
     def checked(t: Trajectory) -> Trajectory:

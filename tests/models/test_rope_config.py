@@ -129,7 +129,7 @@ REFUSED = {
     "part of a head": (dict(rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary_factor=0.5"),
     "unknown": (
         dict(rope_parameters={"base_scale": 2}),
-        "rope setting 'base_scale' in rope_parameters is not supported; near: ",
+        "rope setting 'base_scale' in rope_parameters is not supported; remove it, or use ",
     ),
     "unknown type": (
         dict(rope_scaling={"type": "mrope"}),

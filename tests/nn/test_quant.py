@@ -503,11 +503,11 @@ def test_a_qtensor_has_no_gradient():
         (partial(quantize, np.ones((2, 2), np.int32), "nf4"), "nf4 stores floats, got int32"),
         (
             partial(quantize, np.ones((0, 8)), "nf4"),
-            "only weights of shape [..., inputs, outputs] can be quantised, got shape (0, 8)",
+            "a weight of shape (0, 8) cannot be quantised; pass one of shape [..., inputs, outputs]",
         ),
         (
             partial(quantize, np.ones(8), "nf4"),
-            "only weights of shape [..., inputs, outputs] can be quantised, got shape (8,)",
+            "a weight of shape (8,) cannot be quantised; pass one of shape [..., inputs, outputs]",
         ),
         (
             partial(quantize, np.ones((3, 2)), "nf4"),

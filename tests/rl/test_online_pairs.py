@@ -68,7 +68,7 @@ def test_a_response_that_is_padding_alone_is_scored_at_its_prompt():
     [
         (
             {"rules": Rules((exact,), scale=scale_scores)},
-            "online pairs use the rules rewards, reward_weights",
+            "shape and train_on_truncated. Leave scale unset.",
         ),
         ({"group": 1}, "data.group=1; expected at least 2"),
         ({"temperature": 0.0}, "data.temperature=0 samples the same completion 2 times"),

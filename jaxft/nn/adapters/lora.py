@@ -62,8 +62,8 @@ class Adapter:
     Trained in full in addition, and saved with the adapter (targets may be empty with them).
     modules_to_save: modules such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward
     model, always is), with the modules in them; the base keeps its weights. bias: the biases of all or of the
-    adapted layers. trainable_token_indices: the rows of these tokens in the embedding table. token_head: also
-    in a head of its own (a tied head has the same rows).
+    adapted layers. trainable_token_indices: the rows of these tokens in the embedding table. token_head:
+    also the rows of these tokens in an untied head; a tied head shares the table's rows.
 
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a
@@ -132,8 +132,8 @@ class Adapter:
 
     @property
     def exported(self) -> "Adapter":
-        """The settings of the adapter that a run exports. If `init` changes the base, the exported adapter
-        has twice the rank: it also makes that change, so that it is for the unchanged base.
+        """The settings of the adapter that a run exports, which is always for the unchanged base. If `init`
+        changes the base, the exported adapter contains that change too and therefore has twice the rank.
         """
         return self.doubled if self.changes_base else self
 

@@ -19,8 +19,9 @@ from jaxft.nn.tensor_names import ModuleNames, WeightNames, is_listed, is_name, 
 
 
 class PairRanks(NamedTuple):
-    """Ranks and alphas of the LoRA pairs of a stacked parameter: one for each of its kernels, in the order of
-    np.ndindex(lead_shape(spec)); both are 0 for a kernel without a pair. Without a stack, one of each.
+    """Ranks and alphas of a parameter's LoRA pairs: one of each per kernel of the stack, in the order of
+    np.ndindex(lead_shape(spec)); both are 0 for a kernel without a pair. A parameter that is no stack has
+    one.
     """
 
     ranks: tuple[int, ...]

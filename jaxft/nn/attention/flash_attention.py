@@ -366,7 +366,7 @@ def _backward(qkv, ranges, results, settings, dtype, out):
     """Return the gradients of q, k and v in the dtype `out`. results: o, the log-sum-exp, the cotangent of o.
     Other arguments: as in _forward.
 
-    Transposed copies of q and do keep all five matmuls on the CPU's fast path (see above).
+    Transposed copies of q and do keep all five matmuls on the fast path of XLA's CPU compiler.
     """
     (B, T, K, G, E), S, (block, softcap) = qkv[0].shape, qkv[1].shape[1], settings
     (o, lse_CKM, do), M, wide = results, G * block, accumulation_dtype(dtype)

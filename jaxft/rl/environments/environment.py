@@ -525,6 +525,9 @@ def openenv(
 def observation_text(observation: Any) -> str:
     """Return an observation, a dictionary or an object with fields, as text.
 
+    Its fields done, reward and metadata, private fields and fields of None are left out. A single string is
+    returned as it is, other fields as JSON, "" if none is left.
+
     Example: observation_text({"echoed_message": "hi", "reward": 0.1}) == "hi"
     """
     if isinstance(observation, str):

@@ -348,7 +348,9 @@ def villages() -> Passages:
 
 
 def search_rows(count: int, seed: int, two_searches: float = 0.5) -> list[RowColumns]:
-    """Return questions about the villages. two_searches: the fraction that has to find the village first."""
+    """Return questions about the villages. two_searches: the fraction of questions that name a painter
+    instead of the village, which has to be found first.
+    """
     rng, rows = random.Random(seed), list[RowColumns]()
     for _ in range(count):
         village, river, year, painter = rng.choice(_facts())

@@ -41,7 +41,7 @@ JSON_TYPES: dict[str, Any] = {
 
 
 class ParsedTurn(NamedTuple):
-    """A sampled turn. text: what is not part of a call. malformed: number of calls that are not JSON."""
+    """A sampled turn. text: the text without calls. malformed: number of calls that are not JSON."""
 
     text: str
     calls: tuple[ToolCall, ...]
