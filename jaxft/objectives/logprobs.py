@@ -24,7 +24,7 @@ from jaxft.tree import LayerOutputs, Params, struct
 
 
 class TokenValues(Protocol):
-    """The fields of LogProbs that a TargetLoss reads, one number per token."""
+    """The arrays that a TargetLoss reads, with one number per token: a LogProbs, or sft.Outputs."""
 
     @property
     def logp(self) -> Float[Array, "..."]:
@@ -32,11 +32,11 @@ class TokenValues(Protocol):
 
     @property
     def lse(self) -> Float[Array, "..."] | None:
-        """Log-sum-exp of the logits; None if the loss of the forward pass does not need it."""
+        """Log-sum-exp of the logits; None in sft.Outputs of a loss without z-loss and label smoothing."""
 
     @property
     def mean_logit(self) -> Float[Array, "..."] | None:
-        """Mean of the logits over the vocabulary; None if the loss of the forward pass does not need it."""
+        """Mean of the logits over the vocabulary; None in sft.Outputs of a loss without label smoothing."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class TargetLoss:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the loss is the cross-entropy."""
+        """Whether the loss is the plain cross-entropy: no label smoothing, no z-loss, no dft."""
         return self == CROSS_ENTROPY
 
     def value(self, lp: TokenValues) -> Float[Array, "..."]:
-        """Return the loss of each token from its LogProbs."""
+        """Return the loss of each token. lp: see TokenValues."""
         s, loss = self.label_smoothing, -lp.logp
         if self.dft:
             loss = jax.lax.stop_gradient(jnp.exp(lp.logp)) * loss
@@ -85,7 +85,7 @@ class TargetLoss:
     def slope(
         self, p: Float[Array, "... V"], targets: Int[Array, "..."], lp: TokenValues
     ) -> Float[Array, "... V"]:
-        """Return the gradient of the loss with respect to the logits. p: the softmax of the logits."""
+        """Return the gradient of each token's loss by its logits, whose softmax is p. targets: token ids."""
         s = self.label_smoothing
         at_target = jax.lax.broadcasted_iota(targets.dtype, p.shape, p.ndim - 1) == targets[..., None]
         slope = p - at_target.astype(p.dtype)
@@ -97,8 +97,8 @@ class TargetLoss:
 
 
 def _given(x: Float[Array, "..."] | None) -> Float[Array, "..."]:
-    """Return x, a field of LogProbs. Raises ValueError for None: all members of a sweep have one forward
-    pass, which computes the fields that the first member's loss needs.
+    """Return x, the lse or mean_logit of a TokenValues. Raises ValueError if it is None: all members of a
+    sweep share one forward pass, which computes only the arrays that the first member's loss needs.
     """
     if x is None:
         raise ValueError(
@@ -146,8 +146,8 @@ class LanguageModel(Protocol):
 
 
 class HeadInput(NamedTuple):
-    """A model's head and the hidden states that it is applied to. params: of the model. h: at the positions
-    whose log-probs are computed.
+    """A model's head and the hidden states that it is applied to. params: all parameters of the model. h: the
+    hidden states at the positions whose log-probs are computed.
     """
 
     model: LanguageModel
@@ -159,8 +159,9 @@ class HeadInput(NamedTuple):
 class LogProbs:
     """Log-prob and related values of each target token, in float32 or wider.
 
-    lse: log-sum-exp of the logits. mean_logit: over the vocabulary. top1: 1 if the target is the most likely
-    token, else 0. log_sum_p2: log sum_v p_v^2. A field has a gradient only if it is in the argument `graded`
+    lse: log-sum-exp of the logits. mean_logit: their mean over the vocabulary. entropy: in nats, of the
+    distribution p over the vocabulary. top1: 1 if the target is the most likely token, else 0. log_sum_p2:
+    log sum_v p_v^2. A field has a gradient only if it is in the argument `graded`
     of token_logps; top1 and log_sum_p2 never have one.
     """
 
@@ -185,8 +186,8 @@ def token_logps(
     head. The gradient of a token's log-prob with respect to its hidden state, `W[target] - sum_v p_v W[v]`,
     does not depend on the loss. It is computed in the forward pass while the chunk's logits exist, so that
     the backward pass needs no matmul for it. If the head is trained, its gradient recomputes each chunk once.
-    On a mesh the head is gathered along fsdp once per pass. Each block of rows accumulates a gradient of the
-    head, and these are summed once.
+    On a mesh the head is gathered along the fsdp axis once per pass. Each shard of the rows accumulates its
+    gradient of the head over all chunks, and these gradients are summed over the shards once, at the end.
     """
     return logps_of_heads([HeadInput(model, params, h_BMD)], targets, graded)[0]
 
@@ -194,10 +195,11 @@ def token_logps(
 def logps_of_heads(
     heads: Sequence[HeadInput], targets: Int[Array, "B M"], graded: Graded = ("logp",)
 ) -> tuple[LogProbs, ...]:
-    """Return the LogProbs of `targets` under each of several heads, chunk by chunk in one pass.
+    """Return the LogProbs of `targets` under each head, in the order of `heads`, chunk by chunk in one pass.
 
-    heads: of the trained model, then of frozen models, such as a reference or a teacher, whose log-probs get
-    no gradient. Their widths and vocabularies may differ. graded: see token_logps.
+    heads: the trained model's first, then those of frozen models, such as a reference or a teacher. The
+    LogProbs of frozen models have no gradient; their width D and vocabulary may differ. graded: see
+    token_logps.
     """
     plan, pad = _plan(heads, graded)
     (head, h), *frozen = [(head.model.head(head.params), _padded(head.h, pad)) for head in heads]
@@ -215,8 +217,8 @@ def weighted_loss(
 ) -> tuple[Float[Array, ""], LogProbs]:
     """Return (the sum of the tokens' losses times `weights`, LogProbs without gradient).
 
-    Since it knows the loss, unlike token_logps, it computes the head's gradient too while a chunk's logits
-    exist, and the backward pass recomputes nothing.
+    Since the loss is known here, unlike in token_logps, the forward pass computes the gradient of the head,
+    too, while a chunk's logits exist, and the backward pass recomputes no logits.
     """
     plan, pad = _plan([HeadInput(model, params, h_BMD)], ("logp",))
     plan, padded = replace(plan, loss=loss), (_padded(x, pad) for x in (h_BMD, targets, weights))
@@ -233,8 +235,9 @@ class HeadPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The static arguments of a pass over heads. heads: only the first one may be trained. count: the number
-    of chunks. graded: see token_logps. loss: of weighted_loss.
+    """The static arguments of a pass over several heads, of which only the first one may be trained.
+
+    count: the number of chunks along M. graded: see token_logps. loss: read by weighted_loss only.
     """
 
     heads: tuple[HeadPlan, ...]
@@ -254,7 +257,7 @@ class ChunkPlan:
 
 
 def _plan(heads: Sequence[HeadInput], graded: Graded) -> tuple[ChunkPlan, int]:
-    """Return the plan of a pass, and how many positions to append to h so that chunks have equal size."""
+    """Return the plan of a pass over heads, and the padding of M for which all chunks have the same size."""
     B, M, _ = heads[0].h.shape
     plans, per_position = [], 0  # logits on a device, of the largest vocabulary
     for model, params, h in heads:
@@ -343,7 +346,6 @@ def _inputs(plan: ChunkPlan, h: Array, frozen: FrozenHeads, targets: Array) -> t
 def _read_each(
     plans: Sequence[HeadPlan], heads: Sequence[Params], states: Sequence[Array], targets: Array
 ) -> tuple[LogProbs, ...]:
-    """Return the LogProbs of a chunk under each head."""
     each = zip(plans, heads, states, strict=True)
     return tuple(_read(p.logits(head, x), targets)[0] for p, head, x in each)
 
@@ -408,11 +410,11 @@ def _chunked_bwd(plan: ChunkPlan, residuals, g):
 
 
 def _accumulators(head, axes, h, trained):
-    """Return (leaves of the gathered head, its tree structure, its float leaves that are `trained`, zeros to
-    which their gradients are added).
+    """Return (leaves of the gathered head, its tree structure, its trained float leaves, zeros to which the
+    gradients of these are added). The last two are lists with None for each other leaf.
 
-    The gradients are summed over chunks in float32 or wider. They have a leading axis over the blocks of rows
-    into which a mesh divides a batch.
+    trained: for each leaf of the head whether it is trained. The gradients are summed over chunks in float32
+    or wider; their first axis has one element per shard of the rows, see _by_block.
     """
     leaves, structure = jax.tree.flatten(_gather(head, axes, h.dtype))
     floats = [w if t and jnp.issubdtype(w.dtype, jnp.floating) else None for w, t in zip(leaves, trained)]
@@ -432,7 +434,10 @@ def _filled(structure, leaves, floats):
 
 
 def _by_block(fn, *chunk):
-    """Apply fn to each block of rows of a chunk, so that each part of a mesh accumulates its own gradient."""
+    """Divide the rows of a chunk's arrays into one block per row shard of the mesh, apply fn to each block,
+    and stack the results on a new first axis, so that each shard accumulates its gradient without
+    communication.
+    """
     blocks = num_shards(("read_rows",), chunk[0].shape[:1])
     if blocks == 1:  # without vmap: XLA's CPU compiler sums over [1, rows, M, V] at 5 % of the speed
         return jax.tree.map(lambda x: x[None], fn(*chunk))
@@ -444,7 +449,9 @@ def _plus(total, grads):
 
 
 def _reduced(structure, axes, total, floats):
-    """Sum the gradients over blocks of rows, and round them to the dtypes of the head's leaves."""
+    """Return the head's gradients as a tree: `total`, summed over its first axis (see _by_block) and rounded
+    to the dtypes of `floats`. total, floats: lists as _accumulators returns them.
+    """
     sums = [None if x is None else constrain(jnp.sum(x, 0), *a) for x, a in zip(total, axes)]
     grads = [None if x is None else x.astype(w.dtype) for x, w in zip(sums, floats)]
     return jax.tree.unflatten(structure, grads)

@@ -1,4 +1,4 @@
-"""Metrics as sums, which are added over steps, microbatches and evaluation batches, divided for the log."""
+"""Metrics, stored as sums: added over steps, microbatches and evaluation batches, divided when logged."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -45,18 +45,18 @@ class Sum:
 
 @struct
 class WinRate:
-    """The fraction of pairs that are won, where a tie counts 1/2; None if all pairs are ties.
+    """The fraction of pairs that are won, where a tie counts 1/2.
 
     sums: [won, tied, all pairs]. TRL counts a tie as lost, so that a policy that equals its reference has an
-    accuracy of 0; here it has no accuracy.
+    accuracy of 0; here its accuracy is not logged, because all pairs are ties.
     """
 
     sums: Stored
 
     @staticmethod
     def of(margin: Float[Array, "..."], tied: Bool[Array, "..."], where: Bool[Array, "..."]) -> "WinRate":
-        """Return the fraction of margins above 0 where a mask is True; a `tied` one counts 1/2. NaN if any
-        is NaN.
+        """Return the fraction of margins above 0 among the pairs where the mask `where` is True. A pair where
+        `tied` is True counts 1/2. The fraction is NaN if one of these margins is NaN.
         """
         w = where.astype(margin.dtype)
         tie = tied.astype(margin.dtype)
@@ -71,28 +71,30 @@ class WinRate:
 
 @struct
 class PerRow:
-    """A value for each held-out row, in the order of the rows; only in evaluation. weights: 0 for padding."""
+    """A value for each held-out row, in their order; only in evaluation. weights: of rows, 0 for padding."""
 
     values: Stored
     weights: Stored
 
     @staticmethod
     def of(values: Float[Array, "..."], weights: Shaped[Array, "..."]) -> "PerRow":
-        """Return the values of the rows whose weight is above 0."""
+        """Flatten values and weights; values of rows of weight 0 become 0."""
         w = weights.astype(values.dtype)
         return PerRow(jnp.where(w > 0, values, 0).ravel(), w.ravel())
 
 
 @struct
 class PerLayer:
-    """A Sum for each layer of a model, [L], logged as NAME/0, NAME/1, ...; numbers: of the layers."""
+    """A Sum for each of L layers of a model, logged as NAME/0, NAME/1, ... (NAME/00, ... if a layer's index
+    has two digits). total, weight: [L]. numbers: the L layers' indices in the model, from 0.
+    """
 
     total: Stored
     weight: Stored
     numbers: tuple[int, ...] = static()
 
     def layers(self, name: str) -> "dict[str, Sum]":
-        """Return a Sum for each layer, by its logged name; `name` is the metric's."""
+        """Return {logged name: Sum}, such as {"NAME/00": ..., "NAME/11": ...} for name="NAME"."""
         digits, weight = len(str(max(self.numbers))), np.broadcast_to(self.weight, self.total.shape)
         sums = zip(self.numbers, self.total, weight, strict=True)
         return {f"{name}/{number:0{digits}d}": Sum(total, w) for number, total, w in sums}
@@ -100,14 +102,14 @@ class PerLayer:
 
 @struct
 class Max:
-    """A metric whose sum over parts of a batch is the largest value."""
+    """The largest of several values: `add` takes the larger one."""
 
     value: Stored
 
 
 @struct
 class Min:
-    """A metric whose sum over parts of a batch is the smallest value."""
+    """The smallest of several values: `add` takes the smaller one."""
 
     value: Stored
 
@@ -194,7 +196,7 @@ class LabelNoise:
 
     def error(self) -> float | None:
         """Return the standard error of value() as an estimate of the fraction p of these n pairs:
-        sqrt(p (1 - p) (1 / k - 1 / n)).
+        sqrt(p (1 - p) (1 / k - 1 / n)). None if value() is None.
 
         k = (sum w)^2 / sum w^2 is the effective number of pairs. In place of p the formula has (p k + 1) /
         (k + 2), so that the error is not 0 for p = 0.
@@ -219,7 +221,7 @@ def mean_losses(
     sources: Int[Any, "*n"] | None,
     names: tuple[str, ...],
 ) -> Metrics:
-    """Return the weighted mean of loss values over all rows, and over each source (see losses_by_source)."""
+    """Return the weighted mean of loss values as the metric `loss`, and those of losses_by_source."""
     total = jnp.sum(jnp.where(weights > 0, weights * values, 0))
     return {LOSS: Sum(total, jnp.sum(weights)), **losses_by_source(values, weights, sources, names)}
 
@@ -230,9 +232,10 @@ def losses_by_source(
     sources: Int[Any, "*n"] | None,
     names: tuple[str, ...],
 ) -> Metrics:
-    """Return the weighted mean of loss values over each source of rows, as `loss/NAME`; {} for one source.
+    """Return the weighted mean of loss values over each data source, as `loss/NAME`.
 
-    sources: for each value the index of its source in `names`.
+    names: of the data sources. sources: for each value the index of its source in `names`; None, for which
+    the result is {}, if the data has one source.
     """
     if sources is None:
         return {}
@@ -249,7 +252,7 @@ def by_row(outputs: LayerOutputs) -> LayerOutputs:
 
 
 def layer_metrics(outputs: LayerOutputs) -> Metrics:
-    """Return the metrics of each layer from its LayerMeans. outputs: from by_row."""
+    """Return a PerLayer for each LayerMean in `outputs` (see by_row), summed over rows; ignore the others."""
     means = {name: x for name, x in outputs.items() if isinstance(x, LayerMean)}
     return {name: PerLayer(jnp.sum(x.total, 0), jnp.sum(x.weight, 0), x.numbers) for name, x in means.items()}
 
@@ -259,7 +262,7 @@ Metric = Sum | PerLayer | WinRate | PerRow | Max | Min | Correlation | Calibrati
 
 
 def add(a: Metrics, b: Metrics) -> Metrics:
-    """Add the metrics of two parts of a batch, by name. They have no per-row values (see join_rows)."""
+    """Add the metrics of two parts of a batch. Both have the same names, and no PerRow (see join_rows)."""
     return {name: _add(a[name], b[name]) for name in a}
 
 
@@ -273,13 +276,13 @@ def _add(a: Any, b: Any) -> Metric:
 
 
 def join_rows(parts: Sequence[Metrics]) -> Metrics:
-    """Concatenate the per-row values (PerRow) of parts of a batch, in order. parts: have no other metrics."""
+    """Concatenate the PerRow metrics of parts of a batch, in order; parts have no other metrics."""
     # the last axis: in a sweep the first one is over members
     return jax.tree.map(lambda *x: np.concatenate(x, -1), *parts)
 
 
 def neutral(like: Metrics) -> Metrics:
-    """Return metrics m with add(x, m) = x, with the shapes and dtypes of `like`."""
+    """Return metrics m with add(x, m) = x, with the shapes and dtypes of `like`; a PerRow becomes zeros."""
 
     def neutral_of(m: Any) -> Metric:
         if isinstance(m, (*SUMS, PerRow)):
@@ -291,7 +294,7 @@ def neutral(like: Metrics) -> Metrics:
 
 
 def by_layer(metrics: Metrics) -> Metrics:
-    """Replace each PerLayer by a Sum per layer, under its logged name; for metrics on the host."""
+    """Replace each PerLayer by a Sum per layer (see PerLayer.layers). metrics: of NumPy arrays."""
     out: Metrics = {}
     for name, m in metrics.items():
         out |= m.layers(name) if isinstance(m, PerLayer) else {name: m}
@@ -299,7 +302,9 @@ def by_layer(metrics: Metrics) -> Metrics:
 
 
 def as_ties(metrics: Metrics) -> Metrics:
-    """Count all pairs as ties, for a policy that equals its reference: margins are rounding errors."""
+    """Count all pairs of a WinRate as ties, and empty Correlation and LabelNoise, for a policy that equals
+    its reference: its margins are rounding errors. Other metrics stay as they are. metrics: of NumPy arrays.
+    """
 
     def tied(m: Any) -> Any:
         if isinstance(m, WinRate):
@@ -312,7 +317,7 @@ def as_ties(metrics: Metrics) -> Metrics:
 
 def as_floats(metrics: Metrics) -> dict[str, float]:
     """Return each metric as a number (a Sum as total / weight), and a LabelNoise's standard error as
-    `name_error`. Metrics without a value, such as a mean over nothing, are left out.
+    `NAME_error`. PerRow, and metrics without a value, such as a mean over nothing, are left out.
     """
     out = {}
     for name, m in by_layer(jax.device_get(metrics)).items():
@@ -328,32 +333,32 @@ def as_floats(metrics: Metrics) -> dict[str, float]:
 
 
 def pair_counts(metrics: Metrics) -> FloatMetrics:
-    """Return the number of pairs behind each accuracy, by the accuracy's name + PAIR_COUNT."""
+    """Return {NAME_pairs: number of pairs} of each WinRate NAME that has pairs."""
     counts = {name: m.sums[2] for name, m in metrics.items() if isinstance(m, WinRate)}
     return {name + PAIR_COUNT: float(count) for name, count in jax.device_get(counts).items() if count}
 
 
 class Count(NamedTuple):
-    """The number of pairs or prompts behind a fraction."""
+    """The number of pairs or prompts that a fraction was computed from. unit: "pairs" or "prompts"."""
 
     number: float
     unit: str
 
 
 def count_of(metrics: Mapping[str, float], name: str) -> Count | None:
-    """Return the number of pairs or prompts behind the metric `name`; None if it is not a fraction."""
+    """Return the count that is logged for `name` as NAME_pairs or NAME_prompts; None if there is neither."""
     counts = ((metrics.get(name + suffix), suffix.removeprefix("_")) for suffix in (PAIR_COUNT, PROMPT_COUNT))
     return next((Count(number, unit) for number, unit in counts if number), None)
 
 
 def without_count(name: str) -> str:
-    """Return the name of a fraction from the name of its count; another name unchanged."""
+    """Return NAME for NAME_pairs and NAME_prompts (see count_of); other names unchanged."""
     return name.removesuffix(PAIR_COUNT).removesuffix(PROMPT_COUNT)
 
 
 def row_values(metrics: Metrics) -> dict[int, FloatMetrics]:
-    """Return the per-row values of an evaluation, {position of the row: {name: value}}; WEIGHT is the name of
-    the weight of the row's loss.
+    """Return the PerRow values of an evaluation by row, such as {0: {"loss": 0.7, "weight": 0.5}}: the key is
+    the row's index in the PerRow arrays, "weight" the weight of its loss. Rows of weight 0 are left out.
     """
     rows: dict[int, FloatMetrics] = {}
     for name, m in jax.device_get(metrics).items():
@@ -367,14 +372,14 @@ def row_values(metrics: Metrics) -> dict[int, FloatMetrics]:
 
 
 def to_json(metrics: Metrics) -> dict[str, list[Any]]:
-    """Return metrics as JSON; from_json is the inverse."""
+    """Return metrics as JSON, {name: [type, *arrays]}, such as {"loss": ["Sum", 3.0, 2.0]}."""
     return {
         name: [type(m).__name__, *(x.tolist() for x in jax.tree.leaves(m))] for name, m in metrics.items()
     }
 
 
 def from_json(stored: dict[str, list[Any]]) -> Metrics:
-    """Return metrics from JSON, as float64 arrays on the host."""
+    """Return to_json's metrics, in float64 on the host. PerRow raises KeyError; PerLayer loses `numbers`."""
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (*SUMS, Max, Min)}
     return {
         name: kinds[kind](*(np.asarray(x, np.float64) for x in arrays))

@@ -21,8 +21,11 @@ ReferenceKind = Literal["none", "start", "moving", "precomputed", "teacher"]
 
 
 class Scores(NamedTuple):
-    """Values that are computed for a rollout before the run trains on it: [B, M] at read positions in
-    programs, [n, S] at sampled tokens on the host. None for values that the objective does not compute.
+    """Log-probs and values of a batch, computed without gradient before the run trains on it: [B, M] at read
+    positions in programs; on the host, for n completions of at most S sampled tokens, [n, S].
+
+    logps: the policy's. reference: the reference policy's log-probs. values: the critic's. A field that the
+    objective does not compute is None.
     """
 
     logps: Float[Any, "B M"] | None = None  # of the policy
@@ -36,21 +39,21 @@ class Facts:
 
     coupled: the loss of a row depends on other rows. Accumulation and evaluation then run all forward passes
         first, and the outputs must have a field `logp`, the only one with a gradient.
-    reference: the reference policy: "start" is the policy at step 0, "moving" a copy in aux that follows the
-        policy, "precomputed" the policy at step 0 with its log-probs in the batch, "teacher" the run's
-        teacher.
+    reference: the reference policy: "none"; "start", the policy at step 0; "moving", a copy in aux that
+        follows the policy; "precomputed", the policy at step 0 with its log-probs in the batch; "teacher",
+        the run's teacher.
     teacher: the loss uses the run's teacher (see models/adapted.py), not as a reference.
     starts_tied: rewards compare the policy with the policy at step 0, so that all pairs of the first step are
         ties, apart from rounding.
     dropout: whether the policy may be trained with dropout.
     noise: the training loss is random even without dropout, so that `forward` needs a key.
-    temperature: the sampling temperature that its log-probs assume, None for any.
+    temperature: the sampling temperature that the objective's log-probs assume, None for any.
     kl_in_rewards: the KL penalty is subtracted from the rewards, and aux["kl_coef"] is its coefficient.
     critic: `score` returns values, and a batch has returns and value weights.
     freezes_policy: some batches leave the policy unchanged, those for which `frozen_policy` is True.
     observations: a batch has weights for tokens that the policy did not sample (see policy.echo).
-    target_kl: approximate KL above which the rest of a rollout does not train the policy (see
-        policy.with_target_kl).
+    target_kl: approximate KL in nats per token. After a step with a larger KL, the later steps on the same
+        rollout do not train the policy (see policy.with_target_kl). None for no limit.
     """
 
     coupled: bool = False
@@ -77,6 +80,7 @@ class Report(NamedTuple):
     alone.
 
     alarms(memory, entry, last) -> Alarms is called with each entry of metrics.jsonl in order, see alarms.py.
+    memory: a dict that keeps state between calls. last: whether the entry is the last one of the run.
     summary(first, last) -> lines about the full run, from each metric's first and newest value.
     """
 

@@ -54,11 +54,11 @@ def square(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 def logistic(x: Float[Array, "..."], label_smoothing: float | Array = 0.0) -> Float[Array, "..."]:
     """Return -(1 - eps) log sigmoid(x) - eps log sigmoid(-x): the cross-entropy of a label that is wrong with
-    probability eps.
+    probability eps = label_smoothing. Raises ValueError for eps outside [0, 0.5].
     """
     require(
         (label_smoothing >= 0) & (label_smoothing <= 0.5),
-        f"label_smoothing must be in [0, 0.5], got {label_smoothing}",
+        f"label_smoothing must be in [0, 0.5], got {label_smoothing}; set 0 for no smoothing",
     )
     return -(1 - label_smoothing) * log_sigmoid(x) - label_smoothing * log_sigmoid(-x)
 
@@ -89,7 +89,9 @@ LossState = Mapping[
 
 @struct
 class Response:
-    """The responses of one kind, such as "chosen", one per pair. present: 1, or 0 if the slot has none."""
+    """The responses of one kind, such as "chosen": one for each of the P pairs that a row has space for (its
+    slots). present: 1, or 0 if the slot has no response of this kind.
+    """
 
     logp: Float[Array, "B P"]  # log pi(response | prompt), summed over its tokens
     reference: Float[Array, "B P"] | None  # the same of the reference policy; None in a run without one
@@ -115,8 +117,10 @@ class Response:
 
 @struct
 class PairTokens:
-    """The responses' tokens, at the read positions of the batch. A loss finds a token's place by `response`
-    and `position`; it must not rely on the order of tokens in the arrays.
+    """The tokens of all responses. `response` and `position` say of which response, and of which token in it,
+    the other arrays have the value; a loss must not rely on the order of tokens in the arrays.
+
+    A response's id is slot * A + kind, with kind its index among the A kinds in PairBatch.responses.
     """
 
     logp: Float[Array, "B M"]
@@ -131,7 +135,9 @@ class PairBatch:
     """Log-probs of a batch of preference pairs. A loss is `(pair: PairBatch, ...) -> [B, P]`: a value per
     pair, never a mean.
 
-    Its values in slots of weight 0 are ignored, but they and their gradients must be finite.
+    A row has slots for P pairs; an empty slot has weight 0. The loss's values there are ignored, but they and
+    their gradients must be finite. responses: by kind, such as "chosen". columns: numeric columns of the rows
+    by name, such as those in data.extras.
     """
 
     responses: dict[str, Response]
@@ -150,11 +156,11 @@ class PairBatch:
         return self.responses["rejected"]
 
     def total(self, x: Float[Array, "B M"]) -> dict[str, Float[Array, "B P"]]:
-        """Sum values per token over the tokens of each response; return the sums by kind of response."""
+        """Sum values per token over each response's tokens; return the sums by kind, such as "chosen"."""
         return response_sums(x, self.tokens.response, tuple(self.responses), self.weight.shape[1])
 
     def spread(self, x: dict[str, Float[Array, "B P"]]) -> Float[Array, "B M"]:
-        """Repeat a value per response, by kind of response, at each of its tokens (0 at padding)."""
+        """Repeat each response's value, given by kind, at each of its tokens (0 at padding)."""
         stacked = jnp.stack([x[kind] for kind in self.responses], -1)
         flat = stacked.reshape(stacked.shape[0], stacked.shape[1] * stacked.shape[2])
         padded = jnp.pad(flat, ((0, 0), (0, 1)))
@@ -164,8 +170,8 @@ class PairBatch:
 def response_sums(
     x: Float[Array, "B M"], response: Int[Array, "B M"], kinds: tuple[str, ...], slots: int
 ) -> dict[str, Float[Array, "B P"]]:
-    """Sum x over the tokens of each response; return the sums by kind. response: id of each token's response,
-    slot * len(kinds) + kind; padding has a larger one.
+    """Sum x over the tokens of each response; return the sums by kind. response: for each token the id of its
+    response, slot * len(kinds) + the index of its kind; padding has slots * len(kinds). slots: P.
     """
     count = slots * len(kinds)
     member = (response[:, :, None] == jnp.arange(count, dtype=response.dtype)[None, None]).astype(x.dtype)
@@ -180,7 +186,9 @@ def pair_batch(
     log_sum_p2: Float[Array, "B M"],
     reference: Float[Array, "B M"] | None,
 ) -> PairBatch:
-    """Return the PairBatch of a batch from log-probs at its read positions. log_sum_p2: see LogProbs."""
+    """Return the PairBatch of a batch. logp, reference: log-probs of the policy and of the reference (None if
+    there is none) at the batch's read positions. log_sum_p2: the policy's, see LogProbs.
+    """
     chex.assert_equal_shape([logp, log_sum_p2, batch.responses])
     slots, dtype = batch.pair_weights.shape[1], logp.dtype
     sums = response_sums(logp, batch.responses, batch.kinds, slots)
@@ -202,21 +210,21 @@ def pair_batch(
 
 
 def same_state(state: LossState, metrics: Metrics) -> LossState:
-    """Return the state unchanged."""
+    """Return the state unchanged: the default of PreferenceLoss.update."""
     return state
 
 
 @dataclass(frozen=True)
 class PreferenceLoss:
-    """A preference loss, a function fn(pair, ...) -> [B, P], with facts that the objective must know. For a
-    plain function they have their defaults.
+    """A preference loss, a function fn(pair, ...) -> [B, P], with facts that the objective must know. A plain
+    function as a loss counts as PreferenceLoss(function), with the defaults.
 
     coupled: the value of a pair depends on the batch's other pairs (sorts, batch means, running statistics).
     Such a loss is fn(pair, state, ...). It is called once per optimizer step with the pairs of all
     microbatches and devices together, so that accumulation is exact; slots of weight 0 must not influence it.
-    init, update(state, metrics of the full batch) -> the state at step 0, and the state after a step.
-    eval_state(state) -> the state for the loss of held-out pairs. reads_reference: the loss reads `ratio` or
-    `reference`, so that the objective needs a reference policy.
+    state: a dict of scalars. init: the state at step 0. update(state, metrics of the full batch) -> the state
+    after a step. eval_state(state) -> the state for the loss of held-out pairs. reads_reference: the loss
+    reads `ratio` or `reference`, so that the objective needs a reference policy.
     """
 
     fn: Callable[..., Array]
@@ -227,15 +235,15 @@ class PreferenceLoss:
     eval_state: Callable[[Any], LossState] = dict
 
     def __call__(self, pair: PairBatch, *args: Any, state: LossState | None = None, **knobs: Any) -> Array:
-        """Return the loss of each pair. Raises ValueError for a coupled loss without `state`: its caller must
-        be declared as coupled too.
+        """Return the loss of each pair. Raises ValueError for a coupled loss without `state`: a loss that
+        calls it must be declared as coupled too, and pass its `state` on.
         """
         if not self.coupled:
             return self.fn(pair, *args, **knobs)
         if state is None:
             raise ValueError(
-                f"{loss_name(self)} couples the pairs of a batch. "
-                "Pass it to preference(...) itself, or declare its caller with @coupled"
+                f"{loss_name(self)} couples the pairs of a batch, but was called without its state. "
+                "Pass it to preference(...) itself, or declare its caller with @coupled and pass state=state"
             )
         return self.fn(pair, *args, state=state, **knobs)
 
@@ -255,12 +263,14 @@ class Claims:
 
     @classmethod
     def of(cls, *names: str) -> "Claims":
-        """Return Claims with these names."""
+        """Return Claims(names)."""
         return cls(names)
 
 
 def claims_of(loss: Callable[..., Array]) -> tuple[str, ...]:
-    """Return the names of the claims of a loss; () if one of its parameters is set to another function."""
+    """Return the names of the claims of a loss; () if it has none, or if a partial sets a parameter whose
+    default is a function to another function.
+    """
     fn = declaration(loss).fn
     if isinstance(fn, partial | PreferenceLoss):
         return claims_of(fn)
@@ -367,8 +377,8 @@ TIE_ROUNDING = 1e-5  # of a log-prob that two programs compute in float32
 
 
 def pair_metrics(pair: PairBatch, reward: Callable[[Response], Array]) -> Metrics:
-    """Return metrics over pairs of equal weight: accuracy, margin, rewards, log-probs, and how margins depend
-    on lengths. reward(response) -> [B, P].
+    """Return metrics over the pairs of weight above 0, each counted once: accuracy, margin, rewards,
+    log-probs, and how margins depend on lengths. reward(response) -> [B, P].
 
     An accuracy counts a tie as 1/2 and has no value if all pairs are ties (see WinRate), as before the first
     step, when the policy is the reference. A pair is a tie if its rewards are equal, or if both responses
@@ -420,7 +430,7 @@ def pair_values(pair: PairBatch, losses: Float[Array, "B P"], reward: Callable[[
 
 
 def wins(margin: Float[Array, "B P"], tied: Bool[Array, "B P"]) -> Float[Array, "B P"]:
-    """Return 1/2 for a tie, 1 for another margin above 0, else 0."""
+    """Return 1/2 where `tied` is True, else 1 for a margin above 0 and 0 for any other."""
     return jnp.where(tied, 0.5, (margin > 0).astype(margin.dtype))
 
 
@@ -432,7 +442,7 @@ def _is_reference(response: Response) -> Bool[Array, "B P"]:
 
 
 def longer_wins(longer: Float[Array, "B P"], dtype: DTypeLike) -> Float[Array, "B P"]:
-    """Return 1 where the chosen response is the longer one (`longer` > 0), 1/2 for a tie, else 0."""
+    """Return 1 where the chosen length minus the rejected one, `longer`, is above 0, 1/2 at 0, else 0."""
     return (longer > 0).astype(dtype) + (longer == 0).astype(dtype) / 2
 
 
@@ -440,7 +450,7 @@ def pair_token_metrics(
     pair: PairBatch, mean_logit: Float[Array, "B M"], entropy: Float[Array, "B M"], top1: Float[Array, "B M"]
 ) -> Metrics:
     """Return TRL's means over tokens (logits of chosen and of rejected responses, entropy of both, top-1
-    accuracy of chosen ones) and a KL.
+    accuracy of chosen ones) and a KL. mean_logit, entropy, top1: the policy's, see LogProbs.
 
     kl is the mean of exp(d) - 1 - d with d = log pi_ref - log pi at the chosen responses' tokens (Schulman
     2020's k3). Its expectation is the KL only for tokens sampled from the policy, so here it is an

@@ -129,7 +129,8 @@ UNUSED = ("ids", "segments", "positions", "read", "targets", "branches")  # fiel
 
 @struct
 class Outputs:
-    """The forward passes of a batch. logp and values have a gradient, entropy if it has a coefficient.
+    """The outputs of the forward passes over a batch. logp and values have a gradient; entropy has one if the
+    objective has an entropy bonus.
 
     batch: the completions without their tokens.
     """
@@ -149,8 +150,8 @@ def policy(
     temperature: float = 1.0,
     critic: Critic | None = None,
 ) -> Objective:
-    """`sum_t w_t (loss_t + beta KL_t - entropy H_t) + coef sum_t v_t L_t`, with policy weights w and value
-    weights v.
+    """`sum_t w_t (loss_t + beta KL_t - entropy H_t) + coef sum_t v_t L_t`, with policy weights w, value
+    weights v, entropies H and the value losses L of a critic.
 
     loss: a function of policy_losses.py, or your own.
     beta: 0 for no penalty and no reference; another number is FixedKL(beta). A penalty needs the reference's
@@ -242,8 +243,8 @@ def policy(
 
 
 def with_target_kl(objective: Objective, target_kl: float) -> Objective:
-    """Return the objective with early stopping at target_kl nats per token: once the approximate KL of the
-    newest step that trained the policy is above it, the rest of a rollout trains only the critic.
+    """Return the objective with early stopping at target_kl nats per token: after a step whose approximate KL
+    is above it, the later optimizer steps on the same rollout train only the critic, if there is one.
 
     The KL is stored in aux["approx_kl"] as [sum, weight] of the metric policy/approxkl_avg, which the rollout
     source reads.
@@ -272,6 +273,9 @@ def echo(
     ECHO (Shrivastava et al. 2026, arXiv:2605.24517, where coef is 0.05): the policy learns what its actions
     lead to, in the same forward pass and from failed episodes too. The chat template's text around a result
     is included. The loss is logged as loss/observation_avg.
+
+    objective: a function that returns the policy objective for a model. The new objective raises ValueError
+    for a batch without observation weights.
     """
     require(coef > 0, f"echo={coef} must be above 0; use for example 0.1, or leave it out")
     inner = objective(model)
@@ -345,7 +349,7 @@ def policy_batch(outputs: Outputs) -> PolicyBatch:
 def _policy_terms(
     loss: PolicyLoss, penalty: Penalty | None, bonus: float, outputs: Outputs, aux: Aux
 ) -> tuple[Array, Metrics]:
-    """Return the policy's loss with KL penalty and entropy bonus, and its metrics."""
+    """Return the policy's loss with KL penalty and entropy bonus (coefficient: `bonus`), and its metrics."""
     batch = policy_batch(outputs)
     weights = outputs.batch.policy_weights.astype(batch.logp.dtype)
 
@@ -384,7 +388,7 @@ def _checked_values(loss: PolicyLoss, batch: PolicyBatch) -> Float[Array, "B M"]
         values = loss(batch)
     except (TypeError, AttributeError, IndexError, KeyError) as error:
         message = f"{type(error).__name__}: {shorten_error(error)}"
-        raise ValueError(f"policy loss {name} fails: {message}") from error
+        raise ValueError(f"policy loss {name} fails: {message}. Correct the loss or its settings") from error
     got = values.shape if isinstance(values, jax.Array) else type(values).__name__
     if got != batch.logp.shape:
         raise ValueError(f"policy loss {name} must return one value per token, {batch.logp.shape}; got {got}")

@@ -1,8 +1,8 @@
 """The preference objective: a loss over pairs of responses, its reference policy and its metrics.
 
-`preference(model, loss=partial(dpo, beta=0.1))` is a sum over pairs, times their weights. If the loss couples
-the pairs of a batch (see PreferenceLoss), the train step computes it once from the log-probs of all
-microbatches, so that gradient accumulation is still exact.
+`preference(model, loss=partial(dpo, beta=0.1))` is the sum of the pairs' losses times their weights. If the
+loss couples the pairs of a batch (see PreferenceLoss), the train step computes it once from the log-probs of
+all microbatches, so that gradient accumulation is still exact.
 """
 
 from collections.abc import Callable
@@ -63,8 +63,8 @@ class EMAReference:
     ref <- alpha policy + (1 - alpha) ref.
 
     The mean is taken over weights; for LoRA adapters, over the products a b. It is stored as an adapter with
-    twice the rank. The part of the newest mean that does not fit into this rank is dropped; its norm, as a
-    fraction of the mean's, is logged as `reference_rank_error`.
+    twice the rank (for alpha = 1, with the same rank). The part of the newest mean that does not fit into
+    this rank is dropped; its norm, as a fraction of the mean's, is logged as `reference_rank_error`.
     """
 
     alpha: Annotated[float, ABOVE_ZERO_TO_ONE] = 0.6
@@ -146,7 +146,8 @@ def preference(
     declared = declaration(loss)
     if reference is None and reward is implicit_reward:
         raise ValueError(
-            "without a reference there is no implicit reward. Set preference(reward=summed_logp) or mean_logp"
+            "without a reference there is no implicit reward. Set preference(reward=summed_logp) or "
+            "preference(reward=mean_logp)"
         )
     ema = reference if isinstance(reference, EMAReference) else None
     kind: ReferenceKind = "moving" if isinstance(reference, EMAReference) else reference or "none"
@@ -243,7 +244,8 @@ def reference_head(
     if kind == "teacher":
         if model.teacher is None:
             raise ValueError(
-                "the reference is the run's teacher, but the run has none. Set Run.teacher (reference_model=)"
+                "the reference is the run's teacher, but the run has none. Set Run.teacher, or in a recipe "
+                "reference_model"
             )
         model = model.teacher
     else:
@@ -270,7 +272,9 @@ def _reference_copy(kind: ReferenceKind, trainable: Params, at_base: bool) -> Au
 
 
 def _moving_reference(ema: EMAReference, trainable: Params) -> Aux:
-    """Return aux at step 0 for a moving reference. With alpha < 1 its adapters are widened_pairs."""
+    """Return the aux of a moving reference at step 0: {"reference": a copy of the trainable leaves,
+    "steps": 0, "rank_error": 0}. With alpha < 1 the copy's LoRA pairs are padded to twice their rank.
+    """
     reference = jax.tree.map(jnp.copy, trainable)
     if ema.alpha < 1:
         reference = widened_pairs(reference)
@@ -315,10 +319,11 @@ def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossStat
         available = ", ".join([*pair.responses, *pair.columns])
         raise ValueError(
             f"loss {name}: the pairs have no field {error} (available: {available}). "
-            f"Name a column of the rows in data.extras"
+            f"Use one of them, or name a column of the rows in data.extras"
         ) from error
     except (TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"loss {name} fails: {type(error).__name__}: {shorten_error(error)}") from error
+        message = f"{type(error).__name__}: {shorten_error(error)}"
+        raise ValueError(f"loss {name} fails: {message}. Correct the loss or its settings") from error
     got = values.shape if isinstance(values, jax.Array | np.ndarray) else type(values).__name__
     if got != pair.weight.shape:
         raise ValueError(f"loss {name} must return one value per pair, {pair.weight.shape}; got {got}")
@@ -358,9 +363,10 @@ RANKS = 2  # rank of a blend, in ranks of the adapter
 
 
 def widened_pairs(params: Params) -> Params:
-    """Pad every (a, b) pair of a tree with zeros to RANKS times its rank, so that `blend` can store a mean.
+    """Pad every LoRA pair (a, b) of a tree with zeros to twice its rank (RANKS), so that `blend` can store a
+    mean of two pairs in it.
 
-    A pair of which a or b is None is left unchanged. Raises ValueError for DoRA.
+    A pair with None for a or b is left unchanged. Raises ValueError for DoRA.
     """
     if isinstance(params, dict) and params.get("magnitude") is not None:
         raise ValueError(

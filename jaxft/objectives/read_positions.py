@@ -28,11 +28,11 @@ from jaxft.tree import Params, static, struct
 
 @struct
 class ReadSharding:
-    """The assignment of M read positions per row to slots, on a mesh that shards the time axis of rows into C
-    parts (num_shards) with m slots each.
+    """The assignment of a row's M read positions to C m slots, on a mesh that shards the time axis of rows
+    over C devices (num_shards). Each device has m slots, for the read positions in its part of the row.
 
-    read_of: for each slot of a row the index m of its read position, -1 for an empty slot. slot_of: the
-    inverse, for each read position the index of its slot.
+    read_of: for each slot an index in 0 .. M-1 into the row's read positions, -1 for an empty slot. slot_of:
+    the inverse, for each of the M read positions the index of its slot, in 0 .. C m - 1.
     """
 
     read_of: Int[Array, "B Cm"]
@@ -48,8 +48,8 @@ SPARE_SLOTS = 8
 def read_sharding(read: Int[Array, "B M"], length: int, max_responses: int = 2) -> ReadSharding | None:
     """Assign the read positions of rows of `length` tokens to slots; None if the mesh does not shard time.
 
-    max_responses: the most responses that share a prompt. The prompt's last position is read for each of
-        them.
+    read: indices of tokens in the row. max_responses: the largest number of responses that share a prompt.
+        The prompt's last position occurs in `read` once for each of them.
     """
     count = num_shards(("time",), (length,))
     if count == 1:
@@ -72,8 +72,10 @@ def read_sharding(read: Int[Array, "B M"], length: int, max_responses: int = 2) 
 def gather_read(
     h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"], sharding: ReadSharding | None
 ) -> Float[Array, "N m D"]:
-    """Return the hidden states at the read positions, without communication between devices: [B, M, D]
-    without sharding, else [C B, m, D] by slot, see _by_shard.
+    """Return the hidden states at the read positions, without communication between devices.
+
+    They are [B, M, D] for sharding=None, else [C B, m, D] with a row for each time shard of each row, where
+    the m slots of a time shard have the order of ReadSharding. read: indices of tokens in the row.
     """
     if sharding is None:
         return jnp.take_along_axis(h_BTD, read[:, :, None], axis=1)
@@ -114,17 +116,20 @@ def read_logits(
     read: Int[Array, "B M"],
     tokens: Int[Array, " U"],
 ) -> Float[Array, "B M U"]:
-    """Return the logits of `tokens` at read positions, in float32 or wider, by their part of the head."""
+    """Return the logits of the U token ids `tokens` at read positions (`read`: indices of tokens in the row),
+    in float32 or wider. Only these tokens' part of the head is multiplied.
+    """
     return read_numbers(partial(model.logits, head_of_tokens(model.head(params), tokens)), h_BTD, read)
 
 
 def read_scores(
     model: LanguageModel, params: Params, h_BTD: Float[Array, "B T D"], read: Int[Array, "B M"]
 ) -> Float[Array, "B M"]:
-    """Return the scalar head's output at read positions, in float32 or wider."""
+    """Return the scalar head's output at read positions (indices of tokens), in float32 or wider."""
     if num_shards(("time",), (h_BTD.shape[1],)) > 1 and isinstance(params["score"], Several):
         raise ValueError(
-            "several heads in one forward pass are not supported with mesh.context. Train one at a time"
+            "several heads in one forward pass are not supported on a mesh that shards time. Set "
+            "mesh.context=1, or train one member at a time"
         )
     return read_numbers(partial(model.scores, params), h_BTD, read)
 
@@ -135,8 +140,9 @@ def read_numbers(
     read: Int[Array, "B M"],
     max_responses: int = 2,
 ) -> Float[Array, "B M ..."]:
-    """Return `head(h)` for the hidden states h at read positions; head: a function [N, m, D] -> [N, m, ...].
+    """Return `head(h)` for the hidden states h at read positions.
 
+    head: a function [N, m, D] -> [N, m, ...], for any N and m. read: indices of tokens in the row.
     max_responses: see read_sharding.
     """
     sharding = read_sharding(read, h_BTD.shape[1], max_responses)
@@ -151,7 +157,9 @@ def read_logps(
     reads: tuple[Int[Array, "B M"], Int[Array, "B M"]],
     graded: Graded = ("logp",),
 ) -> LogProbs:
-    """Return the LogProbs of targets at read positions. reads: (read positions, targets)."""
+    """Return the LogProbs of targets at read positions. reads: (read positions, as indices of tokens in the
+    row; the token id whose log-prob is computed at each of them). graded: see logprobs.token_logps.
+    """
     return read_logps_of_heads([HeadInput(model, params, h_BTD)], reads, graded)[0]
 
 
@@ -161,8 +169,11 @@ def read_logps_of_heads(
     graded: Graded = ("logp",),
     max_responses: int = 2,
 ) -> tuple[LogProbs, ...]:
-    """Return logps_of_heads at read positions. heads: their h are the hidden states [B, T, D] of all
-    positions. reads: (read positions, targets). max_responses: see read_sharding.
+    """Return the LogProbs of targets at read positions under each head, in the order of `heads`.
+
+    heads: the trained model's first, then those of frozen models, whose LogProbs have no gradient. Each h has
+    the hidden states [B, T, D] of all tokens. reads, graded: see read_logps. max_responses: see
+    read_sharding.
     """
     read, targets = reads
     sharding = read_sharding(read, heads[0].h.shape[1], max_responses)
@@ -180,7 +191,10 @@ def weighted_read_loss(
     reads: tuple[Int[Array, "B M"], Int[Array, "B M"], Float[Array, "B M"]],
     loss: TargetLoss,
 ) -> tuple[Float[Array, ""], LogProbs]:
-    """Return weighted_loss at read positions. reads: (read positions, targets, weights)."""
+    """Return (the sum of the losses at read positions times their weights, their LogProbs without gradient).
+
+    reads: (read positions, as indices of tokens in the row; the token id that each should predict; weights).
+    """
     read, targets, weights = reads
     sharding = read_sharding(read, h_BTD.shape[1])
     h = gather_read(h_BTD, read, sharding)

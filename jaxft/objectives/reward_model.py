@@ -76,7 +76,9 @@ def bradley_terry(chosen: Rewards, rejected: Rewards, margin: Rewards) -> Reward
 
 @struct
 class Outputs:
-    """The forward pass of a batch. rewards: by kind of response, best first. batch: pairs without tokens."""
+    """The outputs of the forward pass over a batch. rewards: by kind of response ("chosen", "rejected", ...),
+    the best first. batch: pairs without tokens.
+    """
 
     rewards: dict[str, Rewards]
     batch: Pairs
@@ -102,9 +104,9 @@ def reward(
     """`sum_p w_p (loss(r_chosen, r_rejected, margin) + center (r_chosen + r_rejected)^2)`, linear in the
     pairs' weights.
 
-    model: one with a scalar head, as models.adapted.with_scalar_head returns it. For a row with a ranking of
-    K responses, loss_p is the mean over its pairs of responses with unequal ratings (Ouyang et al. 2022,
-    arXiv:2203.02155, eq. 1).
+    r: the score of a response. model: one with a scalar head, as models.adapted.with_scalar_head returns it.
+    For a row with a ranking of K responses, the loss is the mean over its pairs of responses with unequal
+    ratings (Ouyang et al. 2022, arXiv:2203.02155, eq. 1).
 
     margin: by how much the chosen reward should be above the rejected one: a column of the pairs; "score" for
         the difference of their ratings (columns score_chosen, score_rejected, ...); None for 0.
@@ -145,7 +147,9 @@ def reward(
 
 
 def _mean_over_pairs(outputs: Outputs, of_two: Callable[[Outputs, str, str], Rewards]) -> Rewards:
-    """Return the mean of `of_two(outputs, better kind, worse kind)` over the response pairs of each slot."""
+    """Return, for each slot, the mean of `of_two(outputs, better kind, worse kind)` over the pairs of its
+    responses. Of more than two, pairs with equal ratings are left out.
+    """
     kinds, batch = tuple(outputs.rewards), outputs.batch
     if len(kinds) == 2:
         return of_two(outputs, *kinds)
@@ -162,7 +166,7 @@ def _mean_over_pairs(outputs: Outputs, of_two: Callable[[Outputs, str, str], Rew
 
 
 def _margin(batch: Pairs, margin: str | None, kinds: tuple[str, str]) -> Rewards:
-    """Return by how much the rewards of the first kind should be above the second's. margin: see `reward`."""
+    """Return the margin (see `reward`) of the rewards of kinds[0] over those of kinds[1], for each pair."""
     if margin is None:
         return jnp.zeros_like(batch.pair_weights)
     if margin == "score":
@@ -172,7 +176,7 @@ def _margin(batch: Pairs, margin: str | None, kinds: tuple[str, str]) -> Rewards
 
 
 def margin_columns(margin: str | None) -> tuple[str, ...]:
-    """Return the columns that the pairs need for this margin (see `reward`), to be listed in data.extras."""
+    """Return the columns that data.extras needs for this margin (see `reward`) of pairs; () for None."""
     if margin == "score":
         return (RATING + "chosen", RATING + "rejected")
     return () if margin is None else (margin,)
@@ -259,8 +263,8 @@ RIGHT_STEPS, WRONG_STEPS = "accuracy_right_steps", "accuracy_wrong_steps"
 
 @struct
 class StepOutputs:
-    """The forward pass of a batch: a score per step of a solution. labels: 1 for a right step, 0 for a wrong
-    one. weight: 0 for padding.
+    """The outputs of the forward pass over a batch: a score per step of a solution. labels: 1 for a right
+    step, 0 for a wrong one. weight: 0 for padding.
     """
 
     score: Float[Array, "B M"]

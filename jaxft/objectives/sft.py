@@ -29,8 +29,8 @@ NLL = "nll_loss"
 
 @struct
 class Outputs:
-    """The forward pass of a batch. `logp` has a gradient, and so have `lse` (with z-loss or label smoothing)
-    and `mean_logit` (with label smoothing), which are None otherwise.
+    """The outputs of the forward pass over a batch. `logp` has a gradient, and so have `lse` (with z-loss or
+    label smoothing) and `mean_logit` (with label smoothing), which are None otherwise.
     """
 
     logp: Float[Array, "B M"]

@@ -201,7 +201,7 @@ def test_a_user_defined_loss_trains(place):
             ["loss=mine.py:typo"],
             "loss typo fails: AttributeError: 'Response' object has no attribute 'rtaio'",
         ),
-        (["loss=mine.py:hidden"], "aot couples the pairs of a batch. Pass it to preference(...) itself"),
+        (["loss=mine.py:hidden"], "without its state. Pass it to preference(...) itself, or"),
         (["loss=mine.py:nothing"], "mine.py has no 'nothing'; it has: "),
         (
             ["reference=none"],

@@ -221,8 +221,8 @@ def unclipped(batch: PolicyBatch) -> TokenLoss:
 
 
 def clipped(batch: PolicyBatch, eps_low: float = 0.2, eps_high: float = 0.2) -> TokenLoss:
-    """`max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))`: PPO's (Schulman et al. 2017, arXiv:1707.06347, eq.
-    7).
+    """`max(-A r, -A clip(r, 1 - eps_low, 1 + eps_high))`: PPO's loss (Schulman et al. 2017, arXiv:1707.06347,
+    eq. 7).
 
     An eps_high above eps_low is DAPO's clip-higher (Yu et al. 2025, arXiv:2503.14476).
     """

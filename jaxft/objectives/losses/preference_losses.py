@@ -3,9 +3,10 @@
 
 Set a loss's parameters with `partial(ipo, beta=0.1)` and pass the result to `preference(...)`. In the
 docstrings c and r are the log-ratios log pi(y|x) - log pi_ref(y|x) of the chosen and the rejected response,
-summed over tokens; |c| and |r| their lengths; s_c = score(c), s_r = score(r); D = s_c - s_r; LS = log
-sigmoid; eps = label_smoothing. Values and gradients equal those in TRL 1.16's DPOTrainer unless a docstring
-says what differs. Losses without a reference and losses of single responses are in reference_free_losses.py.
+summed over tokens; |c| and |r| the two responses' lengths in tokens; s_c = score(c), s_r = score(r);
+D = s_c - s_r; LS = log sigmoid; eps = label_smoothing. Values and gradients equal those in TRL 1.16's
+DPOTrainer unless a docstring says what differs. Losses without a reference and losses of single responses are
+in reference_free_losses.py.
 
 Losses with a parameter `score` apply it to c and r; by default it is the log-ratio itself. The other scores
 belong to other f-divergences, and for those a term that depends on the prompt alone cancels only in D.
@@ -402,8 +403,8 @@ def wpo(loss: Callable[..., Array]) -> PreferenceLoss:
 
 
 def _length_desensitised(pair: PairBatch, alpha: float) -> PairBatch:
-    """Return the pairs with the log-probs of tokens behind the shorter response's length multiplied by alpha;
-    slots without one of the responses are unchanged.
+    """Return the pairs with the log-probs of all tokens after the first min(|c|, |r|) of a response
+    multiplied by alpha; pairs that lack one of the two responses are unchanged.
     """
     c, r = pair.chosen, pair.rejected
     shared = jnp.where(
