@@ -37,29 +37,30 @@ REJECTIONS = (jinja2.TemplateError, TypeError)  # what a template raises for mes
 
 
 class UnusableTemplate(ValueError):
-    """A chat template fails for every row, or takes too long. It ends a run even with data.invalid=drop."""
+    """A chat template that no row can use, or that is too slow. It ends a run even with data.invalid=drop."""
 
 
 class TemplateFault(jinja2.TemplateError):
-    """A chat template fails by another error than raise_exception's, such as a division by zero."""
+    """The code of a chat template fails, such as by a division by zero, without a call of raise_exception."""
 
 
 @dataclass(frozen=True)
 class Template:
     """A tokenizer's chat template with a pinned date. It contains no tokenizer, so copying it is cheap.
 
-    name: for error messages. variables: texts of special tokens by the names that templates use, such as
-    bos_token. tokens: all special and added tokens. marked: whether it has {% generation %} markers. opening:
-    the generation prompt. header: without a generation prompt, what comes before a response. earlier_header:
-    what comes before a response that other turns follow; None if the template renders the prompt of such a
-    response in another way. ends: the texts that end an assistant turn, such as "<|im_end|>"; () if no
-    special token does. last_ends: the ends of a conversation's last turn. arguments: further arguments that
-    it is rendered with. merges: whether a system message is put in front of the first user turn. failure: the
-    error for even a simple question and response, "" if it renders them. last_tokens: ids of the tokens that
-    end the last turn. tool_use: the template of conversations with tools, None if it is this one.
-    needs_content: null contents, as in turns of tool calls, become "", because it rejects null or renders it
-    as the word None. needs_parts: contents are passed as lists of one text part, as the templates of vision
-    models expect.
+    name: how errors call it. source: its Jinja text. date: passed to it as date_string. variables: texts of
+    special tokens by the names that templates use, such as bos_token. tokens: all special and added tokens.
+    marked: whether it has {% generation %} markers. opening: the generation prompt, such as
+    "<|im_start|>assistant\\n". header: the text between a prompt and its response, if there is no generation
+    prompt; else "". earlier_header: the text between a prompt and a response that another message follows;
+    None if the text of the prompt changes when they follow. ends: the texts that end an assistant turn, such
+    as "<|im_end|>"; () if no special token does. last_ends: those of them that end a conversation's last
+    turn. arguments: further arguments that it is rendered with, by name. merges: whether a system message is
+    put in front of the first user turn. failure: the error that it raises even for a simple question and
+    response, "" for none. last_tokens: ids of the special tokens that end the last turn. tool_use: the
+    template of conversations with tools, None if it is this one. needs_content: null contents, as in turns of
+    tool calls, become "", because it rejects null or renders it as the word None. needs_parts: contents are
+    passed as lists of one text part, as the templates of vision models expect.
     """
 
     name: str
@@ -108,14 +109,16 @@ class Template:
 
 
 def name_of_template(tokenizer: Any) -> str:
-    """Return the name of a tokenizer's chat template in errors."""
+    """Return how errors call a tokenizer's chat template, such as "the chat template of Qwen/Qwen3-0.6B"."""
     return f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
 
 
 def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS) -> Template | None:
-    """Return the tokenizer's template, None if it has none. It prints the date in the settings as today's.
+    """Return the tokenizer's chat template, None if it has none. Where it prints today's date, it prints
+    settings.date.
 
-    Raises ValueError for an argument that the template does not read, and a date in another format than DATE.
+    Raises ValueError for an argument (data.chat_template_kwargs) that the template does not read, and for a
+    date in another format than "26 Jul 2024"; UnusableTemplate if it does not render turns in their order.
     """
     unread = _unread_arguments(tokenizer, settings)
     if unread:
@@ -130,7 +133,7 @@ def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SE
     try:
         day = datetime.strptime(settings.date, "%d %b %Y")
     except ValueError as error:
-        raise ValueError(f"data.date={settings.date!r}; use a day like {DATE!r}") from error
+        raise ValueError(f"data.date={settings.date!r} is not a date like {DATE!r}; correct it") from error
     source, *others = (
         _STRFTIME.sub(lambda m: json.dumps(day.strftime(m[2])), text) for text in _sources(tokenizer)
     )
@@ -139,9 +142,8 @@ def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SE
 
 
 def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings:
-    """Return the settings without arguments that the tokenizer's template does not read.
-
-    For another model's template than the run's, such as a reward model's.
+    """Return the settings without the items of chat_template_kwargs that the tokenizer's template does not
+    read: a run's reward model, for example, may have another template than the run's model.
     """
     unread = _unread_arguments(tokenizer, settings)
     kept = (item for item in settings.chat_template_kwargs if item.partition("=")[0].strip() not in unread)
@@ -149,7 +151,7 @@ def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings
 
 
 def _sources(tokenizer: Any) -> list[str]:
-    """Return the sources of the tokenizer's chat template and, if it differs, of the one for tools."""
+    """Return the Jinja texts of the tokenizer's template and, if another, its template for tools; or []."""
     if not tokenizer.chat_template:
         return []
     sources = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=list(PROBE_TOOLS)))
@@ -163,8 +165,11 @@ def _unread_arguments(tokenizer: Any, settings: TemplateSettings) -> list[str]:
 
 @lru_cache(maxsize=16)
 def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool = False) -> Template:
-    """Return the template of this source with the fields that are read from its renderings of short
-    conversations. tools: whether these have a tool.
+    """Return a Template whose fields, such as `opening` and `ends`, are found by rendering short
+    conversations.
+
+    source: its Jinja text. tools: whether the conversations have a tool. If the template fails for them, or
+    omits a content, `ends` is the EOS token. Raises UnusableTemplate.
     """
     added = (str(token) for token in tokenizer.added_tokens_decoder.values())
     bare = Template(
@@ -201,8 +206,12 @@ def failure_text(error: Exception) -> str:
 
 
 def _probed_after(bare: Template, system: list[Message], tools: list | None) -> Template:
-    """Return the template with the texts that begin and end turns, read from its renderings of conversations
-    that begin with `system`. bare: the template before these fields are set. tools: schemas, None for none.
+    """Return the template `bare` with the fields `opening`, `header`, `earlier_header`, `ends` and
+    `last_ends`, found by rendering short conversations.
+
+    system: their messages before the first question. tools: schemas, None for none. Raises UnusableTemplate
+    if turns are not in their order, ValueError or IndexError if the response is missing, and the errors of
+    render_messages.
     """
 
     def rendered(messages: Sequence[Message], generation: bool = False) -> str:
@@ -240,10 +249,10 @@ def _ends_of_text(
     special: re.Pattern, opening: str, behind: str, between: str
 ) -> tuple[Sequence[str], Sequence[str]]:
     """Return the text that ends the last assistant turn of a conversation, and the text that ends earlier
-    ones, each in a list, [] for none.
+    assistant turns, each as a list of one text, or [] if no special token ends such a turn.
 
-    special: matches a special token. opening: the generation prompt. behind: what follows the last response.
-    between: what follows a response before the next question.
+    special: matches a special token. opening: the generation prompt. behind: the text after the last response
+    of a conversation. between: the text between a response and the next question.
     """
     shared = list(special.finditer(commonprefix([behind, between])))
     if shared:
@@ -257,9 +266,10 @@ def _ends_of_text(
 
 
 def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> list[str]:
-    """Return the special token that ends an assistant turn of tool calls, [] if the template renders none.
+    """Return the special token that ends an assistant turn of tool calls, as a list. [] if the template does
+    not render tool calls, or no token ends the turn, or the token ends every call of the turn.
 
-    asked: the messages of a question.
+    asked: the messages before the turn.
     """
     for count, content in ((2, None), (2, ""), (1, None), (1, "")):
         calls = [_probe_call(number) for number in range(count)]
@@ -317,9 +327,11 @@ def _probe_call(number: int) -> dict[str, Any]:
 
 
 def with_merged_system(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with a system message in front of the content of the first user turn.
+    """Return the messages with the first message, if it is a system message, put in front of the content of
+    the first user turn; unchanged if there is no user turn.
 
-    Without a user turn they stay as they are.
+    >>> with_merged_system([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}])
+    [{'role': 'user', 'content': 'Be brief.\\n\\nWhy?'}]
     """
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), None)
     if first is None or messages[0]["role"] != "system":
@@ -342,17 +354,21 @@ def render_messages(
 
 
 def render_marked(template: Template, chat: Chat) -> tuple[str, list[Span]]:
-    """Return the conversation as text, and the ranges that the {% generation %} markers enclose."""
+    """Return the conversation as text, and the character ranges that its {% generation %} markers enclose.
+    Raises the errors of render_messages.
+    """
     (text,), (ranges,) = _render(template, chat.messages, chat.tools, return_assistant_tokens_mask=True)
     return text, ranges
 
 
 def _render(template: Template, messages: Sequence[Message], tools: list | None, **options: Any) -> Any:
-    """Render in transformers' sandbox; return lists of one text and, with a mask, of its marked ranges.
+    """Render a conversation in transformers' sandbox. Return ([text], [character ranges]); the second list is
+    empty unless the option return_assistant_tokens_mask asks for the ranges inside {% generation %} markers.
 
-    Unlike apply_chat_template of transformers 5, which drops it, this passes on a content that is null: some
-    templates render tool calls only then. The arguments of a call are an object, or its JSON text for a
-    template that concatenates them, such as DeepSeek-R1's.
+    options: arguments of transformers' render_jinja_template. A null content is passed to the template, which
+    apply_chat_template of transformers 5 does not do: some templates render tool calls only then. The
+    arguments of tool calls are passed as objects and, if that raises TypeError, as JSON text: templates such
+    as DeepSeek-R1's append them to text. Raises the errors of render_messages.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -390,18 +406,19 @@ def _render(template: Template, messages: Sequence[Message], tools: list | None,
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise jinja2.TemplateError(f"the text has half a surrogate pair ({error.reason})") from error
+        problem = f"character {error.start} of the rendered text is an unpaired surrogate"
+        raise jinja2.TemplateError(problem) from error
     return rendered
 
 
 class _TooSlow(Exception):
-    """A rendering takes too long."""
+    """A rendering takes more than RENDER_SECONDS."""
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TooSlow in the body after `seconds`. It works only in the main thread, which receives signals,
-    and does not interrupt a single operation of a template, such as 9**9**9.
+    """Raise _TooSlow if the `with` block takes more than `seconds`. Works only in the main thread, which
+    receives signals, and does not interrupt a single operation of a template, such as 9**9**9.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -442,10 +459,11 @@ NINE = re.compile(r"[A-Za-z0-9]{9}")  # the format of tool call ids that Mistral
 def rejection(
     template: Template, messages: Sequence[Message], tools: list | None, error: Exception, what: str
 ) -> str:
-    """Return the error message for messages that a template rejects. what: how the message calls them, such
-    as "row".
+    """Return the text of an error for messages that a template rejects, with a remedy.
 
-    Raises UnusableTemplate if the template has the same error for a simple question and response.
+    error: what the template raised. what: the text's noun for the messages, such as "row". Raises
+    UnusableTemplate if the template raises this error even for a simple question and response, unless the
+    template itself raises it by a call of raise_exception.
     """
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     always = bool(str(error)) and failure_text(error) == template.failure
@@ -482,7 +500,7 @@ def _remedy_for_system(template: Template, messages: Sequence[Message], tools: l
 
 
 def _remedy_for_ids(template: Template, messages: Sequence[Message], tools: list | None) -> str | None:
-    """Return the remedy for tool calls without ids, or with ids that are not in Mistral's format."""
+    """Return the remedy for tool calls without ids in Mistral's format, None if such ids do not help."""
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     results = [message for message in messages if message["role"] == "tool"]
     ids = [call.get("id") for call in calls] + [message.get("tool_call_id") for message in results]
@@ -500,7 +518,9 @@ def _with_ids(message: Message) -> Message:
 
 
 def _remedy_for_turns(messages: Sequence[Message], reason: str) -> str | None:
-    """Return the remedy for turns that do not alternate, None if the template's error has another reason."""
+    """Return the remedy for user and assistant turns that do not alternate; None if they alternate, or
+    `reason`, the template's error, does not mention it.
+    """
     if "alternat" not in reason.lower():
         return None
     turns = [
