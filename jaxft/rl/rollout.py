@@ -582,7 +582,7 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(
-            f"target_kl={target_kl}: a rollout has no later steps to skip. Raise data.passes, or omit target_kl."
+            f"target_kl={target_kl}: a rollout has no later steps to skip. Raise data.passes or omit it."
         )
     example = example_rollout(data.group, data.rules.reward_weights, facts)
     check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)
