@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxft.tree import Aux, OptState, Params, static, struct
+from jaxft.nn.tree import Aux, OptState, Params, static, struct
 
 T = TypeVar("T", "Pairs", "Rollout")
 

@@ -182,9 +182,9 @@ def generation_arguments(parser: argparse.ArgumentParser, text: str) -> dict[str
 def score_functions(args: argparse.Namespace) -> list[Callable[..., float]]:
     """Return the functions that --by and --regex name. Raises ValueError for an unknown name."""
     from jaxft.annotations import REWARDS
+    from jaxft.nn.tree import nearest, regex
     from jaxft.rl import rewards
     from jaxft.runs.settings.setting_values import load_callable
-    from jaxft.tree import nearest, regex
 
     functions = []
     for name in args.by:

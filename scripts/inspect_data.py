@@ -62,6 +62,7 @@ from jaxft.data.pairs import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
 from jaxft.data.rows.invalid import DROP  # noqa: E402
 from jaxft.data.sft import Rows, SolutionRows  # noqa: E402
+from jaxft.nn.tree import nearest  # noqa: E402
 from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
 from jaxft.runs import loaded_weights  # noqa: E402
@@ -69,7 +70,6 @@ from jaxft.runs.settings.setting_values import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train import recipes  # noqa: E402
 from jaxft.train.start import open_settings  # noqa: E402
-from jaxft.tree import nearest  # noqa: E402
 from jaxft.weights import pretrained  # noqa: E402
 
 COMPARED = 200_000  # the training rows, and the held-out rows, that lengths and overlaps are computed of

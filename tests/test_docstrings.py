@@ -54,8 +54,8 @@ ENTRY_POINTS = [  # module:name
     "jaxft.train.recipes:RowKnobs",
     "jaxft.train.recipes:SftKnobs",
     "jaxft.train.settings:Run",
-    "jaxft.tree:mask_by_path",
-    "jaxft.tree:partition",
+    "jaxft.nn.tree:mask_by_path",
+    "jaxft.nn.tree:partition",
     "jaxft.weights.pretrained:model_for",
     "jaxft.weights.tensors:tensors_of",
 ]

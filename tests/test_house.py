@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # Bottom to top. A folder imports itself and the layers above it in this list; folders of one layer never
 # import one another.
 LAYERS = (
-    {"tree", "annotations"},
-    {"batch"},
+    {"annotations"},
     {"distributed"},
     {"nn"},
+    {"batch"},
     {"models", "objectives", "data"},
     {"engine", "optim", "weights"},
     {"runs"},
@@ -71,7 +71,7 @@ def module_of(file):
 
 
 def folder_of(file):
-    """`nn` for jaxft/nn/layers.py, `tree` for jaxft/tree.py."""
+    """`nn` for jaxft/nn/layers.py, `batch` for jaxft/batch.py."""
     return file.relative_to(ROOT / "jaxft").with_suffix("").parts[0]
 
 
@@ -143,7 +143,7 @@ def test_the_top_of_the_package_has_one_entry_per_layer_name():
         for p in (ROOT / "jaxft").iterdir()
         if p.name not in ("__init__.py", "__main__.py", "README.md", "__pycache__")
     }
-    assert entries == LEVEL.keys() and len(entries) <= 19
+    assert entries == LEVEL.keys() and len(entries) <= 18
 
 
 def test_imports_follow_the_layers():

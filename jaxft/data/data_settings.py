@@ -17,7 +17,7 @@ from jaxft.data.rows.conversation import PLAIN
 from jaxft.data.rows.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
 from jaxft.distributed.sync import is_first
 from jaxft.nn.attention.layer_attention import AttentionLayers
-from jaxft.tree import Batch
+from jaxft.nn.tree import Batch
 
 DUPLICATES, PLACEHOLDERS = DROPPED = ("duplicates", "placeholders")  # the choices of data.drop
 

@@ -20,7 +20,7 @@ from jaxft.data.packing.tokenised import count_ids, preview
 from jaxft.data.rows.invalid import InvalidCount
 from jaxft.data.rows.mixture import SplitRows
 from jaxft.nn.attention.layer_attention import AttentionLayers
-from jaxft.tree import Batch, Metrics
+from jaxft.nn.tree import Batch, Metrics
 
 # The type that a source is bound to: `object` for fixed rows, rl's BoundRun for rollouts.
 BoundTo = TypeVar("BoundTo", contravariant=True)

@@ -51,7 +51,7 @@ from jaxft.nn.attention.cache import (
     sharded,
     widen_prompts,
 )
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 # XLA's CPU compiler leaves reductions of 4096 elements or more to YNNPACK, which adds in another order for
 # other numbers of rows (github.com/openxla/xla, xla/backends/cpu). With this option it runs only matmuls.

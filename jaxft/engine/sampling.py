@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, check_bounds, count_from
 from jaxft.batch import Tokens
-from jaxft.tree import struct
+from jaxft.nn.tree import struct
 
 BUCKET = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 NONFINITE = -2  # in place of a token whose logits are not finite; the completion ends there

@@ -27,7 +27,7 @@ from jaxft.engine.state import (
     new_prompts,
 )
 from jaxft.nn.adapters.lora_rows import BASE
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 Finish = Literal["stop", "length", "error"]
 STEPS_BETWEEN_LOOKS = 16  # decoding steps of rows of which some may end or go on before others

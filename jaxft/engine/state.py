@@ -19,7 +19,7 @@ from jaxft.engine.sampling import BUCKET, RowSampling, Sampling, left_pad, row_s
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import BASE
 from jaxft.nn.attention.cache import SLOTS_PER_READ, Cache, CacheFormat, CacheParts, cache_axes, row_slots
-from jaxft.tree import struct
+from jaxft.nn.tree import struct
 
 NO_TOKEN = -1
 MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API

@@ -24,7 +24,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import tree
 from jaxft.batch import TrainState, widened
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
@@ -32,6 +31,8 @@ from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
 from jaxft.lab.study import LossTrial, Study, check_declared, declare, digest_of
 from jaxft.lab.trial_arrays import make_set_trial, plain_run, run_of
+from jaxft.nn import tree
+from jaxft.nn.tree import Params
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.objectives.pair import ACCURACY, MARGIN
 from jaxft.objectives.preference import preference
@@ -55,7 +56,6 @@ from jaxft.train.programs import start
 from jaxft.train.settings import steps_between
 from jaxft.train.start.jobs import Job, load_members, prepare, weight_fingerprints, widest_shape
 from jaxft.train.sweep import Sweep
-from jaxft.tree import Params
 from jaxft.weights.hf.complete_folders import files_sha256
 
 DECLARATION, LEDGER, EVALUATIONS = "declaration.json", "study.jsonl", "evaluations.jsonl"

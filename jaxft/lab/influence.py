@@ -34,7 +34,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from jaxft import tree
 from jaxft.batch import Pairs, TrainState
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pair_layout
@@ -43,6 +42,8 @@ from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.rows.dataset_rows import find_data, read_rows
 from jaxft.data.rows.mixture import parse_sources, sources_with_metrics
 from jaxft.distributed import sharding
+from jaxft.nn import tree
+from jaxft.nn.tree import Aux, Metrics, Params
 from jaxft.objectives.intervals import Paired, paired_means
 from jaxft.objectives.logprobs import LanguageModel, weighted_loss
 from jaxft.objectives.metrics import WEIGHT
@@ -53,7 +54,6 @@ from jaxft.runs.metric_names import LOSS
 from jaxft.train.loop import train_sweep
 from jaxft.train.python_api import Prepared
 from jaxft.train.settings import Run
-from jaxft.tree import Aux, Metrics, Params
 
 SIZE = 4096  # numbers of a projected gradient
 ROWS_AT_ONCE = 8

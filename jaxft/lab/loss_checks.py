@@ -41,8 +41,8 @@ from jaxft.lab.loss_evaluation import (
     synthetic_pairs,
     varied_pairs,
 )
+from jaxft.nn.tree import nearest
 from jaxft.objectives.pair import PairBatch, claims_of
-from jaxft.tree import nearest
 
 SHORT, LONG = 8, 64  # tokens of responses that are compared by length
 LONGEST = 4096  # tokens of a response, in the check of finite values

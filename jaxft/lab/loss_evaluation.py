@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 
 from jaxft.annotations import PREFERENCE_LOSSES
 from jaxft.distributed.exit import shorten_error
+from jaxft.nn.tree import nearest, struct
 from jaxft.objectives.pair import (
     PairBatch,
     PairTokens,
@@ -35,7 +36,6 @@ from jaxft.objectives.pair import (
     loss_values,
 )
 from jaxft.runs.settings.setting_values import UNANNOTATED, find_file, load_callable, parse_value
-from jaxft.tree import nearest, struct
 
 TOKENS = 16  # of a response, by default
 PER_TOKEN = -1.5  # the reference's log-prob per token, by default

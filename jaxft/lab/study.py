@@ -33,12 +33,12 @@ from jaxtyping import Array
 
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, count_from
 from jaxft.lab.loss_evaluation import loss_knobs
+from jaxft.nn.tree import nearest
 from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, loss_name
 from jaxft.runs.environment import versions
 from jaxft.runs.settings.setting_values import describe, differences, find_file, format_error, run_file
 from jaxft.train.settings import Run
 from jaxft.train.start import open_settings
-from jaxft.tree import nearest
 
 METRICS_OF_PAIRS = (ACCURACY, MARGIN)  # of single held-out pairs, comparable between losses
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)  # bases of Halton's sequence, one for each knob

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float
 from jaxft.batch import Pairs
 from jaxft.lab.trial_arrays import reading_knobs
 from jaxft.nn.attention.attention import asked_for
+from jaxft.nn.tree import Aux, Metrics, Params, combine
 from jaxft.objectives.objective import Objective
 from jaxft.optim.update import standard_promotion
 from jaxft.train.multi_adapter import LOSS_KNOBS
 from jaxft.train.python_api import Prepared
-from jaxft.tree import Aux, Metrics, Params, combine
 
 
 class TrainingNumbers(NamedTuple):

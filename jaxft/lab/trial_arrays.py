@@ -16,6 +16,7 @@ from jaxft.batch import TrainState
 from jaxft.lab.loss_evaluation import loss_knobs
 from jaxft.lab.study import LossTrial, SearchedLoss, Study
 from jaxft.nn.param import Specs
+from jaxft.nn.tree import Aux, Metrics, Params
 from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.objectives.pair import CHOSEN_REWARD, REJECTED_REWARD, declaration
@@ -24,7 +25,6 @@ from jaxft.optim.optimizer import Optim, make_rule
 from jaxft.optim.rules import UpdateRule
 from jaxft.train.multi_adapter import LOSS_KNOBS
 from jaxft.train.settings import Run, Scoring
-from jaxft.tree import Aux, Metrics, Params
 
 
 class TrialRate(NamedTuple):

@@ -34,7 +34,7 @@ from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.nn.quant import Quant
 from jaxft.nn.tensor_names import TensorName
-from jaxft.tree import Params, static, struct
+from jaxft.nn.tree import Params, static, struct
 
 SCORE = TensorName("score.weight", True)  # its name in a checkpoint
 TEACHER = "teacher"  # the name of the run's second model

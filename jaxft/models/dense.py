@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxft import tree
 from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, DenseConfig
 from jaxft.models.model import ForwardOptions, Model, dense_flops, forward_options, layer_axes
+from jaxft.nn import tree
 from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.attention_mixer import attention_mixer
 from jaxft.nn.attention.cache import Cache, CacheFormat, GivenChunk, NextToken, PromptKeys
@@ -57,7 +57,7 @@ from jaxft.nn.stack import (
     scan_stacks,
 )
 from jaxft.nn.tensor_names import TensorName, WeightNames
-from jaxft.tree import Batch, LayerOutputs, Params
+from jaxft.nn.tree import Batch, LayerOutputs, Params
 
 # (options, params, h [B, T, D], mix, dropout key) -> (h, the extras of mix); see nn/stack.py.
 LayerFunction = Callable[[ForwardOptions, Params, Array, Mix, Array | None], tuple[Array, Extras]]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from jaxft.annotations import POSITIVE_FLOAT32, between, check_bounds
 from jaxft.nn.attention.layer_attention import AttentionLayers, LayerKind
 from jaxft.nn.rope import USED, Rope, check_rope
-from jaxft.tree import nearest
+from jaxft.nn.tree import nearest
 
 FULL, SLIDING = LAYER_TYPES = ("full_attention", "sliding_attention")
 Size = Annotated[int, between(1, 2**24 - 1)]

@@ -42,12 +42,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.models.model import Model
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.quant import is_qtensor
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import Specs, is_spec, kernel, spec_paths
 from jaxft.nn.stack import RematPolicy, Stacks, check_remat
 from jaxft.nn.tensor_names import WeightNames
-from jaxft.tree import LayerOutputs, Params
+from jaxft.nn.tree import LayerOutputs, Params
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from jaxft.models.dense_config import ACTIVATIONS, ConfigFormat, DenseConfig, fi
 from jaxft.models.families import gemma, llama, olmo, phi3, qwen
 from jaxft.models.families.gemma import GEMMA3_DEFAULTS
 from jaxft.models.model import Model, ModelConfig
-from jaxft.tree import nearest
+from jaxft.nn.tree import nearest
 
 
 @dataclass(frozen=True)

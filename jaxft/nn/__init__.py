@@ -1,5 +1,6 @@
 """Building blocks of models: parameters, matmuls, attention, LoRA and quantised weights.
 
+tree.py: pytrees by path: masks over them, and the partition into trainable and frozen parameters
 param.py: ParamSpec and what derives from it
 matmul.py: contractions that accumulate in float32; matmuls over plain, quantised and LoRA weights, also in
     FP8; their backward passes, taps on their inputs

@@ -32,7 +32,7 @@ from jaxft.nn.matmul import (
     to_bits,
 )
 from jaxft.nn.quant import LIKE_WEIGHT, QTensor, take_rows
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 
 def embed(table: Weight, ids: Int[Array, "B T"], dtype: DTypeLike) -> Float[Array, "B T D"]:

@@ -19,14 +19,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.devices import cpu_has_bfloat16_matmuls, has_fp8_matmuls
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapted, output_factors, scale_outputs
 from jaxft.nn.adapters.lora_rows import adapters_of_rows
 from jaxft.nn.quant import QTensor, dequantize, is_qtensor, shardings_of
 from jaxft.nn.quant_formats import E4M3, e4m3
-from jaxft.tree import Params, static, struct
+from jaxft.nn.tree import Params, static, struct
 
 
 def accumulation_dtype(dtype: DTypeLike) -> Any:

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxft import tree
 from jaxft.distributed import sharding
-from jaxft.tree import Params
+from jaxft.nn import tree
+from jaxft.nn.tree import Params
 
 Init = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 Specs: TypeAlias = Any  # a tree of ParamSpec, None where a leaf is frozen or absent

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxft import tree
 from jaxft.annotations import at_least, check_bounds
 from jaxft.distributed import sharding
 from jaxft.distributed.threads import map_in_threads
 from jaxft.nn import quant_formats as qf
+from jaxft.nn import tree
 from jaxft.nn.quant_formats import FORMATS, FormatName
-from jaxft.tree import static, struct
+from jaxft.nn.tree import static, struct
 
 KINDS = tuple(FORMATS)
 CHECKPOINT = "checkpoint"

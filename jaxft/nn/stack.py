@@ -23,10 +23,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.nn.attention.cache import Cache, GivenChunk, NextToken
 from jaxft.nn.attention.layer_attention import Extras
-from jaxft.tree import Batch, LayerOutputs, Params, static, struct
+from jaxft.nn.tree import Batch, LayerOutputs, Params, static, struct
 
 Mix = Callable[..., tuple[Array, Extras]]
 Layer = Callable[[Params, Array, Mix, Array | None], tuple[Array, Extras]]

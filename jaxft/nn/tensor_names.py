@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.nn.param import ParamSpec, layer_numbers, lead_axes
 
 HEAD_MODULE = "lm_head"

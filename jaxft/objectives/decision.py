@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Decisions
+from jaxft.nn.tree import Aux, LayerOutputs, Metrics, Params, static, struct
 from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.metrics import (
     ENTROPY,
@@ -30,7 +31,6 @@ from jaxft.objectives.metrics import (
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.read_positions import read_logits
 from jaxft.objectives.sft import sft
-from jaxft.tree import Aux, LayerOutputs, Metrics, Params, static, struct
 
 ACCURACY, LOG_LOSS, BRIER, ECE = "accuracy", "log_loss", "brier", "ece"
 CONFIDENCE, CORRECT = "confidence", "correct"  # of single rows: what ece compares

@@ -14,13 +14,13 @@ from jax.custom_derivatives import CustomVJPPrimal
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxft import tree
 from jaxft.annotations import BELOW_ONE, at_least, check_bounds
 from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
+from jaxft.nn import tree
 from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, Specs, is_spec
 from jaxft.nn.quant import LIKE_WEIGHT
-from jaxft.tree import LayerOutputs, Params, struct
+from jaxft.nn.tree import LayerOutputs, Params, struct
 
 
 class TokenValues(Protocol):

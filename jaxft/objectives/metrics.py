@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxft.nn.stack import LayerMean
-from jaxft.tree import LayerOutputs, Metrics, static, struct
+from jaxft.nn.tree import LayerOutputs, Metrics, static, struct
 
 LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accuracy"
 GRAD_NORM, SKIPPED, LOSS_SPIKES = "grad_norm", "skipped", "loss_spikes"

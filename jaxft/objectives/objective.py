@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxft.nn.tree import Aux, Batch, Metrics, Params
 from jaxft.objectives.alarms import Alarms, training_alarms
-from jaxft.tree import Aux, Batch, Metrics, Params
 
 Outputs = Any  # of one objective's forward pass: a struct of arrays with leading rows
 ReferenceKind = Literal["none", "start", "moving", "precomputed", "teacher"]

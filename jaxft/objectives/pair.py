@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.batch import Pairs
+from jaxft.nn.tree import Metrics, struct
 from jaxft.objectives.metrics import (
     ENTROPY,
     KL,
@@ -30,7 +31,6 @@ from jaxft.objectives.metrics import (
     Sum,
     WinRate,
 )
-from jaxft.tree import Metrics, struct
 
 # ---- building blocks of losses
 

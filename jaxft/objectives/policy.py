@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from jaxft.annotations import above, check_bounds
 from jaxft.batch import Rollout, without_fields
 from jaxft.distributed.exit import shorten_error
+from jaxft.nn.tree import Aux, LayerOutputs, Metrics, Params, struct
 from jaxft.objectives.alarms import rollout_alarms
 from jaxft.objectives.logprobs import Graded, HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.losses.policy_losses import (
@@ -36,7 +37,6 @@ from jaxft.objectives.pair import loss_name, require
 from jaxft.objectives.preference import reference_head
 from jaxft.objectives.read_positions import read_logps_of_heads, read_numbers
 from jaxft.objectives.sft import sft
-from jaxft.tree import Aux, LayerOutputs, Metrics, Params, struct
 
 VALUE_LOSS, VALUE_CLIP_FRACTION = "loss/value_avg", "val/clipfrac_avg"
 RETURNS_CORRELATION = "val/returns_correlation"

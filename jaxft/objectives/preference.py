@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft import tree
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, at_least, check_bounds
 from jaxft.batch import Pairs, without_fields
 from jaxft.distributed.exit import shorten_error
-from jaxft.nn import stack
+from jaxft.nn import stack, tree
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, padded_pair
+from jaxft.nn.tree import Aux, Batch, LayerOutputs, Metrics, Params, struct
 from jaxft.objectives.alarms import preference_alarms, preference_summary
 from jaxft.objectives.logprobs import HeadInput, LanguageModel, LogProbs
 from jaxft.objectives.metrics import Sum, by_row, layer_metrics, mean_losses
@@ -43,7 +43,6 @@ from jaxft.objectives.pair import (
 )
 from jaxft.objectives.read_positions import read_logps_of_heads
 from jaxft.objectives.sft import sft
-from jaxft.tree import Aux, Batch, LayerOutputs, Metrics, Params, struct
 
 UNUSED = (
     "ids",

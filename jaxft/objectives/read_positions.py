@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxft.distributed.sharding import constrain, num_shards
 from jaxft.nn.adapters.lora import Several
 from jaxft.nn.layers import head_of_tokens
+from jaxft.nn.tree import Params, static, struct
 from jaxft.objectives.logprobs import (
     Graded,
     HeadInput,
@@ -23,7 +24,6 @@ from jaxft.objectives.logprobs import (
     logps_of_heads,
     weighted_loss,
 )
-from jaxft.tree import Params, static, struct
 
 
 @struct

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Pairs, Tokens, without_fields
+from jaxft.nn.tree import Aux, LayerOutputs, Metrics, Params, static, struct
 from jaxft.objectives.alarms import (
     AlarmCheck,
     Alarms,
@@ -47,7 +48,6 @@ from jaxft.objectives.metrics import (
 from jaxft.objectives.objective import Objective, Report
 from jaxft.objectives.pair import LONGER_WINS, MARGIN_LENGTH_CORRELATION, longer_wins, wins
 from jaxft.objectives.read_positions import read_scores
-from jaxft.tree import Aux, LayerOutputs, Metrics, Params, static, struct
 
 Rewards = Float[Array, "B P"]  # one per pair
 

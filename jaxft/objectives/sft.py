@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxft.batch import Tokens
+from jaxft.nn.tree import Aux, LayerOutputs, Metrics, Params, static, struct
 from jaxft.objectives.logprobs import Graded, LanguageModel, LogProbs, TargetLoss
 from jaxft.objectives.metrics import (
     ENTROPY,
@@ -22,7 +23,6 @@ from jaxft.objectives.metrics import (
 )
 from jaxft.objectives.objective import Facts, Objective, Scores
 from jaxft.objectives.read_positions import read_logps, weighted_read_loss
-from jaxft.tree import Aux, LayerOutputs, Metrics, Params, static, struct
 
 NLL = "nll_loss"
 

@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Key
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import sharding
+from jaxft.nn import tree
 from jaxft.nn.param import Specs, is_spec, kernel, lead_axes, spec_paths
 from jaxft.nn.stack import CallCount, FusedLayers, float_bits, from_float_bits, layer_at, put_layer
+from jaxft.nn.tree import Batch, Grads, Mask, Metrics, OptState, Params
 from jaxft.objectives.objective import Objective
 from jaxft.optim.rules import stack_of
 from jaxft.optim.update import (
@@ -30,7 +31,6 @@ from jaxft.optim.update import (
     stays_finite,
     to_float32,
 )
-from jaxft.tree import Batch, Grads, Mask, Metrics, OptState, Params
 
 LARGE = 1 << 26  # a matrix with at least this many elements is updated in blocks of rows
 PIECE = 1 << 24  # maximum number of elements of such a block

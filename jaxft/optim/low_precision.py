@@ -13,13 +13,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt8
 
-from jaxft import tree
 from jaxft.distributed.sharding import is_multi_device
+from jaxft.nn import tree
 from jaxft.nn.param import Specs, lead_shape, spec_paths
 from jaxft.nn.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
+from jaxft.nn.tree import OptState, Params, struct
 from jaxft.optim.rules import UpdateRule, check_adam, with_decay
 from jaxft.optim.update import stochastically_rounded
-from jaxft.tree import OptState, Params, struct
 
 BLOCK = 256  # values that share a scale
 AT_ONCE = 1 << 22  # maximum number of values that are encoded at once

@@ -17,7 +17,6 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 from optax.tree_utils import tree_map_params
 
-from jaxft import tree
 from jaxft.annotations import (
     BELOW_ONE,
     INSIDE_ZERO_AND_ONE,
@@ -32,7 +31,9 @@ from jaxft.annotations import (
     name_of,
 )
 from jaxft.distributed import sharding
+from jaxft.nn import tree
 from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel, lead_axes, lead_shape, spec_paths
+from jaxft.nn.tree import Grads, OptState, Params
 from jaxft.optim.layerwise import (
     LayerParts,
     init_layerwise,
@@ -63,7 +64,6 @@ from jaxft.optim.update import (
     standard_promotion,
     stays_finite,
 )
-from jaxft.tree import Grads, OptState, Params
 
 
 class Optimizer(NamedTuple):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel, lead_axes, spec_paths
+from jaxft.nn.tree import Mask, OptState, Params
 from jaxft.optim.update import to_float32
-from jaxft.tree import Mask, OptState, Params
 
 
 class Averaging(NamedTuple):

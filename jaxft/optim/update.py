@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Key
 
 from jaxft.distributed import sharding
-from jaxft.tree import Grads, OptState, Params
+from jaxft.nn.tree import Grads, OptState, Params
 
 Updated = tuple[Params, OptState]
 

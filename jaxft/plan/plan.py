@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft import tree
 from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.prompts import padded_length, rollout_batch_shapes
 from jaxft.distributed import sharding, threads, xla_flags
@@ -24,6 +23,8 @@ from jaxft.distributed.exit import shorten_error
 from jaxft.engine.programs import program_tracers
 from jaxft.engine.state import Decoding, Slots, slots_for, state_shapes
 from jaxft.models.adapted import TEACHER
+from jaxft.nn import tree
+from jaxft.nn.tree import Batch, Params
 from jaxft.plan import hlo, program_bytes
 from jaxft.plan.machines import Machine
 from jaxft.plan.program_bytes import COLLECTIVES, Collective
@@ -38,7 +39,6 @@ from jaxft.train.evaluate import evaluate
 from jaxft.train.programs import Programs, abstract, reference_step, sharded_batch, step_rows
 from jaxft.train.settings import Run
 from jaxft.train.start.attention_kernels import attention_summary
-from jaxft.tree import Batch, Params
 
 MATMULS, MEMORY, LINKS = 0.7, 0.8, 0.8  # fractions of the data sheets' rates that good programs reach
 ASSUMED = (

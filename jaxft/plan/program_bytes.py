@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import tree
 from jaxft.models.adapted import TEACHER
+from jaxft.nn import tree
 from jaxft.nn.quant import is_qtensor
 from jaxft.plan import hlo
 from jaxft.plan.hlo import Array, HloProgram, Instruction, called_computations, walk

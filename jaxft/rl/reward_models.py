@@ -29,11 +29,11 @@ from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, of_equal_shapes, with_gains
 from jaxft.nn.attention.layer_attention import varies_with_length
 from jaxft.nn.quant import Quant
+from jaxft.nn.tree import Aux, Params
 from jaxft.rl.rewards import Reward, RewardScores, ScoreEpisodes, check_scores
 from jaxft.rl.rollout_layout import PackedRows, RolloutPrograms
 from jaxft.rl.trajectory import Episodes
 from jaxft.runs import folder as runfolder
-from jaxft.tree import Aux, Params
 from jaxft.weights import initial_params, pretrained, storage
 from jaxft.weights.hf import hf_write, hub
 from jaxft.weights.peft import adapter_folders, peft_read

@@ -29,17 +29,17 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
-from jaxft import tree
 from jaxft.annotations import name_of
 from jaxft.batch import TrainState
 from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.distributed import processes
+from jaxft.nn import tree
+from jaxft.nn.tree import Params
 from jaxft.rl.environments.calls import shared_loop
 from jaxft.rl.environments.environment import finite_number, short_repr
 from jaxft.rl.play import Ended
 from jaxft.rl.rollout_layout import PackedRows, RolloutPrograms
 from jaxft.rl.trajectory import Episodes, Trajectory
-from jaxft.tree import Params
 
 ASYNC_SECONDS, SPARE_SECONDS = 600.0, 5.0  # after which an async reward has no score; for its loop to say so
 OBJECTS = "environments"  # the argument of TRL's reward functions that has the objects

@@ -29,6 +29,7 @@ from jaxft.data.prompts import PromptRows, Prompts
 from jaxft.data.source import HeldOutMetrics, Prompt, SourceInfo, SourceStats, spread
 from jaxft.distributed import processes
 from jaxft.nn.attention.layer_attention import AttentionLayers, varies_with_length
+from jaxft.nn.tree import Batch, Metrics
 from jaxft.objectives.intervals import prompt_means
 from jaxft.objectives.objective import Objective, Scores, same_batch
 from jaxft.rl.advantages import GroupLengths, GroupMask, PerToken, check_advantages, has_score, update_moments
@@ -51,7 +52,6 @@ from jaxft.rl.rollout_rules import Rules, ScoredEpisodes, fault_messages
 from jaxft.rl.rollout_sampler import EVALUATION, SampleEpisodes, append_table, compile_rollout_sampler
 from jaxft.rl.token_weights import token_mean, weight_metrics
 from jaxft.runs.metric_names import REWARD
-from jaxft.tree import Batch, Metrics
 
 
 class ScoredRollout(NamedTuple):

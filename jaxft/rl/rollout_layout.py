@@ -20,16 +20,16 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxft import tree
 from jaxft.batch import Rollout, TrainState
 from jaxft.data.packing.pack import RowShape
 from jaxft.data.prompts import Prompts, rollout_batch_shapes
 from jaxft.distributed import sharding, threads
 from jaxft.models.model import Model
+from jaxft.nn import tree
+from jaxft.nn.tree import Aux, Batch, Params
 from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.advantages import PerToken
 from jaxft.rl.trajectory import Episodes, Trajectory
-from jaxft.tree import Aux, Batch, Params
 
 ROW_FRACTIONS = (0.25, 0.5, 1.0)  # row shapes hold such a fraction of the longest episodes
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
+from jaxft.nn.tree import Metrics
 from jaxft.objectives.alarms import (
     CLIPPED_RATIO,
     FAULTS_NOT_A_NUMBER,
@@ -22,7 +23,6 @@ from jaxft.rl.estimators import RolloutScores
 from jaxft.rl.rollout_rules import ScoredEpisodes
 from jaxft.rl.trajectory import NO_LENGTH, Episodes
 from jaxft.runs.metric_names import REWARD
-from jaxft.tree import Metrics
 
 NO_SCORE = "frac_unscorable"  # a fraction of the completions
 MEAN_LENGTH, MIN_LENGTH, MAX_LENGTH = (f"completions/{name}_length" for name in ("mean", "min", "max"))

@@ -35,12 +35,12 @@ from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
 from jaxft.models.model import Model
+from jaxft.nn.tree import Params
 from jaxft.rl.play import Sampler, rollout
 from jaxft.rl.rewards import begin_async
 from jaxft.rl.rollout_layout import BoundRun, uncounted
 from jaxft.rl.rollout_rules import ScoredEpisodes
 from jaxft.rl.trajectory import Episodes, Fault, Segment, Trajectory, collect
-from jaxft.tree import Params
 
 TABLE_ROWS, PER_PROMPT = 8, 2  # of completions.jsonl, for each rollout
 RECORDS = "rollouts"  # the folder of recorded rollouts

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from jaxft.nn.tree import Metrics
 from jaxft.objectives.losses.policy_losses import MAX_LOG_RATIO
 from jaxft.objectives.metrics import Max, Min, Sum
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Lengths, PerToken, token_mask
-from jaxft.tree import Metrics
 
 TokenWeights = Callable[[GroupLengths, GroupMask, int], GroupScores]
 

@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore
 import xxhash
 
-from jaxft import tree
+from jaxft.nn import tree
 
 NAME = "manifest.json"
 LAYOUT = 2

@@ -35,8 +35,8 @@ from jaxft.nn.adapters.lora_rows import (
 )
 from jaxft.nn.attention.cache import CacheFormat
 from jaxft.nn.quant import QuantKind
+from jaxft.nn.tree import Params
 from jaxft.runs.loaded_weights import NamedWeights, common_dtype, common_quant, common_residual, read_adapters
-from jaxft.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.peft import adapter_folders

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxft import tree
 from jaxft.batch import TrainState, widened
 from jaxft.data.source import Source
 from jaxft.distributed import sharding
 from jaxft.engine.state import Decoding
+from jaxft.nn import tree
+from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
 from jaxft.runs.run_texts import Evaluation
 from jaxft.train.evaluate.evaluate import held_out_floats
@@ -26,7 +27,6 @@ from jaxft.train.evaluate.scored_completions import (
 from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import compile_averaged, compile_metrics, compile_step
 from jaxft.train.start.jobs import Job
-from jaxft.tree import Batch, Metrics, Params
 
 States = tuple[TrainState, ...]  # of the members of a job
 RowMetrics = Callable[[States, Iterable[Batch], bool], list[Metrics]]  # see programs.compile_metrics

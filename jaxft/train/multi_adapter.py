@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import sharding, threads
+from jaxft.nn import tree
 from jaxft.nn.adapters import lora
+from jaxft.nn.tree import Aux, Batch, Grads, Metrics, Params
 from jaxft.objectives import metrics
 from jaxft.objectives.metrics import FloatMetrics, neutral
 from jaxft.objectives.objective import Facts, Objective, Outputs
@@ -41,7 +42,6 @@ from jaxft.train.logs.clock import Clock
 from jaxft.train.programs import sharded_batch
 from jaxft.train.start.jobs import Job
 from jaxft.train.step import Watch, accumulate_gradients, apply_gradients
-from jaxft.tree import Aux, Batch, Grads, Metrics, Params
 
 LOSS_KNOBS = "knobs"  # name in aux of the knobs of a loss that are arrays, as in a study
 

@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import TEACHER, HeadSettings, adapted
 from jaxft.models.model import Model
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter
 from jaxft.nn.param import Specs
 from jaxft.nn.quant import QTensor, Quant, bits_per_param

@@ -18,6 +18,7 @@ from jaxft.nn import param
 from jaxft.nn.adapters.lora import EVA, INITIAL_ADAPTER, pairs_by_path
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.quant import CHECKPOINT, QERA
+from jaxft.nn.tree import Aux, Batch, Metrics, Params
 from jaxft.objectives.objective import Objective, Outputs
 from jaxft.optim.optimizer import (
     Optim,
@@ -36,7 +37,6 @@ from jaxft.train.settings import Run
 from jaxft.train.start.eva import FirstRows, eva_adapter
 from jaxft.train.start.teacher import check_teacher, load_teacher, with_teacher_storage
 from jaxft.train.step import TrainStep, Watch, make_train_step, make_watch
-from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights import initial_params, pretrained, storage
 from jaxft.weights.edit.extended_model import check_new_tokens
 from jaxft.weights.edit.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes

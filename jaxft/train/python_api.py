@@ -45,6 +45,7 @@ from jaxft.engine.session import Session, generate
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.model import Model
 from jaxft.nn.quant import QuantKind
+from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.objectives.objective import Objective
 from jaxft.runs import terminal
 from jaxft.runs.folder import CHECKPOINTS, SUMMARY, read_record, read_saved_json
@@ -67,7 +68,6 @@ from jaxft.train.settings import Run
 from jaxft.train.start import jobs, open_settings
 from jaxft.train.start.reference import precompute
 from jaxft.train.step import TrainStep
-from jaxft.tree import Batch, Metrics, Params
 
 GivenRows = Iterable[Mapping[str, Any]]
 ROW_SETTINGS = ("data", "held_out", "data.train", "data.held_out")  # that rows in memory may be given for
@@ -502,9 +502,9 @@ class Prepared:
 
     run: its settings. model, tokenizer: the policy's. objective: pure functions; `objective(params, rows,
     key, aux)` returns (loss, metrics). source: the batches. state: step, trainable parameters, optimizer
-    state and aux. frozen: the other parameters; `jaxft.tree.combine(state.trainable, frozen)` has all. steps:
-    the number of optimizer steps. mesh: on several devices, use `with jax.set_mesh(parts.mesh):` around
-    programs of your own. train_step: the recipe's; see `step`.
+    state and aux. frozen: the other parameters; `jaxft.nn.tree.combine(state.trainable, frozen)` has all.
+    steps: the number of optimizer steps. mesh: on several devices, use `with jax.set_mesh(parts.mesh):`
+    around programs of your own. train_step: the recipe's; see `step`.
     """
 
     run: Run

@@ -14,13 +14,13 @@ from jaxft.models.adapted import HeadSettings, Teacher
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
+from jaxft.nn.tree import regex
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.rewards import matches
 from jaxft.runs.metric_names import SCORES
 from jaxft.runs.object_store import check_store_url
 from jaxft.runs.trackers import OPEN, Tracking
-from jaxft.tree import regex
 
 ScoreFunction = Annotated[Callable[[str, str, dict[str, Any]], float], ShortNames.of(REWARDS)]
 

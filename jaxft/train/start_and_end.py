@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes
+from jaxft.nn import tree
+from jaxft.nn.tree import Batch, Params
 from jaxft.objectives.metrics import HELD_OUT, LOSS, PAIR_COUNT, FloatMetrics, without_count
 from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.metrics_log import METRICS
@@ -27,7 +28,6 @@ from jaxft.train.logs.logs import Logs, early_end_lines, first_evaluation_lines,
 from jaxft.train.logs.meter import Meters
 from jaxft.train.logs.nonfinite import first_of_model, first_parameter
 from jaxft.train.start.jobs import Job, Member
-from jaxft.tree import Batch, Params
 
 EVALUATED_LOSSES = {HELD_OUT + LOSS: "loss on held-out rows", GENERAL_LOSS: "loss on general text"}
 

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.nn import tree
 from jaxft.nn.param import Specs, layer_numbers, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
+from jaxft.nn.tree import Aux, Batch, Grads, Metrics, OptState, Params
 from jaxft.objectives.metrics import LOSS_SPIKES, PerLayer, Sum, add, neutral
 from jaxft.objectives.objective import Objective
 from jaxft.optim.layerwise import fused_step
 from jaxft.optim.optimizer import FreezableState, Optimizer, SpikeState
 from jaxft.optim.update import StepInfo, to_float32
-from jaxft.tree import Aux, Batch, Grads, Metrics, OptState, Params
 
 TrainStep = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 GRAD_NORM, UPDATE_NORM = "grad_norm", "update_norm"

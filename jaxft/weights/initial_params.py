@@ -9,13 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft import tree
 from jaxft.models.adapted import SCORE, TEACHER, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter
 from jaxft.nn.adapters.lora_specs import differing_fields
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.param_loading import (
     ParamReader,

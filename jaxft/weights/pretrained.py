@@ -14,17 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxft import tree
 from jaxft.distributed.exit import shorten_error
 from jaxft.models import model_types
 from jaxft.models.adapted import adapted
 from jaxft.models.model import Model, ModelConfig
 from jaxft.models.model_types import text_config
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights.edit import merged_weights
 from jaxft.weights.edit.calibrated_base import open_codes
 from jaxft.weights.gguf import gguf_config, gguf_file, gguf_tensors, gguf_tokenizer

@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.devices import has_fp8_matmuls
 from jaxft.models.model import Model
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import target_paths
 from jaxft.nn.matmul import is_scaled_by_channel, multiplies_in_fp8
 from jaxft.nn.param import ParamSpec

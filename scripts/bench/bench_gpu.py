@@ -193,7 +193,7 @@ def random_base(p: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from jaxft import tree
+    from jaxft.nn import tree
     from jaxft.nn.quant import is_qtensor
 
     def fill(path: str, x: Any, kind: str = "") -> Any:
@@ -245,9 +245,8 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     """Measure speed and memory of a train step. Raises ValueError if its loss or a metric is not finite."""
     import jax
 
-    from jaxft import tree
     from jaxft.distributed import devices, sharding
-    from jaxft.nn import param
+    from jaxft.nn import param, tree
     from jaxft.train import programs
 
     data = folder / "rows.jsonl"

@@ -44,9 +44,8 @@ def write_model(folder: Path, gb: float) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxft import tree
     from jaxft.models.families.llama import LlamaConfig, llama
-    from jaxft.nn import param
+    from jaxft.nn import param, tree
     from jaxft.weights.edit.merged_weights import LazyTensor
     from jaxft.weights.hf import hf_write
 

@@ -242,7 +242,7 @@ def test_date_is_pinned_for_string_and_for_function():
         conversation(["a", "b"]), loss_mask.template_of(tokenizer, TemplateSettings("03 Feb 2025"))
     ).text
     assert text.startswith("2025-02-03") and "Today Date: 03 Feb 2025" in text
-    with pytest.raises(ValueError, match=r"data.date='2025'; use a day like"):
+    with pytest.raises(ValueError, match=r"data.date='2025' is not a date like '26 Jul 2024'"):
         loss_mask.template_of(tokenizer, TemplateSettings("2025"))
 
 

@@ -12,12 +12,12 @@ from rl_completions import episodes_of
 from test_attention import arrays, packed, value_and_gradients
 from tiny_model import assert_close, batch_of, examples, micro, tiny
 
-from jaxft import tree
 from jaxft.data.packing.pack import RowShape
 from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.rows.example import Completion
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention import attention
 from jaxft.nn.attention.flash_attention import key_ranges

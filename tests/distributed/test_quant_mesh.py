@@ -12,11 +12,10 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from tiny_model import assert_close
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MESH_AXES, MeshShape, make_mesh
 from jaxft.models.families.llama import PRESETS, LlamaConfig, llama
-from jaxft.nn import matmul, param
+from jaxft.nn import matmul, param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor, quantize
 from jaxft.train import partition

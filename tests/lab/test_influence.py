@@ -17,7 +17,6 @@ from prepared import working_directory
 from scripts_in_process import call
 
 import jaxft
-from jaxft import tree
 from jaxft.data.packing.tokenised import preview
 from jaxft.distributed import sharding
 from jaxft.lab import influence
@@ -32,6 +31,7 @@ from jaxft.lab.influence import (
     rows_by_name,
     without_source,
 )
+from jaxft.nn import tree
 
 FLIPPED = {1, 4, 9, 17}
 

@@ -27,10 +27,10 @@ from jaxft.lab.training_gradients import (
 from jaxft.lab.trial_arrays import searched
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.attention import VARIABLE
+from jaxft.nn.tree import combine, mask_by_path, partition
 from jaxft.objectives.losses.preference_losses import dpo
 from jaxft.optim.update import standard_promotion
 from jaxft.train.multi_adapter import LOSS_KNOBS
-from jaxft.tree import combine, mask_by_path, partition
 
 STEPS = 3
 

@@ -13,11 +13,10 @@ from test_mesh_laws import MESHES, gradient_of, rows_of
 from tiny_experts import CONFIG, KERNELS
 from tiny_model import assert_close, examples, one_by_one
 
-from jaxft import tree
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.adapted import adapted, adapted_by_row
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters import lora, lora_rows
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts

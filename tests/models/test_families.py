@@ -13,7 +13,7 @@ from tiny_families import FAMILIES, QUICK, both, our_model, params_of, random_id
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session, complete
 from jaxft.models.model_types import config_to_hf, family_of
-from jaxft.tree import paths
+from jaxft.nn.tree import paths
 from jaxft.weights import param_loading, pretrained
 from jaxft.weights.hf import hf_read, hf_write
 

@@ -11,7 +11,7 @@ from tiny_families import FAMILIES, both, logits_of, params_of, random_ids, rows
 from jaxft.models.adapted import adapted
 from jaxft.nn.adapters.lora import Adapter, target_paths
 from jaxft.nn.param import init_params
-from jaxft.tree import paths
+from jaxft.nn.tree import paths
 from jaxft.weights.edit.merged_weights import merge_params
 from jaxft.weights.peft import peft_read as peft_layout
 from jaxft.weights.peft import peft_write

@@ -12,10 +12,10 @@ from test_mesh_laws import MESHES, gradient_of, rows_of
 from tiny_families import FAMILIES, our_model, params_of, torch_model
 from tiny_model import assert_close, batch_of, examples, micro
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed.sharding import make_mesh
 from jaxft.models.adapted import adapted
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import dequantize, is_qtensor, quantize

@@ -9,11 +9,10 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 from tiny_llama import some_tokens
 
-from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.flax_modules import FlaxModel
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import quantize
 

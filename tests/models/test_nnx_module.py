@@ -11,11 +11,10 @@ from flax import nnx
 from tiny_llama import some_tokens
 from tiny_model import CONFIG
 
-from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import llama
 from jaxft.models.flax_modules import FlaxModel, NnxModel, trainable
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import quantize
 

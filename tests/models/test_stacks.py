@@ -14,10 +14,10 @@ from test_continuation import differences
 from tiny_families import random_ids, rows
 from two_stacks import two_stacks
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.adapted import adapted
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.attention import cache

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from tiny_families import logits_of, rows
 
-from jaxft import tree
 from jaxft.models import model_types
 from jaxft.models.model_types import (  # fmt: skip
     SHARED_SETTINGS,
@@ -21,6 +20,7 @@ from jaxft.models.model_types import (  # fmt: skip
     text_config,
     text_tensor,
 )
+from jaxft.nn import tree
 from jaxft.nn.param import spec_paths
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_read

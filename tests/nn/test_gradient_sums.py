@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted, scores
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.families.qwen import Qwen3Config, qwen3
 from jaxft.models.model import Model
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.layers import TABLE, embed
 from jaxft.nn.param import init_params

@@ -11,10 +11,9 @@ from engines import decoded, prefilled
 from jax.ad_checkpoint import print_saved_residuals
 from tiny_model import assert_close, examples, one_by_one, tiny
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import layers, matmul
+from jaxft.nn import layers, matmul, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft

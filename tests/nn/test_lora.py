@@ -11,11 +11,10 @@ import pytest
 from merged_arrays import merged_arrays
 from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 
-from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.model_types import FAMILIES
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapted, Adapter, attach, target_paths
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.matmul import dropout, linear, lora_matmul

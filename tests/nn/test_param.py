@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG
 
-from jaxft import tree
 from jaxft.distributed.sharding import AXES, MeshShape, make_mesh
 from jaxft.models.families.llama import PRESETS, llama
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec, fan_in, full, kaiming_uniform, normal
 from jaxft.train import partition

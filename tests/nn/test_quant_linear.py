@@ -11,10 +11,9 @@ import pytest
 from test_layers import DEEP, batch32
 from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import layers, matmul
+from jaxft.nn import layers, matmul, tree
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import ADAPTERS, Adapted, Adapter
 from jaxft.nn.layers import lm_head

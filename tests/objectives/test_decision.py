@@ -9,11 +9,10 @@ import pytest
 import tiny_model
 from tiny_model import CONFIG, assert_close, micro
 
-from jaxft import tree
 from jaxft.batch import Decisions
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.decision import brier, cross_entropy, decision, log_score
 from jaxft.objectives.metrics import CalibrationError, add, as_floats, row_values

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG, assert_close
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import quantize
 from jaxft.objectives import logprobs

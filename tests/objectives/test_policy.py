@@ -13,10 +13,9 @@ from pair_batches import assert_same, loss_gradients_metrics, micro
 from rollout_batches import PER_TOKEN, alone, laid, random_groups
 from tiny_model import assert_close, tiny
 
-from jaxft import tree
 from jaxft.batch import TrainState, widened
 from jaxft.distributed import sharding
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param import ParamSpec
 from jaxft.objectives import metrics

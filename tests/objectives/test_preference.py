@@ -22,10 +22,9 @@ from pair_batches import (
 from preference_rows import EVERY
 from tiny_model import assert_close, tiny
 
-from jaxft import tree
 from jaxft.batch import widened
 from jaxft.distributed import sharding
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import metrics
 from jaxft.objectives.losses import preference_losses as P

@@ -13,13 +13,12 @@ from pair_batches import assert_same, laid, loss_gradients_metrics, micro, rando
 from tiny_llama import tiny_torch, write_folder
 from tiny_model import CONFIG, assert_close, tiny
 
-from jaxft import tree
 from jaxft.batch import Tokens
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.adapted import HeadSettings, adapted, view, with_heads, with_scalar_head
 from jaxft.models.families.llama import llama
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.objectives import metrics

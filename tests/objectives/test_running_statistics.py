@@ -12,9 +12,9 @@ from pair_batches import COUPLED, ONLY_W, by_table, laid, micro, pairs_for, rand
 from preference_rows import EVERY, THIRD
 from tiny_model import tiny
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.packing.cache import Flat
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import metrics
 from jaxft.objectives.losses import preference_losses as P

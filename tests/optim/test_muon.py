@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_model import assert_close
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import ParamSpec, full, spec_paths

@@ -6,10 +6,9 @@ import optax
 import pytest
 from tiny_model import assert_close
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.param import ParamSpec, full
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, make_optimizer, skip_spikes, state_shardings

@@ -19,7 +19,6 @@ from reward_folders import begun, saved
 from rl_completions import LENGTHS, episodes_of, random_completions
 from tiny_run import Place
 
-from jaxft import tree
 from jaxft.data.chat import loss_mask
 from jaxft.data.packing.pack import RowShape
 from jaxft.data.rows.dataset_rows import Row
@@ -28,7 +27,7 @@ from jaxft.distributed import sharding
 from jaxft.engine.sampling import left_pad
 from jaxft.models.adapted import HeadSettings, adapted, view, with_heads
 from jaxft.models.families.llama import llama
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.layer_attention import uniform
 from jaxft.nn.rope import Rope

@@ -25,7 +25,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.runs import checkpoint, manifest
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.folder_copies import LOCAL_ONLY

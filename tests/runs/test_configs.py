@@ -8,9 +8,8 @@ import jax
 import pytest
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft import tree
 from jaxft.models.adapted import HeadSettings, Teacher
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.objectives.preference import EMAReference
 from jaxft.runs.settings import config, setting_values
 from jaxft.train.programs import abstract

@@ -1,6 +1,6 @@
 """Base weights of a checkpoint on the host, without a mesh."""
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.nn.param import is_spec
 from jaxft.weights import param_loading, pretrained
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import HeadSettings
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.train import partition

@@ -14,11 +14,11 @@ from jaxft.data.packing.cache import Flat, RowNames
 from jaxft.data.packing.pack import RowShape
 from jaxft.data.packing.pair_layout import BatchMeans, PairLayout, assign_rows, fill_pairs, tokens_per_pair
 from jaxft.data.packing.tokenised import NUMBERS, TokenisedRows
+from jaxft.nn.tree import partition
 from jaxft.objectives import metrics
 from jaxft.objectives.pair import declaration
 from jaxft.objectives.preference import Outputs, preference
 from jaxft.train.step import accumulate_gradients
-from jaxft.tree import partition
 
 PAIR = ("chosen", "rejected")
 COUPLED = [name for name, (loss, *_) in EVERY.items() if declaration(loss).coupled]

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import HeadSettings
+from jaxft.nn import tree
 from jaxft.train import partition
 from jaxft.weights import initial_params
 from jaxft.weights.peft import peft_write

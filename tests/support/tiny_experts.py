@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import tree
 from jaxft.models.adapted import adapted
 from jaxft.models.dense import (
     DecoderSpec,
@@ -28,6 +27,7 @@ from jaxft.models.dense import (
 from jaxft.models.dense_config import ConfigFormat, fields_from_hf, fields_to_hf
 from jaxft.models.families import llama
 from jaxft.models.model_types import Family
+from jaxft.nn import tree
 from jaxft.nn.attention.layer_attention import uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
 from jaxft.nn.matmul import linear

@@ -10,7 +10,7 @@ from jaxft.batch import Tokens
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import param
-from jaxft.tree import map_with_path
+from jaxft.nn.tree import map_with_path
 
 CONFIG = LlamaConfig(vocab=40, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=64)
 

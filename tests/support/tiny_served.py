@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import tiny_tokenizers
 
-from jaxft import tree
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import Scheduler, ServeSizes, TokenRequest, compile_server
 from jaxft.engine.session import RequestSettings
 from jaxft.models.adapted import adapted_by_row
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_rows import stack_by_row, with_gains
 from jaxft.nn.adapters.lora_specs import adapter_specs

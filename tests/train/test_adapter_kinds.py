@@ -17,9 +17,9 @@ from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_
 from tiny_pairs import make_rows
 from tiny_run import write_place, write_rows
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import HeadSettings, adapted, with_scalar_head
+from jaxft.nn import tree
 from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.runs.metrics_log import read_entries

@@ -15,11 +15,11 @@ from prepared import prepare, resume, working_directory
 from scripts_in_process import call
 from tiny_run import ROOT, Place, write_place, write_rows
 
-from jaxft import tree
 from jaxft.cli import cli
 from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.distributed import sharding
+from jaxft.nn import tree
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.runs import folder as runfolder
 from jaxft.train.export import calibrate

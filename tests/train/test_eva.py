@@ -11,10 +11,10 @@ import pytest
 from merged_arrays import merged_arrays
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
 from jaxft.models.adapted import adapted
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.quant import Quant

@@ -18,9 +18,9 @@ from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
 from tiny_pairs import make_rows
 from tiny_run import write_rows
 
-from jaxft import tree
 from jaxft.models import adapted
 from jaxft.models.adapted import HeadSettings
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters
 from jaxft.nn.quant import Quant
 from jaxft.rl import reward_models

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file
 from tiny_model import tiny
 from tiny_run import Place, write_place
 
-from jaxft import tree
 from jaxft.batch import TrainState
+from jaxft.nn import tree
 from jaxft.train import start_and_end, step
 from jaxft.train.logs.nonfinite import Diagnosis, first_nonfinite
 

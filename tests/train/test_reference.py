@@ -14,9 +14,9 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_pairs import make_rows, write
 from tiny_tokenizers import tiny as tiny_tokenizer
 
-from jaxft import tree
 from jaxft.data.pairs import PairRows
 from jaxft.models.adapted import HeadSettings
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize
 from jaxft.objectives import metrics

@@ -11,11 +11,10 @@ import pytest
 from pair_batches import laid, micro, random_pairs, start_aux
 from tiny_model import CONFIG, assert_close, examples, one_by_one
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import llama
-from jaxft.nn import matmul, param
+from jaxft.nn import matmul, param, tree
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import Adapted, Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs

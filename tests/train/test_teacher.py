@@ -14,12 +14,11 @@ from tiny_model import CONFIG
 from tiny_pairs import make_rows, write
 from transformers import AutoTokenizer
 
-from jaxft import tree
 from jaxft.data.pairs import PairRows
 from jaxft.distributed import sharding
 from jaxft.models.adapted import HeadSettings, Teacher, adapted
 from jaxft.models.families.llama import llama
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.objectives import metrics

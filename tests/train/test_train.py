@@ -12,10 +12,9 @@ import optax
 import pytest
 from tiny_model import CONFIG, assert_close, batch_of, examples, micro, one_by_one, tiny
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.models.families.llama import llama
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.stack import REMAT
 from jaxft.objectives import metrics

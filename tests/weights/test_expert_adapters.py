@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 from tiny_experts import CONFIG, KERNELS
 from tiny_model import assert_close, examples, one_by_one
 
-from jaxft import tree
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models import model_types
 from jaxft.models.adapted import adapted
+from jaxft.nn import tree
 from jaxft.nn.adapters.full_modules import saved_paths
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import adapter_specs, differing_fields, pair_layouts

@@ -19,7 +19,7 @@ from tiny_llama import (
     write_folder,
 )
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params

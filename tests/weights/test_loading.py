@@ -23,9 +23,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft import tree
 from jaxft.models.adapted import HeadSettings
-from jaxft.nn import param
+from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, is_qtensor, quantize
 from jaxft.train import partition

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits, write_folder
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.weights import pretrained

@@ -19,8 +19,8 @@ from scripts_in_process import call
 from tiny_families import logits_of, rows
 from tiny_tokenizers import tiny
 
-from jaxft import tree
 from jaxft.models.adapted import adapted
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.param import is_spec

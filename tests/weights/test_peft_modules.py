@@ -13,9 +13,9 @@ from merged_arrays import merged_arrays
 from safetensors.numpy import load_file, save_file
 from tiny_llama import our_logits, some_tokens, tiny_tokenizer, tiny_torch, torch_logits, write_folder
 
-from jaxft import tree
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.train.export import export

@@ -15,9 +15,9 @@ from tiny_llama import write_folder
 
 from jaxft.nn.adapters.lora import Adapter, target_paths
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
+from jaxft.nn.tree import paths
 from jaxft.train import partition
 from jaxft.train.export import export
-from jaxft.tree import paths
 from jaxft.weights import pretrained
 from jaxft.weights.edit.calibrated_base import CalibrationRows, calibrate_layers, write_codes
 

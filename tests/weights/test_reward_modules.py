@@ -13,8 +13,8 @@ from reward_folders import begun, saved, torch_score
 from safetensors.numpy import load_file
 from tiny_llama import some_tokens, tiny_tokenizer, tiny_torch, write_folder
 
-from jaxft import tree
 from jaxft.models.adapted import HeadSettings, adapted, with_scalar_head
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.rl import reward_models
 from jaxft.train.export import export

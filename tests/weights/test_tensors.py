@@ -11,8 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
-from jaxft import tree
 from jaxft.models.families.llama import LlamaConfig, llama
+from jaxft.nn import tree
 from jaxft.nn.param import ParamSpec, fan_in, init_params, spec_paths
 from jaxft.nn.quant import quantize
 from jaxft.nn.tensor_names import TensorName

@@ -27,9 +27,8 @@ from tiny_llama import (
     write_folder,
 )
 
-from jaxft import tree
 from jaxft.models.families.llama import PRESETS
-from jaxft.nn import quant
+from jaxft.nn import quant, tree
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_write, hub, safetensors
 

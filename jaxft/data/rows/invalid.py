@@ -179,5 +179,5 @@ def invalid_lines(counts: Sequence[InvalidCount]) -> list[str]:
 
 
 def similar_names(name: str, known: list[str]) -> list[str]:
-    """Return the known names most similar to `name`, as jaxft.tree.nearest does without importing JAX."""
+    """Return the known names most similar to `name`, as jaxft.nn.tree.nearest does without importing JAX."""
     return difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]

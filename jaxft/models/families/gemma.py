@@ -32,7 +32,7 @@ from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope, check_rope
 from jaxft.nn.tensor_names import TensorName, WeightNames
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 
 @dataclass(frozen=True)

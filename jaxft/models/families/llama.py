@@ -43,7 +43,7 @@ from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
 from jaxft.nn.layers import gated_mlp, lm_head, rms_norm, split_keys
 from jaxft.nn.rope import Rope
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 
 @dataclass(frozen=True)

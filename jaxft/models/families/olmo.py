@@ -40,7 +40,7 @@ from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
 from jaxft.nn.tensor_names import TensorName, WeightNames
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import decode_scales
 from jaxft.nn.rope import Rope
 from jaxft.nn.tensor_names import TensorName, WeightNames
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from jaxft.models.model import ForwardOptions, Model
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, LayerKind
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.nn.param import ParamSpec, normal
 from jaxft.nn.tensor_names import SCORE_MODULES, Module, WeightNames, is_saved, modules_of, name_ends
-from jaxft.tree import static, struct
+from jaxft.nn.tree import static, struct
 
 
 @struct

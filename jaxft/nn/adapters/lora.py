@@ -24,13 +24,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxft import tree
 from jaxft.annotations import BELOW_ONE, at_least, between, check_bounds
+from jaxft.nn import tree
 from jaxft.nn.adapters import full_modules
 from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
 from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
 from jaxft.nn.tensor_names import SCORE_MODULES, is_name
-from jaxft.tree import Params, static, struct
+from jaxft.nn.tree import Params, static, struct
 
 # Layers that compute several projections by one matrix, and the layers that other models have in their place.
 FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}

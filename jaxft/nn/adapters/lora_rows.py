@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.nn.adapters.full_modules import base_spec, is_replacement
 from jaxft.nn.adapters.lora import (
     Adapted,
@@ -29,7 +29,7 @@ from jaxft.nn.adapters.lora import (
     pairs_by_path,
 )
 from jaxft.nn.param import ParamSpec, Specs, full, spec_paths
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 
 BASE = 0  # the number of the adapter in a stack that changes nothing
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxft import tree
+from jaxft.nn import tree
 from jaxft.nn.adapters import full_modules
 from jaxft.nn.adapters.lora import EVA, Adapter, pair_axes, target_paths
 from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, normal, spec_paths

@@ -44,7 +44,7 @@ from jaxft.nn.attention.layer_attention import (
 )
 from jaxft.nn.matmul import to_bits
 from jaxft.nn.stack import Mixer, Pass
-from jaxft.tree import Batch
+from jaxft.nn.tree import Batch
 
 
 def attention_mixer(a: AttentionLayers, kv_heads: int) -> Mixer:

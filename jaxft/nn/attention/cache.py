@@ -25,7 +25,7 @@ from jaxft.distributed.sharding import constrain
 from jaxft.nn.attention.flash_attention import MASKED, soft_capped
 from jaxft.nn.attention.layer_attention import EVERY_KEY, AttentionLayers, AttentionRule
 from jaxft.nn.matmul import concat_bits, from_bits, to_bits, wide_einsum
-from jaxft.tree import static, struct
+from jaxft.nn.tree import static, struct
 
 
 @struct

@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxft.nn.matmul import accumulation_dtype, to_bits, wide_einsum
-from jaxft.tree import static, struct
+from jaxft.nn.tree import static, struct
 
 NEVER = np.int32(2**30)  # an empty range is [NEVER, 0), so that min and max over ranges ignore it
 

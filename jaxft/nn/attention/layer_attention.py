@@ -23,7 +23,7 @@ from jaxft.nn.attention.attention import (
 from jaxft.nn.attention.flash_attention import KeyRanges, key_ranges, within_window
 from jaxft.nn.layers import saveable
 from jaxft.nn.rope import Rope, example_lengths, needs_lengths, rope_angles, rotate
-from jaxft.tree import Batch, LayerOutputs, static, struct
+from jaxft.nn.tree import Batch, LayerOutputs, static, struct
 
 EVERY_KEY = np.int32(2**30)  # the window of full attention in a model where other layers have a window
 

@@ -38,8 +38,8 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Int
 
 from jaxft.annotations import above, at_least, check_bounds
+from jaxft.nn.tree import struct
 from jaxft.objectives.pair import capped, require, response_sums, square
-from jaxft.tree import struct
 
 # ---- KL to the reference
 #

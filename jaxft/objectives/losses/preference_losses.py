@@ -36,6 +36,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
+from jaxft.nn.tree import Metrics
 from jaxft.objectives.pair import (
     Claims,
     LossState,
@@ -52,7 +53,6 @@ from jaxft.objectives.pair import (
     require,
     square,
 )
-from jaxft.tree import Metrics
 
 PairLoss = Float[Array, "B P"]
 OfMargin = Annotated[PairLoss, Claims.of("difference", "bradley_terry", "finite", "raises_margin")]

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array
 
+from jaxft.nn.tree import Metrics
 from jaxft.objectives.losses.preference_losses import PairLoss, nll
 from jaxft.objectives.pair import (
     CHOSEN_REWARD,
@@ -40,7 +41,6 @@ from jaxft.objectives.pair import (
     require,
     square,
 )
-from jaxft.tree import Metrics
 
 
 @reference_free

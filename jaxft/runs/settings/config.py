@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxft.models.model import Model
+from jaxft.nn.tree import nearest
 from jaxft.runs.settings.setting_names import advice, join_lines, meant_options
 from jaxft.runs.settings.setting_values import (
     UNANNOTATED,
@@ -39,7 +40,6 @@ from jaxft.runs.settings.setting_values import (
     union_members,
 )
 from jaxft.runs.terminal import short_text
-from jaxft.tree import nearest
 
 Recipe = str | Callable[..., Any]  # the name of one, a Python file, or a function `config` itself
 Steps = tuple[str, ...]  # the field names that lead to a setting

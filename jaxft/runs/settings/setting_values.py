@@ -28,8 +28,8 @@ from jaxft.annotations import ShortNames, bounds_of, choices_of
 from jaxft.data.rows.remote import without_secrets
 from jaxft.data.rows.shipped import ROOT
 from jaxft.models.model import Model
+from jaxft.nn.tree import nearest
 from jaxft.runs.settings.setting_names import name_of_loss, settings_file
-from jaxft.tree import nearest
 
 JaxDType = type(jnp.float32)
 PROMPT_TEXTS = "chat_template_kwargs"  # the setting whose texts later commands render, so they are unchanged

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import tree
 from jaxft.batch import Decisions, Pairs
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.decision_rows import DecisionRows, choice_names
@@ -23,6 +22,8 @@ from jaxft.data.sft import Rows
 from jaxft.data.source import RowSource, Source, open_for
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
+from jaxft.nn import tree
+from jaxft.nn.tree import Aux, Batch, Metrics, Params
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.decision import ACCURACY as DECISION_ACCURACY
 from jaxft.objectives.decision import decision
@@ -46,7 +47,6 @@ from jaxft.runs.metric_names import (
     TOKEN_ACCURACY,
 )
 from jaxft.train.settings import Loop, Run, steps_between
-from jaxft.tree import Aux, Batch, Metrics, Params
 from jaxft.weights.pretrained import check_token_id
 
 PERPLEXITY = "perplexity"

@@ -33,6 +33,7 @@ from jaxft.engine.sampling import NONFINITE, Sampling, nonfinite_logits, without
 from jaxft.engine.session import Session, complete
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.nn.attention.cache import CacheFormat
+from jaxft.nn.tree import Params
 from jaxft.objectives.intervals import Interval, interval_of, prompt_means
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
@@ -42,7 +43,6 @@ from jaxft.runs.run_texts import Sample
 from jaxft.train.evaluate.evaluate import Evaluated
 from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run, Scoring
-from jaxft.tree import Params
 from jaxft.weights.pretrained import check_token_id
 
 COMPLETIONS_AT_ONCE = 32  # that are in progress

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxft import tree
 from jaxft.data.decisions import DecisionPrompts
 from jaxft.distributed import sync
 from jaxft.distributed.disk import publish
 from jaxft.models import model_types
 from jaxft.models.adapted import SCORE, with_scalar_head
 from jaxft.models.model import Model
+from jaxft.nn import tree
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import EVA
 from jaxft.nn.quant import (
@@ -32,12 +32,12 @@ from jaxft.nn.quant import (
     quantize,
     with_defaults,
 )
+from jaxft.nn.tree import Params
 from jaxft.rl.reward_models import is_classifier
 from jaxft.runs.loaded_weights import NamedWeights
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.train.start.eva import written_adapter
-from jaxft.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.edit import extended_model
 from jaxft.weights.edit.calibrated_base import open_codes

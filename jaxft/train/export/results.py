@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.data.decisions import paths_of_decisions
 from jaxft.data.rows.mixture import source_names
 from jaxft.distributed import devices, processes, sync
 from jaxft.distributed.disk import write_durably
 from jaxft.models import model_types
+from jaxft.nn import tree
+from jaxft.nn.tree import Params
 from jaxft.report import charts
 from jaxft.runs import folder as runfolder
 from jaxft.runs import run_texts
@@ -35,7 +36,6 @@ from jaxft.train.logs.clock import hardware, time_line
 from jaxft.train.logs.logs import Logs
 from jaxft.train.start.jobs import EndedBy, Job, Member
 from jaxft.train.sweep import write_table
-from jaxft.tree import Params
 from jaxft.weights.edit.lora_start import read_start
 from jaxft.weights.hf import hf_read, hf_write, hub
 from jaxft.weights.hf.model_card import Card, base_name, front_matter, write_card

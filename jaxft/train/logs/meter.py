@@ -15,11 +15,11 @@ import numpy as np
 from jaxft.batch import count_reads
 from jaxft.data.source import Source
 from jaxft.distributed import devices, processes
+from jaxft.nn.tree import Batch, Metrics
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.train.partition import trains_base
 from jaxft.train.start.jobs import Job, Member
-from jaxft.tree import Batch, Metrics
 
 
 class Meter:

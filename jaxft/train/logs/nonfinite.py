@@ -25,19 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft import tree
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
+from jaxft.nn import tree
 from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import layer_numbers, spec_paths
 from jaxft.nn.quant import dequantize, is_qtensor
+from jaxft.nn.tree import Batch, LayerOutputs, Metrics, Params
 from jaxft.objectives.objective import Objective
 from jaxft.runs import folder as runfolder
 from jaxft.train.logs.logs import Logs
 from jaxft.train.start.jobs import Job, Member
 from jaxft.train.step import accumulate_gradients, make_layer_norms, step_keys
-from jaxft.tree import Batch, LayerOutputs, Metrics, Params
 
 ROW_NORMS = "row_norms"
 OUTPUTS = ("outputs", "teacher_outputs")  # fields of a Diagnosis

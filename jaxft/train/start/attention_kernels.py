@@ -22,8 +22,8 @@ from jaxft.nn.attention import attention
 from jaxft.nn.attention.attention import AttentionNeeds, Kernel
 from jaxft.nn.attention.flash_attention import KeyRanges, flash, key_ranges, within_window
 from jaxft.nn.attention.layer_attention import attention_needs
+from jaxft.nn.tree import Batch
 from jaxft.train.programs import Programs
-from jaxft.tree import Batch
 
 SAMPLE_WINDOW = 50  # of 256 tokens of a sample row, if a layer has any
 # Relative errors that need no explanation: the largest of one rounding to bfloat16, which has 8 bits, and to

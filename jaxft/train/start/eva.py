@@ -25,15 +25,15 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxft import tree
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding, sync
 from jaxft.models.model import Model
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import EVA, FUSED_PARTS, Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, most_components, pair_layouts
 from jaxft.nn.matmul import outer, with_taps
 from jaxft.nn.quant import is_qtensor
-from jaxft.tree import Batch, Params, struct
+from jaxft.nn.tree import Batch, Params, struct
 from jaxft.weights.param_loading import shard_host_array
 from jaxft.weights.peft.peft_tensors import with_patterns
 from jaxft.weights.tensors import layer_on_host

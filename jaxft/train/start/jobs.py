@@ -16,6 +16,7 @@ from jaxft.data.packing.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
 from jaxft.models.adapted import HeadSettings
+from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.rl.rollout_layout import BoundRun, Counter, uncounted
 from jaxft.rl.rollout_sampler import clear_records
 from jaxft.runs import folder as runfolder
@@ -34,7 +35,6 @@ from jaxft.train.settings import Run
 from jaxft.train.start.eva import FirstRows, first_batches
 from jaxft.train.start.teacher import check_teacher_files, teacher_fingerprints
 from jaxft.train.sweep import Sweep, check_members
-from jaxft.tree import Batch, Metrics, Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hub
 from jaxft.weights.hf.hf_read import stop_tokens

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxft import tree
 from jaxft.data.packing import cache as data_cache
 from jaxft.distributed import processes, sharding
+from jaxft.nn import tree
+from jaxft.nn.tree import Batch
 from jaxft.runs.settings.setting_values import describe
 from jaxft.train.export.calibrate import Progress, calibrate_base
 from jaxft.train.programs import Programs, reference_step, start
 from jaxft.train.settings import Run
 from jaxft.train.start.jobs import Job
-from jaxft.tree import Batch
 
 VERSION = 1  # counts changes of how log-probs are computed
 

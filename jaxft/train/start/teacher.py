@@ -13,12 +13,12 @@ from jaxft.models.adapted import TEACHER, Teacher
 from jaxft.models.model import Model
 from jaxft.nn import param
 from jaxft.nn.quant import Quant
+from jaxft.nn.tree import Params
 from jaxft.objectives.objective import Facts
 from jaxft.runs import folder as runfolder
 from jaxft.runs.loaded_weights import named_weights, source_options
 from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
-from jaxft.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hub
 from jaxft.weights.peft import adapter_folders

@@ -26,17 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft import tree
 from jaxft.distributed import processes
 from jaxft.models.adapted import HeadSettings
 from jaxft.models.model import Model
+from jaxft.nn import tree
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters, map_kernels, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.param import Specs, spec_paths
 from jaxft.nn.quant import QERA, dequantize, is_qtensor
 from jaxft.nn.tensor_names import WeightNames
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.edit.calibrated_base import read_correction
 from jaxft.weights.edit.calibrated_rounding import FIRST_PAIRS, FirstPair, principal_pair

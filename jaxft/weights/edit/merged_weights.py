@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxft import tree
 from jaxft.models.model import Model
+from jaxft.nn import tree
 from jaxft.nn.adapters import full_modules, lora
 from jaxft.nn.quant import is_qtensor
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights.param_loading import ParamReader, read_whole
 from jaxft.weights.tensors import Index, Tensor, full_index, layer_on_host
 

@@ -22,12 +22,12 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Float
 
-from jaxft import tree
 from jaxft.models.model import Model
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path, target_paths
 from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts
 from jaxft.nn.param import path_hash
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_read
 from jaxft.weights.hf.hf_read import EMBEDDING, HEAD

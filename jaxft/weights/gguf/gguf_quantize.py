@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.tree import nearest
+from jaxft.nn.tree import nearest
 from jaxft.weights.gguf.gguf_file import FLOAT_TYPES, block_size
 from jaxft.weights.hf.safetensors import WRITE_ADVICE
 from jaxft.weights.tensors import is_finite, require_finite

@@ -20,7 +20,7 @@ from jaxft.models import model_types
 from jaxft.models.model import Model, ModelConfig
 from jaxft.nn.adapters.lora import pairs_by_path
 from jaxft.nn.rope import USED, Rope, attention_scaling, frequencies
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights.gguf.gguf_architectures import (
     ALWAYS_READ,
     ARCHITECTURES,

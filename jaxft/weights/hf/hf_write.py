@@ -13,16 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import tree
 from jaxft.distributed import sync
 from jaxft.models import model_types
 from jaxft.models.adapted import as_checkpoint
 from jaxft.models.dense_config import for_transformers_4
 from jaxft.models.model import Model
 from jaxft.models.model_types import text_config, text_part
+from jaxft.nn import tree
 from jaxft.nn.param import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights.hf.hf_read import (
     EMBEDDING,
     HEAD,

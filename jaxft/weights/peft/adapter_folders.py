@@ -22,7 +22,7 @@ from jaxft.nn.adapters.full_modules import unties
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.quant import RESIDUAL_INITS, Quant
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hub
 from jaxft.weights.hf.complete_folders import check_new_folder, new_folder

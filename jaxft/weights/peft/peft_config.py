@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxft import tree
 from jaxft.models.model_types import decoder_prefix, full_name, text_tensor
+from jaxft.nn import tree
 from jaxft.nn.tensor_names import is_listed, matches_module
 from jaxft.weights.hf.safetensors import SafetensorsFiles, read_model_json
 

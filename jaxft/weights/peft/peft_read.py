@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxft import tree
 from jaxft.distributed import processes
 from jaxft.models.adapted import SCORE
 from jaxft.models.model import Model
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.tensor_names import HEAD_MODULE, SCORE_MODULES, is_listed, is_saved
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights.edit.calibrated_rounding import FIRST_PAIRS, FirstPair
 from jaxft.weights.hf.hf_read import COMPARED_VALUES, EMBEDDING, HEAD
 from jaxft.weights.hf.safetensors import SafetensorsFiles, open_safetensors, read_tensor

@@ -16,7 +16,7 @@ from jaxft.models.model_types import full_name
 from jaxft.nn.adapters.full_modules import is_replacement
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
-from jaxft.tree import Params
+from jaxft.nn.tree import Params
 from jaxft.weights.hf import hf_read, hub
 from jaxft.weights.hf.safetensors import TensorToWrite, write_model_json, write_safetensors
 from jaxft.weights.peft.peft_config import PREFIX

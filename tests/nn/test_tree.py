@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from tiny_model import CONFIG
 
-from jaxft import tree
 from jaxft.models.families.llama import llama
+from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import QTensor, quantize
+from jaxft.nn.tree import combine, mask_by_path, partition, static, struct
 from jaxft.train.partition import partition_params, split_params
-from jaxft.tree import combine, mask_by_path, partition, static, struct
 
 TREE = {
     "base": {"layers": {"attn": {"q": 1, "k": 2}, "norm": 3}, "head": 4},
