@@ -20,7 +20,7 @@ from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.example import Chat, Message
 from jaxft.data.rows.invalid import InvalidRow, valid
 
-SOME_TEXT = "Qx7w"  # content in the place of a turn without any, whose place in a rendering cannot be found
+SOME_TEXT = "Qx7w"  # content for an empty turn, which could not be found in a rendered text
 
 
 class TurnWording(NamedTuple):
