@@ -95,8 +95,8 @@ class SourceInfo:
     as the labels of a classifier or fingerprints of other models; the run's record contains them. eval_cost:
     the cost of evaluating a held-out row relative to training on a row: 1/3, as there are no gradients; for
     rollouts, the completions of a held-out prompt divided by those of a training prompt. learned_ends: token
-    id -> number of training and held-out sequences, except truncated ones, that it ends: their last target,
-    before at most two targets of whitespace. warnings: lines for the start of a run.
+    id -> number of training and held-out sequences, except truncated ones, of which it is the last target; at
+    most two targets of whitespace at the end are skipped. warnings: lines for the start of a run.
     """
 
     steps: int
@@ -383,7 +383,9 @@ def fingerprint_of(settings: tuple[Any, ...], arrays: Iterable[np.ndarray | None
 
 
 def spread(count: int, most: int | None) -> list[int]:
-    """Return up to `most` (None: all) of the indices below `count`, at equal distances."""
+    """Return up to `most` (None: all) of the indices below `count`, at equal distances: for 10 and 3, 0, 3
+    and 6.
+    """
     if most is None or count <= most:
         return [*range(count)]
     return [number * count // most for number in range(most)]
