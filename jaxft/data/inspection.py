@@ -456,7 +456,7 @@ class RowLengths:
         return {name: counts for name, counts in parts.items() if counts.any()}
 
     def covered(self, limit: int) -> float:
-        """Return the fraction of the rows that fit this limit whole."""
+        """Return the fraction of the rows that this limit does not truncate."""
         return float((self.longest <= limit).mean())
 
     def kept(self, limit: int) -> Int[np.ndarray, " rows"]:

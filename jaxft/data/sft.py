@@ -34,7 +34,7 @@ from jaxft.data.source import RowSource
 
 TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
-TEXT_PROMPT = 32  # tokens of the prompt that a text begins with, in samples
+TEXT_PROMPT = 32  # the most tokens of a document that are its prompt where a completion is sampled
 Packing = bool | Literal["wrapped"]
 
 
