@@ -184,7 +184,7 @@ def _tokenise_pairs(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> C
         yield attempt(_pair_of, row, next(prompts), responses, reader)
 
 
-PAIR_TASK = RowTask(formats.PAIRS, 12, "max_length", _tokenise_pairs, _pair_columns)
+PAIR_TASK = RowTask(formats.PAIRS, 13, "max_length", _tokenise_pairs, _pair_columns)
 
 
 def _pair_of(
