@@ -181,7 +181,7 @@ class Study:
             ends = ", ".join(str(rung.steps) for rung in self.rungs)
             raise ValueError(
                 f"study.trials={self.trials}, keep={self.keep:g}: with loop.steps={steps} the stages end at "
-                f"steps {ends}, so that one stage has no step. Set loop.steps to {enough} or more, or lower "
+                f"steps {ends}, so that one has no step. Set loop.steps to {enough} or more, or lower "
                 "study.trials"
             )
 
