@@ -361,7 +361,7 @@ def logged(folder: Path, done: list[dict[str, Any]], entry: dict[str, Any]) -> l
 
 
 def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Train a wave unless it is in the log `done`; write its trials' folders and log entry; return the log."""
+    """Train a wave unless it is in the log `done`; write its trials' folders and entry; return the log."""
     if any(entry.get("wave") == wave.key for entry in done):
         return done
     states = start_states(lab, folder, wave, done)
