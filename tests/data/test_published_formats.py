@@ -115,7 +115,7 @@ def test_pairs_in_a_ranking_have_their_ratings_or_their_ranks():
     ranks = {"score_chosen": -1, "score_rejected": -3, "score_rank_2": -2}
     assert read({**pair, "rank_2": "z"}, responses=3)[1] == ranks
     rated = {**pair, "score_chosen": 8.5, "score_rejected": 3}
-    with pytest.raises(ValueError, match="no number in column 'score_rank_2'"):
+    with pytest.raises(ValueError, match="'score_rank_2' is missing, .* rate all responses or none"):
         read({**rated, "rank_2": "z"}, responses=3)
     assert read(rated, responses=3)[1] == {"score_chosen": 8.5, "score_rejected": 3, "score_rank_2": 0}
     assert read({**rated, "rank_2": "z", "score_rank_2": 4}, responses=3) == (

@@ -6,7 +6,7 @@ Only the text that the chat template writes after a turn is tokenised: the rende
 and its answers, without the text up to the end of the turn.
 
 Some templates change earlier text when messages follow, such as one that drops earlier reasoning. The next
-prompt is then rendered and tokenised as a whole, and begins a new training row.
+prompt is then rendered and tokenised in full, and begins a new training row.
 """
 
 from collections.abc import Sequence

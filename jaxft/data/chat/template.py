@@ -54,7 +54,7 @@ class Template:
     "<|im_start|>assistant\\n". header: the text between a prompt and its response, if there is no generation
     prompt; else "". earlier_header: the text between a prompt and a response that another message follows;
     None if the text of the prompt changes when they follow. ends: the texts that end an assistant turn, such
-    as "<|im_end|>"; () if no special token does. last_ends: those of them that end a conversation's last
+    as "<|im_end|>"; () if no special token does. last_ends: the ones that end a conversation's last
     turn. arguments: further arguments that it is rendered with, by name. merges: whether a system message is
     put in front of the first user turn. failure: the error that it raises even for a simple question and
     response, "" for none. last_tokens: ids of the special tokens that end the last turn. tool_use: the

@@ -1,6 +1,6 @@
 """Pack examples into rows and order the rows: a pure function of (lengths, seed, epoch); count steps.
 
-`pack_examples` keeps examples whole; `wrap_examples` concatenates documents and cuts them anywhere.
+`pack_examples` does not split examples; `wrap_examples` concatenates documents and cuts them anywhere.
 
 pack_examples is first-fit decreasing within windows of WINDOW examples. An example's window depends on the
 seed alone. From epoch to epoch, examples change places only with examples of the same length and the same
@@ -34,7 +34,7 @@ class RowPlan:
     """The examples of each row: row r consists of members[offsets[r]:offsets[r + 1]], in that order.
 
     starts, counts: the part of each member that is in the row: its first token, and the number of tokens.
-    None: members are whole.
+    None: each member is in its row in full.
     """
 
     members: Int[np.ndarray, " examples"]

@@ -79,13 +79,19 @@ def rating_columns(responses: int) -> tuple[str, ...]:
 
 def with_ratings(row: Row, settings: RowSettings) -> Row:
     """Return a ranking's row with the ratings of its responses: its own or, if it rates none of them, minus
-    the ranks. The rating of a missing rank_2, rank_3, ... is 0; other missing ratings stay missing.
+    the ranks. The rating of a missing rank_2, rank_3, ... is 0. Raises InvalidRow if it rates only some.
     """
     further = [kind for kind in settings.kinds if kind.startswith("rank_")]
     fields = {_RATING + kind: 0.0 for kind in further if row.fields.get(kind) is None}
     names = [_RATING + kind for kind in best_first(settings.kinds) if _RATING + kind not in fields]
-    if all(row.fields.get(name) is None for name in names):
+    unrated = [name for name in names if row.fields.get(name) is None]
+    if len(unrated) == len(names):
         fields |= {name: -float(rank) for rank, name in enumerate(names, 1)}
+    elif unrated:
+        raise row.invalid(
+            "response without a rating",
+            f"column {unrated[0]!r} is missing, and other responses have ratings; rate all responses or none",
+        )
     present = {name: value for name, value in row.fields.items() if value is not None or name not in fields}
     return Row(row.name, {**fields, **present})
 

@@ -437,7 +437,7 @@ def read_table(table: Any, rows: range, where: str, label: str) -> Iterator[Outc
 def without_added_nulls(item: dict[str, Any]) -> dict[str, Any]:
     """Return a row of a table without nulls in nested objects: Arrow adds them for keys that other rows have.
 
-    Nulls of whole columns stay.
+    Columns that are null remain.
     """
     return {column: _without_nulls(value) for column, value in item.items()}
 
