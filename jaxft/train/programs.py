@@ -64,10 +64,10 @@ class Programs:
 
 
 def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) -> Programs:
-    """Build the programs of a run of `steps` steps from its settings alone: no weights, rows or network.
+    """Build the programs of a run of `steps` steps from its settings alone, without weights or rows.
 
-    mesh_devices: the devices of the mesh, by default all. Raises ValueError for settings that
-    don't go together.
+    quant=checkpoint reads the headers of the weight files. mesh_devices: the devices of the mesh, by default
+    all. Raises ValueError for settings that don't go together.
     """
     longest = run.model.config.max_positions
     if run.data.max_length > longest:
@@ -292,7 +292,7 @@ def reference_step(p: Programs) -> jax.stages.Wrapped:
 
 
 def compile_step(p: Programs, *batches: Batch) -> TrainStep:
-    """Compile the train step for batches of these shapes; another shape raises instead of compiling."""
+    """Compile the train step for batches of these shapes; a batch of another shape raises an error."""
     lowered = {
         batch.ids.shape: p.train_step.lower(p.state, p.frozen, sharded_batch(p, batch)) for batch in batches
     }

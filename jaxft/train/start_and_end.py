@@ -2,7 +2,7 @@
 
 A run whose loss or logits are not finite before the first step stops there. A run is not finished if it ends
 with non-finite steps, a non-finite loss after the last step (on held-out rows or, if there are none, on that
-step's rows), completions whose logits are not finite, or fewer than half of its steps done: it raises an
+step's rows), completions whose logits are not finite, or more than half of its steps non-finite: it raises an
 alarm, writes no weights, and its process exits with code 1. A sweep's other members finish as usual.
 """
 
@@ -82,7 +82,7 @@ def without_accuracies(end: Evaluation) -> Evaluation:
 
 def check_selection(job: Job, before: list[Evaluation]) -> None:
     """Raise AgreedError if loop.best_metric is not a metric of the evaluations, if neither its name nor
-    loop.greater_is_better tells which value is better, or if loop.patience is set without held-out metrics.
+    loop.greater_is_better says which value is better, or if loop.patience is set without held-out metrics.
 
     before: each member's evaluation before the first step.
     """

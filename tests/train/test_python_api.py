@@ -224,7 +224,7 @@ WRONG = [
     (dict(rows={"train": []}), "rows is dict, not a list of dicts; give one split"),
     (dict(rows=[{"text": "a"}], data="a.jsonl"), "rows and data= are both the training rows"),
     (dict(settings={"lr": 1}, lr=2), "lr is given twice"),
-    (dict(callbacks=print), "callbacks= is a list of callbacks; write callbacks=[...]"),
+    (dict(callbacks=print), "callbacks=<built-in function print> is not a list of callbacks; write"),
     (dict(dataset=[{"text": "a"}]), "this recipe takes no dataset=; pass the rows as the second argument"),
     (dict(train_dataset=[{"text": "a"}]), "this recipe takes no train_dataset=; pass the rows"),
     (dict(lr=["x" * 3000]), "lr=" + "x" * 196 + " ...: expected float"),

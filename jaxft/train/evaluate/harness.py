@@ -1,5 +1,4 @@
-"""lm-evaluation-harness (EleutherAI, `lm_eval`): its tasks and results, and a loaded model as a backend for
-it.
+"""lm-evaluation-harness (EleutherAI, `lm_eval`): its tasks and results, with a loaded model as the backend.
 
 Requests become the same token ids, windows and stop strings as in its own `hf` backend, so log-probabilities
 are the same up to the rounding of sums, and so are greedy completions of models whose generation_config.json
@@ -37,7 +36,7 @@ from jaxft.weights.pretrained import check_token_id
 
 FEW_READS = 32  # read positions of rows with short continuations, such as choices of a question
 MAX_NEW = 256  # tokens of a completion where the task does not say, as in the hf backend
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # its names
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of this limit
 # Arguments of generation that jaxft does not have, with the value that changes nothing
 NO_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
 # Settings of generation_config.json that change greedy completions of the hf backend, but not of jaxft
@@ -128,9 +127,10 @@ def before_stops(text: str, stops: Sequence[str]) -> str:
 
 
 class HarnessBackend:
-    """The loaded model with its compiled programs.
+    """The loaded model with its compiled programs, as lm-evaluation-harness uses it.
 
-    Raises ValueError for a too large length, a tokenizer without BOS and EOS, or without a needed template.
+    Raises ValueError for a length beyond the model's, a tokenizer without BOS and EOS, or chat=True without a
+    chat template.
     """
 
     def __init__(self, loaded: LoadedWeights, settings: HarnessSettings):
@@ -184,7 +184,7 @@ class HarnessBackend:
         self._longest_context(generation_settings(given, "").sampling.max_new)
 
     def _longest_context(self, new: int) -> int:
-        """Return how many tokens of a context fit if `new` tokens follow. Raises ValueError for none."""
+        """Return how many tokens of a context fit if `new` tokens follow. Raises ValueError if none do."""
         if new >= self.length:
             raise ValueError(
                 f"a task generates up to {new} tokens, and the model reads {self.length}; generate fewer, "
@@ -439,7 +439,7 @@ def length_bucket(count: int, length: int) -> int:
 
 
 def read_sizes(size: int) -> tuple[int, ...]:
-    """Return to how many positions with logits a row of `size` tokens may be padded, ascending."""
+    """Return the possible numbers of positions with logits in a row of `size` tokens, ascending."""
     return (FEW_READS, size)
 
 

@@ -45,7 +45,7 @@ from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run, Scoring
 from jaxft.weights.pretrained import check_token_id
 
-COMPLETIONS_AT_ONCE = 32  # that are in progress
+COMPLETIONS_AT_ONCE = 32  # the most that are sampled at the same time
 ANSWER = "answer"  # the column that score functions compare with
 CORRECT = 1.0  # the least score of a completion that passes, for pass@k
 
@@ -438,7 +438,8 @@ class CompletionScorer:
         """Return the mean score by each function and pass@k, and every completion with its scores.
 
         A completion without a score, where the function raises or returns no number, is in no mean, and a
-        note counts them. Raises ValueError if a function scores no completion at all.
+        note counts them. values: each prompt's mean. Raises ValueError if a function scores no completion at
+        all.
         """
         ids = self._prompt_ids(loaded, prompts)
         named = [(prompt.row, tokens) for prompt, tokens in zip(prompts, ids, strict=True)]

@@ -72,8 +72,8 @@ def report_finished(job: Job, steps: int) -> int:
 
 def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
     """Write held_out.jsonl of each member: the name and the values of each held-out row after the last step,
-    from which `jaxft compare` takes differences on the same rows. A member without any has no such file. Of
-    rows of one name, from files of one name, all but the first get a number, as in "a.jsonl:1 (2)".
+    from which `jaxft compare` takes differences on the same rows. A member without any has no such file. If
+    two files of one name hold out rows, a repeated row name gets a number: "a.jsonl:1 (2)".
     """
     if not processes.is_first():
         return
