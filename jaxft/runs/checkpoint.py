@@ -75,7 +75,7 @@ class Checkpoints:
         self._orbax: ocp.PyTreeCheckpointHandler | None = None
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
-        self._is_over = False  # whether there are more checkpoints than are to be kept, see _prune
+        self._is_over = False  # whether checkpoints to be deleted are still being copied, see _prune
 
     # Listing
 
@@ -121,9 +121,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any], scores: Sequence[float | None] = ()) -> None:
         """Begin to save; the state may be donated as soon as this returns. Called by every process.
 
-        meta: JSON that `restore` returns. scores: one number per member of a sweep, or one for a run alone;
-        lower is better, None is not evaluated. keep_best ranks checkpoints by them. Raises OSError if this
-        save cannot begin or an earlier one failed; earlier checkpoints are then unchanged.
+        meta: JSON that `restore` returns. scores: by which keep_best ranks checkpoints, the lower the better:
+        one for each member of a sweep, one for a run alone, None or () without an evaluation. Raises OSError
+        if this save cannot begin or an earlier one failed; earlier checkpoints are then intact.
         """
         self.wait()
         leaves = {name: _for_orbax(leaf) for name, leaf in manifest.named_leaves(state).items()}
@@ -306,7 +306,7 @@ class Checkpoints:
             raise error
 
     def close(self) -> None:
-        """Wait, then release Orbax's threads."""
+        """Wait, release Orbax's threads, and remove checkpoints that were retained only to be copied."""
         try:
             self.wait()
         finally:

@@ -272,7 +272,7 @@ class Mirror:
         return content
 
     def _path_of(self, name: str) -> Path:
-        """Where an object's file is. Raises ValueError for a name that leads out of the folder."""
+        """Return the path of an object's file. Raises ValueError for a name that leads out of the folder."""
         path = self.folder / name
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(
@@ -510,8 +510,8 @@ def mirrored(
 
 
 IN_STORE = re.compile(r"(gs|s3)://")
-LEVELS = 3  # of a run, a member of a sweep, and its adapter/ or model/
-FETCHED = "fetched.json"  # in the folder above: names of the fetched files
+LEVELS = 3  # parts of SWEEP/MEMBER/adapter; the folder in the store may end at any of them
+FETCHED = "fetched.json"  # names of the fetched files; it is in the parent folder of the copy
 
 
 def local_folder(place: str) -> Path:

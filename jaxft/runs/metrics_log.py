@@ -82,7 +82,8 @@ def _lines(path: Path, start: int = 0) -> list[tuple[bytes, Entry]]:
 
 
 def truncate(path: Path, step: int) -> list[Entry]:
-    """Remove the entries of steps later than `step` from a log, where a run resumes. Return the others.
+    """Remove the entries of steps later than `step` from a log, where a run resumes. Return the
+    remaining entries.
 
     step 0 removes all entries, also step 0's, because a fresh run evaluates at step 0 again. The file is
     replaced atomically. Lines that are not entries, such as a half-written one, are removed too.
