@@ -80,18 +80,18 @@ class Checkpoints:
     # Listing
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that have a manifest, ascending."""
+        """Return the steps of the checkpoints that have a manifest, ascending."""
         return [step for step in self._steps() if (self.folder / str(step) / manifest.NAME).is_file()]
 
     def _steps(self) -> list[int]:
-        """Steps of all checkpoints, with or without a manifest, ascending."""
+        """Return the steps of all checkpoints, with or without a manifest, ascending."""
         if not self.folder.is_dir():
             return []
         is_step = re.compile(r"0|[1-9]\d*").fullmatch
         return sorted(int(p.name) for p in self.folder.iterdir() if is_step(p.name) and p.is_dir())
 
     def latest(self) -> int | None:
-        """Return the last of `steps`, or None. Its files are not verified here, but by `restore`."""
+        """Return the newest of `steps`, None without any. `restore` verifies its files, this does not."""
         return max(self.steps(), default=None)
 
     def best(self, member: int = 0) -> tuple[int, float] | None:

@@ -286,7 +286,7 @@ def check_chain(log: Path) -> str:
     lines, entries, last = whole_lines(log), _entries(path, strict=True), ""
     count = sum(FILE not in entry for entry in entries)
     if log.is_file() and not log.read_bytes() == b"".join(lines):
-        raise ValueError(f"{log}: its last line is cut off; restore the file")
+        raise ValueError(f"{log}: its last line is incomplete; restore the file")
     for number, entry in enumerate(entries, 1):
         if FILE in entry:
             file = log.with_name(entry[FILE])
@@ -323,5 +323,5 @@ def _entries(path: Path, strict: bool = False) -> list[dict[str, Any]]:
             break
         entries.append(entry)
     if strict and path.read_bytes() != b"".join(whole_lines(path)):
-        raise ValueError(f"{path}: its last line is cut off; restore the file")
+        raise ValueError(f"{path}: its last line is incomplete; restore the file")
     return entries

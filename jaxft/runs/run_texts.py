@@ -345,7 +345,7 @@ def _results(card: ModelCard) -> list[str]:
 
 
 def _usage(card: ModelCard) -> list[str]:
-    """How to use the weights with jaxft and with other libraries; `jaxft push` replaces this section."""
+    """Return the section on use of the weights, with jaxft and other libraries; `jaxft push` replaces it."""
     folder, layout = ("model", "Hugging Face transformers") if card.merged else ("adapter", "PEFT")
     lines = [
         f"{USE_SECTION}\n",

@@ -188,7 +188,7 @@ class LoraKnobs(ModelKnobs):
     general: str | None = GENERAL
 
     def optim(self, lr: float) -> Optim:
-        """AdamW with this learning rate."""
+        """Return AdamW with this learning rate and the knob lora_plus."""
         return Optim(lr=lr, lora_plus=self.lora_plus)
 
     def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
@@ -381,7 +381,7 @@ class SftKnobs:
     neftune: float = 0.0  # alpha of the noise in the embeddings, such as 5, by each example's length
 
     def objective(self) -> Callable[[Model], Objective]:
-        """The objective of a Run. Raises ValueError for a value out of range."""
+        """Return the objective of a Run. Raises ValueError for a value out of range."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         TargetLoss(self.label_smoothing, self.z_loss, self.dft)
         return partial(sft, **changed) if changed else sft
@@ -453,7 +453,7 @@ class ScoredRowKnobs(RowKnobs):
         return {name: value for name, value in super().settings().items() if name != "score"}
 
     def scoring(self) -> Scoring:
-        """The Run's scoring section."""
+        """Return the Run's scoring section."""
         if self.score == "auto":
             known = {EXTRACTION: json_match, EXTRACTION_PAIRS: json_match, TOOLS: exact}.get(self.data)
             return Scoring((known,) if known and self.held_out == "auto" else ())

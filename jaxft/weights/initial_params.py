@@ -42,8 +42,9 @@ def init_all_but_base(
     model: its specs are the tree {"base", "adapter", ...heads} of all parameters. The base, the teacher and
     the initial adapter (edit/lora_start.py) are not in the result. policy: settings of the policy's adapter
     and head. Without policy.start, the head is loaded from the files of `ref`, the base, if they contain one.
-    scorers: settings by name of critics and reward models on the same base. Raises ValueError if the adapter
-    in a start folder has other settings, and for a frozen reward model without a head.
+    scorers: settings by name of critics and reward models on the same base. Raises FileNotFoundError for a
+    missing start folder, ValueError if its adapter has other settings, and for a frozen reward model without
+    a head.
     """
     scorers, key = scorers or {}, jax.random.key(seed)
     others = {"base", INITIAL_ADAPTER, TEACHER, *scorers}

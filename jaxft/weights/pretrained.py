@@ -98,7 +98,7 @@ def model_for(ref: str, **options: Any) -> Model:
 
 
 def _has_other_head(located: hub.Located) -> bool:
-    """Whether a folder's files have a head that is not the embedding; False if they cannot be read."""
+    """Return whether a folder's files have a head that is not the embedding; False if they cannot be read."""
     if located.kind != "folder":
         return False
     try:

@@ -108,7 +108,7 @@ def choose_storage(
 
 
 def in_base(path: str) -> bool:
-    """Whether a path of the whole tree is a weight of the base."""
+    """Return whether a path of the whole tree is a weight of the base."""
     return path.startswith("base/")
 
 
@@ -129,7 +129,7 @@ def quantised_paths(base: Any, quant: Quant) -> list[str]:
 
 
 def keeps_layout(storage: Storage, layout: QTensor) -> bool:
-    """Whether a parameter with this layout in the checkpoint can be stored with its codes and scales
+    """Return whether a parameter with this layout in the checkpoint can be stored with its codes and scales
     unchanged.
     """
     if not storage.quantised:

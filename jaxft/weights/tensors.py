@@ -229,7 +229,7 @@ def _gather_part(replicated: Sharding) -> Callable[..., jax.Array]:
 
 
 def is_finite(x: np.ndarray) -> bool:
-    """Whether no value of an array is infinite or NaN. True for integers."""
+    """Return whether no value of an array is infinite or NaN. True for integers."""
     if x.dtype in INFINITE_BITS:
         positive, negative = x.view(np.int16).max(initial=0), x.view(np.uint16).max(initial=0)
         return int(positive) < INFINITE_BITS[x.dtype] and int(negative) < 0x8000 + INFINITE_BITS[x.dtype]

@@ -40,7 +40,7 @@ class Push:
     defaults: dict[str, FileContent] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """Return {name: size in bytes} of the files, sorted by name, without `defaults`."""
         sizes = {name: len(x) if isinstance(x, bytes) else x.stat().st_size for name, x in self.files.items()}
         return dict(sorted(sizes.items()))
 

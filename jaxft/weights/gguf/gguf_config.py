@@ -141,7 +141,7 @@ def _sizes(header: GgufHeader, settings: GgufSettings) -> Sizes:
     if layers > len(header.tensors):
         raise ValueError(
             f"{header.path}: metadata {header.key('block_count')} is {layers}, but the file has only "
-            f"{len(header.tensors)} tensors; it is probably cut off, download it again"
+            f"{len(header.tensors)} tensors; it is probably incomplete; download it again"
         )
     heads = head_count(header)
     head_dim = header.optional(header.key("attention.key_length"), width // heads)

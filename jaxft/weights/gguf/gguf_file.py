@@ -101,7 +101,7 @@ class GgufHeader:
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    """Whether a metadata value has this type; a whole number is a number too, a Boolean is neither."""
+    """Return whether a metadata value has this type; a whole number is a number too, a Boolean is neither."""
     accepted: Any = (int, float) if kind is float else kind
     return isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
 

@@ -205,7 +205,7 @@ def _quantised(tensor: GgufTensor, format: BlockFormat | None, heads: int | None
 
 
 def _is_readable(kind: str) -> bool:
-    """Whether the gguf package dequantises blocks of this type: tried with one block of zeros."""
+    """Return whether the gguf package dequantises blocks of this type: tried with one block of zeros."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 

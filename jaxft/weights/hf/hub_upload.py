@@ -57,7 +57,7 @@ class Uploaded:
 
 
 def is_uploaded(name: str, patterns: Iterable[str] = UPLOADED) -> bool:
-    """Whether a file of a model's folder is uploaded: whether its name matches one of `patterns`."""
+    """Return whether a file of a model's folder is uploaded: whether its name matches one of `patterns`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -250,8 +250,8 @@ def _signed_in(target: HubTarget) -> Any:
 
 
 def _is_private(api: Any, target: HubTarget) -> bool | None:
-    """Whether the repository is private, None if there is none that the token may read. Raises _Public for a
-    public one unless target.public is set.
+    """Return whether the repository is private, None if there is none that the token may read. Raises _Public
+    for a public one unless target.public is set.
     """
     from huggingface_hub import errors
 

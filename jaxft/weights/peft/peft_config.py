@@ -104,7 +104,7 @@ def check_plain_lora(where: Path, config: dict[str, Any]) -> None:
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Whether a JSON value is among `allowed` with its type: 0 is not False."""
+    """Return whether a JSON value is among `allowed` with its type: 0 is not False."""
     return any(type(value) is type(x) and value == x for x in allowed)
 
 

@@ -182,14 +182,14 @@ def _check_tied(files: SafetensorsFiles) -> None:
 
 
 def has_language_head(folder: Path) -> bool:
-    """Whether an adapter trains the language model head: by a LoRA pair, in full, or in rows of tokens."""
+    """Return whether an adapter trains the language model head: by a LoRA pair, in full or in token rows."""
     saved = read_adapter_config(folder).get("modules_to_save") or ()
     names = [name for name in _open_tensors(folder).tensors if name.startswith(f"{PREFIX}{HEAD_MODULE}.")]
     return any(name not in HEAD_COPIES or HEAD_MODULE in saved for name in names)
 
 
 def has_base_copies(folder: Path) -> bool:
-    """Whether an adapter's files have copies of the base's head or embedding."""
+    """Return whether an adapter's files have copies of the base's head or embedding."""
     return any(name in _open_tensors(folder).tensors for name in BASE_COPIES)
 
 
@@ -264,8 +264,8 @@ def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) 
 
 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether an adapter has a scalar head. Raises ValueError for a task_type other than CAUSAL_LM, SEQ_CLS
-    and null, for a classifier without the head "score", and for a language model with a classifier's head.
+    """Return whether an adapter has a scalar head. Raises ValueError for a task_type other than CAUSAL_LM,
+    SEQ_CLS and null, for a classifier without the head "score", and for a language model with its head.
     """
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):

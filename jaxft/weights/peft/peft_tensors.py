@@ -373,7 +373,7 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
     ):
         raise ValueError(
             f"{where}: trainable token indices {repr(listed)[:80]}; expected ids from 0 to "
-            f"{model.config.vocab - 1}, the same of embed_tokens and lm_head. Other rows are not supported; "
+            f"{model.config.vocab - 1}, the same for embed_tokens and lm_head. Other rows are not supported; "
             f"{MERGE}"
         )
     own_head, table = "head" in model.weight_names, tensors_of(model)

@@ -139,9 +139,7 @@ def quantize_layout(shape: tuple[int, ...], quant: Quant) -> QTensor:
 
 
 def same_layout(a: QTensor, b: QTensor) -> bool:
-    """Whether two QTensors have the same kind, blocks and arrays; the dtype that they dequantise to may
-    differ.
-    """
+    """Return whether two QTensors have the same kind, blocks and arrays. Their `dtype` is not compared."""
 
     def facts(q: QTensor) -> tuple[Any, ...]:
         return q.kind, q.block, {name: (x.shape, np.dtype(x.dtype)) for name, x in arrays_of(q).items()}
