@@ -299,7 +299,7 @@ def codes_damage(name: str) -> str | None:
 
 
 def confirm_codes(record: Mapping[str, Any]) -> bool:
-    """Return whether the codes in the cache are the ones that a run used; True if the cache has no such codes.
+    """Return whether the cached codes are the ones that a run used; True if the cache does not have them.
     record: the run's, {"codes": name of the cache folder, "sha256": codes_sha256 of the codes}.
     """
     name = str(record.get("codes"))
