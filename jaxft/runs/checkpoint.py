@@ -1,8 +1,8 @@
 """Verified checkpoints. Orbax writes and reads the arrays; a manifest lists the expected shapes, dtypes and
 hashes.
 
-`<folder>/<step>/state` is Orbax's, a flat dict of the leaves by path; `<folder>/<step>/manifest.json` has
-each leaf's shape, dtype and hashes of its shards as they were in memory, hashes of all files, library
+`<folder>/<step>/state` is Orbax's, a flat dict of the leaves by path. `<folder>/<step>/manifest.json` has the
+shape and dtype of each leaf, hashes of its shards as they were in memory, hashes of all files, library
 versions and the caller's metadata. A save goes to `<step>.tmp`, is read back and compared, and only then
 renamed to `<step>`. A checkpoint that does not match its manifest later is renamed to `<step>.bad`.
 
@@ -381,7 +381,7 @@ class Checkpoints:
 
 def in_flight_gb(leaves: Iterable[Any]) -> float:
     """Return how many GB of leaves Orbax may encode and write at a time. Its default of 96 would copy most
-    states as a whole. The limit is larger than the largest leaf, since Orbax refuses a leaf of that size.
+    states in full. The limit is larger than the largest leaf, since Orbax refuses a leaf of that size.
     """
     return max(IN_FLIGHT_BYTES, 2 * max((leaf.nbytes for leaf in leaves), default=0) + 1) / 1e9
 

@@ -212,8 +212,8 @@ def train_sweep(
     the same rows first.
 
     runs: by label, which is also the name of the run's folder in the sweep's. at_once: how many adapters go
-    through the model in one forward pass; None for 1, which also permits training one run after the other
-    (with a number, runs that cannot share a program are an error). clock: see `run`; runs that are trained
+    through the model in one forward pass. Runs that cannot share a program raise ValueError if it is given;
+    None is 1 and permits training one after the other. clock: see `run`; runs that are trained
     one after the other have clocks of their own.
     """
     runs = with_one_split(runs)

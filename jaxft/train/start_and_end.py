@@ -1,9 +1,9 @@
 """Checks at the start and the end of a run: its losses and its steps must be finite.
 
-A run whose loss or logits are not finite before the first step stops there. A run is not finished if it ends
-with non-finite steps, a non-finite loss after the last step (on held-out rows or, if there are none, on that
-step's rows), completions whose logits are not finite, or more than half of its steps non-finite: it raises an
-alarm, writes no weights, and its process exits with code 1. A sweep's other members finish as usual.
+A run whose loss or logits are not finite before the first step stops there. A run is not finished if its last
+steps or more than half of all steps were not finite. It is not finished either if a loss after the last step
+(on held-out rows or, if there are none, on that step's rows) or the logits of a completion are not finite. It
+then raises an alarm, writes no weights, and its process exits with code 1. In a sweep, the others finish.
 """
 
 import math

@@ -283,7 +283,7 @@ def load_base(
     """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only its own
     devices' shards.
 
-    skip: paths in the whole tree of parameters that are not read and are None in the result. adapter: a PEFT
+    skip: paths, such as base/layers/attn/q, that are not read and are None in the result. adapter: a PEFT
     folder that is merged into the weights in float32. without: an adapter that is subtracted from the
     weights.
     """

@@ -1,9 +1,9 @@
 """lm-evaluation-harness (EleutherAI, `lm_eval`): its tasks and results, with a loaded model as the backend.
 
-Requests become the same token ids, windows and stop strings as in its own `hf` backend, so log-probabilities
-are the same up to the rounding of sums, and so are greedy completions of models whose generation_config.json
-states nothing but end tokens: transformers' generate applies all of that file, jaxft reads its end tokens.
-An end token that is not special is left out of a completion's text, where that backend leaves it in.
+Requests become the same token ids, windows and stop strings as in its own `hf` backend. Log-probabilities are
+thus the same up to the rounding of sums. Greedy completions are too if generation_config.json states nothing
+but end tokens: transformers' generate applies all of that file, jaxft reads its end tokens. Unlike that
+backend, jaxft leaves an end token that is not special out of a completion's text.
 lm_eval is an extra and is imported inside functions only.
 """
 

@@ -310,9 +310,8 @@ def make_scorer(
     the other. It keeps the first completion of the first `samples` prompts as text for logs and cards, and
     scores the completions of the first `scoring.prompts` prompts, or of all.
 
-    texts: the held-out prompts, with their rows' responses. Every function is called with these responses
-    first; ValueError is raised if it returns no score for one, so that a function that does not fit the rows
-    ends the run before it trains.
+    texts: the held-out prompts, with their rows' responses. Every function first scores these responses, so
+    that one that does not fit the rows ends the run before it trains: no score raises ValueError.
     """
     functions, group = scoring.functions, scoring.samples
 

@@ -56,7 +56,7 @@ class Meter:
             3 if trains_base(partition) else 2
         )  # forward, gradient of the inputs, gradient of the weights
         self._device = jax.local_devices()[0]
-        # a CPU's peak would be benchmarked beside the threads of the run
+        # a CPU's peak is measured by a benchmark, which the run's threads would slow down
         on_cpu = self._device.platform == "cpu"
         self._peak = None if on_cpu else devices.peak_flops(self._device) * len(jax.devices())
         self._pending: collections.deque[tuple[int, int, Metrics]] = collections.deque()

@@ -333,8 +333,8 @@ def first_a(
     ranks: Mapping[str, Sequence[int]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, np.ndarray]:
-    """Return `a` at step 0 by path, of the shapes [L, I, R] in `shapes`. The first columns of a layer are as
-    many directions as its rank, the others zeros.
+    """Return `a` at step 0 by path, of the shapes [L, I, R] in `shapes`. The first columns of a layer, as
+    many as its rank, are directions; the remaining columns are zeros.
     """
     a_by_path = {}
     for path, of_layers in ranks.items():

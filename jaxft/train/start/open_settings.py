@@ -78,8 +78,8 @@ def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
     """Return the settings of a command whose recipe returns a Run, with a learning rate if the command leaves
     it open.
 
-    A rate is chosen for lr=auto. It is also chosen if the command sets no rate, but full=true or a model that
-    is not the recipe's; not for full=true alone if the recipe has a default rate for it.
+    A rate is chosen for lr=auto. Without a rate, one is also chosen for a model that is not the recipe's, and
+    for full=true unless the recipe has a default rate for it.
     """
     resolved = config.resolve_config(recipe, [text for text in overrides if text not in AUTO], Run)
     names = [text.partition("=")[0] for text in overrides if text in AUTO]

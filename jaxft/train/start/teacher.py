@@ -90,9 +90,9 @@ def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
 def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
     """Check the files of the run's second model before they are loaded; do nothing for a run without one.
 
-    Raises OSError or ValueError if its weight files or its adapter are missing or incomplete, if its
-    tokenizer gives a token of the run's tokenizer another id, or if `largest_id`, the largest token id of the
-    rows, is beyond its embeddings. tokenizer: the run's.
+    Raises OSError or ValueError for weight files or an adapter that are missing or incomplete. Raises
+    ValueError if its tokenizer has another id for a token of the run's `tokenizer`, or no embedding for
+    `largest_id`, the largest token id of the rows.
     """
     teacher = run.teacher
     if teacher is None:

@@ -2,7 +2,7 @@
 base.
 
 PiSSA (Meng et al. 2024, arXiv:2404.02948) starts from the largest singular values of a weight W, OLoRA
-(Büyükakyüz 2024, arXiv:2406.01775) from its QR decomposition; the base is stored as `W - s A B`, so that the
+(Büyükakyüz 2024, arXiv:2406.01775) from its QR decomposition. The base is stored as `W - s A B`, so that the
 model is unchanged at step 0. A quantised base stores this residual quantised (QPiSSA). LoftQ (Li et al. 2023,
 arXiv:2310.08659) alternates: quantise `W - s A B`, then set `s A B` to the largest singular values of W minus
 the quantised weight. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best

@@ -52,8 +52,7 @@ SEQ_CLS = "SEQ_CLS"
 HEAD_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}lm_head.weight")
 TABLE_COPIES = (f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}model.embed_tokens.base_layer.weight")
 BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
-# The tensor that peft's type TRAINABLE_TOKENS writes for a tied head beside the rows of the table, which it
-# equals.
+# Peft's type TRAINABLE_TOKENS writes this tensor for a tied head; it equals the rows of the table.
 TIED_TOKEN_ROWS = f"{PREFIX}lm_head.{ONLY_TOKEN_ROWS}"
 TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
 TABLE_MODULE = EMBEDDING.removesuffix(".weight")
