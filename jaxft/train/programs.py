@@ -104,7 +104,8 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     check_teacher(run, parts, objective.facts)
     if run.optim.fused_backward and run.loop.watch:
         raise ValueError(
-            "loop.watch needs the gradients after the backward pass; set optim.fused_backward=false"
+            f"loop.watch={run.loop.watch} needs the gradients after the backward pass; set "
+            "optim.fused_backward=false"
         )
     make = partial(make_optimizer, run.optim, steps=steps)
     specs = parts.trainable_specs
@@ -419,8 +420,8 @@ def _check_dora(run: Run, parts: Partition) -> None:
         adapted |= {"base/embed"}
         if "embed" in nodes:
             raise ValueError(
-                "adapter.dora on a head that is tied to the embeddings needs a frozen table; leave head out "
-                "of adapter.targets, or set adapter.dora=false"
+                "adapter.dora=true on a head that is tied to the embeddings needs a frozen table; leave "
+                "head out of adapter.targets, or set adapter.dora=false"
             )
     both = trainable_paths(parts) & adapted
     if both:

@@ -93,8 +93,8 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
     sampling = Sampling(new)
     if is_sampled and not temperature:
         raise ValueError(
-            "a task generates with do_sample=True and temperature 0 or none; use --gen-kwargs "
-            "do_sample=true,temperature=1.0 to sample, or do_sample=false for greedy completions"
+            f"a task generates with do_sample=True and temperature={given.get('temperature')!r}; use "
+            "--gen-kwargs do_sample=true,temperature=1.0 to sample, or do_sample=false for greedy completions"
         )
     if temperature and is_sampled is not False:
         sampling = Sampling(new, temperature, top_k or None, top_p, min_p)
