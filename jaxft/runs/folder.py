@@ -305,7 +305,7 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
     summary.json.
 
     folder: a run's folder, or a result in it, such as adapter/. None for a run without recorded hashes and
-    for other folders.
+    for other folders. Raises ValueError for a damaged summary.json.
     """
     inside, run = folder.resolve(), _run_of(folder)
     if run is None:

@@ -241,7 +241,8 @@ def start(
     restored: the state of a checkpoint; None starts with a fresh adapter and optimizer. base: the frozen base
     of another member of a sweep, whose arrays this one shares. folder: the run's folder, into which an
     adapter that changes the base (such as PiSSA) is written as it is at step 0. rows: the rows that
-    initialise an EVA adapter; None starts it as plain LoRA, which computes the same at step 0.
+    initialise an EVA adapter; None starts it as plain LoRA, which computes the same at step 0. Raises
+    ValueError for a base with quant.calibrate that has no codes yet.
     """
     pairs = None
     if run.quant and run.quant.calibrate and run.quant.codes is None:

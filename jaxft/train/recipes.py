@@ -337,7 +337,7 @@ class ReferenceKnobs:
 
     def teacher(self, base: LoraKnobs, full: bool = False) -> Teacher | None:
         """Return the run's second model, None without a reference_model. full: whether the run trains its
-        base.
+        base. Raises ValueError for a reference_quant without reference_model.
         """
         if self.reference_model is None:
             if self.reference_quant != "none":

@@ -237,7 +237,7 @@ def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer |
 
 def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_write.LayerQuantizer:
     """Return the quantiser of a model's layers for hf_write.save_folder. error: accumulates the rounding
-    error.
+    error. Raises ValueError for weights that cannot be written in this format.
     """
     quant = how.quant
     if quant.kind == CHECKPOINT:

@@ -321,7 +321,9 @@ def architecture_for(config: ModelConfig) -> str:
 
 
 def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
-    """Return (metadata that states a model's architecture, tables of rope divisors by tensor name)."""
+    """Return (metadata that states a model's architecture, tables of rope divisors by tensor name). Raises
+    ValueError for a model that jaxft cannot write as GGUF.
+    """
     if not isinstance(config, DenseConfig):
         raise TypeError(f"expected a DenseConfig, got {type(config).__name__}")
     name, hf = architecture_for(config), model_types.config_to_hf(config)

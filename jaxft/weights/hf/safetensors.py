@@ -138,7 +138,9 @@ def read_view(
 
 
 def map_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    """Copy the part at `index` of an array stored at byte `offset` of a file, reading no other pages."""
+    """Copy the part at `index` of an array stored at byte `offset` of a file, reading no other pages. Raises
+    OSError or ValueError, with the path, if the file cannot be read or ends in the array.
+    """
     try:
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
     except OSError as e:
