@@ -106,7 +106,7 @@ class Callback:
         self._callback, self._is_function = callback, is_function
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool:
-        """Call the callback; return whether it returned True, which ends the run. RuntimeError: see Callback."""
+        """Call the callback; return whether it returned True, which ends the run."""
         try:
             if self._is_function:
                 return self._callback(step, with_perf(metrics, perf)) is True

@@ -52,7 +52,7 @@ def _read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
 
 
 def read_shaped(files: SafetensorsFiles, name: str, shape: tuple[int, ...], because: str) -> np.ndarray:
-    """Read a float tensor, as _read_float does. Raises ValueError if it is missing or does not have this shape.
+    """Read a float tensor, as _read_float does. Raises ValueError if it is missing or has another shape.
     because: why the model needs it, for the error.
     """
     stored = files.tensors.get(name)

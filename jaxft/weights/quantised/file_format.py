@@ -91,7 +91,7 @@ def stems(files: SafetensorsFiles, ending: str) -> list[str]:
 
 
 def matrix_shape(files: SafetensorsFiles, name: str, dtype: DTypeLike) -> tuple[int, int]:
-    """Return (rows, columns) of a weight's codes. Raises ValueError unless they are a matrix of this dtype."""
+    """Return the (rows, columns) of a weight's codes; ValueError unless they are a matrix of this dtype."""
     codes, expected = required(files, name), np.dtype(dtype)
     if codes.dtype != expected or len(codes.shape) != 2:
         raise ValueError(
