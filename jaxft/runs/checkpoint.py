@@ -252,7 +252,7 @@ class Checkpoints:
             for folder in [self.folder / str(step) for step in steps if step not in keep]:
                 folder.rename(
                     folder.with_suffix(".tmp")
-                )  # a kill while it is removed leaves no half checkpoint
+                )  # so that a kill during removal leaves no incomplete checkpoint
             for folder in self.folder.glob("*.tmp"):
                 shutil.rmtree(folder)
         except OSError as error:
@@ -349,11 +349,11 @@ class Checkpoints:
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return restored["state"], restored["meta"], candidate
-            limit = candidate  # of the step that may be fetched in its place
+            limit = candidate  # the newest step that may be fetched in its place
             if step is not None:
                 limit = -1  # none
             elif candidate in fetched:
-                limit = candidate - 1  # the store's is damaged too
+                limit = candidate - 1  # the store's copy is damaged too
             quarantine = partial(self._quarantine, folder, reasons[0], limit)
             instead = sync.exchange_first(sync.gather_texts, quarantine)
             if step is not None:

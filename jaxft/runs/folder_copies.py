@@ -95,11 +95,11 @@ class Mirror:
         self.is_stopped = False  # whether a signal has ended the run
         self.sending: frozenset[int] = frozenset()  # steps of checkpoints that are being copied
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="copy")
-        self._newest: float = -1  # the checkpoint to be copied; infinite when no more are
+        self._newest: float = -1  # the checkpoint to copy; infinite when no more are to be copied
         self._fails_since = ""
         self._sent: dict[str, list[Any]] = {}  # size and hash of the store's files
         self._damaged: set[str] = set()  # files in the store that do not match their entry
-        self._read: dict[str, int] = {}  # when files were modified that are in the store as they are
+        self._read: dict[str, int] = {}  # modification times of files that the store has
 
     # From the store
 

@@ -192,7 +192,7 @@ def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) ->
         and run.start is None
         and (not run.adapter.changes_base or INITIAL_ADAPTER in parts.specs)
         and not partition.trains_base(parts)
-        and not run.adapter.replaces_weights  # of which the base has roundings
+        and not run.adapter.replaces_weights  # which the base stores rounded
     )
     return lambda trainable: objective.init(trainable, at_base)
 

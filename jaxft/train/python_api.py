@@ -70,7 +70,7 @@ from jaxft.train.start.reference import precompute
 from jaxft.train.step import TrainStep
 
 GivenRows = Iterable[Mapping[str, Any]]
-ROW_SETTINGS = ("data", "held_out", "data.train", "data.held_out")  # that rows in memory may be given for
+ROW_SETTINGS = ("data", "held_out", "data.train", "data.held_out")  # which take rows in memory
 OTHER_ROWS = ("dataset", "train_dataset", "rows", "train", "examples")  # names of these in other libraries
 PROMPTS_AT_ONCE = 8  # that `generate` completes at the same time
 PLAIN_VALUES = bool | int | float | str | Path | None

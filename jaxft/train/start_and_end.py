@@ -87,7 +87,7 @@ def check_selection(job: Job, before: list[Evaluation]) -> None:
     before: each member's evaluation before the first step.
     """
     for member, end in zip(job.members, before, strict=True):
-        # an accuracy of ties alone has no value yet, and the number of its pairs
+        # if all pairs are ties, an accuracy has no value yet, only the number of its pairs
         loop, known = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
         metrics = list(dict.fromkeys(without_count(name) for name in known))
         if loop.best_metric and loop.best_metric not in metrics:

@@ -23,7 +23,7 @@ from jaxft.nn.param import ParamSpec, spec_paths
 from jaxft.nn.quant import QTensor, dequantize, is_qtensor
 from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, numbers_at
 
-Index = tuple[slice, ...]  # of the leading dimensions of an array; the others are whole
+Index = tuple[slice, ...]  # of the leading dimensions of an array; it has all of the others
 ReadPart = Callable[[Index], np.ndarray]
 
 # Bits of a 16-bit float without its sign, from which on it is infinite or NaN. NumPy's own isfinite is slow

@@ -407,7 +407,7 @@ def nearest_settings(name: str, settings: Sequence[str]) -> list[str]:
     >>> nearest_settings("wramup", ["optim.warmup", "optim.lr", "data.warm_up"])
     ['optim.warmup', 'data.warm_up']
     """
-    first = reversed(settings)  # of two with the same last part
+    first = reversed(settings)  # so that of two with the same last part the first wins
     last = {setting.lstrip("-").rpartition(".")[2]: setting for setting in first}
     return [last[near] for near in difflib.get_close_matches(name, last, 3, 0.3)]
 

@@ -159,7 +159,7 @@ def evaluation_limit(run: Run, source: Source[Any], text: Source[Any] | None, st
         return EvaluationLimit()
     every = run.loop.eval_every
     times = 2 + (0 if every is None else (steps - 1) // steps_between(every, steps))
-    share = (fraction / 2 if text else fraction) * steps / times  # in steps of training, for one evaluation
+    share = (fraction / 2 if text else fraction) * steps / times  # of one evaluation, in training steps
 
     def most(total: int, cost: float) -> int | None:
         number = max(1, int(share / cost + 1e-9))

@@ -358,7 +358,7 @@ def make_scorer(
                     f"{scores.missing} completions of held-out prompts have no score: {scores.fault}"
                 )
         broken = np.array([done.finish == "nonfinite" for done in completions]).reshape(-1, group).any(1)
-        intervals = {name: x for name, x in intervals.items() if math.isfinite(x.low)}  # of one prompt
+        intervals = {name: x for name, x in intervals.items() if math.isfinite(x.low)}  # one prompt has none
         of_prompts = {prompt: means for prompt, means in of_prompts.items() if means}
         return Scored(shown, prompts, metrics, intervals, of_prompts, faults, int(broken.sum()))
 

@@ -260,7 +260,7 @@ def _coded_layers(plan: CalibrationPlan) -> Iterator[str]:
         readers = pretrained.open_params(plan.ref, model)
         calibrated = calibrate_layers(model, readers, plan.quant, plan.rows, plan.ranks)
         while True:
-            with jax.set_mesh(mesh):  # not while the caller has the line
+            with jax.set_mesh(mesh):  # not set in the caller between layers
                 layer = next(calibrated, None)
             if layer is None:
                 return

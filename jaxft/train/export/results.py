@@ -44,7 +44,7 @@ from jaxft.weights.peft.adapter_folders import cached_base_notes
 
 def report_finished(job: Job, steps: int) -> int:
     """Print where the results of a finished run are; return the exit code."""
-    calibrate_base(job.calibration, job.folder, print_line)  # which commands that use the run read
+    calibrate_base(job.calibration, job.folder, print_line)  # commands that use the run need its codes
     failed = processes.from_first_process(lambda: runfolder.failed_members(job.folder))
     if not processes.is_first():
         return int(bool(failed))
@@ -77,7 +77,7 @@ def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
     """
     if not processes.is_first():
         return
-    name = job.sources[0].held_out_name  # all of a sweep have the same held-out rows
+    name = job.sources[0].held_out_name  # a sweep's members have the same held-out rows
     for member, (rows, prompts) in zip(job.members, values, strict=True):
         named = [*((name(at), means) for at, means in sorted(rows.items())), *prompts.items()]
         seen, lines = Counter[str](), list[str]()

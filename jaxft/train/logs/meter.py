@@ -80,7 +80,7 @@ class Meter:
         Attention is counted within each example, the head only at positions whose logits the loss reads.
         Passes of a reference or a critic are not counted.
         """
-        earlier = float(batch.positions.sum(where=batch.segments > 0))  # all tokens' tokens before them
+        earlier = float(batch.positions.sum(where=batch.segments > 0))  # earlier tokens, summed over tokens
         return self._model.forward_flops(tokens, 2 * earlier / max(tokens, 1), count_reads(batch))
 
     def _add_pending(self, leave: int) -> None:

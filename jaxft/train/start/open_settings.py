@@ -218,7 +218,7 @@ def _recorded(settings: Resolved, root: Path) -> Chosen:
     if not any(path for place in paths for path in place.glob(f"{CHECKPOINTS}/*")):
         return {}
     record = read_saved_json(folder / "config.json")
-    values = {_name_of(settings, name): str(record["data"][name]) for name in names}  # a sweep's member
+    values = {_name_of(settings, name): str(record["data"][name]) for name in names}  # without "command"
     chosen: Chosen = record["command"].get("chosen", {}) if "command" in record else values
     return {
         name: value

@@ -69,7 +69,7 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
     not support the ranks or the adapted layers (see check_ranks).
     """
     files, table = pretrained.open_files(ref), tensors_of(stored.model)
-    base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # at step 0; that the base lacks
+    base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # start, without
     for path, layout in check_ranks(stored.specs["base"], settings, stored.model.weight_names).items():
         storage = stored.storage[f"base/{path}"]
         as_stored = partial(_as_stored, leaf_shapes(base[path], storage))

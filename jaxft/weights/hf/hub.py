@@ -19,7 +19,7 @@ from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hf.complete_folders import cache_folder, file_sha256
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
-# Of multimodal models; merged ones have copies of them.
+# Files of multimodal models, of which merged models have copies.
 PROCESSOR_FILES = ("*processor_config.json", tokenizer_files.PROCESSOR_TEMPLATE, "tekken.json")
 REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")

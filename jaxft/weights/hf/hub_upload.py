@@ -112,7 +112,7 @@ def upload_files(
                 operations=_operations(added, stale),
                 commit_message=target.message,
                 revision=target.branch,
-                parent_commit=before,  # another commit since then is an error of this one
+                parent_commit=before,  # so that a commit since then is an error
             )
     notes = [f"warning: {shorten_error(x.message)}" for x in caught if "README.md" in str(x.message)]
     if private and target.public:

@@ -122,7 +122,7 @@ def read_stored(tensor: StoredTensor, index: Index = ()) -> np.ndarray:
         )
     index = full_index(index, tensor.shape)
     if tensor.dtype in FLOAT8.values() or not math.prod(lengths(index)) or not tensor.shape:
-        return read_view(tensor, tensor.dtype, tensor.shape, index)  # which get_slice does not return
+        return read_view(tensor, tensor.dtype, tensor.shape, index)  # get_slice does not support these
     with _open(tensor.path) as file:
         return file.get_slice(tensor.name)[index]
 

@@ -97,7 +97,7 @@ def _known_to_both(source: Path) -> bool:
     """Return whether transformers 4.57 and 5 read the same tokenizer from a copy of the files in a folder."""
     path = source / "tokenizer_config.json"
     config = read_model_json(path) if path.is_file() else {}
-    if (source / TEMPLATES_FOLDER).is_dir():  # a folder of weights has no folders
+    if (source / TEMPLATES_FOLDER).is_dir():  # copies go into one folder
         return False
     name = config.get("tokenizer_class")  # without one, 4.57 takes the model's class, which may add a BOS
     return (
