@@ -189,8 +189,8 @@ def _start_folder(settings: HeadSettings) -> Path:
 def _check_start(
     settings: HeadSettings, declared: tuple[tuple[str, ...], Adapter], specs: dict[str, Any], model: Model
 ) -> None:
-    """Raise ValueError if the adapter in settings.start has other settings than the run's, or a scalar head
-    that the run lacks. declared: (parts in the folder, adapter settings), from peft_read.read_declared.
+    """Raise ValueError if the run trains no adapter, or if the one in settings.start has other settings than
+    the run's, or a scalar head that the run lacks. declared: from peft_read.read_declared.
     """
     (parts, theirs), start = declared, str(settings.start)
     base = model.specs.get("base", model.specs)

