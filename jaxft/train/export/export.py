@@ -119,8 +119,8 @@ class ExportQuant:
 
 
 def check_output(out: Path, ref: str) -> None:
-    """Raise ValueError if a model cannot be written to `out`: a file, the folder of the model `ref`, or
-    another folder that is not empty.
+    """Raise ValueError if a model cannot be written to `out`: a file, the working directory, the folder of
+    the model `ref`, or another folder that is not empty.
     """
     if out.resolve() == hub.locate(ref).path.resolve():
         raise ValueError(f"--out {out} is the folder that is read; choose another folder")
@@ -202,7 +202,7 @@ def _readers(source: ExportSource) -> dict[str, ParamReader]:
 
 
 def _changed_paths(source: ExportSource, merged: Params) -> set[str]:
-    """Return the parameters whose merged values differ from the source's files."""
+    """Return the paths of the parameters whose merged values differ from the source's files."""
     rounded = quantised_paths(source.model.specs, source.quant) if source.quant else ()
     new = {path for path in tree.paths(merged) if path not in source.model.weight_names}
     return {*lora.pairs_by_path(source.adapter), *rounded, *new}
