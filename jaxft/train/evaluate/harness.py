@@ -103,7 +103,7 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
 
 def generation_config_notes(ref: str) -> list[str]:
     """Return a warning if the generation_config.json of a model has penalties, which change the completions
-    of the hf backend.
+    of the hf backend, else [].
     """
     located = hub.locate(ref, config_only=True)
     path = located.path / "generation_config.json"
