@@ -238,7 +238,7 @@ def choices(kind: Definition) -> list[str]:
 
 
 def named_by(mark: ast.expr, file: Path) -> list[str]:
-    """Return the values that an item of Annotated[...], `ShortNames.of(TABLE)` or `one_of(CHOICES)`, lists."""
+    """Return the values in an item of Annotated[...], `ShortNames.of(TABLE)` or `one_of(CHOICES)`."""
     if not isinstance(mark, ast.Call):
         return []
     if ast.unparse(mark.func) == "ShortNames.of":
