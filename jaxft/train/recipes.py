@@ -268,7 +268,7 @@ class FullKnobs(ModelKnobs):
 def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
     """Return (base weights, folder whose adapter is merged into them or None) for full fine-tuning.
 
-    A run whose result is a whole model replaces the base. Raises FileNotFoundError for a folder without
+    A run whose result is a full model replaces the base. Raises FileNotFoundError for a folder without
     weights.
     """
     if start is None:

@@ -34,7 +34,7 @@ from jaxft.weights.hf import hub
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.pretrained import check_token_id
 
-FEW_READS = 32  # read positions of rows with short continuations, such as choices of a question
+FEW_READS = 32  # positions with logits in rows with short continuations, such as choices
 MAX_NEW = 256  # tokens of a completion where the task does not say, as in the hf backend
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of this limit
 # Arguments of generation that jaxft does not have, with the value that changes nothing
@@ -325,7 +325,7 @@ class _Read(NamedTuple):
 
 
 class _ScoredRow(NamedTuple):
-    """Token ids, and the log-probs to compute. Continuations that end in different tokens share a row."""
+    """Token ids, and the log-probs to compute. Continuations that differ only in the last token share one."""
 
     ids: tuple[int, ...]
     reads: list[_Read]
