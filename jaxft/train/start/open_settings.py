@@ -280,7 +280,7 @@ class Fit:
             elif data.max_turns > 1:
                 chosen["max_new"] = min(chosen["max_new"], data.episode_length)
         fit = self._with_data(**chosen)
-        if self.limit in names and data.too_long != "split":  # split documents are whole with any limit
+        if self.limit in names and data.too_long != "split":  # split documents lose no tokens at any limit
             chosen[self.limit] = fit._length()
         fit = self._with_data(**chosen)
         if "batch" in names:
