@@ -92,7 +92,7 @@ def _axolotl(draft: Draft) -> None:
     overrides = _with_columns("data", list(map(_reference, items)), columns)
     if option.name == "pretraining_dataset":
         draft.drop("sample_packing", "pretrain_multipack_attn", "pretraining_sample_concatenation")
-        remarks.append("documents are joined, then split into rows of max_length tokens; attention crosses them")
+        remarks.append("documents are joined, split into rows of max_length tokens; attention crosses them")
     draft.express(option, overrides, "; ".join(dict.fromkeys(remarks)))
     tests = draft.take("test_datasets")
     if tests is not None and isinstance(tests.value, list):
