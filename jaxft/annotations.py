@@ -8,8 +8,8 @@ A string in Annotated[...] is the setting's name in a file, such as "rms_norm_ep
 knob that several recipes have.
 
 A dataclass of settings calls `check_bounds` when it is constructed, which checks types, bounds and choices;
-`check_values` does the same for a recipe's knobs. `jaxft settings` and `--help` show them. This file imports neither jax nor the functions that have short
-names, so that the shell's tab completion can import it quickly.
+`check_values` does the same for a recipe's knobs. `jaxft settings` and `--help` show them. This file imports
+neither jax nor the functions that have short names, so that the shell's tab completion can import it quickly.
 """
 
 import functools
@@ -92,6 +92,7 @@ POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # float32 counts smal
 
 Count = Annotated[int, at_least(1)]
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]  # that JAX can make a random key of
+CountOrZero = Annotated[int, at_least(0)]
 Finite = Annotated[float, FINITE]
 AboveZero = Annotated[float, above(0)]
 AtLeastZero = Annotated[float, at_least(0)]
@@ -118,7 +119,7 @@ def one_of(known: Iterable[str | None]) -> Choices:
 
 
 def parts_of(kind: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Return (the types that an annotation allows, the marks of its Annotated[...]), also of those in a union.
+    """Return (the types that an annotation allows, the marks of its Annotated[...]), also in a union.
 
     >>> parts_of(Annotated[int, "rows"] | None)
     ((<class 'int'>, <class 'NoneType'>), ('rows',))

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 import jax.numpy as jnp
 
 from jaxft.annotations import (
+    ABOVE_ZERO_TO_ONE,
     ADVANTAGES,
     BELOW_ONE,
     COMBINATIONS,
@@ -110,6 +111,10 @@ Temperature = Annotated[float, at_least(1e-4)]  # below, completions would be gr
 Penalty = Annotated[
     float, at_least(0), About("subtracted from the score of a completion without an end token")
 ]
+Overlong = Annotated[
+    int, at_least(1), About("DAPO's penalty: from 0 to -1 over the last so many tokens of an episode")
+]
+MovingReference = tuple[Annotated[float, ABOVE_ZERO_TO_ONE], Count]  # alpha, every
 EchoWeight = Annotated[
     float, at_least(0), About("ECHO: weight of the cross-entropy of given tokens, such as 0.1")
 ]
@@ -539,7 +544,7 @@ class RolloutKnobs(PromptKnobs):
         """
         if tokens is not None and tokens > self.most_sampled:
             raise ValueError(
-                f"overlong={tokens}: an episode has at most {self.most_sampled} tokens; use a smaller number, "
+                f"overlong={tokens}: an episode has at most {self.most_sampled} tokens; use at most so many, "
                 "or raise max_new"
             )
         return None if tokens is None else (self.most_sampled, tokens)
