@@ -507,7 +507,7 @@ class PromptKnobs(SourceKnobs):
     group: Count = 8
     max_prompt: Count = 64  # data.max_prompt; with rows of your own from their lengths
     max_new: Count = 8  # data.max_new; with rows of your own at least 256
-    temperature: Temperature = 1.0
+    temperature: Temperature = 1.0  # of sampling
 
     @property
     def max_length(self) -> int:
