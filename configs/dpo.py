@@ -46,8 +46,8 @@ def config(
     lr: LearningRate = 5e-5,
     loss: PairLossFunction = dpo,  # the loss of a pair
     beta: PairBeta = 0.1,
-    reference: ReferenceSetting | None = None,  # start, or precomputed (default with full=true)
-    moving: MovingReference | None = None,  # TR-DPO: alpha,every; 0.6,512 in the paper
+    reference: ReferenceSetting | None = None,
+    moving: MovingReference | None = None,  # TR-DPO: alpha,every of a reference that follows, as 0.6,512
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Direct preference optimisation."""

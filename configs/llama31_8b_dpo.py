@@ -32,7 +32,7 @@ def config(
     rows: RowKnobs = RowKnobs(PAIRS, batch=32, micro=8, max_length=2048),
     name: str = "llama31_8b_dpo",
     beta: PairBeta = 0.1,
-    reference: ReferenceSetting | None = None,  # start, or precomputed with full=true
+    reference: ReferenceSetting | None = None,
 ) -> Run:
     """DPO of an 8B model."""
     source = choose_reference(reference, dpo, base.full)

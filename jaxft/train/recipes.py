@@ -85,7 +85,13 @@ GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it
 OWN_HELD_OUT = 0.05
 
 DType = Literal["bfloat16", "float32"]
-ReferenceSetting = Literal["start", "precomputed"]
+ReferenceSetting = Annotated[
+    Literal["start", "precomputed"],
+    About(
+        "the policy at step 0: start computes its log-probs in every step, precomputed once before the run; "
+        "precomputed by default with full=true"
+    ),
+]
 
 # Functions that recipes take: a short name, or a function of the user's own
 PairLossFunction = Annotated[Callable, ShortNames.of(PREFERENCE_LOSSES)]
@@ -360,7 +366,7 @@ class ReferenceKnobs(Knobs):
     ('start', 'teacher')
     """
 
-    reference_model: str | None = None  # a run, a PEFT folder (cheap on the same base), or a model
+    reference_model: str | None = None  # another reference: a run, a PEFT folder (cheap on the base), a model
     reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
 
     def reference(self, otherwise: Reference = "start") -> Reference:
