@@ -20,7 +20,7 @@ Advantages, token weights and losses combine freely. Named methods, and what to 
 from functools import partial
 from typing import Any, Literal
 
-from jaxft.annotations import AboveZero, AtLeastZero, Finite, Fraction
+from jaxft.annotations import FiniteFloat, Fraction, NonNegativeFloat, PositiveFloat
 from jaxft.objectives.losses.policy_losses import FixedKL, KLInReward, clipped, k1, policy_gradient
 from jaxft.objectives.policy import policy
 from jaxft.rl.advantages import grpo, maxrl, weighted_sum
@@ -34,13 +34,13 @@ from jaxft.train.recipes import (
     AdvantageFunction,
     CombineFunction,
     CorrectionFunction,
+    EosPenalty,
     EstimatorFunction,
     FilterFunction,
     KLFactor,
     LearningRate,
     LoraKnobs,
     Overlong,
-    Penalty,
     PolicyLossFunction,
     ReferenceKnobs,
     RewardFunction,
@@ -74,10 +74,12 @@ def config(
     name: str = "grpo",
     lr: LearningRate = 5e-4,
     rewards: tuple[RewardFunction, ...] = (),  # exact by default; in addition to an environment's score
-    reward_weights: tuple[Finite, ...] = (),  # data.rules.reward_weights; of rewards, then of reward_model
+    reward_weights: tuple[
+        FiniteFloat, ...
+    ] = (),  # data.rules.reward_weights; of rewards, then of reward_model
     combine: CombineFunction = weighted_sum,  # data.rules.combine; sum_of_known skips those without a score
     reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
-    missing_eos: Penalty = 0.0,
+    missing_eos: EosPenalty = 0.0,
     overlong: Overlong | None = None,
     advantage: AdvantageFunction | None = None,  # grpo by default
     estimate: EstimatorFunction | None = None,  # data.rules.estimate; instead of advantage
@@ -86,11 +88,12 @@ def config(
     train_on_truncated: bool = True,
     loss: PolicyLossFunction = clipped,  # the loss of a sampled token
     eps_low: Fraction | None = None,  # the lower clipping bound; the loss's default if unset
-    eps_high: AtLeastZero | None = None,  # the upper clipping bound, such as DAPO's 0.28
+    eps_high: NonNegativeFloat | None = None,  # the upper clipping bound, such as DAPO's 0.28
     beta: KLFactor = 0.0,
     kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is added
     correction: CorrectionFunction | None = None,
-    correction_bounds: tuple[AtLeastZero, AboveZero] | None = None,  # least,most; the function's if unset
+    correction_bounds: tuple[NonNegativeFloat, PositiveFloat]
+    | None = None,  # least,most; the function's if unset
     ratio_to_sampler: bool = False,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:

@@ -13,7 +13,7 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 
 from functools import partial
 
-from jaxft.annotations import AtLeastZero
+from jaxft.annotations import NonNegativeFloat
 from jaxft.data.pairs import PairRows
 from jaxft.objectives.losses.reference_free_losses import kto, kto_metrics
 from jaxft.objectives.preference import preference, with_beta
@@ -27,8 +27,8 @@ def config(
     name: str = "kto",
     lr: LearningRate = 1e-4,
     beta: PairBeta = 0.1,
-    desirable_weight: AtLeastZero = 1.0,  # of good completions
-    undesirable_weight: AtLeastZero = 1.0,  # of bad completions
+    desirable_weight: NonNegativeFloat = 1.0,  # of good completions
+    undesirable_weight: NonNegativeFloat = 1.0,  # of bad completions
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Kahneman-Tversky optimisation."""

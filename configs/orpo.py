@@ -13,7 +13,7 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 
 from functools import partial
 
-from jaxft.annotations import AtLeastZero
+from jaxft.annotations import NonNegativeFloat
 from jaxft.data.pairs import PairRows
 from jaxft.objectives.losses.reference_free_losses import orpo, orpo_metrics
 from jaxft.objectives.preference import mean_logp, preference, with_beta
@@ -26,7 +26,7 @@ def config(
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "orpo",
     lr: LearningRate = 1e-3,
-    beta: AtLeastZero = 0.1,  # weight of the log odds ratio
+    beta: NonNegativeFloat = 0.1,  # weight of the log odds ratio
 ) -> Run:
     """Odds ratio preference optimisation."""
     return Run(

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxft.annotations import AboveZero, AtLeastZero, CountOrZero, Fraction
+from jaxft.annotations import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from jaxft.models.adapted import HeadSettings, scores, view
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
@@ -43,10 +43,10 @@ from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_rules import Rules, shape_scores
 from jaxft.train.recipes import (
     PAIRS,
+    EosPenalty,
     KLFunction,
     LearningRate,
     LoraKnobs,
-    Penalty,
     PolicyLossFunction,
     ReferenceKnobs,
     RewardFunction,
@@ -108,20 +108,21 @@ def config(
     | None = None,  # reward (default on its base): starts from it; shared (default otherwise): a head
     loss: PolicyLossFunction = clipped,  # the loss of a sampled token
     kl: KLFunction = k1,  # estimator of the KL in the rewards
-    kl_coef: AtLeastZero = 0.05,  # factor of the KL in the rewards
-    kl_target: AboveZero | None = None,  # nats per completion, which an adaptive coefficient aims for
-    target_kl: AboveZero | None = None,  # a rollout's passes end once the policy is so far from the sampler's
-    missing_eos: Penalty = 1.0,
-    limit: AboveZero | None = None,  # clips scores to +-limit
+    kl_coef: NonNegativeFloat = 0.05,  # factor of the KL in the rewards
+    kl_target: PositiveFloat | None = None,  # nats per completion, which an adaptive coefficient aims for
+    target_kl: PositiveFloat
+    | None = None,  # a rollout's passes end once the policy is so far from the sampler's
+    missing_eos: EosPenalty = 1.0,
+    limit: PositiveFloat | None = None,  # clips scores to +-limit
     scale: bool = False,  # divides scores by the standard deviation of all scores so far
     whiten_rewards: bool = False,  # divides rewards of tokens by their standard deviation
     gamma: Fraction = 1.0,  # discount of GAE
     lam: Fraction = 0.95,  # lambda of GAE
     eps: Fraction | None = None,  # clipping bound of the ratio, the loss's own by default
-    value_coef: AboveZero = 0.1,  # weight of the critic's loss
-    value_clip: AboveZero | None = 0.2,  # largest change of a value since sampling
-    entropy: AtLeastZero = 0.0,  # weight of a bonus for the policy's entropy
-    warm_up: CountOrZero = 0,
+    value_coef: PositiveFloat = 0.1,  # weight of the critic's loss
+    value_clip: PositiveFloat | None = 0.2,  # largest change of a value since sampling
+    entropy: NonNegativeFloat = 0.0,  # weight of a bonus for the policy's entropy
+    warm_up: NonNegativeInt = 0,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Proximal policy optimisation."""

@@ -19,7 +19,7 @@ Hardware: a GPU of 40 GB; 35 minutes plus sampling on an H100 (planned).
 
 from functools import partial
 
-from jaxft.annotations import AtLeastZero
+from jaxft.annotations import NonNegativeFloat
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import policy
 from jaxft.rl.advantages import grpo, nonconstant_groups
@@ -56,7 +56,7 @@ def config(
     rewards: tuple[RewardFunction, ...] = (number,),  # each scores a completion
     advantage: AdvantageFunction = grpo,  # of a completion within its group
     token_weights: TokenWeightsFunction = token_mean,
-    eps_high: AtLeastZero = 0.28,  # the upper clipping bound
+    eps_high: NonNegativeFloat = 0.28,  # the upper clipping bound
     overlong: Overlong | None = 128,
     beta: KLFactor = 0.0,
 ) -> Run:

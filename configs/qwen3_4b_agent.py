@@ -18,7 +18,7 @@ Hardware: a GPU of 80 GB; 79 s a step plus sampling on an H100 (planned).
 
 from functools import partial
 
-from jaxft.annotations import AtLeastZero
+from jaxft.annotations import NonNegativeFloat
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import echo as with_echo
 from jaxft.objectives.policy import policy
@@ -51,7 +51,7 @@ def config(
     ),
     name: str = "qwen3_4b_agent",
     rewards: tuple[RewardFunction, ...] = (),  # in addition to the environment's score; number without one
-    eps_high: AtLeastZero = 0.28,  # the upper clipping bound
+    eps_high: NonNegativeFloat = 0.28,  # the upper clipping bound
     echo: EchoWeight | None = None,
 ) -> Run:
     """GRPO of an agent with search and code."""

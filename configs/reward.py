@@ -16,7 +16,7 @@ Hardware: 2 CPU cores, 2 GB; 5 minutes.
 
 from functools import partial
 
-from jaxft.annotations import AtLeastZero
+from jaxft.annotations import NonNegativeFloat
 from jaxft.data.pairs import PairRows
 from jaxft.models.adapted import with_scalar_head
 from jaxft.objectives.reward_model import margin_columns, reward
@@ -30,7 +30,7 @@ def config(
     name: str = "reward",
     lr: LearningRate = 2e-4,
     margin: str | None = None,  # margin of the loss: a column, or score for score_chosen - score_rejected
-    center: AtLeastZero = 0.01,  # weight of the term that keeps rewards around 0
+    center: NonNegativeFloat = 0.01,  # weight of the term that keeps rewards around 0
 ) -> Run:
     """Reward modelling."""
     return Run(

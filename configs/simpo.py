@@ -12,7 +12,7 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 
 from functools import partial
 
-from jaxft.annotations import AboveZero, AtLeastZero
+from jaxft.annotations import NonNegativeFloat, PositiveFloat
 from jaxft.data.pairs import PairRows
 from jaxft.objectives.losses.reference_free_losses import simpo
 from jaxft.objectives.preference import mean_logp, preference, with_beta
@@ -25,8 +25,8 @@ def config(
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "simpo",
     lr: LearningRate = 5e-4,
-    beta: AboveZero = 2.0,  # factor of the mean log-probs
-    gamma: AtLeastZero = 1.0,  # margin between chosen and rejected
+    beta: PositiveFloat = 2.0,  # factor of the mean log-probs
+    gamma: NonNegativeFloat = 1.0,  # margin between chosen and rejected
 ) -> Run:
     """Simple preference optimisation."""
     loss = with_beta(simpo, beta, gamma=gamma)

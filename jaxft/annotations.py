@@ -2,7 +2,7 @@
 
 `batch: Annotated[int, at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`,
 `optimizer: Annotated[Callable, ShortNames.of(OPTIMIZERS)]` for `optim.optimizer=muon`. Usual bounds have
-names: `batch: Count = 8`, `beta: AboveZero | None = None`.
+names: `batch: PositiveInt = 8`, `beta: PositiveFloat | None = None`.
 
 A string in Annotated[...] is the setting's name in a file, such as "rms_norm_eps"; About("...") describes a
 knob that several recipes have.
@@ -90,12 +90,12 @@ ABOVE_ZERO_TO_ONE = Bounds(0.0, 1.0, open_least=True)
 INSIDE_ZERO_AND_ONE = Bounds(0.0, 1.0, open_least=True, open_most=True)
 POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # float32 counts smaller numbers as 0
 
-Count = Annotated[int, at_least(1)]
+PositiveInt = Annotated[int, at_least(1)]
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]  # that JAX can make a random key of
-CountOrZero = Annotated[int, at_least(0)]
-Finite = Annotated[float, FINITE]
-AboveZero = Annotated[float, above(0)]
-AtLeastZero = Annotated[float, at_least(0)]
+NonNegativeInt = Annotated[int, at_least(0)]
+FiniteFloat = Annotated[float, FINITE]
+PositiveFloat = Annotated[float, above(0)]
+NonNegativeFloat = Annotated[float, at_least(0)]
 Fraction = Annotated[float, ZERO_TO_ONE]
 
 
@@ -118,36 +118,36 @@ def one_of(known: Iterable[str | None]) -> Choices:
     return Choices(tuple(known))
 
 
-def parts_of(kind: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def types_and_marks(kind: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Return (the types that an annotation allows, the marks of its Annotated[...]), also in a union.
 
-    >>> parts_of(Annotated[int, "rows"] | None)
+    >>> types_and_marks(Annotated[int, "rows"] | None)
     ((<class 'int'>, <class 'NoneType'>), ('rows',))
     """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        types_of, marks = parts_of(args[0])
+        types_of, marks = types_and_marks(args[0])
         return types_of, (*args[1:], *marks)
     if origin in (typing.Union, types.UnionType):
-        inner = [parts_of(member) for member in args]
+        inner = [types_and_marks(member) for member in args]
         return tuple(t for some, _ in inner for t in some), tuple(m for _, some in inner for m in some)
     return (kind,), ()
 
 
 def choices_of(kind: Any) -> tuple[str, ...]:
     """Return the texts that an annotation allows by `one_of`; () if it has no `one_of`."""
-    texts = next((mark.known for mark in parts_of(kind)[1] if isinstance(mark, Choices)), ())
+    texts = next((mark.known for mark in types_and_marks(kind)[1] if isinstance(mark, Choices)), ())
     return tuple("none" if text is None else text for text in texts)
 
 
 def bounds_of(kind: Any) -> Bounds | None:
     """Return the bounds in an annotation such as Annotated[int, at_least(1)]; None if it has none."""
-    return next((mark for mark in parts_of(kind)[1] if isinstance(mark, Bounds)), None)
+    return next((mark for mark in types_and_marks(kind)[1] if isinstance(mark, Bounds)), None)
 
 
 def about(kind: Any) -> str:
     """Return the description in an annotation, "" if it has none."""
-    return next((mark.text for mark in parts_of(kind)[1] if isinstance(mark, About)), "")
+    return next((mark.text for mark in types_and_marks(kind)[1] if isinstance(mark, About)), "")
 
 
 TYPE_TEXTS = {
@@ -178,7 +178,7 @@ class _Kind:
 
     @classmethod
     def of(cls, field: str, kind: Any) -> "_Kind":
-        members, marks = parts_of(kind)
+        members, marks = types_and_marks(kind)
         marked = (mark.known for mark in marks if isinstance(mark, Choices))
         choices: tuple[Any, ...] | None = next(marked, None)
         literals = [typing.get_args(m) if typing.get_origin(m) is Literal else FEW.get(m) for m in members]
@@ -245,7 +245,7 @@ def check_bounds(settings: Any, section: str = "") -> None:
 
     >>> @dataclass(frozen=True)
     ... class Batches:
-    ...     rows: Count = 8
+    ...     rows: PositiveInt = 8
     ...     def __post_init__(self):
     ...         check_bounds(self, "data")
     >>> Batches(rows=0)
@@ -259,7 +259,7 @@ def check_bounds(settings: Any, section: str = "") -> None:
 def check_values(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raise ValueError for the first value that its annotation does not allow. kinds: annotations by name.
 
-    >>> check_values({"beta": AboveZero}, {"beta": -1.0})
+    >>> check_values({"beta": PositiveFloat}, {"beta": -1.0})
     Traceback (most recent call last):
     ValueError: beta=-1.0; expected above 0
     """

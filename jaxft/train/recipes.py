@@ -31,9 +31,9 @@ from jaxft.annotations import (
     REWARDS,
     TOKEN_WEIGHTS,
     About,
-    AboveZero,
-    AtLeastZero,
-    Count,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
     Seed,
     ShortNames,
     above,
@@ -114,13 +114,13 @@ PairBeta = Annotated[float, above(0), About("a smaller one lets the policy move 
 KLFactor = Annotated[float, at_least(0), About("factor of a KL penalty; 0 runs no reference")]
 RowLength = Annotated[int, at_least(2)]
 Temperature = Annotated[float, at_least(1e-4)]  # below, completions would be greedy
-Penalty = Annotated[
+EosPenalty = Annotated[
     float, at_least(0), About("subtracted from the score of a completion without an end token")
 ]
 Overlong = Annotated[
     int, at_least(1), About("DAPO's penalty: from 0 to -1 over the last so many tokens of an episode")
 ]
-MovingReference = tuple[Annotated[float, ABOVE_ZERO_TO_ONE], Count]  # alpha, every
+MovingReference = tuple[Annotated[float, ABOVE_ZERO_TO_ONE], PositiveInt]  # alpha, every
 EchoWeight = Annotated[
     float, at_least(0), About("ECHO: weight of the cross-entropy of given tokens, such as 0.1")
 ]
@@ -226,8 +226,8 @@ class LoraKnobs(ModelKnobs):
 
     quant: QuantKind = "none"  # how the frozen base is stored
     start: str | None = None
-    rank: Count | None = None  # adapter.rank; 16 by default for a fresh adapter, with adapter.alpha=32
-    lora_plus: AboveZero | None = None
+    rank: PositiveInt | None = None  # adapter.rank; 16 by default for a fresh adapter, with adapter.alpha=32
+    lora_plus: PositiveFloat | None = None
     general: str | None = GENERAL
 
     def optim(self, lr: float) -> Optim:
@@ -419,9 +419,11 @@ class SftKnobs(Knobs):
     """
 
     label_smoothing: Annotated[float, BELOW_ONE] = 0.0  # such as 0.1; the held-out loss has none
-    z_loss: AtLeastZero = 0.0  # such as 1e-4
+    z_loss: NonNegativeFloat = 0.0  # such as 1e-4
     dft: bool = False  # dynamic fine-tuning: each token weighted by its probability
-    neftune: AtLeastZero = 0.0  # alpha of the noise in the embeddings, such as 5, by each example's length
+    neftune: NonNegativeFloat = (
+        0.0  # alpha of the noise in the embeddings, such as 5, by each example's length
+    )
 
     def objective(self) -> Callable[[Model], Objective]:
         """Return the objective of a Run."""
@@ -444,10 +446,10 @@ class SourceKnobs(Knobs):
     held_out: str | Annotated[float, BELOW_ONE] | None = (
         "auto"  # data.held_out; auto: the rows' own held-out file or split, else 0.05
     )
-    batch: Count = 8  # data.batch; with rows of your own from their number: about 100 steps
-    micro: Count = 1
-    epochs: AboveZero | None = 1.0
-    tokens: Count | None = None
+    batch: PositiveInt = 8  # data.batch; with rows of your own from their number: about 100 steps
+    micro: PositiveInt = 1
+    epochs: PositiveFloat | None = 1.0
+    tokens: PositiveInt | None = None
     seed: Seed = 0
 
     def settings(self) -> dict[str, Any]:
@@ -510,9 +512,9 @@ class PromptKnobs(SourceKnobs):
     150
     """
 
-    group: Count = 8
-    max_prompt: Count = 64  # data.max_prompt; with rows of your own from their lengths
-    max_new: Count = 8  # data.max_new; with rows of your own at least 256
+    group: PositiveInt = 8
+    max_prompt: PositiveInt = 64  # data.max_prompt; with rows of your own from their lengths
+    max_new: PositiveInt = 8  # data.max_new; with rows of your own at least 256
     temperature: Temperature = 1.0  # of sampling
 
     @property
@@ -531,12 +533,12 @@ class RolloutKnobs(PromptKnobs):
     ['exact']
     """
 
-    passes: Count = 1
-    minibatches: Count = 1
+    passes: PositiveInt = 1
+    minibatches: PositiveInt = 1
     environment: EnvironmentClass | None = None
     tools: tuple[Callable, ...] = ()  # data.tools; such as my_tools.py:add,my_tools.py:search
-    max_turns: Count = 1
-    max_episode: Count | None = None
+    max_turns: PositiveInt = 1
+    max_episode: PositiveInt | None = None
 
     @property
     def most_sampled(self) -> int:

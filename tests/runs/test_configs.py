@@ -11,7 +11,7 @@ import jax
 import pytest
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft.annotations import bounds_of, parts_of
+from jaxft.annotations import bounds_of, types_and_marks
 from jaxft.models.adapted import HeadSettings, Teacher
 from jaxft.nn import param, tree
 from jaxft.objectives.preference import EMAReference
@@ -53,9 +53,9 @@ def test_builds_abstractly(path):
 def numbers_of(path):
     """Yield (knob, bounds) of the recipe's numbers; of a list of numbers, those of its first item."""
     for name, knob in config.recipe_knobs(str(path)).items():
-        kinds = parts_of(knob.kind)[0]
+        kinds = types_and_marks(knob.kind)[0]
         items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
-        if {int, float} & {*(member for kind in (knob.kind, *items) for member in parts_of(kind)[0])}:
+        if {int, float} & {*(member for kind in (knob.kind, *items) for member in types_and_marks(kind)[0])}:
             yield name, next((b for kind in (knob.kind, *items) if (b := bounds_of(kind))), None)
 
 

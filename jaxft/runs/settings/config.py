@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxft.annotations import check_values, parts_of
+from jaxft.annotations import check_values, types_and_marks
 from jaxft.models.model import Model
 from jaxft.nn.tree import nearest
 from jaxft.runs.settings.setting_names import advice, join_lines, meant_options
@@ -289,7 +289,7 @@ def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
     For a tuple annotation, a list or a single object becomes a tuple, and strings in it are parsed as on the
     command line. Raises ValueError if the object does not have the annotation's type.
     """
-    value, members = text.value, parts_of(kind)[0]
+    value, members = text.value, types_and_marks(kind)[0]
     origins = [typing.get_origin(member) or member for member in members]
     if tuple in origins:
         items = value if isinstance(value, list | tuple) else (value,)
