@@ -355,7 +355,7 @@ def check_knobs(loss: Callable[..., Array]) -> None:
         loss_signature(loss).bind("pair")
     except (TypeError, ValueError) as error:
         knobs = ", ".join(list(loss_signature(declaration(loss)).parameters)[1:]) or "none"
-        raise ValueError(f"loss {loss_name(loss)}: {error}. Its knobs: {knobs}") from error
+        raise ValueError(f"loss {loss_name(loss)}: {error}. Its parameters: {knobs}") from error
 
 
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"

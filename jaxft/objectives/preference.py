@@ -139,7 +139,7 @@ def preference(
     'none'
     >>> preference(model=None, loss=partial(dpo, betta=0.3))
     Traceback (most recent call last):
-    ValueError: loss dpo: got an unexpected keyword argument 'betta'. Its knobs: beta, score
+    ValueError: loss dpo: got an unexpected keyword argument 'betta'. Its parameters: beta, score
     """
     check_knobs(loss)
     declared = declaration(loss)

@@ -255,7 +255,7 @@ def gfpo(
     group = np.shape(scores)[1]
     retain = max(1, group // 2) if retain is None else retain
     if not 0 < retain < max(group, 2):
-        raise ValueError(f"gfpo: retain={retain} of a group of {group}. Use 1 to {max(1, group - 1)}.")
+        raise ValueError(f"gfpo: retain={retain} must be 1 to {max(1, group - 1)} in a group of {group}.")
     return advantage(_highest(scores, metric(scores, lengths), np.full(len(scores), retain)), lengths)
 
 
@@ -276,8 +276,8 @@ def adaptive_gfpo(
     """
     if not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(
-            f"adaptive_gfpo: each of fractions must be above 0 and at most 1, got {fractions}."
-            " Use numbers such as 0.5."
+            f"adaptive_gfpo: fractions={fractions} must be four numbers above 0 and at most 1, such as "
+            "0.5,0.5,0.375,0.25."
         )
     valid = has_score(scores)
     means = np.nansum(_float64(scores), 1) / np.maximum(valid.sum(1), 1)
@@ -409,7 +409,7 @@ def _checked_weights(
     x, w = _float64(rewards), np.asarray(weights, np.float64)
     if x.shape[-1:] != w.shape:
         raise ValueError(
-            f"{x.shape[-1]} rewards need as many weights, got {len(w)}. Set reward_weights to as many."
+            f"reward_weights={w.tolist()} for {x.shape[-1]} reward(s). Set one weight for each reward."
         )
     return x, w
 

@@ -543,7 +543,7 @@ def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task
         values = task.call(function, environments=[environment.owner(state)], **logs, **deepcopy(given))
         if not isinstance(values, list | tuple | np.ndarray) or len(values) != 1:
             name, got = name_of(function), repr(values)[:80]
-            raise WrongType(f"reward {name} returned {got}, expected a list of one number")
+            raise WrongType(f"reward {name} returned {got}, expected a list with one number")
         rewards[name_of(function)] = checked_reward(values[0])
     return _Scored(score, rewards)
 

@@ -185,8 +185,8 @@ def _require_reward_signature(fn: Callable, name: str) -> None:
     takes = "is a function of (prompt, completion, row) that returns a number"
     if OBJECTS in signature.parameters:
         raise ValueError(
-            f"reward {name}{signature} reads the objects of an environment, which only a rollout has. Set "
-            "environment=my_env.py:Name, or leave this reward out."
+            f"reward {name}{signature} has the parameter environments, which only an environment can fill. "
+            "Set environment=my_env.py:Name, or leave this reward out."
         )
     if {"prompts", "completions"} & {*signature.parameters}:
         raise ValueError(

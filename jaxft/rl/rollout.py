@@ -185,12 +185,12 @@ class Rollouts(Prompts):
         if self.played.schemas and self.max_turns == 1:
             raise ValueError(
                 "data.max_turns=1 with tools: after one turn an episode ends, and calls are not answered. "
-                "Set max_turns=3, for example: two turns that call tools, and the answer."
+                "Set, for example, data.max_turns=3: two turns with tool calls, and the answer."
             )
         if self.observations and self.max_turns == 1:
             raise ValueError(
-                "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "
-                "nothing. Set data.max_turns with an environment or tools, or leave echo out."
+                "ECHO trains on observations between turns, and data.max_turns=1 has none. Set, for "
+                "example, data.max_turns=3 with an environment or tools, or leave echo out."
             )
 
     @property
@@ -582,7 +582,8 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(
-            f"target_kl={target_kl}: a rollout has no later steps to skip. Raise data.passes or omit it."
+            f"target_kl={target_kl} skips later steps of a rollout, but each rollout has one step. Raise "
+            "data.passes or data.minibatches, or omit target_kl."
         )
     example = example_rollout(data.group, data.rules.reward_weights, facts)
     check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)

@@ -80,8 +80,8 @@ class Rules:
         count, names = len(rewards), ", ".join(self.reward_names)
         if self.reward_weights and len(self.reward_weights) != count:
             raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} entries for {count} rewards ({names}). "
-                "Set one for each."
+                f"reward_weights={list(self.reward_weights)} for the rewards {names}. Set one weight for "
+                "each reward."
             )
         if not np.isfinite(self.reward_weights).all():
             raise ValueError(f"reward_weights={self.reward_weights} must be finite. Set finite numbers.")

@@ -91,7 +91,7 @@ def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
     path = folder / RECORDS / f"{number}.npz"
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing; the run has not sampled rollout {number + 1}, use a smaller number"
+            f"{path} is missing: the run has not sampled rollout {number + 1}. Use a smaller number."
         )
     content = path.read_bytes()
     about_of(content, path)

@@ -310,7 +310,7 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
         return None
     recorded = read_saved_json(run / SUMMARY).get("files")
     if not isinstance(recorded, dict | None):
-        raise ValueError(f"{run / SUMMARY}: files has type {type(recorded).__name__}; restore the file")
+        raise ValueError(f"{run / SUMMARY}: files={recorded!r:.60} is not an object; restore the file")
     if recorded is None:
         return None
     paths = {run.resolve() / name: sha256 for name, sha256 in recorded.items()}

@@ -148,7 +148,7 @@ def guess(number: int) -> str:
 
 
 def test_tools_without_a_second_turn_are_refused_and_an_episode_has_a_length():
-    with pytest.raises(ValueError, match=r"data.max_turns=1 with tools: .*Set max_turns=3, for example"):
+    with pytest.raises(ValueError, match=r"data.max_turns=1 with tools: .*Set, for example, data.max"):
         data(environment=None, tools=(guess,), max_turns=1, max_episode=None)
     assert data(max_episode=None).episode_length == 3 * 4
 

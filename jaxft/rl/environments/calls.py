@@ -297,8 +297,8 @@ class Calls:
             return _Worker(episode, self.slots, self.results)
         except RuntimeError as error:
             raise ValueError(
-                f"{error}: each episode in progress has a thread, and {len(self.workers)} have begun. "
-                "Raise the system's limit of threads, or lower data.batch or data.group."
+                f"{error}: each concurrent episode needs a thread, and {len(self.workers)} have started. "
+                "Raise the system's limit of threads (ulimit -u), or lower data.batch or data.group."
             ) from None
 
 

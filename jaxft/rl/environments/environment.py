@@ -164,8 +164,8 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
     elif "reset" in dir(given):
         name = type(given).__name__
         raise ValueError(
-            f"environment: it is an object of {name}, and episodes play at the same time: each needs its own "
-            f"object. Set environment= to {name} or to a function without arguments that makes one."
+            f"environment is an object of class {name}, but concurrent episodes need one object each. Set "
+            f"environment= to the class {name}, or to a function without arguments that makes an object."
         )
     else:
         raise ValueError(
@@ -205,7 +205,8 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
 def _of_function(function: Callable[..., Any]) -> Environment:
     if not _takes(function, 3):
         raise ValueError(
-            f"environment {name_of(function)} takes {inspect.signature(function)}; use (state, text, row)."
+            f"environment {name_of(function)} has the parameters {inspect.signature(function)}; use "
+            "(state, text, row)."
         )
 
     def reset(row: RowColumns, task: Task) -> Beginning:
@@ -291,7 +292,7 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
         return of_kind(name, make, members)
     except ValueError as error:
         if "step" in members and not native:  # such as a class for gym
-            raise ValueError(f"environment {name}: {error} If step is no tool: {CLASS_SHAPES}") from error
+            raise ValueError(f"environment {name}: {error} If step is not a tool: {CLASS_SHAPES}") from error
         raise
 
 
