@@ -137,6 +137,15 @@ def test_adaptive_gfpo_retains_more_completions_of_harder_prompts():
         A.adaptive_gfpo(scores, lengths, (0.5, 0.5, 0.0, 2.0))
 
 
+@pytest.mark.parametrize(
+    "advantage",
+    [A.centred, A.grpo, A.grpo_batch, A.rloo, A.opo, A.maxrl, A.gfpo, A.adaptive_gfpo],
+    ids=lambda advantage: advantage.__name__,
+)
+def test_a_rollout_without_scores_has_advantages_of_0(advantage):
+    close(advantage(np.full((2, 4), NAN), np.full((2, 4), 5)), np.zeros((2, 4)))
+
+
 def test_rloo_is_the_centred_score_times_n_over_n_minus_1():
     scores = np.random.default_rng(1).normal(0, 1, (6, 4))
     close(A.rloo(scores), A.centred(scores) * 4 / 3)

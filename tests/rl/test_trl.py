@@ -294,7 +294,7 @@ def test_a_fault_of_such_a_reward_excludes_the_episode(function, kind):
 
 def test_such_a_reward_without_an_environment_is_refused():
     with pytest.raises(
-        ValueError, match="rewards reward_score take the argument `environments`; set environment=my_env.py"
+        ValueError, match="rewards reward_score have the parameter environments; set environment=my_env.py"
     ):
         Rollouts("r.jsonl", rules=Rules((reward_score, exact))).open(None)
     with pytest.raises(ValueError, match="reward_score.* has the parameter environments, which only"):

@@ -461,7 +461,11 @@ def finite_number(value: Any) -> float:
 
 
 def short_repr(value: Any) -> str:
-    """Return the type and repr of a value of any type."""
+    """Return the type and repr of any value, at most 80 characters.
+
+    >>> short_repr(3)
+    'int 3'
+    """
     try:
         return f"{type(value).__name__} {value!r}"[:80]
     except Exception:  # its repr may raise
