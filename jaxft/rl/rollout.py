@@ -386,8 +386,7 @@ class RolloutSource(PromptSource):
     """Rollouts of a compiled run; see data.source.Source. A batch is a function of step, state and history.
 
     token_scores: the pass that recomputes log-probs, None to use the sampler's. row_shapes: shapes of packed
-    rows; each rollout uses the smallest that its episodes fit into. current: the rollout in use, None before
-    the first.
+    rows; each rollout uses the smallest that fits. current: the rollout in use, None before the first.
     """
 
     run: BoundRun

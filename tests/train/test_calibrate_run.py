@@ -239,7 +239,7 @@ def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypa
         (["quant.calibrate=few.jsonl"], "quant.calibrate=few.jsonl|few.jsonl: its rows have .* too few"),
         (
             ["quant.calibrate=texts.jsonl", "quant.calibrate_tokens=8"],
-            "less than one row of 64 .*data.max_length",
+            "fewer than one row of 64 .*data.max_length",
         ),
     ],
 )

@@ -205,8 +205,7 @@ def with_tools(environment: Environment, tools: Sequence[Tool]) -> Environment:
 def _of_function(function: Callable[..., Any]) -> Environment:
     if not _takes(function, 3):
         raise ValueError(
-            f"environment {name_of(function)} has the parameters {inspect.signature(function)}; use "
-            "(state, text, row)."
+            f"environment {name_of(function)} takes {inspect.signature(function)}; use (state, text, row)."
         )
 
     def reset(row: RowColumns, task: Task) -> Beginning:
