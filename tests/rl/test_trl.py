@@ -299,7 +299,7 @@ def test_such_a_reward_without_an_environment_is_refused():
         Rollouts("r.jsonl", rules=Rules((reward_score, exact))).open(None)
     with pytest.raises(ValueError, match="reward_score.* has the parameter environments, which only"):
         FunctionReward(reward_score)
-    with pytest.raises(ValueError, match="two have the same name, so rename one"):
+    with pytest.raises(ValueError, match="rename one of the functions that have the same name"):
         Rollouts("r.jsonl", rules=Rules((caught, caught)), environment=Merging, max_turns=2).open(None)
 
 
