@@ -417,8 +417,8 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
         was, now = names if was_plain else names[::-1]
         remedy = "plain" if was_plain else "auto"
         return [
-            f"{ref} was trained on other prompts than this run's: strings were {was} there and are {now} "
-            f"here; data.format={remedy} continues with the same prompts"
+            f"{ref} was trained on other prompts than this run's: prompts that are strings were {was} there "
+            f"and are {now} here; data.format={remedy} continues with the same prompts"
         ]
     if is_plain:
         return []
