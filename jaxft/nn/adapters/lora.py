@@ -36,7 +36,7 @@ from jaxft.nn.tree import Params, static, struct
 FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 ADAPTERS = "adapters"  # the axis over several adapters, behind the lead axes of their base
-# The number of axes behind the lead axes, of the leaves that several adapters have.
+# By the name of a leaf: its number of axes after the axis over adapters.
 OWN_AXES = {"a": 2, "b": 2, "scale": 0, "magnitude": 1, "gain": 1, "score": 2}
 EVA = "eva"
 INITIAL_ADAPTER = "initial_adapter"  # in a run's parameters: its policy's adapter at step 0, for heads

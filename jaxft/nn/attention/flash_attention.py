@@ -137,7 +137,7 @@ def in_parts(ranges: KeyRanges, parts: tuple[tuple[Any, Any], tuple[Any, Any]]) 
     parts: (start, length) of each part in the row; the first part is before the second one.
     """
 
-    def before(at: Any) -> Any:  # keys of the block before a position of the row
+    def before(at: Any) -> Any:  # how many keys of the two parts are before a position of the row
         return sum(jnp.clip(at - start, 0, length) for start, length in parts)
 
     inside = [(before(start), before(end)) for start, end in ranges.pairs]
