@@ -178,8 +178,8 @@ def dense_flops(
 
 
 def mean_keys(window: int | None, context: float) -> float:
-    """Return the mean number of keys that a query attends to, causally and within the window, in a text of
-    `context` tokens.
+    """Return the approximate mean number of keys that a query attends to, causally and within the window, in
+    a text of `context` tokens: half of them without a window.
     """
     if window is None or window >= context:
         return context / 2

@@ -356,7 +356,7 @@ multi_lora_matmul.defvjp(_loras_fwd, _loras_bwd)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Set elements of x to 0 with probability `rate` and divide others by 1 - rate; return x without a key."""
+    """Set elements of x to 0 with probability `rate`, divide others by 1 - rate; return x without a key."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)

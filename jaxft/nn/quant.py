@@ -125,8 +125,8 @@ def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[in
         )
     if double and format.double is None:
         raise ValueError(
-            f"quant.double=true: the scales of {kind} cannot be quantised; use quant.double=false, or quant=nf4 "
-            "or fp4"
+            f"quant.double=true: the scales of {kind} cannot be quantised; use quant.double=false, or "
+            "quant=nf4 or fp4"
         )
     return (format.block if block is None else block), bool(format.double if double is None else double)
 

@@ -207,7 +207,7 @@ def _check_optimizer(o: Optim) -> None:
     except (TypeError, ValueError) as error:  # of bind, or a partial's arguments do not fit
         given = [f"optim.{name}={value}" for name, value in o._adam.items()]
         given += [f"optim.optimizer_kwargs={name}:{value}" for name, value in o.optimizer_kwargs]
-        several = "what it does not take of " if len(given) > 1 else ""
+        several = "those that it does not accept: " if len(given) > 1 else ""
         raise ValueError(
             f"optim.optimizer={name_of(o.optimizer)} can't be called as "
             f"(schedule{'' if of_optax else ', specs, weight_decay'}{', **hyper' if given else ''}): {error}"
@@ -292,8 +292,8 @@ def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
 
 
 def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
-    """Return how the weights are averaged: by optim.ema, or as a schedule-free optimizer declares in `rule`;
-    None for neither.
+    """Return the averaging of the weights: that of optim.ema, or of a schedule-free optimizer (`rule`); None
+    without either.
 
     Raises ValueError if a schedule-free optimizer is used with optim.ema, or with another schedule than
     constant.

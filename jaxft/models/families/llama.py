@@ -272,7 +272,8 @@ def read_internlm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     qkv = bool(hf.get("qkv_bias", hf.get("attention_bias", False)))
     bias = bool(hf.get("bias", hf.get("mlp_bias", False)))
     if qkv != bias:
-        raise ValueError(f"config: qkv_bias={qkv} with bias={bias} is not supported; both must be equal")
+        raise ValueError(f"config: qkv_bias={qkv} with bias={bias} is not supported; use models with both
+        equal")
     return fields_from_hf(hf, form) | {"attention_bias": bias, "mlp_bias": bias}
 
 
@@ -356,7 +357,9 @@ def _rope_layers(hf: dict[str, Any], count: int) -> tuple[bool, ...]:
 
 
 def _sliding(hf: dict[str, Any], has_rope: Sequence[bool]) -> dict[str, Any]:
-    """Return the fields `window` and `layer_types`. By default, layers without rope have the window."""
+    """Return the fields `window` and `layer_types`, {} if no layer has a window. Without layer_types in
+    config.json, the layers without rope have the window, if use_sliding_window is true.
+    """
     window, used = window_from_hf(hf), bool(hf.get("use_sliding_window", False))
     default = [SLIDING if used and window and not rotated else FULL for rotated in has_rope]
     types = read_layer_types(hf, default)
