@@ -220,10 +220,11 @@ def _check_optimizer(o: Optim) -> None:
         )
 
 
-def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
+def make_optimizer(o: Optim, specs: Specs, steps: int, all_specs: Specs | None = None) -> Optimizer:
     """Build the optimizer of the trainable leaves for a run of `steps` steps.
 
-    specs: ParamSpecs of the trainable leaves, None elsewhere.
+    specs: ParamSpecs of the trainable leaves, None elsewhere. all_specs: if `specs` has only some of the
+    trainable leaves (see freezable), the specs of all, among which each pattern of lr_groups must match one.
 
     >>> from jaxft.nn.param import full
     >>> specs = {"w": ParamSpec((2, 3), ("width", "mlp"), full(1.0))}
@@ -241,7 +242,7 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
     moves = rule.transform
     rates = rate_groups(o, rule_specs)
     if rates:
-        moves = optax.chain(moves, scale_groups(rates, rule_specs))
+        moves = optax.chain(moves, scale_groups(rates, specs if all_specs is None else all_specs))
     averaging = _averaging(o, rule)
     if averaging is not None:
         moves = averaging.wrap(moves)

@@ -272,8 +272,7 @@ def read_internlm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     qkv = bool(hf.get("qkv_bias", hf.get("attention_bias", False)))
     bias = bool(hf.get("bias", hf.get("mlp_bias", False)))
     if qkv != bias:
-        raise ValueError(f"config: qkv_bias={qkv} with bias={bias} is not supported; use models with both
-        equal")
+        raise ValueError(f"config: qkv_bias={qkv} with bias={bias} is not supported; both must be equal")
     return fields_from_hf(hf, form) | {"attention_bias": bias, "mlp_bias": bias}
 
 
