@@ -83,7 +83,8 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
     if None in counts:
         raise ValueError(
             f"coordinator={coordinator}: the number of processes or the index of this one is missing; set "
-            f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]}"
+            f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]} or, with hosts.coordinator, hosts.processes and "
+            "hosts.process"
         )
     launcher = "explicit" if launch_detected is None else f"explicit, {launch_detected.launcher}"
     return _checked(

@@ -79,7 +79,7 @@ class Model:
         of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and NEFTune's noise, whose alpha is
         neftune; None disables both. The outputs are {name: [L, B, ...]}, {} for dense models; observe(h
         before, h after a layer) -> {name: value} adds its values, [L, ...].
-    embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer.
+    embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer; params: of the base.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the maximum number
