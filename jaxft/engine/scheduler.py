@@ -56,8 +56,8 @@ class ServeSizes:
 def compile_server(
     model: Model, sizes: ServeSizes, params: Params, mesh: Mesh | None = None, cache: CacheFormat = "compute"
 ) -> Engine:
-    """Compile the server's programs. model: takes the whole parameter tree with the adapter of each row under
-    "rows", see models/adapted.py. mesh: a mesh of one device, or None.
+    """Compile the server's programs. model: takes the adapter of each row under "rows" in its parameters, as
+    models.adapted.adapted_by_row returns it. mesh: a mesh of one device, or None.
     """
     d = Decoding(
         model, Sampling(sizes.new + sizes.prompt * sizes.continues), (), 1, cache, sizes.stops,
@@ -145,7 +145,7 @@ class Load(NamedTuple):
 
 
 class Scheduler:
-    """Completes requests with compiled programs, in a thread of its own between `start` and `close`.
+    """Completes requests with compiled programs, in a separate thread between `start` and `close`.
 
     queue: the most waiting requests. log: called with a line when the device fails. refusal: why no more
     requests are accepted; "" while they are. rows: the requests in rows, by their episode numbers in the
@@ -185,8 +185,8 @@ class Scheduler:
         rows = self.sizes.rows
         if len(requests) > self.queue + rows:
             raise ValueError(
-                f"{len(requests)} completions at once are more than the {rows} rows and the queue of "
-                f"{self.queue} of this server; send fewer, or start the server with a larger --queue"
+                f"{len(requests)} completions at once are more than the {rows} rows and {self.queue} waiting "
+                "requests of this server; send fewer, or start the server with a larger --queue"
             )
         for request, _ in requests:
             self._check(request)

@@ -172,8 +172,8 @@ def view(params: Params, name: str) -> Params:
 
 
 def shares_base(head: Any) -> bool:
-    """Return whether an entry of Model.heads is a further model on the policy's base; not a scalar head of
-    the model itself, which is one spec, and not a model with its own base.
+    """Return whether an entry of Model.heads is a further model on the policy's base: not a scalar head of
+    the model itself, which is one spec, and not a model with a separate base.
     """
     return isinstance(head, dict) and "base" not in head
 

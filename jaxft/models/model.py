@@ -1,4 +1,4 @@
-"""The Model type: every file in models/ builds one, and the rest of jaxft uses nothing else.
+"""The Model type: model families build one, and code outside models/ uses models only through it.
 
 No code outside models/ and weights/ names an architecture. A variant of a model (with an adapter, a scalar
 head or a temperature) is made by `dataclasses.replace`.

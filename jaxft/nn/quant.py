@@ -136,10 +136,10 @@ class QTensor:
     """A frozen weight [..., I, O] that is dequantised where it is used.
 
     kind: "bits", or a name in quant_formats.FORMATS. "bits" is a 16-bit float stored as raw uint16, which
-    costs nothing to convert; XLA's CPU compiler would convert a whole scan-stacked bfloat16 weight to float32
-    (measured: 3.8 GB for SmolLM2-135M). In the other kinds the I inputs form N blocks of `block` (the last
-    may be shorter; None: one block), and the weight is `decode(code) * scale + offset`, computed in float32
-    and rounded to `dtype`.
+    costs nothing to convert; XLA's CPU compiler would convert a bfloat16 weight of all layers to float32 at
+    once (measured: 3.8 GB for SmolLM2-135M). In the other kinds the I inputs form N blocks of `block` (the
+    last may be shorter; None: one block), and the weight is `decode(code) * scale + offset`, computed in
+    float32 and rounded to `dtype`.
 
     codes: uint16 for "bits"; int8 or, for fp8, uint8 (the bits of E4M3 numbers), [..., I, O]; for 4-bit kinds
     uint8 [..., I/2, O], two codes per byte, the first in the high bits.

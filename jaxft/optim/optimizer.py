@@ -293,8 +293,7 @@ def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
 
 
 def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
-    """Return the averaging of the weights: that of optim.ema, or of a schedule-free optimizer (`rule`); None
-    without either.
+    """Return the weight averaging of optim.ema or of a schedule-free optimizer (`rule`); None without either.
 
     Raises ValueError if a schedule-free optimizer is used with optim.ema, or with another schedule than
     constant.

@@ -169,7 +169,7 @@ def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
         return f"{kind} is not an NVIDIA GPU"
     if dtype.itemsize != 2:
         return f"GPU kernels compute in bfloat16 or float16, not {dtype}"
-    return "" if head_dim <= 256 else f"GPU kernels take heads of at most 256 numbers, not {head_dim}"
+    return "" if head_dim <= 256 else f"GPU kernels need a head_dim of at most 256, got {head_dim}"
 
 
 def needed_window(window: int | None, length: int) -> int | None:

@@ -311,7 +311,7 @@ def empty_keys(
     return LayerKeys(of(len(a.layout) - windows, slots), of(windows, min(slots, row_slots(a.longest_window))))
 
 
-# E4M3 as its bits: XLA's CPU compiler widens every other float8 array, a whole cache in each decoding step
+# E4M3 as its bits: XLA's CPU compiler would widen float8 arrays, the full cache in each decoding step
 STORED_DTYPES: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.uint8}
 LARGEST = {"int8": 127.0, "uint8": 448.0}
 

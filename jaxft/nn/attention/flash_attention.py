@@ -262,8 +262,8 @@ def pad_time(x_BT: jax.Array, extra: int) -> jax.Array:
 # Below, a block is N storage positions of a row. All blocks of all rows form one list: C = B * T / N of
 # queries, D = B * S / N of keys. Query heads that share a key head are folded into the rows of a matmul, M =
 # G * N. The shapes follow from XLA:CPU: it runs 16-bit matmuls on its fast path only if no transpose can be
-# folded into their operands, so keys are transposed once outside the loops; and it widens every other 16-bit
-# operation to float32, whole loop-carried buffers included, so loops carry 16-bit floats as uint16.
+# folded into their operands, so keys are transposed once outside the loops; and it widens all other 16-bit
+# operations to float32, including full loop-carried buffers, so loops carry 16-bit floats as uint16.
 
 
 def _floats(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -58,8 +58,8 @@ class AttentionRule:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Rope and sliding window that some layers share. window: the number of last keys that a query attends
-    to, including its own; None for all keys up to its own.
+    """Rope and sliding window of some layers. window: how many of the most recent keys a query attends to,
+    its own key included; None for all.
     """
 
     rope: Rope

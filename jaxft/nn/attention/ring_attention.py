@@ -7,7 +7,7 @@ an early and a late one, which together see as many keys on every device. It swa
 n - 1 - i for that, and swaps the outputs back. (Llama 3, arXiv 2407.21783, and
 ring-flash-attention pair parts i and 2 n - 1 - i, which would move twice as many parts.)
 
-The swap is inside attention, so that everything else that depends on the place of a token (dropout, noise,
+The swap is inside attention, so that everything else that depends on a token's position (dropout, noise,
 read positions, other attention layouts) is the same as on one device, and gathered keys are in order. The
 swap moves half of a device's queries and outputs; attention moves the keys of all other devices.
 
