@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: expected shapes, dtypes and hashes of its leaves and files, and their checks.
 
-manifest.json has each leaf's shape, dtype and the hash of each distinct shard as it was in memory, keyed by
-the shard's index ("0:4,0:8"); each file's size and hash; and a hash of itself.
+manifest.json has the shape and dtype of each leaf, and by index ("0:4,0:8") a hash of each distinct shard as
+it was in memory. It also has the size and hash of each file, and a hash of itself.
 """
 
 import json

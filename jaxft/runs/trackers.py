@@ -63,7 +63,7 @@ class TrackedRun(NamedTuple):
 
     @property
     def group(self) -> str | None:
-        """The group that is set, or else the sweep."""
+        """tracking.group, else the sweep; None without both."""
         return self.tracking.group or self.sweep
 
 

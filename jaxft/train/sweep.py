@@ -40,8 +40,8 @@ class Sweep:
     runs: by label, which is also the name of the member's folder. at_once: how many adapters go through the
     model in one forward pass, a divisor of their number. A greater value takes more memory for activations,
     and is faster if a single adapter does not keep the device busy. Raises ValueError for runs that differ in
-    other settings than the list MAY_DIFFER, such as rows or weights, and for runs without an adapter or with
-    dropout.
+    settings outside the list MAY_DIFFER, such as rows or weights, and for settings that a sweep does not
+    support, such as full fine-tuning or dropout.
     """
 
     name: str

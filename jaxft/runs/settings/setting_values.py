@@ -248,7 +248,7 @@ def find_recipe(name: str) -> Path:
 
 
 def short_path(file: Path) -> str:
-    """A file's path relative to the working directory or ROOT, for messages and records."""
+    """Return a file's path relative to the working directory or ROOT, else in full."""
     for folder in (Path.cwd(), ROOT):
         if file.is_relative_to(folder):
             return file.relative_to(folder).as_posix()

@@ -46,8 +46,8 @@ from jaxft.weights.edit.calibrated_base import (
 from jaxft.weights.edit.lora_start import check_ranks
 from jaxft.weights.hf.safetensors import read_model_json
 
-RUN = "run"  # of quant.calibrate: the run's own training rows
-FEWEST_TOKENS = 128
+RUN = "run"  # as quant.calibrate: the training rows of the run
+FEWEST_TOKENS = 128  # of all calibration rows together
 
 Progress = Callable[[str], None]
 
@@ -102,8 +102,8 @@ class Calibration:
 class CalibrationPlan:
     """The inputs of a base's calibration.
 
-    name: of its codes in the cache, a hash of the inputs. ref: where the base comes from. ranks: ranks of
-    low-rank corrections, see calibrate_layers.
+    name: name of its codes in the cache, a hash of the inputs. ref: where the base comes from. quant: how it
+    is quantised. rows: calibration rows as token ids. ranks: of low-rank corrections, see calibrate_layers.
     """
 
     name: str
@@ -119,7 +119,7 @@ class CalibrationPlan:
 
 
 def rows_of_source(source: Source[Any], tokens: int, where: str) -> CalibrationRows:
-    """Return the first training rows of a source with at least `tokens` tokens, or all of an epoch.
+    """Return training rows of a source, from the first on, until they have `tokens` tokens or the epoch ends.
 
     They are the same for any mesh, data.micro, data.layout and number of epochs, which may change when a run
     resumes. Raises ValueError if an epoch has fewer than FEWEST_TOKENS. where: the setting, for errors.
@@ -261,7 +261,7 @@ def _coded_layers(plan: CalibrationPlan) -> Iterator[str]:
         readers = pretrained.open_params(plan.ref, model)
         calibrated = calibrate_layers(model, readers, plan.quant, plan.rows, plan.ranks)
         while True:
-            with jax.set_mesh(mesh):  # not while the caller has the line
+            with jax.set_mesh(mesh):  # not set in the caller between layers
                 layer = next(calibrated, None)
             if layer is None:
                 return
@@ -304,7 +304,7 @@ def input_squares(
     load: Callable[[jax.sharding.Mesh], Params],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return the sum of the squared inputs of each of the linear layers `paths`, float32 [L, I].
+    """Return {path: sum of the squared inputs over tokens, float32 [L, I]} for the linear layers `paths`.
 
     load(mesh): returns the base parameters. progress: called with lines for the user.
     """
@@ -325,7 +325,7 @@ def input_squares(
 
 
 def squared_inputs(model: Model, paths: Collection[str], base: Params, tokens: Tokens) -> dict[str, Any]:
-    """Return the sum over tokens, without padding, of the squared inputs of linear layers, float32 [L, I]."""
+    """Return {path: sum of squared inputs over tokens without padding, float32 [L, I]} of linear layers."""
     tapped_base, tapped = with_taps(base, paths)
     used = (tokens.segments > 0)[..., None]
 

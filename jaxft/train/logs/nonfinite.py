@@ -58,8 +58,8 @@ class Diagnosis:
     gradients: ArraysByPath
     outputs: list[np.ndarray]
     teacher_outputs: list[np.ndarray] = field(default_factory=list)
-    nonfinite: str = ""  # the first parameter that is not finite
-    layers: dict[str, range] = field(default_factory=dict)  # numbers of the model's layers, by path
+    nonfinite: str = ""
+    layers: dict[str, range] = field(default_factory=dict)
 
 
 class NonfiniteRecorder:

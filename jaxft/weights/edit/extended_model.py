@@ -353,7 +353,7 @@ def with_new_tokens(adapter: Adapter, ref: str) -> Adapter:
 def check_new_tokens(ref: str, model: Model, adapter: Adapter | None, trainable: Collection[str]) -> None:
     """Raise ValueError if a run leaves rows of new tokens untrained, in the table or in the head.
 
-    trainable: paths of the run's trainable parameters in the whole tree.
+    trainable: paths of the run's trainable parameters, such as adapter/embed/rows.
     """
     new = untrained_tokens(ref)
     if not new:

@@ -274,7 +274,8 @@ def _as_adapter(
 ) -> Combined:
     """Return an adapter with these pairs, padded with zeros to one rank, because some programs load no
     adapters of several ranks. pairs: by parameter path, (a, b) of each module, None for a module without one.
-    adapters: the sources, whose largest dropout the adapter gets. dropped: see Combined.
+    adapters: the sources, whose largest dropout the adapter gets, or 0 with a pair of the head. dropped: see
+    Combined.
     """
     rank = max(pair[0].shape[1] for modules in pairs.values() for pair in modules if pair is not None)
 
