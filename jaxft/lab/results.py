@@ -333,8 +333,8 @@ def margin_per_token(margins: Sequence[float], pairs: HeldOutPairs) -> float:
 
 
 def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
-    """Return weights of the compared prompts, with which longer and shorter chosen responses count the same in
-    total; None if no chosen response is longer, or none is shorter.
+    """Return weights of the compared prompts, with which longer and shorter chosen responses count the same
+    in total; None if no chosen response is longer, or none is shorter.
     """
     longer = np.sign(pairs.by_prompt(pairs.longer, tuning=False))
     counts = {side: int((longer == side).sum()) for side in (1, -1)}
