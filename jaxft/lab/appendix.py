@@ -30,7 +30,7 @@ from jaxft.runs import metric_names as names
 
 REPORT, TABLES = "report.html", "tables"
 PICTURE = "curves.png"
-WIDE_KL = 10  # a ratio of two losses' KLs from which their axis is logarithmic
+WIDE_KL = 10  # ratio of the losses' KLs above which their axis is logarithmic
 LATEX = {
     "&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}", "±": r"$\pm$",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}",
@@ -40,7 +40,7 @@ LATEX = {
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of the appendix. name: name of its files, without suffix. head: column titles."""
+    """A table of the appendix. name: of its files, without suffix. head: column titles."""
 
     name: str
     caption: str
@@ -48,18 +48,18 @@ class PaperTable:
     rows: tuple[tuple[str, ...], ...]
 
     def html(self) -> str:
-        """Return the table and its caption for the page."""
+        """Return the table and its caption as HTML."""
         rows = [[escaped(cell) for cell in row] for row in self.rows]
         return html_table(self.head, rows, numeric=True) + f'<p class="note">{escaped(self.caption)}</p>'
 
     def csv(self) -> str:
-        """Return the table as CSV."""
+        """Return the table as CSV, without its caption."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.head, *self.rows])
         return text.getvalue()
 
     def latex(self) -> str:
-        r"""Return the table in LaTeX, with the rules of the package booktabs."""
+        r"""Return the table and its caption as LaTeX; it needs the package booktabs."""
         lines = [" & ".join(map(_latex, row)) + r" \\" for row in (self.head, *self.rows)]
         columns = "l" + "r" * (len(self.head) - 1)
         return "\n".join(
@@ -76,7 +76,7 @@ def _latex(text: str) -> str:
 
 
 def write_appendix(study: StudyResult) -> list[Path]:
-    """Write the page, the picture and the tables into the study's folder; return their paths."""
+    """Write the page and the tables into the study's folder; return their paths."""
     files = appendix_files(study)
     for path, content in files.items():
         make_folder(path.parent)
@@ -85,7 +85,7 @@ def write_appendix(study: StudyResult) -> list[Path]:
 
 
 def appendix_files(study: StudyResult) -> dict[Path, bytes]:
-    """Return path in the study's folder -> content, for the page and the tables."""
+    """Return path -> content of the page and the tables in the study's folder."""
     tables = tables_of(study)
     files = {study.folder / REPORT: study_page(study, tables).encode()}
     for table in tables:
@@ -137,23 +137,23 @@ def losses_table(study: StudyResult) -> PaperTable:
         "margin, nats",
         "KL per token",
         "chosen log-prob",
-        "nats per token more",
+        "nats per extra token",
         "best setting",
     )
     return PaperTable(
         "losses",
         f"Means over {study.losses[0].final.shape[1]} held-out prompts that selected nothing and {seeds} "
-        "seeds, with 95 % intervals over both. Margin: growth of the log-prob difference of a pair's "
-        "responses since step 0; nats per token more: its slope over the tokens that the chosen response has "
-        "more than the rejected one, 0 for a policy without a liking for length. Setting: the best of the "
-        "trials on other held-out prompts.",
+        "seeds, with 95 % intervals over both; margin, KL and log-prob: over all held-out pairs. Margin: "
+        "growth of the log-prob difference of a pair's responses since step 0; nats per extra token: its "
+        "slope over the tokens that the chosen response has more than the rejected one, 0 for a policy "
+        "that does not prefer length. Setting: the best of the trials on other held-out prompts.",
         head,
         tuple(rows),
     )
 
 
 def _mean(values: np.ndarray) -> float:
-    """Return the mean of the prompts' finite values, NaN if there is none."""
+    """Return the mean of the finite values, NaN if there is none."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else math.nan
 
@@ -176,7 +176,7 @@ def duels_table(study: StudyResult) -> PaperTable:
             f"{d.difference.effect:+.2f}",
             f"{d.difference.wins:.2f}",
             _error_ratio(d),
-            d.verdict.partition(";")[0],  # what more would be needed is among the conclusions
+            d.verdict.partition(";")[0],  # without how much data is missing, which the conclusions have
         )
         for d in study.duels
     ]
@@ -185,7 +185,7 @@ def duels_table(study: StudyResult) -> PaperTable:
         f"Paired differences of {study.metric}: the same prompts, seeds, rows and their order. Interval: "
         "95 %, Student's with Satterthwaite's degrees of freedom over seeds and prompts; bootstrap: by "
         "resampling both. p (Holm): adjusted for all rows. d: mean over the standard deviation of the "
-        "prompts. wins: fraction of prompts. error: standard error divided by the one of unpaired runs.",
+        "prompts. wins: fraction of prompts. error: standard error divided by that of unpaired runs.",
         ("", "difference", "interval", "bootstrap", "p", "p (Holm)", "d", "wins", "error", "result"),
         tuple(rows),
     )
@@ -197,7 +197,7 @@ def _error_ratio(duel: Duel) -> str:
 
 
 def same_kl_table(study: StudyResult) -> PaperTable:
-    """Return the comparisons of every two losses at equal KL of their policies to the reference."""
+    """Return the comparisons of every two losses at the same KL of their policies to the reference."""
     rows = [
         (
             f"{d.other} - {d.one}",
@@ -220,7 +220,7 @@ def same_kl_table(study: StudyResult) -> PaperTable:
 
 
 def same_length_table(study: StudyResult) -> PaperTable:
-    """Return the comparisons at equal KL, with prompts weighted as in results.length_weights."""
+    """Return the comparisons at the same KL, with prompts weighted as in results.length_weights."""
     rows = [
         (
             f"{d.other} - {d.one}",
@@ -240,15 +240,16 @@ def same_length_table(study: StudyResult) -> PaperTable:
     counts = f"{(longer > 0).sum()} are longer than the rejected ones and {(longer < 0).sum()} are shorter"
     return PaperTable(
         "same_length",
-        "The same with prompts weighted so that longer and shorter chosen responses count the same: "
-        f"{counts}.{'' if rows else ' Both kinds are needed for a comparison.'}",
+        f"Paired differences of {study.metric} at the same KL, with prompts weighted so that longer and "
+        f"shorter chosen responses count the same: {counts}."
+        f"{'' if rows else ' Both kinds are needed for a comparison.'}",
         ("", "KL", "difference", "interval", "p (Holm)", "result"),
         tuple(rows),
     )
 
 
 def sensitivity_table(study: StudyResult) -> PaperTable:
-    """Return the best, median and worst value of each loss's trials: how much its setting matters."""
+    """Return the best, median and worst metric of each loss's trials: how much its setting matters."""
     rows = [
         (
             loss.label,
@@ -280,8 +281,7 @@ def trials_table(study: StudyResult) -> PaperTable:
     ]
     return PaperTable(
         "trials",
-        f"All trials: {study.metric} on the prompts that select settings, at the last step that the trial "
-        "has reached.",
+        f"All trials: {study.metric} on the prompts that select settings, at the trial's last step.",
         ("", "setting", "last step", study.metric),
         tuple(rows),
     )
@@ -291,8 +291,8 @@ def trials_table(study: StudyResult) -> PaperTable:
 
 
 def curve_panels(study: StudyResult) -> list[Panel]:
-    """Return plots of the final runs, means over seeds with single seeds faint: the metric over steps and
-    over KL, liking for length, margin, and log-probs of chosen responses.
+    """Return plots of the final runs: the metric over steps and over KL (with each seed as a faint line),
+    length preference, margin, and log-probs of chosen responses. The curves are means over seeds.
     """
     steps, against_kl, chosen, margin, length = {}, {}, {}, {}, {}
     of_seeds, of_seeds_by_kl = {}, {}
@@ -321,7 +321,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
             against_kl, faint=of_seeds_by_kl, log_x=log_kl,
         ),
         Panel(
-            "liking for length against KL", "KL per token to the reference", "nats per token more", length,
+            "length preference against KL", "KL per token to the reference", "nats per extra token", length,
             log_x=log_kl,
         ),
         Panel("margin since step 0", "optimizer step", "nats per pair", margin),
@@ -344,12 +344,12 @@ def _means_by_step(curves: Sequence[FinalCurve], name: str) -> list[float]:
 
 
 def is_wide(ends: Sequence[float]) -> bool:
-    """Whether an axis of KL must be logarithmic to show several curves. ends: the largest KL of each."""
+    """Whether an axis of KL must be logarithmic to show all curves. ends: the largest KL of each."""
     return max(ends) > WIDE_KL * min(ends)
 
 
 def picture_html(panels: Sequence[Panel], about: str) -> str:
-    """Return plots as an image in HTML. about: a description for readers who do not see it."""
+    """Return plots as an HTML image. about: its alternative text."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PICTURE
         draw(path, panels, "", columns=2)
@@ -415,7 +415,7 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
 
 
 def _distinguished(table: PaperTable) -> str:
-    """Return how many rows of a table have a loss that is better, for the line above the folded table."""
+    """Return in how many rows of a table a loss is better, as the title of the folded table."""
     count = sum(row[-1].endswith("is better") for row in table.rows)
     return f"a loss is better in {count} of {len(table.rows)} comparisons"
 
@@ -435,14 +435,14 @@ def _summary(study: StudyResult) -> str:
         f"{len(study.losses)} losses train an adapter on {recipe['weights']} with the pairs of "
         f"{recipe['data']['train']}: {recipe['loop']['steps']} steps of {recipe['data']['batch']} pairs. "
         f"Each loss has {declared['trials']} trials of its learning rate and knobs with seed {seeds[0]}, of "
-        f"which the best ones are trained on, and its best setting is trained with {len(seeds)} seeds. "
+        f"which the best are trained further, and its best setting is trained with {len(seeds)} seeds. "
         f"{study.metric} is {METRICS[study.metric]}. Intervals are at 95 %."
     )
     return f'<p class="text">{escaped(text)}</p>'
 
 
 def _searched(values: Any) -> str:
-    """Return the declared values of a searched number as text."""
+    """Return the searched values of a knob or learning rate as text."""
     if isinstance(values, dict):
         return f"{values['low']:g} to {values['high']:g}, evenly by the logarithm"
     return ", ".join(f"{x:g}" for x in values)

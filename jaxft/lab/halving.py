@@ -1,9 +1,8 @@
 """Run a study: successive halving of each loss's trials, then its best setting with every seed.
 
-One compiled program trains a trial of every loss at once, each in its own slot: a LoRA adapter on the base
-that all share, with the learning rate and the knobs as arrays. When a trial ends, the next one starts in its
-slot, without compilation. Trials that are trained at the same time are a wave; they see the same rows in the
-same order.
+One compiled program trains a trial of every loss at once: each is a LoRA adapter on a shared base, with the
+learning rate and the loss's knobs (hyperparameters) as arrays, so that the next trial needs no compilation.
+Trials that are trained at the same time are a wave; they see the same rows in the same order.
 
 runs/<study>/ has declaration.json, the log study.jsonl, and a run's folder for each trial,
 trials/<loss>-<number>-seed<seed>/, which `jaxft compare` and `jaxft report` can read. A wave is written when
@@ -60,16 +59,17 @@ from jaxft.weights.hf.complete_folders import files_sha256
 
 DECLARATION, LEDGER, EVALUATIONS = "declaration.json", "study.jsonl", "evaluations.jsonl"
 TRIALS = "trials"  # folder of the trials' folders
-FEW_PROMPTS = 20  # below this number a comparison finds only very large differences
+FEW_PROMPTS = 20  # a comparison on fewer prompts finds only very large differences
 
 PairValues = dict[str, list[float]]  # values of the held-out pairs by metric, in the order of HeldOutPairs
 
 
 @dataclass(frozen=True)
 class HeldOutPairs:
-    """The held-out pairs of a study: for each its name, the number of its prompt, `tuning`: whether it
-    selects settings rather than compares losses, and `longer`: tokens of the chosen minus the rejected
-    response.
+    """The held-out pairs of a study. Each field has a value per pair.
+
+    prompts: index of its prompt. tuning: whether it selects settings rather than compares losses. longer:
+    number of tokens of the chosen response minus that of the rejected one.
     """
 
     names: tuple[str, ...]
@@ -79,8 +79,8 @@ class HeldOutPairs:
 
     @staticmethod
     def of(source: Any, fraction: float) -> "HeldOutPairs":
-        """Divide the held-out prompts of a source at random, the same in every study of these rows. fraction:
-        the fraction of prompts that select settings. Raises ValueError for two rows of one name.
+        """Return a source's held-out pairs. A random `fraction` of their prompts, the same in every study of
+        these rows, selects settings. Raises ValueError for two rows of one name.
         """
         held, rows = np.asarray(source.split.held), source.split.rows
         names = tuple(rows.names[i] for i in held)
@@ -102,7 +102,7 @@ class HeldOutPairs:
 
     @staticmethod
     def of_json(saved: Mapping[str, Any]) -> "HeldOutPairs":
-        """Return the pairs that `json` has returned."""
+        """Return the pairs of which `json` returned `saved`."""
         return HeldOutPairs(*(tuple(saved[field.name]) for field in fields(HeldOutPairs)))
 
     def json(self) -> dict[str, Any]:
@@ -110,13 +110,13 @@ class HeldOutPairs:
         return {field.name: list(getattr(self, field.name)) for field in fields(self)}
 
     def prompt_counts(self) -> tuple[int, int]:
-        """Return (number of prompts that select settings, number of prompts on which losses are compared)."""
+        """Return how many prompts (select settings, compare losses)."""
         known = dict(zip(self.prompts, self.tuning, strict=True))
         return sum(known.values()), len(known) - sum(known.values())
 
     def by_prompt(self, values: Sequence[float], tuning: bool) -> np.ndarray:
-        """Return the mean of the values of each prompt's pairs, for the prompts that select settings
-        (tuning=True) or those on which losses are compared.
+        """Return the mean of `values`, one per pair, for each prompt that selects settings (tuning=True) or
+        compares losses.
         """
         x, prompts = np.asarray(values, np.float64), np.asarray(self.prompts)
         chosen = np.asarray(self.tuning) == tuning
@@ -151,8 +151,8 @@ class Wave:
 
 @dataclass(frozen=True)
 class Lab:
-    """What all waves of a study share: settings, compiled programs, the source of rows and the initial states
-    of each seed, and the frozen parameters.
+    """The objects that all waves of a study share. sources, initial: of each seed, the rows and the states of
+    all losses at step 0.
     """
 
     study: Study
@@ -165,8 +165,8 @@ class Lab:
     _pairs_at: dict[int, int] = field(default_factory=dict)
 
     def pair_at(self, position: int) -> int:
-        """Return the index in `pairs` of the pair that a value of an evaluation belongs to; cached, because
-        the row's name is read from a file. position: as in Source.held_out_name.
+        """Return the index in `pairs` of the pair at `position`, as in Source.held_out_name; cached, because
+        the row's name is read from a file.
         """
         if position not in self._pairs_at:
             name = self.job.sources[0].held_out_name(position)
@@ -177,7 +177,8 @@ class Lab:
 def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock | None = None) -> int:
     """Run a study, or continue it; return the exit code: 0 if it is finished, 128 + n if signal n stopped it.
 
-    Raises ValueError with one line before anything is trained.
+    Raises ValueError or OSError before anything is trained, and ValueError if a file of an earlier wave has
+    changed.
     """
     folder = runfolder.folder_of(root, study.name)
     with runfolder.lock(folder), jax.set_mesh(sharding.make_mesh(study.recipe.mesh)):
@@ -198,8 +199,8 @@ def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock 
 def declared_lab(
     study: Study, file: Path, folder: Path, clock: Clock
 ) -> tuple[Lab | None, list[dict[str, Any]]]:
-    """Write the declaration of a study, or check the study against its declaration; return (the compiled lab,
-    or None if the study is finished; the log). Call it where the recipe's mesh is set.
+    """Write the declaration of a study, or check the study against it. Return (the Lab, None if the study is
+    finished; the entries of its log). Call it within jax.set_mesh of the recipe's mesh.
     """
     job, sources = prepare_study(study, folder)
     pairs = HeldOutPairs.of(job.sources[0], study.tuning)
@@ -223,8 +224,8 @@ def declared_lab(
 
 
 def prepare_study(study: Study, folder: Path) -> tuple[Job, dict[int, Source[Any]]]:
-    """Read the rows and trace the programs. Return (a job with a run of each loss for the first seed, the
-    source of rows of each seed); all batches fit into one shape.
+    """Read the rows and trace the programs. Return (a job that trains all losses with the first seed,
+    seed -> its source of rows). The job's row shape fits the batches of all seeds.
     """
     first = study.seeds[0]
     runs = {label: run_of(study, label, first) for label in study.losses}
@@ -238,7 +239,7 @@ def prepare_study(study: Study, folder: Path) -> tuple[Job, dict[int, Source[Any
 
 
 def declared_facts(job: Job, sources: Mapping[int, Source[Any]], pairs: HeldOutPairs) -> dict[str, Any]:
-    """Return hashes of the rows and the weights, which are part of the declaration."""
+    """Return hashes of rows and weights, and the held-out pairs, which are part of the declaration."""
     rows = {str(seed): source.info.fingerprint for seed, source in sources.items()}
     return {"rows": rows, "held_out": pairs.json(), **weight_fingerprints(job.lead.run)}
 
@@ -265,10 +266,10 @@ def plan_lines(study: Study, pairs: HeldOutPairs) -> list[str]:
 
 
 def check_losses(study: Study, job: Job) -> None:
-    """Trace every loss on the shape of the rows, with its knobs as arrays and with the numbers of each trial.
+    """Trace every loss on the shape of the rows: with its knobs as arrays, then with each trial's knobs.
 
-    Raises ValueError for a loss that needs a column or a response that the rows lack, or that refuses a
-    number.
+    Raises ValueError for a loss that needs a column or a response that the rows lack, or that rejects a value
+    of a knob.
     """
     for label, member in zip(study.losses, job.members, strict=True):
         p, fn = member.programs, study.losses[label].fn
@@ -290,7 +291,7 @@ def check_losses(study: Study, job: Job) -> None:
 def open_lab(
     study: Study, job: Job, sources: Mapping[int, Source[Any]], pairs: HeldOutPairs, clock: Clock
 ) -> Lab:
-    """Load the base, make the states of every seed at step 0, and compile the programs."""
+    """Load the base model, make all seeds' states at step 0, and compile the programs."""
     print(f"rows and settings read in {clock.at('loading')}", flush=True)
     states, frozen = load_members(job, None, print)
     initial = {study.seeds[0]: states}
@@ -312,7 +313,7 @@ def open_lab(
 def train_waves(
     lab: Lab, folder: Path, done: list[dict[str, Any]], interrupt: Interrupt
 ) -> list[dict[str, Any]] | None:
-    """Train all waves that the log does not have yet. Return the log, or None if a signal stopped the study.
+    """Train all waves that are not yet in the log. Return the log, or None if a signal stopped the study.
     done: the log so far.
     """
     study, seed = lab.study, lab.study.seeds[0]
@@ -341,8 +342,8 @@ def train_waves(
 
 
 def best_trials(done: Sequence[Mapping[str, Any]], label: str, waves: Sequence[Wave]) -> list[LossTrial]:
-    """Return a loss's trials in these waves, the best first, and of equal ones the earlier first; a trial
-    without a finite value is last. done: the log.
+    """Return a loss's trials in these waves, the best first; a trial that diverged is last, and ties are in
+    order of the trials' numbers. done: the log.
     """
     scores = {entry["wave"]: entry["scores"][label] for entry in done if "wave" in entry}
 
@@ -360,7 +361,7 @@ def logged(folder: Path, done: list[dict[str, Any]], entry: dict[str, Any]) -> l
 
 
 def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Train a wave unless the log `done` has it; write its trials' folders and its entry; return the log."""
+    """Train a wave unless it is in the log `done`; write its trials' folders and entry; return the log."""
     if any(entry.get("wave") == wave.key for entry in done):
         return done
     states = start_states(lab, folder, wave, done)
@@ -382,7 +383,7 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
         scores[label] = tuning_score(lab, evaluated[-1])
     texts = ", ".join(f"{label} {'-' if x is None else f'{x:.4f}'}" for label, x in scores.items())
     number = sum("wave" in entry for entry in done) + 1
-    print(f"{number} of {lab.study.waves}, {wave.key}: {lab.study.metric} when tuning: {texts}", flush=True)
+    print(f"{number} of {lab.study.waves}, {wave.key}: tuning {lab.study.metric}: {texts}", flush=True)
     entry = {"wave": wave.key, "seed": wave.seed, "steps": [wave.first, wave.last], "scores": scores}
     entry["trials"] = {label: trial.number for label, trial in wave.trials.items()}
     saved = {label: wave.folder(folder, label) / CHECKPOINTS / str(wave.last) for label in wave.trials}
@@ -392,7 +393,7 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
 
 @dataclass(frozen=True)
 class PairsEvaluation:
-    """The held-out pairs after a step. metrics: by their names in the log. rows: values of each pair."""
+    """An evaluation of the held-out pairs after a step. metrics: by name. rows: a value of each pair."""
 
     step: int
     metrics: FloatMetrics
@@ -400,8 +401,8 @@ class PairsEvaluation:
 
 
 def start_states(lab: Lab, folder: Path, wave: Wave, done: Sequence[Mapping[str, Any]]) -> States:
-    """Return the states of a wave's trials: read from their checkpoints or, at step 0, made with the trials'
-    learning rates and knobs.
+    """Return the states of a wave's trials: from their checkpoints or, at step 0, the initial states with the
+    trials' learning rates and knobs.
 
     done: the log. Raises ValueError if a file of an earlier wave differs from its hash in the log.
     """
@@ -432,10 +433,10 @@ def start_states(lab: Lab, folder: Path, wave: Wave, done: Sequence[Mapping[str,
 
 
 def check_earlier(trial: Path, wave: Mapping[str, Any], label: str) -> None:
-    """Raise ValueError if a trial's evaluations until the end of an earlier wave, or its checkpoint there, no
-    longer have the hashes in the log.
+    """Raise ValueError if a trial's evaluations up to the end of an earlier wave, or its checkpoint there,
+    differ from their hashes in the log.
 
-    wave: its entry in the log. Later evaluations are ignored: a wave that was killed may have written them.
+    trial: folder. wave: entry in the log. Later evaluations are ignored: a killed wave may have written them.
     """
     step, path = wave["steps"][1], trial / EVALUATIONS
     lines = path.read_bytes().splitlines(keepends=True)
@@ -446,7 +447,7 @@ def check_earlier(trial: Path, wave: Mapping[str, Any], label: str) -> None:
 
 
 def check_state(checkpoint: Path, sha256: str) -> None:
-    """Raise ValueError if a checkpoint's arrays do not have the hash that the log has."""
+    """Raise ValueError if the hash of a checkpoint's arrays is not `sha256`, the one in the log."""
     if state_sha256(checkpoint) != sha256:
         raise ValueError(f"{checkpoint}: the checkpoint was changed after it was written; restore it")
 
@@ -461,14 +462,14 @@ def state_sha256(checkpoint: Path) -> str:
 
 
 def checkpoints_of(trial: Path) -> Checkpoints:
-    """Return the checkpoints of a trial: of the last two waves, so that a wave that is killed before the log
-    has it can be repeated from the one before.
+    """Return the checkpoints of a trial's folder. The newest two are kept: a wave that is killed before it is
+    in the log is repeated from the older one.
     """
     return Checkpoints(trial / CHECKPOINTS, keep_last=2, keep_best=0)
 
 
 def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[PairsEvaluation]:
-    """Evaluate each state on the held-out pairs after step `step`. metrics: from training that step."""
+    """Evaluate each state on the held-out pairs after step `step`. metrics: of training in that step."""
     trained = jax.device_get({name: metrics[name] for name in ("loss", "skipped")})
     evaluations = []
     for k, (means, rows) in enumerate(lab.compiled.evaluate(lab.compiled.averaged(states), True)):
@@ -488,14 +489,14 @@ def evaluate_states(lab: Lab, states: States, step: int, metrics: Any) -> list[P
 def tuning_score(lab: Lab, evaluation: PairsEvaluation) -> float | None:
     """Return the metric's mean over the prompts that select settings; None without a finite value."""
     values = lab.pairs.by_prompt(evaluation.rows[lab.study.metric], tuning=True)
-    finite = values[np.isfinite(values)]  # others have no pair with a weight, or a loss that diverged
+    finite = values[np.isfinite(values)]  # NaN: a pair has weight 0, or the loss diverged
     return float(finite.mean()) if len(finite) else None
 
 
 def write_trial(
     lab: Lab, folder: Path, wave: Wave, label: str, result: tuple[TrainState, list[PairsEvaluation]]
 ) -> dict[str, str]:
-    """Write a trial's folder after a wave; return file name -> hash. result: (state, evaluations)."""
+    """Write a trial's folder after a wave; return file name -> SHA-256. result: (state, evaluations)."""
     trial_path, (state, evaluations) = wave.folder(folder, label), result
     (trial_path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     with contextlib.closing(checkpoints_of(trial_path)) as saved:

@@ -1,25 +1,25 @@
 """Influence of training pairs on held-out pairs: which rows are mislabelled, which are duplicates, which are
 worth training on, and which source harms.
 
-`margins_of_rows` is the fast way, less than half an epoch of training. The gradient of a pair's margin,
-log pi(chosen) - log pi(rejected), by a linear map of the last hidden states needs a forward pass alone; it is
-projected onto a thousand numbers (as LoGra, Choe et al. 2024, arXiv:2405.13954). A ridge regression on the
-gradients of all other rows, held-out ones included, predicts each row's margin: the influence function of the
-others on it (Koh & Liang 2017, arXiv:1703.04730), with the Gauss-Newton Hessian. Below 0 the row's label
-contradicts the others, and is probably wrong.
+`margins_of_rows` is fast: it takes less than half an epoch of training. The gradient of a pair's margin,
+log pi(chosen) - log pi(rejected), with respect to a linear map of the last hidden states needs only a forward
+pass of the layers; it is projected to a vector of length 1024 (as LoGra, Choe et al. 2024, arXiv:2405.13954).
+A ridge regression on the gradients of all other rows, held-out ones included, predicts each row's margin:
+their influence function on it (Koh & Liang 2017, arXiv:1703.04730), with the Gauss-Newton Hessian. A margin
+below 0 means that the row's label contradicts the other rows, and is probably wrong.
 
-`gradients_of_rows` computes the gradient of each row's loss by all trainable parameters, projected at random
-onto a few thousand numbers: their cosines with the held-out gradient, and with one another. It takes longer
-than an epoch. This is LESS (Xia et al. 2024, arXiv:2402.04333) for one checkpoint and plain gradients; LESS
-adds the cosines of several checkpoints, and divides the gradients of training rows as Adam does.
+`gradients_of_rows` computes the gradient of each row's loss with respect to all trainable parameters,
+projected at random to a vector of length 4096. A row's influence is the cosine with the held-out gradient. It
+takes longer than an epoch. This is LESS (Xia et al. 2024, arXiv:2402.04333) for one checkpoint and plain
+gradients; LESS adds the cosines of several checkpoints, and scales gradients of training rows as Adam does.
 
-    parts = jaxft.prepare("dpo", rows)
+    parts = jaxft.prepare("dpo", rows, held_out="held.jsonl")
     state = ...                                      # train with parts.step, or restore a checkpoint
-    found = margins_of_rows(parts, state)
-    found.names[found.order[:10]]                    # the ten most harmful rows
+    influence = margins_of_rows(parts, state)
+    influence.names[influence.order[:10]]            # the ten most harmful rows
 
-`train_without_sources` trains an adapter without each source, and one with all, together in one program: what
-a source changes, with the cost of the training.
+`train_without_sources` trains one adapter with all sources and one without each of them, in one program, and
+compares their held-out losses.
 """
 
 from collections.abc import Callable, Iterator
@@ -55,18 +55,18 @@ from jaxft.train.loop import train_sweep
 from jaxft.train.python_api import Prepared
 from jaxft.train.settings import Run
 
-SIZE = 4096  # numbers of a projected gradient
+SIZE = 4096  # default length of a projected gradient
 ROWS_AT_ONCE = 8
-SIDE = 32  # of a margin's gradient by a map of the hidden states, projected onto SIDE x SIDE numbers
-ROW_TOKENS, SPARE = 1024, 1.05  # of the rows of the pass over all pairs
-RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the regression; gradients have length 1
+SIDE = 32  # a margin's gradient is projected to a matrix [SIDE, SIDE]
+ROW_TOKENS, SPARE = 1024, 1.05  # tokens of a row, and spare read positions; see _full_rows
+RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # that predicted_margins tries; gradients have norm 1
 SAME = 0.98  # cosine of two rows' gradients from which they count as duplicates
 
 
 @dataclass(frozen=True)
 class Influence:
-    """Influence of n training rows on the held-out ones. names: FILE:LINE of each row. values: above 0 the
-    row helps.
+    """How much each of n training rows helps the held-out rows. names: FILE:LINE of each row. values: below 0
+    the row harms; margins or cosines, see the module's docstring.
     """
 
     names: np.ndarray
@@ -74,25 +74,25 @@ class Influence:
 
     @property
     def order(self) -> Int[np.ndarray, " n"]:
-        """Rows from the most harmful to the most helpful."""
+        """Indices of the rows, from the most harmful to the most helpful."""
         return np.argsort(self.values, kind="stable")
 
     def by_file(self) -> dict[str, float]:
-        """Return the mean influence of the rows of each file, the least helpful first."""
+        """Return file -> mean influence of its rows, the least helpful file first."""
         files = np.asarray([str(name).rpartition(":")[0] for name in self.names])
         means = {str(file): float(self.values[files == file].mean()) for file in np.unique(files)}
         return dict(sorted(means.items(), key=lambda item: item[1]))
 
     def subset(self, fraction: float) -> Int[np.ndarray, " k"]:
-        """Return the rows of highest influence, a fraction of all, in their order in the data."""
+        """Return the indices of a fraction of the rows, of highest influence, in ascending order."""
         count = max(1, round(fraction * len(self.names)))
         return np.sort(self.order[::-1][:count])
 
 
 @dataclass(frozen=True)
 class MarginGradients:
-    """Projected gradients of the margins of n training pairs and h held-out pairs. The gradient of a pair
-    whose label is flipped is the negative one.
+    """Projected gradients of the margins of n training pairs and h held-out pairs. Flipping a pair's label
+    negates its gradient. names: FILE:LINE of each training pair.
     """
 
     names: np.ndarray
@@ -103,7 +103,7 @@ class MarginGradients:
     def influence(self) -> Influence:
         """The margin of each training pair that the other pairs predict; see predicted_margins.
 
-        All held-out pairs together count as much as all training pairs, each at least as much as one of them.
+        A training pair has weight 1 in the regression, a held-out pair max(1, n / h).
         """
         n, h = len(self.train), len(self.held_out)
         weight = np.repeat([1.0, max(1.0, n / h)], [n, h])
@@ -113,7 +113,10 @@ class MarginGradients:
 
 @dataclass(frozen=True)
 class RowGradients:
-    """Projected gradients of the losses of n training rows, and of the mean loss of the held-out rows."""
+    """Projected gradients of the losses of n training rows, and of the mean loss of the held-out rows.
+
+    names: FILE:LINE of each training row.
+    """
 
     names: np.ndarray
     gradients: Float[np.ndarray, "n size"]
@@ -121,12 +124,12 @@ class RowGradients:
 
     @property
     def influence(self) -> Influence:
-        """The cosine of each row's gradient with the held-out one."""
+        """The cosine of each row's gradient with the held-out gradient."""
         return Influence(self.names, _unit(self.gradients) @ _unit(self.held_out[None])[0])
 
     def duplicates(self, same: float = SAME) -> list[tuple[int, int, float]]:
-        """Return pairs of rows whose gradients have a cosine of at least `same`, in absolute value: below 0
-        for rows that repeat one another with opposite labels.
+        """Return (i, j, cosine) for all rows i < j whose gradients have a cosine of absolute value `same` or
+        more. It is negative for two rows with the same content and opposite labels.
         """
         unit, pairs = _unit(self.gradients), list[tuple[int, int, float]]()
         for begin in range(0, len(unit), 1024):
@@ -142,7 +145,7 @@ def _unit(x: Float[np.ndarray, "n size"]) -> Float[np.ndarray, "n size"]:
 
 
 class _Opened(NamedTuple):
-    """A run on one device: its source of pairs, and its arrays."""
+    """A run on one device: its source of pairs, its arrays, and the names of the training rows."""
 
     source: PairSource
     mesh: Mesh
@@ -166,10 +169,10 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
     check_is_of_pairs(parts.run.data)
     assert isinstance(source, PairSource)
     if not len(source.split.held):
-        raise ValueError("no rows are held out to measure the influence on; set held_out=FILE or a fraction")
+        raise ValueError("no rows are held out to compute the influence on; set held_out=FILE or a fraction")
     state = parts.state if state is None else state
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
-    # a sharding on this mesh: an array that is put on a device keeps the type of its old mesh
+    # with a sharding on this mesh: put on a device alone, an array keeps its old mesh in its type
     trainable, frozen, aux = jax.device_put(
         (state.trainable, parts.frozen, state.aux), sharding.replicated(mesh)
     )
@@ -182,8 +185,9 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
 
 
 def margins_of_rows(parts: Prepared, state: TrainState | None = None) -> Influence:
-    """Return the margin of each training pair that all other pairs predict if theirs are 1; see
-    margin_gradients.
+    """Return the influence of each training pair: its margin, as all other pairs predict it if theirs are 1.
+
+    Arguments and errors are those of margin_gradients.
     """
     return margin_gradients(parts, state).influence
 
@@ -191,13 +195,13 @@ def margins_of_rows(parts: Prepared, state: TrainState | None = None) -> Influen
 def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int = 0) -> MarginGradients:
     """Return the gradients of the margins of all training and held-out pairs.
 
-    state: the run's state after some steps, by default at step 0. seed: random seed of the projection. Runs
-    on one device. Raises ValueError for a run of other data or another kind of objective, for rows of one
-    response and a label, and without held-out rows.
+    state: the run's state after some steps, by default parts.state. seed: random seed of the projection. Runs
+    on one device. Raises ValueError for data that are no pairs, a model with a scalar head, rows of one
+    response and a label, gradients that are not finite, and without held-out rows.
     """
     run = _open(parts, state)
     if not parts.model.generates:
-        raise ValueError("margins are of log-probs, and this run's model has a scalar head; use --gradients")
+        raise ValueError("a margin needs log-probs, but this run's model has a scalar head; use --gradients")
     rows, key = run.source.split, jax.random.key(seed)
     alone = np.flatnonzero((rows.rows.reads[:, :2] == 0).any(1))
     if len(alone):
@@ -221,8 +225,9 @@ def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int
 
 
 def _full_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> tuple[Pairs, ...]:
-    """Return batches of one row that is as full as possible: of about ROW_TOKENS tokens, with as many read
-    positions as the pairs have on average. The run's own rows have room for the longest batch of a step.
+    """Return batches of one row of ROW_TOKENS tokens, or more for a longer pair, that is as full as possible.
+
+    Its number of read positions (positions with a target) is the pairs' mean for so many tokens, times SPARE.
     """
     pairs, layout = source.split.rows, source.layout
     tokens, reads = layout.lengths[members], pairs.targets[members]
@@ -235,16 +240,17 @@ def _full_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> tuple[Pair
 
 
 def _on_rows(batch: Pairs) -> Pairs:
-    """The rows of a batch [1, rows, ...]."""
+    """Return a batch [1, rows, ...] without its first axis."""
     return jax.tree.map(lambda x: x[0], batch)
 
 
 def map_gradients(
     model: LanguageModel, params: Params, batch: Pairs, key: Key[Array, ""]
 ) -> Float[Array, "B P size"]:
-    """Return the projected gradient of each pair's margin by M, where h M are the last hidden states h.
+    """Return the projected gradient of each pair's margin with respect to a map M of the last hidden states.
 
-    It is P^T (sum_t h_t g_t^T) Q, flattened; g_t: the gradient by h_t, P and Q: random [D, SIDE].
+    The states h_t become h_t M, with M = 1. The result is P^T (sum_t h_t g_t^T) Q, flattened; g_t: gradient
+    with respect to h_t, P and Q: random [D, SIDE].
     """
     h_BMD = gather_read(model.hidden(params, batch)[0], batch.read, None)
     slots, kinds = batch.pair_weights.shape[1], batch.kinds
@@ -253,13 +259,13 @@ def map_gradients(
     signs = of_kind["rejected"].astype(jnp.float32) - of_kind["chosen"].astype(jnp.float32)
 
     def total(h_BMD: Float[Array, "B M D"]) -> Float[Array, ""]:
-        """The sum of all margins, whose log-probs are negative cross-entropies."""
+        """Return the sum of all margins: of log-probs, which are negative cross-entropies."""
         return weighted_loss(model, params, h_BMD, batch.targets, jnp.where(valid, signs, 0))[0]
 
     g_BMD = jax.grad(total)(h_BMD)
     P, Q = (jax.random.normal(k, (h_BMD.shape[2], SIDE)) / SIDE**0.5 for k in jax.random.split(key))
     sides = (x.astype(jnp.float32) @ side for x, side in ((h_BMD, P), (g_BMD, Q)))
-    of_pair = jax.nn.one_hot(batch.responses // len(kinds), slots)  # padding is of no pair
+    of_pair = jax.nn.one_hot(batch.responses // len(kinds), slots)  # zeros for padding
     outer = jnp.einsum("bmp,bmi,bmj->bpij", of_pair, *sides)
     return outer.reshape(*outer.shape[:2], SIDE * SIDE)
 
@@ -269,8 +275,9 @@ def predicted_margins(
 ) -> Float[np.ndarray, " n"]:
     """Return the margin of each row that ridge regression on the other rows predicts; their margins are 1.
 
-    The first `train` rows may have wrong labels, so the ridge is the one of RIDGES with the least error on
-    the others. All n regressions follow from one (the leave-one-out formula of linear smoothers).
+    weight: of each row in the regression. The rows after the first `train` are held out; their labels are
+    trusted, so the ridge is the one of RIDGES with the least error on them. All n regressions follow from one
+    (the leave-one-out formula of linear smoothers).
     """
     weighted = gradients * weight[:, None]
     gram, total = weighted.T @ gradients, weighted.sum(0)
@@ -291,10 +298,10 @@ def predicted_margins(
 def gradients_of_rows(
     parts: Prepared, state: TrainState | None = None, size: int = SIZE, seed: int = 0
 ) -> RowGradients:
-    """Return the projected gradient of each training row's loss, and of the mean loss of held-out rows with
-    their weights.
+    """Return the projected gradient of each training row's loss and of the held-out rows' weighted mean loss.
 
-    See margins_of_rows for state. Raises ValueError for a loss that couples rows, too.
+    state, seed: see margin_gradients. size: length of a projected gradient. Raises ValueError for data that
+    are no pairs, a loss that couples rows, gradients that are not finite, and without held-out rows.
     """
     run, objective = _open(parts, state), parts.objective
     if objective.facts.coupled:
@@ -336,15 +343,15 @@ def _check_finite(*gradients: np.ndarray) -> None:
 
 
 def rows_by_name(train: str) -> dict[str, dict[str, Any]]:
-    """Return the columns of all rows of data.train by FILE:LINE."""
+    """Return name -> columns for all rows of data.train, with names as in Influence.names."""
     folders, sources = source_folders(train), parse_sources(train)
     parts = zip(folders, (read_rows(source.ref) for source in sources), strict=True)
     return {f"{folder}{row.name}": row.fields for folder, rows in parts for row in rows}
 
 
 def source_folders(train: str) -> list[str]:
-    """Return what precedes FILE:LINE in the name of a row of each source: a folder if several sources have
-    files of one name, or are folders, else nothing.
+    """Return the prefix of the rows' names FILE:LINE for each source: its folder if several sources have one
+    file name or are folders, else "". For "a/x.jsonl,b/x.jsonl" it is ["a/", "b/"].
     """
     paths = [(Path(source.ref), find_data(source.ref)) for source in parse_sources(train)]
     folders = [path is not None and path.is_dir() for _, path in paths]
@@ -356,8 +363,8 @@ def source_folders(train: str) -> list[str]:
 
 
 def _single_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> Iterator[tuple[Pairs, np.ndarray]]:
-    """Yield batches [rows, 1, ...] of one pair per row, in the order of `members`, and which rows are
-    used.
+    """Yield (batch [rows, 1, ...] of one pair per row, mask of the rows that have a pair), in the order of
+    `members`.
     """
     pairs, layout = source.split.rows, source.layout
     length = round_up(int(layout.lengths[members].max()), 64)
@@ -373,7 +380,8 @@ def _single_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> Iterator
 
 
 def project(grads: Params, key: Key[Array, ""], size: int) -> Float[Array, " size"]:
-    """Project gradients at random: each number gets a random sign and is added to one of `size` sums.
+    """Project gradients at random to a vector: each number gets a random sign and is added to one of `size`
+    sums.
 
     The product of two projections has the expectation of the product of the gradients (a count sketch,
     Charikar et al. 2002), at the cost of one pass over them.
@@ -392,8 +400,8 @@ def project(grads: Params, key: Key[Array, ""], size: int) -> Float[Array, " siz
 
 @dataclass(frozen=True)
 class SourceEffect:
-    """What training without a source changes in the loss of the same held-out rows: above 0 the source
-    helps.
+    """The change of the loss of the held-out rows if the source `name` is left out of training: above 0 the
+    source helps.
     """
 
     name: str
@@ -405,23 +413,23 @@ class SourceEffect:
 
 
 def train_without_sources(run: Run, root: Path = Path("runs")) -> list[SourceEffect]:
-    """Train an adapter on all sources of a run and one without each, in one program; return the effects of
-    the sources, the most harmful first.
+    """Train an adapter on all sources of a run and one without each of them, in one program; return the
+    effects of the sources, the most harmful first.
 
     The pairs of a source that is left out have weight 0, so that all adapters have the same steps. The runs
-    are in <root>/<name>-sources; the same call resumes them. Raises ValueError for a run with one source, of
-    other data, without held-out rows, or that does not finish.
+    are in <root>/<name>-sources; the same call resumes them. Raises ValueError for data that are no
+    pairs, a single source, or no held-out rows, and if training does not finish.
     """
     check_is_of_pairs(run.data)
     names = sources_with_metrics(run.data.train)
     if not names:
         raise ValueError("the run has one source; name several, as in data=a.jsonl,b.jsonl")
     if not run.data.holds_out:
-        raise ValueError("no rows are held out to measure the effects on; set held_out=FILE or a fraction")
+        raise ValueError("no rows are held out to compare the losses on; set held_out=FILE or a fraction")
     labels = [f"without-{name.replace('/', '-')}" for name in names]
     left_out = {label: number for number, label in enumerate(labels)}
     name = f"{run.name}-sources"
-    runs = {"all": replace(run, name=f"{name}/all")}  # the folder, should each be trained alone
+    runs = {"all": replace(run, name=f"{name}/all")}  # its folder if it is trained alone
     for label, number in left_out.items():
         objective = partial(without_source, objective=run.objective, source=number)
         runs[label] = replace(run, name=f"{name}/{label}", objective=objective)
@@ -439,9 +447,8 @@ def train_without_sources(run: Run, root: Path = Path("runs")) -> list[SourceEff
 
 
 def without_source(model: Any, objective: Callable[[Any], Objective], source: int) -> Objective:
-    """Return an objective that gives pairs of a source weight 0 in training.
-
-    source: its number in the batches' source_names.
+    """Return an objective that gives pairs of a source weight 0 in training. source: its index in
+    batch.source_names.
     """
     inner = objective(model)
 

@@ -1,10 +1,10 @@
-"""Preference losses without a model: losses that a command line names, on synthetic pairs.
+"""Evaluate preference losses on synthetic pairs, without a model.
 
-`parse_losses` reads `name` or `file.py:name,beta=0.2`. `synthetic_pairs` makes a batch of given log-ratios,
-lengths and log-probs. `probe(name, loss)` finds the inputs that a loss needs and compiles it; evaluate_each
-and evaluate_batch call it, margin_curve follows it over the margin: c - r, the summed log-ratio
-log pi(y) - log pi_ref(y) of the chosen response minus the same of the rejected one. loss_checks.py checks the
-results.
+`parse_losses` reads losses from a command line: `name` or `file.py:name,beta=0.2`. `synthetic_pairs` makes a
+batch with given log-ratios, lengths and log-probs. `probe(name, loss)` finds the inputs that a loss needs and
+compiles it. `evaluate_each` and `evaluate_batch` return its values and gradients, and `margin_curve` those
+over the margin: the log-ratio log pi(y) - log pi_ref(y) of the chosen response minus that of the rejected
+one. loss_checks.py checks the results.
 """
 
 import inspect
@@ -37,8 +37,8 @@ from jaxft.objectives.pair import (
 )
 from jaxft.runs.settings.setting_values import UNANNOTATED, find_file, load_callable, parse_value
 
-TOKENS = 16  # of a response, by default
-PER_TOKEN = -1.5  # the reference's log-prob per token, by default
+TOKENS = 16  # default length of a response
+PER_TOKEN = -1.5  # default log-prob per token of the reference
 ZERO_COLUMNS = ("margin", "score_rejected")  # other columns are 1
 READS = 160  # read positions of a row; one size, so that a loss is compiled once
 PAIR = ("chosen", "rejected")
@@ -46,7 +46,7 @@ RATING_COLUMNS = ("score_chosen", "score_rejected")  # columns that a loss of ra
 THIRDS = ("mismatched", "gold")  # a third response that a loss may need
 ROWS = 96  # pairs that are evaluated at once; one number, so that a loss is compiled once
 NO_OPTIMISATION = {"xla_backend_optimization_level": 0}  # compiling takes far longer than the few calls
-SPANS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+SPANS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of margins, in nats; see margin_span
 
 
 # Losses by name
@@ -54,7 +54,7 @@ SPANS = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 @dataclass(frozen=True)
 class NamedLoss:
-    """A loss of the command line: its label in tables, its function with its knobs, and its file."""
+    """A loss of the command line: its label in tables, its function with knobs (parameters), its file."""
 
     label: str
     fn: Callable
@@ -62,10 +62,10 @@ class NamedLoss:
 
 
 def parse_losses(texts: Sequence[str], known: Sequence[NamedLoss] = ()) -> list[NamedLoss]:
-    """Parse losses, each `name` or `name,knob=value,...`, leaving out duplicates and those in `known`.
+    """Parse losses, each `name` or `name,knob=value,...`, without duplicates and losses that are in `known`.
 
-    A loss that has the label of another one is labelled with its file too. Raises ValueError for a name that
-    is no loss, a knob that the loss does not have, and a value that the knob does not take.
+    A loss that has the label of another one is labelled with its file too. Raises ValueError for an unknown
+    loss or knob or a value that the knob does not take, and FileNotFoundError for a missing file.
     """
     by_label = {loss.label: loss for loss in known}
     listed = {(loss.file, loss.label) for loss in known}
@@ -81,7 +81,7 @@ def parse_losses(texts: Sequence[str], known: Sequence[NamedLoss] = ()) -> list[
 
 
 def parse_loss(text: str) -> NamedLoss:
-    """Parse one loss, `name` or `name,knob=value,...`."""
+    """Parse one loss, `name` or `name,knob=value,...`. Raises as parse_losses."""
     name, *items = re.split(r",(?=\s*[^\W\d]\w*\s*=)", text)
     fn, file = _function(name.strip())
     available, values = loss_knobs(fn), dict[str, Any]()
@@ -96,7 +96,7 @@ def parse_loss(text: str) -> NamedLoss:
 
 
 def loss_knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
-    """Return knob -> (annotation, default) of a loss: its parameters after the pair."""
+    """Return knob -> (annotation, default) of a loss; knobs are its parameters after the pair."""
     named = list(loss_signature(loss).parameters.values())[1:]
     try:
         hints = typing.get_type_hints(inspect.unwrap(declaration(loss).fn))
@@ -110,13 +110,13 @@ def loss_knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
 
 
 def loss_beta(loss: NamedLoss) -> float:
-    """Return the loss's beta, which scales the logged rewards, or 0.1 if it has none."""
+    """Return the default of the loss's beta, which scales the logged rewards; 0.1 if it has none."""
     default = loss_knobs(loss.fn).get("beta", (None, None))[1]
     return float(default) if isinstance(default, int | float) else 0.1
 
 
 def _function(name: str) -> tuple[Callable, Path]:
-    """Return the loss `file.py:name`, `package.module:name` or a short name of jaxft's, and its file."""
+    """Return (loss, its file) of `file.py:name`, `package.module:name`, or a name such as `dpo`."""
     if ":" not in name and name not in PREFERENCE_LOSSES:
         near = ", ".join(nearest(name, list(PREFERENCE_LOSSES), 5))
         raise ValueError(f"no loss is called {name!r}; near: {near}. Use file.py:name for a loss in a file")
@@ -203,7 +203,7 @@ def synthetic_pairs(
 def _tokens(
     logp: np.ndarray, known: np.ndarray, lengths: np.ndarray, reads: int, dtype: DTypeLike
 ) -> PairTokens:
-    """Read positions of rows with one slot each, from log-probs per token and lengths [N, A]."""
+    """Return the tokens of N rows of one pair each, from log-probs per token and lengths [N, A]."""
     N, A = lengths.shape
     response, position = np.full((N, reads), A, np.int32), np.zeros((N, reads), np.int32)
     for n, row in enumerate(lengths):
@@ -247,9 +247,9 @@ def varied_pairs(kinds: tuple[str, ...], count: int) -> dict[str, Any]:
 
 @struct
 class LossResult:
-    """Values of pairs, and for each kind of response the gradient d value / d log pi(response).
+    """Losses of pairs, and for each kind of response the gradient d loss / d log pi(response).
 
-    A nat is spread evenly over the response's tokens. A negative gradient raises the response's log-prob.
+    The response's log-prob changes evenly over its tokens. Training raises it if the gradient is negative.
     """
 
     value: Float[Any, "..."]
@@ -258,9 +258,7 @@ class LossResult:
 
 @dataclass(frozen=True)
 class Check:
-    """The result of a check: whether it passes (None for a description that neither passes nor fails), and a
-    message.
-    """
+    """The result of a check. ok: whether it passes; None for a description that neither passes nor fails."""
 
     name: str
     ok: bool | None
@@ -269,7 +267,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Probe:
-    """A loss, the kinds of responses and the columns that its pairs have, and its compiled forms."""
+    """A loss, the kinds of responses and the columns that it needs, and its compiled functions."""
 
     name: str
     loss: Callable[..., Array]
@@ -278,12 +276,12 @@ class Probe:
     columns: tuple[str, ...]
     run_each: Callable[[PairBatch], LossResult]
     run_batch: Callable[[PairBatch], LossResult]
-    run_risk: Callable[..., tuple[Array, Array]]  # see _risk; with the gradient on logits
+    run_risk: Callable[..., tuple[Array, Array]]  # _risk and its gradient with respect to `logits`
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values and gradients [N] over margins [N]."""
+    """Losses and gradients [N] at margins [N]."""
 
     margin: np.ndarray
     value: np.ndarray
@@ -299,8 +297,8 @@ def loss_at_start(loss: Callable[..., Array], pair: PairBatch) -> Array:
 def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) -> Probe:
     """Find which third response (mismatched, gold or none) and which columns a loss needs, and compile it.
 
-    name: its label in errors. columns: names of columns that all pairs have in any case. Raises ValueError
-    with the loss's messages if it fails with each of these inputs.
+    name: its label in errors. columns: that the pairs have in any case. Raises ValueError with the loss's
+    messages if it fails with all these inputs.
     """
     failed = dict[str, tuple[str, Exception]]()
     inputs = [(PAIR, ()), *(((*PAIR, third), ()) for third in THIRDS), (PAIR, RATING_COLUMNS)]
@@ -324,7 +322,7 @@ def probe(name: str, loss: Callable[..., Array], columns: Iterable[str] = ()) ->
 def _find_columns(
     loss: Callable[..., Array], kinds: tuple[str, ...], columns: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Return `columns` plus the columns for which the loss raises KeyError. Raises its other errors."""
+    """Return `columns` plus those for which the loss raises KeyError. Passes its other errors on."""
     try:
         shape_of(loss, kinds, columns)
     except KeyError as error:
@@ -344,7 +342,7 @@ def shape_of(
 
 
 def one_line(error: Exception) -> str:
-    """An error as one line of at most 300 characters."""
+    """Return an error's type and message on one line, the message truncated to 300 characters."""
     return f"{type(error).__name__}: {shorten_error(error)}"
 
 
@@ -378,10 +376,10 @@ def _risk(
     index: dict[str, Array],
     knobs: dict[str, Array],
 ) -> Array:
-    """The expected loss of a policy over N enumerated responses: the weighted sum over pairs [n, 1].
+    """Return the expected loss of a policy over N enumerated responses: the weighted sum over pairs [n, 1].
 
-    logits [N]: its change since the reference's log-probs [N]. index: the response of each pair, by kind.
-    knobs: values of the loss's parameters that differ from its own.
+    reference: log-probs [N]. logits: [N], which the policy adds to them. index: the response of each pair, by
+    kind. knobs: of the loss, in place of its defaults.
     """
     c = jax.nn.log_softmax(reference + logits) - reference
     moved = add_nats(pair, {kind: c[i][:, None] for kind, i in index.items()})
@@ -397,13 +395,13 @@ def _run(probe: Probe, fn: Callable[[PairBatch], LossResult], pair: PairBatch) -
 
 
 def evaluate_batch(probe: Probe, pair: PairBatch) -> LossResult:
-    """Values and gradients [B, P] of pairs that form one batch. Raises ValueError if the loss fails."""
+    """Return losses and gradients [B, P] of pairs in one batch. Raises ValueError if the loss fails."""
     return _run(probe, probe.run_batch, pair)
 
 
 def evaluate_each(probe: Probe, pair: PairBatch) -> LossResult:
-    """Values and gradients [N] of pairs [N, 1], each in a separate batch. Raises ValueError if the loss
-    fails.
+    """Return losses and gradients [N] of pairs [N, 1], each in a separate batch. Raises ValueError if the
+    loss fails.
     """
     N = pair.weight.shape[0]
     parts = []
@@ -420,7 +418,7 @@ def evaluate_pairs(probe: Probe, **given: Any) -> LossResult:
 
 
 def close(*arrays: np.ndarray) -> bool:
-    """Whether arrays are finite and equal within float32's precision."""
+    """Whether arrays are finite and equal within 1e-4 of their largest absolute value."""
     if not all(np.isfinite(x).all() for x in arrays):
         return False
     scale = max(float(np.abs(x).max(initial=0)) for x in arrays)
@@ -428,7 +426,7 @@ def close(*arrays: np.ndarray) -> bool:
 
 
 def same_result(*results: LossResult) -> bool:
-    """Whether values and gradients are the same."""
+    """Whether losses and gradients are equal, as in close."""
     gradients = [np.stack(list(x.gradient.values())) for x in results]
     return close(*(x.value for x in results)) and close(*gradients)
 
@@ -462,16 +460,16 @@ def margin_span(probe: Probe) -> float:
             break
         if np.abs(slope - slope[12]).max() > 0.8 * np.abs(slope[12]) > 0:
             return reach
-    return 30.0  # a straight line, one that is flat at 0, or one that is not finite
+    return 30.0  # a loss that is linear, is flat at 0, or is not finite
 
 
 def margin_curve(probe: Probe, span: float, length: Mapping[str, Any] | int = TOKENS) -> Curve:
-    """Return the loss over margins from -span to span nats, closer together near 0."""
+    """Return the loss at margins from -span to span nats, which are closer together near 0."""
     margin = span * np.sinh(np.linspace(-3, 3, 2 * ROWS - 1)) / np.sinh(3.0)
     result = evaluate_margins(probe, margin, length)
     return Curve(margin, result.value, result.gradient)
 
 
 def format_number(x: Any) -> str:
-    """A number with four digits."""
+    """Return a number with four significant digits."""
     return f"{float(x) + 0.0:.4g}"  # no -0

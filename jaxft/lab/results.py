@@ -1,10 +1,10 @@
 """The results of a study: paired comparisons at the end and at the same KL, curves, and sensitivity to knobs.
 
-A value is the mean over the pairs of a held-out prompt; prompts that selected settings are left out. A policy
-that has moved further from the reference is likely to have a higher accuracy, whatever its loss. So losses
-are also compared where their policies have the same KL, along the whole curve. There they are compared once
-more with prompts weighted so that longer and shorter chosen responses count the same: a policy that has only
-learned to prefer length is right wherever the chosen response is the longer one.
+Compared are the metric's means over the pairs of each held-out prompt; prompts that selected settings are
+left out. A policy that has moved further from the reference is likely to have a higher accuracy, whatever its
+loss. So losses are also compared where their policies have the same KL, at four levels. There they are
+compared once more with prompts weighted so that longer and shorter chosen responses count the same: a policy
+that has only learned to prefer length is right wherever the chosen response is the longer one.
 """
 
 import json
@@ -38,14 +38,16 @@ from jaxft.runs.metrics_log import check_chain, whole_lines
 from jaxft.weights.hf.complete_folders import files_sha256
 
 KL_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the largest KL that both losses reach
-START = {ACCURACY: 0.5}  # values at step 0, where the policy is the reference; 0 of other metrics
+START = {ACCURACY: 0.5}  # at step 0, where the policy is the reference; the margin is 0 there
 
 
 @dataclass(frozen=True)
 class FinalCurve:
-    """The evaluations of a loss's final run; the first one is at step 0. kl: KL per token to the reference.
-    values: metric of each of P compared prompts. per_token: growth of the margin, in nats, for each token by
-    which the chosen response is longer than the rejected one.
+    """The E evaluations of a loss's final run; the first one is at step 0.
+
+    kl: KL per token to the reference. values: the study's metric for each of P compared prompts. per_token:
+    growth of the margin, in nats, for each token by which the chosen response is longer than the rejected
+    one. metrics: all logged metrics by name; {} at step 0.
     """
 
     steps: tuple[int, ...]
@@ -65,7 +67,7 @@ class FinalCurve:
         return float(self.kl[np.isfinite(self.kl)].max())
 
     def at_kl(self, kl: float) -> Float[np.ndarray, " P"]:
-        """Return the values where the KL is `kl`, interpolated between evaluations in order of their KL."""
+        """Return the values at the KL `kl`, interpolated linearly between evaluations, sorted by their KL."""
         order = [n for n in np.argsort(self.kl, kind="stable") if np.isfinite(self.kl[n])]
         weights = [np.interp(kl, self.kl[order], row) for row in np.eye(len(order))]
         return np.asarray(weights) @ self.values[order]
@@ -73,9 +75,9 @@ class FinalCurve:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Best, median and worst value of a loss's trials on the tuning prompts, after the first stage (`step`).
+    """Best, median and worst metric of a loss's trials after the first stage, which ends at `step`.
 
-    A trial that diverged has the value -inf.
+    The metric is the mean over the prompts that select settings; -inf for a trial that diverged.
     """
 
     step: int
@@ -86,8 +88,8 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class LossOutcome:
-    """The results of one loss. winner: its best setting. trials: (setting, last step, value on the tuning
-    prompts or None) of each trial. curves: the final run of each seed.
+    """The results of one loss. winner: its best setting. trials: (setting, last step, metric on the prompts
+    that select settings, None if the trial diverged) of each trial. curves: the final run of each seed.
     """
 
     label: str
@@ -103,7 +105,7 @@ class LossOutcome:
 
     @property
     def mean(self) -> float:
-        """The mean over prompts and the seeds that did not diverge; NaN if all did."""
+        """The mean final value over prompts and the seeds that did not diverge; NaN if all did."""
         known = self.final[np.isfinite(self.final)]
         return float(known.mean()) if known.size else math.nan
 
@@ -119,10 +121,10 @@ class LossOutcome:
 
 @dataclass(frozen=True)
 class MatchedKL:
-    """A comparison where both policies have the same KL. p: its p-value, adjusted for all such comparisons.
+    """A comparison of two losses whose policies have the same KL. p: adjusted for all such comparisons.
 
     same_length: the comparison with prompts weighted so that longer and shorter chosen responses count the
-    same; None if all chosen responses are longer, or all shorter. length_p: its adjusted p-value.
+    same; None if none are longer, or none are shorter. length_p: its adjusted p-value.
     """
 
     kl: float
@@ -163,7 +165,7 @@ class Duel:
 
     @property
     def verdict(self) -> str:
-        """The result in words. A loss wins only if it also wins along its curve, at equal KL."""
+        """The result in words: which loss is better at the end, and whether it also is at the same KL."""
         left_out = [
             f"{label} diverged with {n} seed{'s' * (n > 1)}" for label, n in self.diverged.items() if n
         ]
@@ -186,13 +188,16 @@ class Duel:
         if -sign in winners:
             return f"{better} is better at the end, but worse at some KL that both reach"
         if winners[-1] == sign:
-            return f"{better} is better at the end and at the largest KL that both reach, not along the curve"
+            return (
+                f"{better} is better at the end and at the largest KL that both reach, but not at every "
+                "smaller one"
+            )
         return f"{better} is better at the end; at the same KL they are not distinguishable"
 
 
 @dataclass(frozen=True)
 class StudyResult:
-    """A finished study. declaration: as written before training. digest: the one of the log's last line."""
+    """A finished study. declaration: see declare. log: entries of study.jsonl. digest: of its last line."""
 
     folder: Path
     declaration: Mapping[str, Any]
@@ -221,7 +226,7 @@ class StudyResult:
                 seeds = ", ".join(str(self.declaration["study"]["seeds"][n]) for n in diverged)
                 lines.append(f"{loss.label} diverged with seed {seeds}: no held-out value is finite")
         if len(self.losses[0].curves) < 2:
-            lines.append("with one seed, all of this is about that seed alone")
+            lines.append("with one seed, these results are about that seed alone")
         if not any(d.difference.different(p=d.p) for d in self.duels):
             size = f"{first.shape[1]} prompts and {len(first)} seeds"
             lines.append(f"no loss is better than another with {size}")
@@ -229,7 +234,7 @@ class StudyResult:
 
 
 def read_study(folder: Path) -> StudyResult:
-    """Read a finished study. Raises ValueError for one that is not finished, or whose files have changed."""
+    """Read a finished study. Raises ValueError or OSError if it is not finished or its files have changed."""
     log = [json.loads(line) for line in whole_lines(folder / LEDGER)]
     if not log or not log[-1].get("finished"):
         raise ValueError(f"{folder} is not a finished study; run its command again, which continues it")
@@ -246,7 +251,10 @@ def read_study(folder: Path) -> StudyResult:
 
 
 def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
-    """Return the digest of the log's last line. Raises ValueError if a file was changed after writing."""
+    """Check a study's files against its log; return the digest of the log's last line.
+
+    Raises ValueError for a changed file, and FileNotFoundError for a log without digests.
+    """
     digest = check_chain(folder / LEDGER)
     newest: dict[Path, str] = {}
     states: dict[Path, tuple[Path, str]] = {}
@@ -302,7 +310,7 @@ def final_curves(
 
 
 def final_curve(evaluations: Sequence[PairsEvaluation], metric: str, pairs: HeldOutPairs) -> FinalCurve:
-    """Return the curve of a run. Before the evaluations it has step 0, where the policy is the reference."""
+    """Return the curve of a run: step 0, where the policy is the reference, and then its evaluations."""
     values = [pairs.by_prompt(e.rows[metric], tuning=False) for e in evaluations]
     first = np.full_like(values[0], START.get(metric, 0.0))
     kl = [0.0, *(e.metrics[HELD_OUT + names.KL] for e in evaluations)]
@@ -313,8 +321,8 @@ def final_curve(evaluations: Sequence[PairsEvaluation], metric: str, pairs: Held
 
 
 def margin_per_token(margins: Sequence[float], pairs: HeldOutPairs) -> float:
-    """Return the slope of the compared prompts' margins over the number of tokens by which the chosen
-    response is longer, by least squares; NaN if this number is the same for all prompts.
+    """Return the least-squares slope of the compared prompts' margins over the number of tokens by which the
+    chosen response is longer; NaN if that number is the same for all prompts, or no margin is finite.
     """
     x, y = (pairs.by_prompt(values, tuning=False) for values in (pairs.longer, margins))
     known = np.isfinite(y)
@@ -325,8 +333,8 @@ def margin_per_token(margins: Sequence[float], pairs: HeldOutPairs) -> float:
 
 
 def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
-    """Return weights of the compared prompts, with which prompts with longer chosen responses count as much
-    as prompts with shorter chosen responses; None if one of the two kinds is missing.
+    """Return weights of the compared prompts, with which prompts whose chosen responses are longer count as
+    much as prompts whose chosen responses are shorter; None if there are no prompts of one kind.
     """
     longer = np.sign(pairs.by_prompt(pairs.longer, tuning=False))
     counts = {side: int((longer == side).sum()) for side in (1, -1)}
@@ -339,7 +347,10 @@ def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
 def duels_of(
     losses: Sequence[LossOutcome], margin: float | None, weights: Float[np.ndarray, " P"] | None = None
 ) -> tuple[Duel, ...]:
-    """Compare every two losses, at the end and at the same KL. margin: see Study. weights: length_weights."""
+    """Compare every two losses at the end and at the same KL, unless no seed is finite for both.
+
+    margin: see Study. weights: see length_weights.
+    """
     two = [(one, other, both) for one, other in combinations(losses, 2) if (both := _finite(one, other))]
     ends = [paired_difference(one.final, other.final) for *_, (one, other) in two]
     points = []

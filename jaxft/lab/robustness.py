@@ -1,12 +1,13 @@
-"""Losses that are trained in a world with a planted fault: what the fault costs, and over-optimisation.
+"""Losses trained on synthetic pairs with a planted fault: what the fault costs, and over-optimisation.
 
     jaxft loss-bench --loss dpo --against ipo --world pairs=200 --vary noise=0,0.1,0.2,0.3,0.4 --seeds 2
 
-Each value of the varied setting of a World is a level: its labels differ, its held-out prompts are the same.
-Every loss is trained on every level, and completions of the held-out prompts are sampled at each evaluation.
-Their mean true reward over the levels is the robustness of a loss. Where annotators have a bias, the reward
-that they see can rise over training while the true one falls (Gao, Schulman & Hilton 2023, arXiv:2210.10760;
-for preference losses Rafailov et al. 2024, arXiv:2406.02900); both are shown against the KL to the reference.
+The pairs come from a World (lab/worlds.py), whose true reward is known. Each value of its varied setting is a
+level: the training pairs differ, the held-out prompts are the same. Every loss is trained on every level, and
+completions of the held-out prompts are sampled at each evaluation; their mean true reward is reported. Where
+annotators have a bias, the reward that they see can rise over training while the true one falls (Gao,
+Schulman & Hilton 2023, arXiv:2210.10760; for preference losses Rafailov et al. 2024, arXiv:2406.02900); both
+are shown against the KL to the reference.
 """
 
 import math
@@ -33,17 +34,17 @@ from jaxft.report.statistics import Adjusted, Difference, holm, paired_differenc
 from jaxft.runs import metric_names as names
 from jaxft.runs.metrics_log import METRICS, read_entries
 
-TRUE, PROXY = (names.SCORES + fn.__name__ for fn in (true_reward, proxy_reward))  # metrics of completions
-FAULTS = ("pairs", "temperature", "noise", "length_bias", "circle", "duplicates")  # settings that can vary
+TRUE, PROXY = (names.SCORES + fn.__name__ for fn in (true_reward, proxy_reward))  # metrics' names
+FAULTS = ("pairs", "temperature", "noise", "length_bias", "circle", "duplicates")  # of a World
 ROBUSTNESS_PAGE = "index.html"
 
 
 @dataclass(frozen=True)
 class WorldRun:
-    """The evaluations of a run in a world, E of them; the first is before training.
+    """The E evaluations of a run in a world; the first is before training.
 
-    kl: per token to the reference, on the held-out pairs. true, proxy: means over the completions of the
-    held-out prompts. prompts: true reward after training by the name of the prompt.
+    kl: per token to the reference, on the held-out pairs. true, proxy: the true and the annotators' reward,
+    means over completions of the held-out prompts. prompts: name of a prompt -> true reward after training.
     """
 
     kl: Float[np.ndarray, " E"]
@@ -53,16 +54,16 @@ class WorldRun:
 
     @property
     def diverged(self) -> bool:
-        """Whether the run has no finite KL or no reward after training. The completions of a model with
-        non-finite logits are empty texts, which have a reward.
+        """Whether the run has no finite KL or true reward after training. The KL is needed: a model with
+        non-finite logits samples empty texts, which have a reward.
         """
         return not (np.isfinite([self.kl[-1], self.true[-1]]).all() and self.prompts)
 
 
 @dataclass(frozen=True)
 class FaultLevel:
-    """What was trained with one value of the varied setting. name: such as "noise=0.2", "" if no setting
-    varies. value: NaN if no setting varies. runs: by loss, one for each seed.
+    """The runs with one value of the varied setting. name: such as "noise=0.2", "" if no setting varies.
+    value: NaN if no setting varies. runs: by loss, one for each seed.
     """
 
     name: str
@@ -72,7 +73,8 @@ class FaultLevel:
 
 
 def parse_fault(text: str) -> tuple[str, tuple[float, ...]]:
-    """Return the setting and the values of `--vary SETTING=VALUE,VALUE,...`, in ascending order.
+    """Return the setting and the values of `--vary SETTING=VALUE,VALUE,...`, in ascending order. Raises
+    ValueError for a setting that cannot vary, or fewer than two values.
 
     >>> parse_fault("noise=0.2,0,0.4")
     ('noise', (0.0, 0.2, 0.4))
@@ -115,7 +117,7 @@ def _number(value: Any) -> float:
 
 
 def rewards(runs: Sequence[WorldRun]) -> Float[np.ndarray, "S P"]:
-    """Return the true rewards after training by seed and prompt, of the prompts that all runs have scored."""
+    """Return the true rewards after training by seed and prompt, for the prompts that all runs have."""
     common = [name for name in runs[0].prompts if all(name in run.prompts for run in runs)]
     return np.array([[run.prompts[name] for name in common] for run in runs])
 
@@ -134,8 +136,8 @@ def compare_runs(one: Sequence[WorldRun], other: Sequence[WorldRun]) -> Differen
 
 
 def least_fault(levels: Sequence[FaultLevel]) -> FaultLevel:
-    """Return the level with the smallest fault, to which the others are compared: the value nearest to 0, or
-    the most pairs.
+    """Return the level with the smallest fault, to which other levels are compared: that of the value nearest
+    to 0, or of the most pairs.
     """
     if levels[0].name.startswith("pairs="):
         return max(levels, key=lambda level: level.value)
@@ -143,7 +145,7 @@ def least_fault(levels: Sequence[FaultLevel]) -> FaultLevel:
 
 
 def cost_table(levels: Sequence[FaultLevel]) -> PaperTable:
-    """Return the true reward of each loss on each level, and its difference to the level of least_fault."""
+    """Return the table of each loss's true reward on each level and its difference to that on least_fault."""
     losses, first = [*levels[0].runs], least_fault(levels)
     others = [level for level in levels if level is not first]
     costs = {
@@ -174,7 +176,7 @@ def cost_table(levels: Sequence[FaultLevel]) -> PaperTable:
 
 
 def baseline_table(levels: Sequence[FaultLevel]) -> PaperTable:
-    """Return the differences of the other losses to the first loss on each level."""
+    """Return the table of differences in true reward between the first loss and each other one, by level."""
     baseline, *others = levels[0].runs
     duels = {
         (level.name, label): compare_runs(level.runs[baseline], level.runs[label])
@@ -203,7 +205,7 @@ def _units(seeds: int) -> str:
 def _adjusted(
     differences: Mapping[tuple[str, str], Difference | None],
 ) -> dict[tuple[str, str], float]:
-    """Return the p-values of the known differences, adjusted by holm."""
+    """Return the p-values of the differences that are not None, adjusted by holm."""
     known = {key: d.p for key, d in differences.items() if d is not None}
     return dict(zip(known, holm([*known.values()]), strict=True))
 
@@ -216,7 +218,7 @@ def _cells(d: Difference | None, p: float | None) -> tuple[str, str, str]:
 
 
 def optimisation_table(levels: Sequence[FaultLevel]) -> PaperTable:
-    """Return both rewards over training: before, where the true one was highest, and at the end."""
+    """Return the table of both rewards before training, where the true one was highest, and at the end."""
     rows = []
     for level in levels:
         for label, runs in level.runs.items():
@@ -231,10 +233,10 @@ def optimisation_table(levels: Sequence[FaultLevel]) -> PaperTable:
             )  # fmt: skip
     return PaperTable(
         "optimisation",
-        "Means over prompts and seeds at the evaluations. Annotators' reward: the true one and their bias "
-        "for length. KL: per token to the reference, estimated on the tokens of chosen responses; it is an "
-        "indication, and very large where these lose log-prob. Over-optimised: the true reward falls from "
-        "its highest value and the annotators' rises, both by more than chance.",
+        "Means over prompts and seeds at the evaluations. Annotators' reward: the true one plus their bias "
+        "for length. KL: per token to the reference, a rough estimate on the tokens of chosen responses, "
+        "very large where these lose log-prob. Over-optimised: the true reward falls from its highest "
+        "value and the annotators' rises, both by more than chance.",
         (
             "", "world", "true, before", "true, highest", "at KL", "true, at the end", "annotators', before",
             "annotators', at the end", "KL at the end", "over training",
@@ -244,17 +246,17 @@ def optimisation_table(levels: Sequence[FaultLevel]) -> PaperTable:
 
 
 def highest(values: Float[np.ndarray, " E"]) -> int:
-    """Return the number of the evaluation with the highest value; 0 if no value is finite."""
+    """Return the index of the evaluation with the highest value; 0 if no value is finite."""
     return int(np.nanargmax(values)) if np.isfinite(values).any() else 0
 
 
 def course(runs: Sequence[WorldRun]) -> str:
-    """Return in words what became of the true reward over training: "rises", "falls", "over-optimised",
-    "does not change" or "diverged".
+    """Return how the true reward changes over training: "rises", "falls", "over-optimised", "does not
+    change" or "diverged".
 
-    A change counts if it is larger than in 95 % of runs without any: it is a difference of two means over
-    prompts, each with the standard error that it has after training, and over seeds with their own spread,
-    and the highest of all evaluations is chosen (Bonferroni).
+    A change counts if it exceeds z standard errors. Its variance is twice the variance of a mean over prompts
+    (of the rewards after training) plus the variance of the mean change over seeds. z is the two-sided 95 %
+    quantile of the normal distribution, with Bonferroni's correction for the choice among E - 1 evaluations.
     """
     if any(run.diverged for run in runs):
         return "diverged"
@@ -273,10 +275,10 @@ def course(runs: Sequence[WorldRun]) -> str:
 
 
 def mean_curves(runs: Sequence[WorldRun]) -> Float[np.ndarray, "3 E"]:
-    """Return the means over seeds of (KL, true reward, annotators' reward) at each evaluation; NaN after the
-    last evaluation of a run that diverged, which ends early.
+    """Return the means over seeds of (KL, true reward, annotators' reward) at each evaluation. A run that
+    diverged may end early; the means after that are NaN.
 
-    Raises ValueError for other runs with different numbers of evaluations.
+    Raises ValueError if no run diverged, but their numbers of evaluations differ.
     """
     most = max(len(run.true) for run in runs)
     if any(run.diverged for run in runs):
@@ -302,7 +304,7 @@ def _last(runs: Sequence[WorldRun], name: str) -> float:
 
 
 def robustness_panels(levels: Sequence[FaultLevel]) -> list[Panel]:
-    """Return plots of both rewards after training over the varied setting; [] if none varies."""
+    """Return plots of both rewards after training against the varied setting; [] for a single level."""
     if len(levels) < 2:
         return []
     x, setting = [level.value for level in levels], levels[0].name.partition("=")[0]
@@ -328,7 +330,7 @@ def _all_runs(level: FaultLevel) -> list[WorldRun]:
 
 
 def optimisation_panels(levels: Sequence[FaultLevel]) -> list[Panel]:
-    """Return a plot for each level: true reward, and dashed the annotators', against KL over training."""
+    """Return a plot of each level: the true reward, and dashed the annotators' reward, against KL."""
     panels = []
     for level in levels:
         true, proxy = dict[str, Points](), dict[str, Points]()
@@ -343,7 +345,7 @@ def optimisation_panels(levels: Sequence[FaultLevel]) -> list[Panel]:
 
 
 def robustness_page(levels: Sequence[FaultLevel], settings: Mapping[str, Any]) -> str:
-    """Return the HTML page. settings: of the runs, besides their losses."""
+    """Return the HTML page of a comparison. settings: of the runs, except their losses."""
     losses = ", ".join(levels[0].runs)
     text = f"Trained on synthetic pairs whose true reward is known: {losses}"
     pictures = ""

@@ -1,6 +1,7 @@
-"""The declaration of a study: losses, how their knobs are searched, seeds and rows, decided before training.
+"""Declare a study: a comparison of preference losses whose rows, seeds and searched hyperparameters are fixed
+before training.
 
-A study's file has a function `study() -> Study`:
+`jaxft study FILE` runs it. FILE has a function `study() -> Study`; knobs are a loss's hyperparameters:
 
     from jaxft.lab.study import LogRange, SearchedLoss, Study, study_recipe
     from jaxft.objectives.losses.preference_losses import dpo, ipo
@@ -40,34 +41,40 @@ from jaxft.runs.settings.setting_values import describe, differences, find_file,
 from jaxft.train.settings import Run
 from jaxft.train.start import open_settings
 
-METRICS_OF_PAIRS = (ACCURACY, MARGIN)  # of single held-out pairs, comparable between losses
-PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)  # bases of Halton's sequence, one for each knob
+METRICS_OF_PAIRS = (ACCURACY, MARGIN)  # have a value for each held-out pair, in the same unit for all losses
+PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)  # bases of Halton's sequence: for the learning rate, then for each knob
 
 
 @dataclass(frozen=True)
 class LogRange:
-    """Numbers from `low` to `high`, spread evenly by their logarithm."""
+    """A range of numbers from `low` to `high` that is searched evenly on a logarithmic scale."""
 
     low: float
     high: float
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.high < math.inf:
-            raise ValueError(f"LogRange({self.low}, {self.high}): use numbers above 0, the lower one first")
+            raise ValueError(
+                f"LogRange({self.low}, {self.high}): use finite numbers above 0, the lower one first"
+            )
 
     def at(self, fraction: float) -> float:
-        """Return the number at a fraction of the range, with 4 digits."""
+        """Return the number at a fraction of the range, rounded to 4 digits.
+
+        >>> LogRange(1e-5, 1e-3).at(0.5)
+        0.0001
+        """
         return float(f"{self.low * (self.high / self.low) ** fraction:.4g}")
 
 
-Values = tuple[float, ...] | LogRange  # of a knob that is searched
+Values = tuple[float, ...] | LogRange  # that a search tries for a knob or the learning rate
 
 
 @dataclass(frozen=True)
 class SearchedLoss:
-    """A loss `(pair, **knobs) -> [B, P]`, and the values of its knobs that are searched.
+    """A preference loss `(pair, **knobs) -> [B, P]`, and the values of its knobs to search.
 
-    Other knobs keep their defaults; fix one with `partial(ipo, beta=0.1)`.
+    Knobs that are not listed keep their defaults; set one with `partial(ipo, beta=0.1)`.
     """
 
     fn: Callable[..., Array]
@@ -76,7 +83,7 @@ class SearchedLoss:
 
 @dataclass(frozen=True)
 class LossTrial:
-    """One setting of a loss: its number among the loss's trials, learning rate and knobs."""
+    """A learning rate and knobs with which a loss is trained. number: 0, 1, ... within the loss."""
 
     number: int
     lr: float
@@ -88,7 +95,7 @@ class LossTrial:
 
 
 class Rung:
-    """A stage of successive halving, which trains `trials` trials of each loss up to step `steps`."""
+    """A stage of successive halving: `trials` trials of each loss are trained up to step `steps`."""
 
     def __init__(self, trials: int, steps: int):
         self.trials, self.steps = trials, steps
@@ -99,14 +106,14 @@ class Study:
     """A comparison of preference losses with the same budget for each.
 
     name: results are in runs/NAME. recipe: a run on pairs with a fresh adapter; each of `losses` replaces its
-    loss, and its loop.steps is the length of a full run. losses: by label. lr: learning rates that are
-    searched, the same for every loss. trials: settings of each loss that are tried, with the first seed.
-    keep: fraction of the trials that train on after each stage of successive halving; 1 trains all to the
-    end. seeds: the seeds of the final runs of each loss with its best setting; a seed determines the adapter
-    at step 0 and the order of the rows. metric: metric of single held-out pairs that selects settings and
-    compares losses: rewards/accuracies, or rewards/margins in nats. margin: the largest difference of the
-    metric that does not matter, for tests of equivalence; None for no test. tuning: fraction of the held-out
-    prompts that select settings; the others compare losses. evaluations: number of evaluations in a full run.
+    loss, and its loop.steps is the length of a full run. losses: by label. lr: learning rates to search, the
+    same for every loss. trials: number of settings (learning rate and knobs) of each loss, all trained with
+    the first seed. keep: fraction of the trials that train on after each stage of successive halving; 1
+    trains all to the end. seeds: of the final runs of each loss with its best setting; a seed determines the
+    adapter at step 0 and the order of the rows. metric: selects settings and compares losses, on held-out
+    pairs: rewards/accuracies, or rewards/margins in nats. margin: the largest difference of the metric that
+    does not matter, for tests of equivalence; None for no test. tuning: fraction of the held-out prompts on
+    which settings are selected; losses are compared on the others. evaluations: how many a full run has.
     """
 
     name: str
@@ -128,7 +135,7 @@ class Study:
         seeds = self.seeds if isinstance(self.seeds, tuple) else (None,)
         if not all(type(seed) is int and seed >= 0 for seed in seeds):
             raise ValueError(
-                f"study.seeds={self.seeds!r}: expected a tuple of whole numbers, such as (0, 1, 2)"
+                f"study.seeds={self.seeds!r}: expected a tuple of whole numbers from 0, such as (0, 1, 2)"
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"study.seeds={self.seeds}: name at least one seed, and each once")
@@ -138,7 +145,7 @@ class Study:
             raise ValueError("study.tuning=1 leaves no held-out prompts for the comparison; use 0.5")
         if not self.recipe.loop.steps:
             raise ValueError(
-                "study.recipe has no number of steps, but stages and schedule depend on it; set loop.steps"
+                "study.recipe has loop.steps=None, but the stages of the search depend on it; set loop.steps"
             )
         if self.recipe.adapter is None or self.recipe.start or self.recipe.data.unit != "pairs":
             raise ValueError(
@@ -146,7 +153,7 @@ class Study:
                 "leave out full=true and start"
             )
         if not self.recipe.data.holds_out:
-            raise ValueError("study.recipe holds out no pairs to compare the losses with; set held_out")
+            raise ValueError("study.recipe holds out no pairs to compare the losses on; set held_out")
         kind = self.recipe.objective(self.recipe.model).facts.reference
         if kind not in ("start", "none"):
             raise ValueError(
@@ -162,7 +169,7 @@ class Study:
             self.trials_of(label)
 
     def _check_stages(self) -> None:
-        """Raise ValueError for stages of successive halving without a step."""
+        """Raise ValueError if a stage of successive halving has no step of training."""
         steps = self.recipe.loop.steps or 0
 
         def rise(steps: int) -> bool:
@@ -179,11 +186,11 @@ class Study:
             )
 
     def trials_of(self, label: str) -> list[LossTrial]:
-        """Return the trials of a loss.
+        """Return the `trials` trials of a loss.
 
-        If all values are listed, trials are combinations of them in a fixed random order, otherwise points of
-        Halton's sequence, which fill the ranges evenly. Every loss has the same learning rates as far as
-        possible.
+        With a LogRange they are points of Halton's sequence, which fills the ranges evenly; then every loss
+        has the same learning rates. If all values are listed, they are a random choice of the combinations,
+        the same in each call. Raises ValueError if the values have fewer combinations than `trials`.
         """
         searched = {"lr": self.lr, **self.losses[label].knobs}
         if all(isinstance(values, tuple) for values in searched.values()):
@@ -211,8 +218,10 @@ class Study:
 
     @property
     def rungs(self) -> list[Rung]:
-        """The stages of successive halving: each trains the best `keep` of the trials of the stage before,
-        for 1 / keep times as many steps.
+        """The stages of successive halving: each trains a fraction `keep` of the previous stage's trials, the
+        best ones, up to about 1 / keep times as many steps.
+
+        With trials=6, keep=1/3 and 18 steps: 6 trials to step 2, the best 2 to step 6, the best 1 to step 18.
         """
         return self._rungs(self.recipe.loop.steps or 0)
 
@@ -228,19 +237,19 @@ class Study:
 
     @property
     def waves(self) -> int:
-        """Number of waves: one for each trial of each stage, and one for each seed after the first."""
+        """Number of waves: each trains one trial of every loss in a stage, or with another seed."""
         return sum(rung.trials for rung in self.rungs) + len(self.seeds) - 1
 
     @property
     def steps_per_loss(self) -> int:
-        """Number of optimizer steps for each loss: its trials, plus the final runs of the other seeds."""
+        """Number of optimizer steps of each loss: its trials, and the final runs with other seeds."""
         done = [0, *(rung.steps for rung in self.rungs)]
         search = sum(r.trials * (r.steps - before) for r, before in zip(self.rungs, done, strict=False))
         return search + (len(self.seeds) - 1) * (self.recipe.loop.steps or 0)
 
 
 def _check_loss(label: str, loss: SearchedLoss) -> None:
-    """Raise ValueError for knobs that the loss does not have, or for values that are no finite numbers."""
+    """Raise ValueError for an unusable label, or for knobs or values that cannot be searched."""
     if not label or any(sign in label for sign in "/\\,= "):
         raise ValueError(f"study.losses has the label {label!r}; use letters, digits, - and _")
     known = loss_knobs(loss.fn)
@@ -253,19 +262,19 @@ def _check_loss(label: str, loss: SearchedLoss) -> None:
         if isinstance(known[name][1], bool | str) or callable(known[name][1]):
             fixed = f"partial({loss_name(loss.fn)}, {name}=...)"
             raise ValueError(
-                f"study.losses[{label}]: {name} is no number; fix it with {fixed} instead of searching it"
+                f"study.losses[{label}]: {name} is not a number and cannot be searched; set it with {fixed}"
             )
         _check_values(f"study.losses[{label}]", name, values)
     if len(loss.knobs) >= len(PRIMES):
         raise ValueError(
             f"study.losses[{label}]: at most {len(PRIMES) - 1} knobs can be searched; "
-            "fix some of them with partial"
+            "set some of them with partial"
         )
     check_knobs(loss.fn)
 
 
 def _check_values(where: str, name: str, values: Any) -> None:
-    """Raise ValueError unless the values of a searched number are a LogRange or a tuple of finite numbers."""
+    """Raise ValueError unless `values` is a LogRange or a tuple of finite numbers."""
     if isinstance(values, LogRange):
         return
     if not isinstance(values, tuple):
@@ -282,7 +291,9 @@ def _value(values: Values, fraction: float) -> float:
 
 
 def _halton(number: int, base: int) -> float:
-    """Return the digits of number + 1 in `base`, mirrored at the point (Halton 1960); 1 / base for 0."""
+    """Return a number of Halton's sequence (1960) in (0, 1): the digits of number + 1 in `base`, mirrored at
+    the point. In base 2 the sequence is 1/2, 1/4, 3/4, 1/8, ...
+    """
     number, point, scale = number + 1, 0.0, 1.0
     while number:
         scale /= base
@@ -292,14 +303,14 @@ def _halton(number: int, base: int) -> float:
 
 
 def study_recipe(recipe: str, *overrides: str) -> Run:
-    """Return the run of a recipe with overrides as on the command line of `jaxft train`. Lengths and batches
-    that are not set follow from the rows.
+    """Return the Run of a recipe with overrides, as `jaxft train RECIPE OVERRIDES` makes it: row lengths and
+    batch sizes that are not set are chosen for the rows.
     """
     return open_settings.fitted(open_settings.resolve(recipe, list(overrides)))[0].value
 
 
 def load_study(path: str) -> tuple[Study, Path]:
-    """Return the study that a file declares, and the file. Raises ValueError or FileNotFoundError."""
+    """Return (the Study that a Python file declares, the file's path). Raises ValueError or OSError."""
     file = find_file(path)
     make = vars(run_file(file)).get("study")
     if not callable(make):
@@ -316,9 +327,9 @@ def load_study(path: str) -> tuple[Study, Path]:
 
 
 def declare(study: Study, file: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the declaration: everything that is decided before training, as JSON, with its digest.
+    """Return a study's declaration: all that is fixed before training, as JSON, with its SHA-256 (`digest`).
 
-    facts: hashes of rows and weights.
+    file: the Python file of the study. facts: hashes of rows and weights, and the held-out pairs.
     """
     trials = {label: [str(trial) for trial in study.trials_of(label)] for label in study.losses}
     body = {
@@ -333,15 +344,15 @@ def declare(study: Study, file: Path, facts: Mapping[str, Any]) -> dict[str, Any
 
 
 def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a value's JSON with sorted keys."""
+    """Return the SHA-256 of a value, written as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_declared(folder: Path, known: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise ValueError if a study, declared `now`, differs from its stored declaration, `known`."""
+    """Raise ValueError if a study's stored declaration `known` was edited, or is not the new one, `now`."""
     body = {name: value for name, value in known.items() if name != "digest"}
     if known.get("digest") != digest_of(body):
-        raise ValueError(f"{folder}: the declaration was edited after it was written; choose another name=")
+        raise ValueError(f"{folder}: the declaration was edited after it was written; restore it")
     if known["digest"] == now["digest"]:
         return
     lines = [line for line in differences(known, now) if not line.startswith(("digest", "file_sha256"))]

@@ -79,7 +79,7 @@ def arrays(text: str) -> list[Array]:
 def parse_hlo(text: str) -> HloProgram:
     """Parse the text that `compiled.as_text()` returns; an empty text becomes a program without computations.
 
-    Raises ValueError for another text that lacks an entry computation or its end.
+    Raises ValueError if another text has no complete entry computation.
     """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, now = "", None
@@ -178,7 +178,7 @@ def trip_count(program: HloProgram, loop: Instruction, where: str) -> int:
 def _counter_trips(
     program: HloProgram, loop: Instruction, where: str, condition: str, body: str
 ) -> int | None:
-    """Return the trip count of a loop of the form `for (i = start; i < limit; i += step)`, None for others.
+    """Return the trip count of a loop `for (i = start; i < limit; i += step)` with constants; else None.
 
     where, condition, body: names of the computations that contain the loop, test the counter and change it.
     """
@@ -223,7 +223,7 @@ def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, inde
     """Return the instruction whose result is element `index` of a tuple.
 
     inside: the instructions of a computation by name. named: named[0] is the instruction that builds the
-    tuple; None for the root. Return None if that is no `tuple` instruction or has no such element.
+    tuple; None for the root. Returns None if that is no `tuple` instruction or has no such element.
     """
     op = inside.get(named[0]) if named else next((i for i in inside.values() if i.root), None)
     if op is None or op.opcode != "tuple" or index >= len(op.operands):
@@ -232,7 +232,7 @@ def _element(inside: dict[str, Instruction], named: tuple[str, ...] | None, inde
 
 
 def _copied(inside: dict[str, Instruction], op: Instruction | None) -> Instruction | None:
-    """Return the instruction that `one` copies, bitcasts or converts, perhaps in several steps; `one` if it
+    """Return the instruction that `op` copies, bitcasts or converts, perhaps in several steps; `op` if it
     does nothing of this kind, None if its operand is not in the computation `inside`.
     """
     while (

@@ -163,7 +163,7 @@ class Machine:
 
 
 def machine(name: str) -> Machine:
-    """Return the machine with a name such as h100:8; see EXAMPLES. A GPU without a number is one GPU.
+    """Return the machine with a name such as h100:8; see EXAMPLES. A GPU without a count is one GPU.
 
     Raises ValueError for an unknown name, or if the plugin that compiles for it is not installed.
     """
@@ -277,7 +277,7 @@ def _libtpu_without_tpu() -> Iterator[None]:
         os.close(nowhere)
 
 
-FITS_FILE = Path(__file__).parent / "fits.json"  # of the programs that scripts/bench/fits.py has compiled
+FITS_FILE = Path(__file__).parent / "fits.json"  # sizes of programs that scripts/bench/fits.py compiled
 MODELS = {
     "1B": "meta-llama/Llama-3.2-1B-Instruct",
     "8B": "meta-llama/Llama-3.1-8B-Instruct",
@@ -325,8 +325,8 @@ def smallest(cells: Cells, chip: str, model: str, method: str, objective: str) -
     """Return the cell of the smallest machine with this chip that a train step fits; see stored_cells.
 
     model, method, objective: as in the keys of `cells`. The sizes of HARDWARE[chip] are tried in order. The
-    cell gets `name`, the size as text, such as "2x8". {}: no size fits. None: a size without a cell, whose
-    train step nobody has compiled, comes before one that fits.
+    cell gets `name`, the size as text, such as "2x8". Returns {} if no size fits, and None if a size without
+    a cell, which has not been compiled, comes before one that fits.
     """
     for size in HARDWARE[chip][1]:
         cell = cells.get(f"{chip}:{size} {model} {method} {objective}")

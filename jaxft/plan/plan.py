@@ -53,7 +53,7 @@ class Estimate:
     """Estimated times of a step in seconds: step = max(compute, memory, overlapped) + exposed.
 
     compute, memory: seconds of the matmuls and of the memory traffic alone.
-    overlapped, exposed: seconds of the collectives that run during matmuls, and of all other collectives.
+    overlapped, exposed: seconds of collectives that run during matmuls, and of all other collectives.
     weights: seconds of the collectives that gather weights and scatter gradients, overlapped or exposed.
     serial: seconds of a step in which nothing overlaps.
     bottleneck: name of the part that takes the longest, such as "matmuls" or "exposed weight gathers".
@@ -177,7 +177,7 @@ class Flops:
 def flops(run: Run, p: programs.Programs, batch: Batch, traced: jax.stages.Traced) -> Flops:
     """Count the FLOPs of a train step. Call it in the context of the mesh, `jax.set_mesh(p.mesh)`.
 
-    p: the run's programs. batch: shapes [micro, rows, ...] of the batch for which `traced` is traced.
+    p: the run's programs. traced: the train step. batch: shapes [micro, rows, ...] for which it is traced.
     """
     micro, count, length = batch.ids.shape
     slots, model = micro * count * length, p.partition.model

@@ -104,14 +104,14 @@ def _program_bytes(p: Plan) -> int:
 
 def _flops_line(f: Flops) -> str:
     empty = (
-        f" and on the {100 * f.empty_fraction:.0f} % of its {f.slots:,} token slots that are empty"
+        f", and on the {100 * f.empty_fraction:.0f} % of its {f.slots:,} token slots that are empty"
         if f.slots > f.tokens
         else ""
     )
     return (
         f"FLOPs: {f.model / f.tokens:.3e} per token, {f.model:.3e} per step of {f.tokens:,} tokens (forward "
         f"and backward by the model's formula); the program runs {f.program:.3e}, "
-        f"{100 * (f.program / f.model - 1):.0f} % more for recomputation, adapters{empty}"
+        f"{100 * (f.program / f.model - 1):.0f} % more for recomputation and adapters{empty}"
     )
 
 
@@ -141,7 +141,7 @@ def _verdict(p: Plan) -> str:
     text = f"fits, {(p.limit - p.total) / GIB:.2f} of {p.limit / GIB:.2f} GiB are free"
     fraction = xla_flags.planned_memory_fraction(os.environ)
     if p.gpu and p.total > fraction * p.limit:
-        text += f"; set {xla_flags.FRACTION}=0.99, a run allocates {fraction:g} of a GPU's memory"
+        text += f"; set {xla_flags.FRACTION}=0.99: a run allocates only {fraction:g} of the GPU"
     return text
 
 
@@ -176,8 +176,8 @@ def scaling_report(plans: Sequence[Plan]) -> str:
 
 
 def scaling_limit(p: Plan) -> str:
-    """Return a line with the tokens per device at which matmuls take as long as weight gathers. The plan must
-    have an estimate.
+    """Return a line with the tokens per device at which matmuls take as long as weight gathers. The plan
+    must have an estimate.
     """
     e = p.estimate
     assert e is not None and p.flops is not None
@@ -200,12 +200,12 @@ def scaling_limit(p: Plan) -> str:
     )
 
 
-CHARACTERS = 4  # of a token, where the rows cannot be tokenised
+CHARACTERS = 4  # assumed per token if the tokenizer is missing
 
 
 @dataclass(frozen=True)
 class RunSteps:
-    """Number of optimizer steps of a run. source: text that names what determines it, such as "loop.steps" or
+    """Number of optimizer steps of a run. source: text on what determines it, such as "loop.steps" or
     "1 epoch of 800 rows". samples: whether the run trains on completions that it samples.
     """
 
@@ -218,7 +218,7 @@ def steps_of(run: Run, tokenizer: Callable[[], Any]) -> RunSteps:
     """Return a run's number of steps. tokenizer() loads the model's tokenizer, for the lengths of the rows.
 
     If it raises OSError, as without the model's files, tokens are estimated from characters. Raises
-    ValueError or FileNotFoundError if there are no rows.
+    ValueError or OSError if there are no rows.
     """
     data, samples = run.data, isinstance(run.data, Prompts)
     if run.loop.steps is not None:
@@ -283,7 +283,7 @@ class Cost:
 
 def unknown_lines(step: Plan) -> list[str]:
     """Return the lines that replace Cost.lines if the plan of the train step has no estimate of its time."""
-    why = f"no speed of {step.machine} is known" if step.fits else "the train step does not fit"
+    why = f"the speed of {step.machine} is not known" if step.fits else "the train step does not fit"
     return [f"time and cost: unknown, because {why}"]
 
 

@@ -138,7 +138,7 @@ def _asynchronous(op: Instruction) -> bool:
 
 
 def _purpose(program: HloProgram, where: str, op: Instruction) -> str:
-    """Return the purpose of the all-reduce `one` in the computation `where`, as a name of COLLECTIVES.
+    """Return the purpose of the all-reduce `op` in the computation `where`, as a name of COLLECTIVES.
 
     It is an all-gather if most bytes of its operands are zero-padded shards, a reduce-scatter if its readers
     only slice most bytes of its results, otherwise an all-reduce.
@@ -159,7 +159,7 @@ def _purpose(program: HloProgram, where: str, op: Instruction) -> str:
 
 
 def _padded(program: HloProgram, inside: dict[str, Instruction], op: Instruction) -> bool:
-    """Whether `one` makes a zero-padded shard: a dynamic-update-slice into a constant, also in a fusion."""
+    """Whether `op` makes a zero-padded shard: a dynamic-update-slice into a constant, also in a fusion."""
     given = [inside[name] for name in op.operands if name in inside]
     if op.opcode == "fusion" and called_computations(op):
         inner = program.computations.get(called_computations(op)[0], {})
@@ -184,7 +184,7 @@ def _padded(program: HloProgram, inside: dict[str, Instruction], op: Instruction
 
 
 def _sliced(program: HloProgram, op: Instruction, users: dict[str, list[Instruction]]) -> bool:
-    """Whether all instructions that read the result of `one` read only a slice of it. users: from _users."""
+    """Whether all instructions that read the result of `op` read only a slice of it. users: from _users."""
     size, readers = sum(x.bytes for x in op.arrays), users.get(op.name, [])
     for user in readers:
         if user.opcode in ("bitcast", "copy", "convert", "reshape"):
@@ -246,7 +246,7 @@ def _parts(text: str) -> list[str]:
 def replica_groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
     """Parse the device indices of each replica group from the attributes of a collective.
 
-    devices: how many the program has; an empty list of groups means one group of all.
+    devices: how many the program has. An empty list of groups, or none, means one group of all devices.
     XLA has three formats: {{0,1},{2,3}}, [groups,size]<=[a,b]T(1,0), and
     mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'y'}.
     """
@@ -350,7 +350,7 @@ def memory_bytes(program: HloProgram) -> float:
 
 
 def _main(arrays: list[Array]) -> int:
-    """Return the bytes of those arrays that are in main memory, by their layout."""
+    """Return the bytes of the arrays that are in main memory, by their layout."""
     return sum(x.bytes for x in arrays if not re.search(r"S\([1-9]\)", x.layout))
 
 
@@ -402,9 +402,8 @@ LARGE_WEIGHT = 2**24  # elements
 def resident(p: Programs, run: Run | None = None) -> dict[str, int]:
     """Return the bytes per device of the arrays that are in memory during every program, by kind.
 
-    The keys are "weights" (unquantised), "quantised base", "adapters", with a teacher TEACHER, with a run
-    whose reward models have a separate base "reward models", "optimizer" (its state) and "references" (all
-    auxiliary state).
+    The keys are "weights" (unquantised), "quantised base", "adapters", "optimizer" (its state), "references"
+    (all auxiliary state), TEACHER if there is one, and "reward models" if `run` has some with other weights.
     """
     sizes = {"weights": 0, "quantised base": 0, "adapters": 0}
     sizes |= {} if p.partition.model.teacher is None else {TEACHER: 0}  # 0 if it is the base

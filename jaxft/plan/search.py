@@ -163,8 +163,8 @@ def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
 
 
 def _slices(run: Run, machine: Machine) -> int:
-    """Return mesh.slices for all candidates: the run's setting, or if the machine does not allow it the
-    number of its TPU slices; on GPUs 1, or the number of hosts for mesh.slices=-1.
+    """Return mesh.slices for all candidates: the run's setting if the machine allows it; else the number of
+    TPU slices, or on GPUs 1, or the number of hosts for mesh.slices=-1.
     """
     domains, slices, count = len(set(machine.domains())), run.mesh.slices, len(machine.devices)
     least = domains if machine.tpu or slices == -1 else 1
@@ -177,7 +177,7 @@ def _shards(mesh: MeshShape) -> int:
 
 
 def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, float, int]:
-    """Estimate a choice without compiling: (excess memory, seconds of a step, bytes per device).
+    """Estimate a choice without compiling. Return (excess memory, seconds of a step, bytes per device).
 
     Excess memory is in quarters of a device's memory, rounded up; 0 if the choice fits. Activations count as
     16-bit floats.
@@ -262,7 +262,7 @@ def search_report(tried: list[Trial], command: Command) -> str:
         return "\n".join([*lines, "use: " + " ".join(tried[0].choice.overrides(command))])
     if not tried:
         last = (
-            "no mesh and micro divide the batch over the devices; set data.batch to a multiple of the devices"
+            "no mesh and micro divide the batch over the devices; set data.batch to a multiple of them"
         )
     elif all(t.plan is None for t in tried):
         last = f"every choice raises an error; the first: {tried[0].why}"

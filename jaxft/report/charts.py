@@ -115,7 +115,7 @@ def _panel(ax: Any, panel: Panel, labels: list[str]) -> None:
 
 X_AXIS, LOSS = "optimizer step", "Loss"  # titles of an axis and of a chart
 FEWEST_TO_SMOOTH = 16  # points of a curve
-NOISE, SHORTEST_PART = 0.06, 8  # noise that smoothing leaves, over the curve's change; parts of a curve
+NOISE, SHORTEST_PART = 0.06, 8  # of smoothing_factor: noise left, over the curve's change; parts
 TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
 
 
@@ -291,7 +291,8 @@ def _metric_names(entries: Iterable[Entry]) -> Set[str]:
 
 
 def make_charts(runs: Mapping[str, Sequence[Entry]], kinds: Iterable[ChartKind]) -> list[Chart]:
-    """Return the charts of these kinds with the curves of the runs, without charts that have no value.
+    """Return the charts of these kinds with the curves of the runs. Charts without a value are left out, and
+    the one of skipped steps if no step was skipped.
 
     runs: entries of metrics.jsonl by the run's name.
     """
@@ -326,8 +327,8 @@ def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...
 
 
 def _interval(entry: Entry, metric: str) -> Interval | None:
-    """Return the interval of a metric that is a fraction of pairs or prompts, whose count the entry has; else
-    None.
+    """Return the 95 % interval of a metric that is a fraction of pairs or prompts, if the entry has their
+    number; else None.
     """
     value, count = entry.get(metric), names.count_of(entry, metric)
     if not isinstance(value, int | float) or count is None or not isinstance(count.number, int | float):
@@ -409,7 +410,8 @@ def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
     """Return the charts of learning, each with a curve per run. The curves are of held-out rows, with those
     of training rows dashed, or of training rows alone if no run holds out rows.
 
-    runs: entries of metrics.jsonl by label.
+    Losses that begin more than a factor of 3 apart are divided by their first values. runs: entries of
+    metrics.jsonl by label.
     """
     panels = []
     for chart in make_charts(runs, learning_kinds(runs)):
@@ -460,7 +462,7 @@ def _known_points(steps: Sequence[int], values: Sequence[float | None]) -> Point
 
 
 def side_label(curve: RunCurve) -> str:
-    """Return the text for the rows of a curve: "held-out rows" or "training rows"."""
+    """Return the rows that a curve is about: "held-out rows" or "training rows"."""
     return HELD_OUT_ROWS if curve.held_out else TRAINING
 
 

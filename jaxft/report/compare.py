@@ -20,11 +20,11 @@ from jaxft.runs.terminal import markdown_table
 Logged = Mapping[str, float]  # metrics by name
 Column = Callable[
     [Logged, Logged], float | None
-]  # (metrics at step 0, metrics at the end) -> a number of the table
+]  # (metrics at step 0, metrics at the end) -> a cell's value; None: no value
 
 
 def held_out(name: str) -> str:
-    """The name of a metric on held-out rows."""
+    """Return the name of a metric on held-out rows: "eval_loss" for "loss"."""
     return names.HELD_OUT + name
 
 
@@ -52,7 +52,7 @@ def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
 
 def _over_start(name: str) -> Column:
     """Return a function of (metrics at step 0, metrics at the end) that returns the metric `name` at the end
-    divided by its value at step 0; None if one is missing, or the first is not positive.
+    divided by its value at step 0; None if one is missing, or the value at step 0 is not positive.
     """
 
     def column(before: Logged, after: Logged) -> float | None:
@@ -74,7 +74,7 @@ def _last(*choices: str) -> Column:
 
 def _gained(name: str, minus: str | None = None) -> Column:
     """Return a function of (metrics at step 0, metrics at the end) that returns the growth of the metric
-    `name`, less the growth of the metric `minus` if there is one. None: a value is missing.
+    `name`, minus the growth of the metric `minus` if there is one; None if a value is missing.
     """
     needed = [name] if minus is None else [name, minus]
 
@@ -155,7 +155,7 @@ COLUMNS: dict[str, Column] = {
 }
 # Columns whose cells have the value at step 0 too.
 WITH_START = (LOSS, ACCURACY, REWARD, SCORE, "token accuracy", "margin", "general loss")
-# Metrics of the last training step, which the table has where there are no held-out rows.
+# Metrics of the last training step, which the table shows if no run holds out rows.
 TRAINED = (names.LOSS, names.ACCURACY, names.MARGIN, names.REWARD_ACCURACY, names.REWARD_MARGIN)
 NOTES = {
     ACCURACY: "accuracy: fraction of held-out pairs whose chosen completion has the higher reward; a tie "
@@ -235,16 +235,16 @@ class Table:
         ]
 
     def text(self) -> str:
-        """The table for a terminal or a log, with the meaning of its columns."""
+        """Return the table for a terminal or a log, with explanations of its columns."""
         return "\n".join([text_table(self.titles, self.labels, self.cells()), *self.notes()])
 
     def markdown(self) -> str:
-        """The table in Markdown, with the meaning of its columns."""
+        """Return the table in Markdown, with explanations of its columns."""
         notes = "\n".join(f"- {note}" for note in self.notes())
         return f"{labelled_table(self.titles, self.labels, self.cells())}\n\n{notes}"
 
     def as_json(self) -> dict[str, dict[str, float | None]]:
-        """Return label -> title -> unrounded value at the end; `title before` has the value at step 0."""
+        """Return label -> title -> unrounded value at the end; also "TITLE before" for WITH_START."""
         values = {}
         for label, row, start in zip(self.labels, self.rows, self.starts, strict=True):
             before = {f"{t} before": x for t, x in zip(self.titles, start, strict=True) if t in WITH_START}
@@ -294,7 +294,7 @@ def labelled_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence
 
 
 def short_number(x: float | None) -> str:
-    """Return a number with about four digits, "-" for None."""
+    """Return a number with three or four significant digits, "-" for None."""
     if x is None or not math.isfinite(x):
         return "-" if x is None else str(x)
     return f"{x:.3g}" if abs(x) < 1e-3 and x else f"{x:.3f}" if abs(x) < 10 else f"{x:.1f}"

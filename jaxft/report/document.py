@@ -54,7 +54,7 @@ curves.png and training.png.</p></noscript>
 
 class PageSection(NamedTuple):
     """A section of the page. link: the text of the link to it. file: the run's file that it shows, for
-    errors. write: returns its HTML for the runs.
+    errors. write: a function that returns its HTML for the runs, "" to leave it out.
     """
 
     link: str
@@ -175,7 +175,7 @@ def packed_plotly() -> str:
 
 POINTS = 48_000  # of all curves together, some 800 kB
 FEWEST, MOST = 40, 2000  # points of a curve
-# On a dark ground, in the order of COLOURS; distinguishable with any colour vision.
+# For a dark background, in the order of COLOURS; distinguishable with any colour vision.
 DARK_COLOURS = (
     "#4197ab", "#ff8138", "#28cb91", "#fb90e8", "#e0e277", "#91fbff", "#cc7afa", "#f0b6cd",
 )  # fmt: skip

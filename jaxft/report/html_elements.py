@@ -12,14 +12,14 @@ TEXT_CHARACTERS = 3000  # of a sample, a completion or a setting
 
 
 def escaped(text: object, most: int = TEXT_CHARACTERS) -> str:
-    """Return text for HTML: <, > and & escaped, control characters shown, truncated to `most` characters."""
+    """Return text for HTML: <, >, & and control characters escaped, truncated to `most` characters."""
     shown = printable_message(str(text))
     more = f" [... {len(shown) - most:,} more characters]" if len(shown) > most else ""
     return html.escape(shown[:most]) + more
 
 
 def number_text(value: object) -> str:
-    """Return a number with four significant digits, "none" for None; other values as text."""
+    """Return an int in full, a float with four significant digits, "none" for None; other values as text."""
     if value is None:
         return "none"
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -129,7 +129,7 @@ def criterion(results: Sequence[RankedRun]) -> Criterion | None:
 
 
 def have_last_evaluation(results: Sequence[RankedRun]) -> list[RankedRun]:
-    """Return the runs that were evaluated after training, or that hold out no rows."""
+    """Return the runs that were evaluated after training or never (they hold out no rows)."""
 
     def evaluated(metrics: Logged) -> bool:
         return any(name.startswith(names.HELD_OUT) for name in metrics)
@@ -165,7 +165,7 @@ def _is_finite(value: float | None) -> bool:
 
 def repetitions(results: Sequence[RankedRun]) -> dict[str, list[RankedRun]]:
     """Group the runs that differ in nothing but seeds: label of the setting -> its runs. A run without
-    settings is a group of its own.
+    settings, or with the seed of a run in the group, is a separate group.
     """
     groups: dict[str, list[RankedRun]] = {}
     for result in results:
@@ -208,7 +208,7 @@ def intervals_of(result: RankedRun) -> dict[str, Interval]:
 
 
 def texts(results: Sequence[RankedRun], markdown: bool = False) -> list[str]:
-    """Return the summary of several runs as texts: their table, means over seeds, and which one is best."""
+    """Return the summary of several runs: their table, means over seeds, and sentences on which is best."""
     table = table_of(results)
     lines = ranking_lines(results)
     if markdown:
@@ -443,5 +443,5 @@ def paired_rows(one: Sequence[RankedRun], other: Sequence[RankedRun], by: Criter
         [float(np.mean([run.rows[row][key] for run in group])) for row in common] for group in (one, other)
     )
     if len(every) == 2 and (key in ACCURACIES or by.of_prompts):
-        return paired(first, second)  # fractions, unless a score or a reward is none
+        return paired(first, second)  # by paired_fractions if all values are 0, 1/2 or 1
     return paired_means(first, second, [one[0].rows[row].get(WEIGHT, 1.0) for row in common])

@@ -1,6 +1,6 @@
 """The sections of a report, each a function of the runs that returns HTML, "" for nothing to show.
 
-The last section shows, for models that choose between options (decisions), how often choices of each
+For models that choose between options (decisions), reliability_section shows how often choices of each
 confidence are right (a reliability diagram).
 """
 
@@ -46,7 +46,7 @@ Runs = Sequence[RunFiles]
 
 
 def overview_section(runs: Runs) -> str:
-    """The model, its data, steps and time; the metrics before and after, and which run is best."""
+    """Return the overview: model, data, steps and time, metrics before and after, and which run is best."""
     results = [result_of(run) for run in runs]
     parts = [facts_of_runs(runs), end_table(results)]
     details = []
@@ -87,8 +87,8 @@ def facts_of_runs(runs: Runs) -> str:
 
 
 def end_table(results: Sequence[ranking.RankedRun]) -> str:
-    """Tables of the metrics before and after training (the best run is marked) and of means over seeds; the
-    ranking as sentences.
+    """Return tables of the metrics before and after training (the best run is marked) and of means over
+    seeds, and the ranking as sentences; "" without metrics.
     """
     table = ranking.table_of(results)
     if not table.titles:
@@ -182,7 +182,7 @@ def effort(run: RunFiles) -> dict[str, Any]:
 
 
 def alarms_section(runs: Runs) -> str:
-    """The alarms, such as a loss that is not finite, each once with the runs that raised it."""
+    """Return the alarms, such as a loss that is not finite, each once with the runs that raised it."""
     alarms = joint_alarms({run.name: run.alarms for run in runs})
     items = []
     for text, names in alarms:
@@ -197,7 +197,7 @@ def alarms_section(runs: Runs) -> str:
 
 
 def settings_section(runs: Runs) -> str:
-    """The differences of the runs' settings, and all of them."""
+    """Return tables of the settings that differ between the runs, and of all settings."""
     records = {run.name: plain_settings(run.settings) for run in runs}
     known = {name: record for name, record in records.items() if record}
     if not known:
@@ -231,7 +231,7 @@ def plain_value(value: Any) -> Any:
 
 
 def samples_section(runs: Runs) -> str:
-    """Completions of held-out prompts before and after training, grouped by prompt."""
+    """Return completions of held-out prompts before and after training, grouped by prompt."""
     texts: dict[str, list[tuple[str, str]]] = {}
     for run in runs:
         of = f" ({run.name})" if len(runs) > 1 else ""
@@ -252,7 +252,7 @@ def samples_section(runs: Runs) -> str:
 
 
 def rewards_section(runs: Runs) -> str:
-    """Completions sampled in training, of the first, the last and some rollouts in between, with rewards."""
+    """Return completions of the first, the last and some rollouts in between, with their rewards."""
     sampled = [run for run in runs if run.completions]
     if not sampled:
         return ""
@@ -339,7 +339,7 @@ PROMPTS_NOTE = "They are prompts, from which completions are sampled, and have n
 
 
 def data_section(runs: Runs) -> str:
-    """Statistics of the training rows, and examples token by token; runs with equal data share them."""
+    """Return statistics of the training rows and examples by token; runs with equal data share them."""
     parts = []
     groups = grouped((run.name, run.data) for run in runs)
     for names, data in groups[:KINDS_OF_DATA]:
@@ -401,7 +401,7 @@ def example_view(example: Mapping[str, Any]) -> str:
 
 
 def parameters_section(runs: Runs) -> str:
-    """The parameter tables; runs with equal tables share one."""
+    """Return the parameter tables; runs with equal tables share one."""
     parts = []
     groups = grouped((run.name, run.parameters) for run in runs)
     for names, rows in groups:
@@ -448,8 +448,8 @@ def parameter_count(row: Mapping[str, Any]) -> int:
 
 
 def environment_section(runs: Runs) -> str:
-    """Versions, flags and devices of each run's last start, with differences between runs marked, and a list
-    of all starts.
+    """Return versions, flags and devices of each run's last start, with differences between runs marked, and
+    a list of all starts.
     """
     known = {run.name: run.environment for run in runs if run.environment}
     if not known:

@@ -107,9 +107,10 @@ def paired_difference(
 ) -> Difference:
     """Compare two settings by their values for the same seeds S and prompts P.
 
-    A prompt with a NaN is left out. With a single seed the result is about this seed alone. weights: of each
-    prompt in the mean. A weighted mean m is linearised: w (d - m) / mean(w) + m takes the place of d (Cochran
-    1977, Sampling Techniques, 6.3). key: seed of the bootstrap. Raises ValueError for fewer than two prompts.
+    A prompt with a value that is not finite is left out. With one seed the result is about it alone. weights:
+    of each prompt in the mean. A weighted mean m is linearised: w (d - m) / mean(w) + m takes the place of d
+    (Cochran 1977, Sampling Techniques, 6.3). key: random seed of the bootstrap. Raises ValueError for fewer
+    than two prompts.
 
     >>> same = paired_difference(np.zeros((3, 10)), np.zeros((3, 10)))
     >>> same.mean, same.p
@@ -253,7 +254,8 @@ def equivalence(d: Difference, margin: float) -> float:
 
     It is the larger p of two one-sided tests (Schuirmann 1987, TOST). If all differences are equal, there is
     no standard error; then p is (1 - margin)^n, the probability that none of n prompts differs although a
-    fraction `margin` of all prompts differs by 1. Raises ValueError for a margin of 0 or less.
+    fraction `margin` of all prompts differs by 1; or 1 if the difference is at least `margin`. Raises
+    ValueError for a margin of 0 or less.
     """
     if margin <= 0:
         raise ValueError(

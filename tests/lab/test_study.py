@@ -360,7 +360,7 @@ WRONG = {
     ),
     "a function": (
         dict(losses={"a": SearchedLoss(dpo, {"score": (1.0,)}), "b": SearchedLoss(ipo)}),
-        "study.losses[a]: score is no number; fix it with partial",
+        "study.losses[a]: score is not a number and cannot be searched; set it with partial",
     ),
 }
 
@@ -376,14 +376,14 @@ def test_a_study_that_cannot_be_compared_is_refused_in_one_line(recipe, kind):
 def test_a_recipe_without_pairs_steps_or_held_out_rows_is_refused(place):
     with chdir(place):
         for settings, message in (
-            (["steps=none", "held_out=0.5"], "has no number of steps"),
+            (["steps=none", "held_out=0.5"], "has loop.steps=None"),
             (["held_out=none"], "holds out no pairs"),
             (["full=true"], "must train a fresh adapter on pairs"),
             (["reference=moving"], "has a moving reference, but a study's reference is the policy at step 0"),
         ):
             with pytest.raises(ValueError, match=message):
                 make(load_config("config.py", settings))
-    with pytest.raises(ValueError, match="use numbers above 0, the lower one first"):
+    with pytest.raises(ValueError, match="use finite numbers above 0, the lower one first"):
         LogRange(1.0, 0.1)
 
 

@@ -270,5 +270,5 @@ def test_a_study_of_one_seed_without_a_winner_says_so(study):
     lines = StudyResult(
         study.folder, study.declaration, ACCURACY, losses, duels_of(losses, None), PAIRS, study.log, ""
     ).lines()
-    assert "with one seed, all of this is about that seed alone" in lines
+    assert "with one seed, these results are about that seed alone" in lines
     assert lines[-1] == f"no loss is better than another with {PROMPTS} prompts and 1 seeds"
