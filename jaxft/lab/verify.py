@@ -81,7 +81,7 @@ def _checkpoint_problems(folder: Path) -> Iterator[str]:
 def _removed_lines(folder: Path) -> Iterator[str]:
     """Yield a line if the last lines of a finished run's log, or of its digests file, were removed.
 
-    The log must reach the steps in the summary, and the digests file must end with those of the run's files.
+    The log must reach the summary's last step, and the digests file must end with digests of the run's files.
     """
     steps, log = runfolder.finished_steps(folder), folder / METRICS
     reached = max((entry["step"] for entry in read_entries(log)), default=0)

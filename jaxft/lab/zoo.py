@@ -8,7 +8,7 @@ against KL for values of beta; the cost of flipped labels, of annotators who lik
 preferences; over-optimisation with biased annotators; and whether the chosen response loses log-prob on the
 way. It also shows the loss's value and gradients over the margin, and its vector field. No model is needed.
 
-Other inputs than a pair are from the toy: ratings are the true rewards, a third response is sampled
+Inputs other than a pair come from the toy: ratings are the true rewards, a third response is sampled
 independently of the pair or is the best one, the batch has all pairs of the toy in their frequencies, and a
 state is that of step 0.
 """
