@@ -7,7 +7,7 @@
 FILE is Axolotl's, LLaMA-Factory's or TRL's YAML, a shell script that starts one of them (trl sft --...,
 accelerate launch, llamafactory-cli train, axolotl train), or a Python file or notebook with SFTConfig(...),
 DPOConfig(...), LoraConfig(...) and the like. It is read and never executed. The command goes to stdout;
-stderr lists by line which options are expressed otherwise, and which cannot be.
+stderr lists by line the options that are converted with a difference or not at all.
 """
 
 import argparse

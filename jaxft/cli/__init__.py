@@ -1,7 +1,8 @@
-"""The command `jaxft` and the setup of its scripts.
+"""The command line `jaxft`: parsers, help, shell completion, and `jaxft convert`.
 
-cli.py: parser, one-line errors and exit codes of every command
-commands.py: the command `jaxft`, which runs the files of scripts/, where options are declared; its shell
-    completion, topics of `jaxft help`
+cli.py: the parser that all scripts share, options of several commands, one-line errors, exit codes
+commands.py: the entry point `jaxft`, which runs the files of scripts/, where options are declared; shell
+    completion, rows of `jaxft list`, topics of `jaxft help`
 help_page.py: the reference that `jaxft settings` and `jaxft help` print
+convert/: configurations of TRL, Axolotl, LLaMA-Factory and Unsloth as recipes
 """

@@ -1,8 +1,8 @@
 """Verified checkpoints. Orbax writes and reads the arrays; a manifest lists the expected shapes, dtypes and
 hashes.
 
-`<folder>/<step>/state` is Orbax's, a flat dict of the leaves by path; `<folder>/<step>/manifest.json` has
-each leaf's shape, dtype and hashes of its shards as they were in memory, hashes of all files, library
+`<folder>/<step>/state` is Orbax's, a flat dict of the leaves by path. `<folder>/<step>/manifest.json` has the
+shape and dtype of each leaf, hashes of its shards as they were in memory, hashes of all files, library
 versions and the caller's metadata. A save goes to `<step>.tmp`, is read back and compared, and only then
 renamed to `<step>`. A checkpoint that does not match its manifest later is renamed to `<step>.bad`.
 
@@ -75,23 +75,23 @@ class Checkpoints:
         self._orbax: ocp.PyTreeCheckpointHandler | None = None
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
-        self._is_over = False  # whether there are more checkpoints than are to be kept, see _prune
+        self._is_over = False  # whether checkpoints to be deleted are still being copied, see _prune
 
     # Listing
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that have a manifest, ascending."""
+        """Return the steps of the checkpoints that have a manifest, ascending."""
         return [step for step in self._steps() if (self.folder / str(step) / manifest.NAME).is_file()]
 
     def _steps(self) -> list[int]:
-        """Steps of all checkpoints, with or without a manifest, ascending."""
+        """Return the steps of all checkpoints, with or without a manifest, ascending."""
         if not self.folder.is_dir():
             return []
         is_step = re.compile(r"0|[1-9]\d*").fullmatch
         return sorted(int(p.name) for p in self.folder.iterdir() if is_step(p.name) and p.is_dir())
 
     def latest(self) -> int | None:
-        """Return the last of `steps`, or None. Its files are not verified here, but by `restore`."""
+        """Return the newest of `steps`, None without any. `restore` verifies its files, this does not."""
         return max(self.steps(), default=None)
 
     def best(self, member: int = 0) -> tuple[int, float] | None:
@@ -121,9 +121,9 @@ class Checkpoints:
     def save(self, step: int, state: Any, meta: dict[str, Any], scores: Sequence[float | None] = ()) -> None:
         """Begin to save; the state may be donated as soon as this returns. Called by every process.
 
-        meta: JSON that `restore` returns. scores: one number per member of a sweep, or one for a run alone;
-        lower is better, None is not evaluated. keep_best ranks checkpoints by them. Raises OSError if this
-        save cannot begin or an earlier one failed; earlier checkpoints are then unchanged.
+        meta: JSON that `restore` returns. scores: by which keep_best ranks checkpoints, the lower the better:
+        one for each member of a sweep, one for a run alone, None or () without an evaluation. Raises OSError
+        if this save cannot begin or an earlier one failed; earlier checkpoints are then intact.
         """
         self.wait()
         leaves = {name: _for_orbax(leaf) for name, leaf in manifest.named_leaves(state).items()}
@@ -252,7 +252,7 @@ class Checkpoints:
             for folder in [self.folder / str(step) for step in steps if step not in keep]:
                 folder.rename(
                     folder.with_suffix(".tmp")
-                )  # a kill while it is removed leaves no half checkpoint
+                )  # so that a kill during removal leaves no incomplete checkpoint
             for folder in self.folder.glob("*.tmp"):
                 shutil.rmtree(folder)
         except OSError as error:
@@ -306,7 +306,7 @@ class Checkpoints:
             raise error
 
     def close(self) -> None:
-        """Wait, then release Orbax's threads."""
+        """Wait, release Orbax's threads, and remove checkpoints that were retained only to be copied."""
         try:
             self.wait()
         finally:
@@ -349,11 +349,11 @@ class Checkpoints:
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return restored["state"], restored["meta"], candidate
-            limit = candidate  # of the step that may be fetched in its place
+            limit = candidate  # the newest step that may be fetched in its place
             if step is not None:
                 limit = -1  # none
             elif candidate in fetched:
-                limit = candidate - 1  # the store's is damaged too
+                limit = candidate - 1  # the store's copy is damaged too
             quarantine = partial(self._quarantine, folder, reasons[0], limit)
             instead = sync.exchange_first(sync.gather_texts, quarantine)
             if step is not None:
@@ -381,7 +381,7 @@ class Checkpoints:
 
 def in_flight_gb(leaves: Iterable[Any]) -> float:
     """Return how many GB of leaves Orbax may encode and write at a time. Its default of 96 would copy most
-    states as a whole. The limit is larger than the largest leaf, since Orbax refuses a leaf of that size.
+    states in full. The limit is larger than the largest leaf, since Orbax refuses a leaf of that size.
     """
     return max(IN_FLIGHT_BYTES, 2 * max((leaf.nbytes for leaf in leaves), default=0) + 1) / 1e9
 

@@ -241,7 +241,7 @@ def _displayed(metrics: dict[str, float], most: int) -> list[str]:
 
 
 def sparkline(values: list[float]) -> str:
-    """Return values as block characters, from ▁ for the lowest to █; non-finite values are blank."""
+    """Return values as block characters from ▁ to █: a blank for a non-finite one, "" if all are."""
     known = [v for v in values if math.isfinite(v)]
     if not known:
         return ""

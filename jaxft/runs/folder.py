@@ -25,7 +25,7 @@ MAY_CHANGE = (
     "weights_path", "weights_revision", "loop", "data.epochs", "data.workers", "data.tokens",
     "trackers", "tracking", "samples", "scoring", "sampling", "general", "mesh", "hosts",
 )  # fmt: skip
-# Settings among them that may not, as the scores of all checkpoints are compared, and of the same rows.
+# Except these: scores of all checkpoints are compared, so they are of one metric on the same rows.
 MUST_STAY = ("loop.best_metric", "loop.greater_is_better", "loop.eval_fraction")
 HASH = "sha256:"
 RUN_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -183,7 +183,9 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def finished_steps(folder: Path) -> int:
-    """Return the number of steps of a finished run, 0 for a run that is not finished."""
+    """Return the number of steps of a finished run, 0 for a run that is not finished. Raises ValueError for a
+    damaged summary.json.
+    """
     path = folder / SUMMARY
     steps = read_saved_json(path).get("steps") if path.exists() else 0
     if type(steps) is not int or steps < 0:
@@ -197,8 +199,8 @@ def finished_steps(folder: Path) -> int:
 def early_end(folder: Path, by: Literal["patience", "planned"]) -> int | None:
     """Return a number from summary.json about why a run ended early; None for a run that has not finished.
 
-    by="patience": the value of loop.patience if this setting ended the run, else None. by="planned": how
-    many steps were planned if a callback ended the run, else None.
+    by="patience": the value of loop.patience if this setting ended the run, else None. by="planned": the
+    number of planned steps if a callback ended the run, else None.
     """
     path = folder / SUMMARY
     number = read_saved_json(path).get(by) if path.exists() else None
@@ -292,7 +294,7 @@ def result_hashes(folder: Path) -> dict[str, str]:
         path
         for name in RESULTS
         for path in (folder / name).rglob("*")
-        if path.is_file() and path.suffix != ".md"  # a model card may be edited
+        if path.is_file() and path.suffix != ".md"
     )
     names = [path.relative_to(folder).as_posix() for path in paths]
     return dict(zip(names, files_sha256(paths), strict=True))
@@ -303,14 +305,14 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
     summary.json.
 
     folder: a run's folder, or a result in it, such as adapter/. None for a run without recorded hashes and
-    for other folders.
+    for other folders. Raises ValueError for a damaged summary.json.
     """
     inside, run = folder.resolve(), _run_of(folder)
     if run is None:
         return None
     recorded = read_saved_json(run / SUMMARY).get("files")
     if not isinstance(recorded, dict | None):
-        raise ValueError(f"{run / SUMMARY}: files has type {type(recorded).__name__}; restore the file")
+        raise ValueError(f"{run / SUMMARY}: files={recorded!r:.60} is not an object; restore the file")
     if recorded is None:
         return None
     paths = {run.resolve() / name: sha256 for name, sha256 in recorded.items()}
@@ -393,7 +395,7 @@ def earlier_end_notes(ref: str | Path) -> list[str]:
     """Return [a warning] if a finished run was continued and has not finished again, else []. Its weights are
     then older than its last logged step.
 
-    ref: the value of --run, --adapter, start= or reward=. [] if it is no folder of a run or in a run.
+    ref: the value of --run, --adapter, start= or reward=; [] for any other path than a run's or one in a run.
     """
     line = earlier_end(Path(ref))
     return [f"warning: {line}; finish the run to update them"] if line else []
@@ -417,8 +419,8 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
         was, now = names if was_plain else names[::-1]
         remedy = "plain" if was_plain else "auto"
         return [
-            f"{ref} was trained on other prompts than this run's: strings were {was} there and are {now} "
-            f"here; data.format={remedy} continues with the same prompts"
+            f"{ref} was trained on other prompts than this run's: prompts that are strings were {was} there "
+            f"and are {now} here; data.format={remedy} continues with the same prompts"
         ]
     if is_plain:
         return []

@@ -95,11 +95,11 @@ class Mirror:
         self.is_stopped = False  # whether a signal has ended the run
         self.sending: frozenset[int] = frozenset()  # steps of checkpoints that are being copied
         self._copying = ThreadPoolExecutor(1, thread_name_prefix="copy")
-        self._newest: float = -1  # the checkpoint to be copied; infinite when no more are
+        self._newest: float = -1  # the checkpoint to copy; infinite when no more are to be copied
         self._fails_since = ""
         self._sent: dict[str, list[Any]] = {}  # size and hash of the store's files
         self._damaged: set[str] = set()  # files in the store that do not match their entry
-        self._read: dict[str, int] = {}  # when files were modified that are in the store as they are
+        self._read: dict[str, int] = {}  # modification times of files that the store has
 
     # From the store
 
@@ -148,7 +148,9 @@ class Mirror:
         try:
             index = json.loads(self.store.read(INDEX) or b"{}")
         except ValueError as error:
-            raise ValueError(f"{self.store.url}/{INDEX}: not JSON; delete it to send all again") from error
+            raise ValueError(
+                f"{self.store.url}/{INDEX}: not JSON; delete it, and all files are copied again"
+            ) from error
         parts = index if isinstance(index, dict) else {}
         return {key: part if isinstance(part := parts.get(key), dict) else {} for key in ("owner", "files")}
 
@@ -272,11 +274,11 @@ class Mirror:
         return content
 
     def _path_of(self, name: str) -> Path:
-        """Where an object's file is. Raises ValueError for a name that leads out of the folder."""
+        """Return the path of an object's file. Raises ValueError for a name that leads out of the folder."""
         path = self.folder / name
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(
-                f"{self.store.url}: it has an object {name!r}, which is no file of a run; delete it"
+                f"{self.store.url}: the object {name!r} is not a file of a run; delete it"
             )
         return path
 
@@ -510,8 +512,8 @@ def mirrored(
 
 
 IN_STORE = re.compile(r"(gs|s3)://")
-LEVELS = 3  # of a run, a member of a sweep, and its adapter/ or model/
-FETCHED = "fetched.json"  # in the folder above: names of the fetched files
+LEVELS = 3  # parts of SWEEP/MEMBER/adapter; the folder in the store may end at any of them
+FETCHED = "fetched.json"  # names of the fetched files; it is in the parent folder of the copy
 
 
 def local_folder(place: str) -> Path:

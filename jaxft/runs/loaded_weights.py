@@ -166,7 +166,8 @@ def _own_base(folder: Path) -> tuple[str, list[str]]:
 def prompt_settings(record: dict[str, Any] | None, columns: str | None = None) -> dict[str, Any]:
     """Return the data settings of a run that decide how a row becomes a prompt, by field name.
 
-    record: the run's settings; None for weights without a run. columns: in place of data.columns, "a,b".
+    record: the run's settings; None for weights without a run. columns: replaces data.columns, such as
+    "prompt=question,completion=answer".
     """
     data = record["data"] if record else {}
     format = {"format": "plain"} if data.get("format") == "plain" else {}
@@ -190,7 +191,7 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
     if kind is None:
         raise ValueError(
-            f"cannot rebuild the held-out rows of data of type {data.get('type')}; name rows with --file"
+            f"cannot rebuild the held-out rows of a run with data={data.get('type')}; name rows by --file"
         )
     known = {field.name for field in fields(kind)}
     data = {**data, **vars(decision_prompts(record))}
@@ -227,10 +228,9 @@ def check_recorded_rows(record: dict[str, Any] | None, fingerprint: str) -> None
 def held_out_names(
     data: Rows | PairRows | Prompts, tokenizer: Any, check: FingerprintCheck = any_rows
 ) -> set[str]:
-    """Return the names of the held-out rows, such as "rows.jsonl:3", for data whose setting held_out is a
-    fraction of its rows.
+    """Return the names of the held-out rows, such as "rows.jsonl:3", of data with a fraction as held_out.
 
-    check: is called with the hash of the rows, and raises an error if they have changed.
+    check: called with the hash of the rows; it may raise an error if they are not the expected rows.
     """
     if isinstance(data, Prompts):
         train, held = split_prompts(data, tokenizer)
@@ -279,7 +279,7 @@ def named_models(
 def named_adapters(
     run: Path | None, model: str | None, items: Sequence[str], default: str
 ) -> dict[str, NamedWeights]:
-    """Resolve --run, or --model with `items`, its --adapter options [NAME=]FOLDER, to weights by adapter.
+    """Resolve --run, or --model and its --adapter options [NAME=]FOLDER (`items`), to {name: weights}.
 
     The name is "" without adapters and for one adapter without NAME=. Raises the errors of named_models.
     """

@@ -1,7 +1,7 @@
 """The manifest of a checkpoint: expected shapes, dtypes and hashes of its leaves and files, and their checks.
 
-manifest.json has each leaf's shape, dtype and the hash of each distinct shard as it was in memory, keyed by
-the shard's index ("0:4,0:8"); each file's size and hash; and a hash of itself.
+manifest.json has the shape and dtype of each leaf, and by index ("0:4,0:8") a hash of each distinct shard as
+it was in memory. It also has the size and hash of each file, and a hash of itself.
 """
 
 import json
@@ -154,8 +154,8 @@ def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) 
         ]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{folder} has other leaves than the state of these settings ({'; '.join(lines)}{more}); "
-            "restore the settings, or use another name=..."
+            f"{folder} does not fit the parameters of these settings ({'; '.join(lines)}{more}); restore the "
+            "settings, or use another name=..."
         )
 
 

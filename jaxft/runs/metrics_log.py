@@ -82,7 +82,8 @@ def _lines(path: Path, start: int = 0) -> list[tuple[bytes, Entry]]:
 
 
 def truncate(path: Path, step: int) -> list[Entry]:
-    """Remove the entries of steps later than `step` from a log, where a run resumes. Return the others.
+    """Remove the entries of steps later than `step` from a log, where a run resumes. Return the
+    remaining entries.
 
     step 0 removes all entries, also step 0's, because a fresh run evaluates at step 0 again. The file is
     replaced atomically. Lines that are not entries, such as a half-written one, are removed too.
@@ -285,7 +286,7 @@ def check_chain(log: Path) -> str:
     lines, entries, last = whole_lines(log), _entries(path, strict=True), ""
     count = sum(FILE not in entry for entry in entries)
     if log.is_file() and not log.read_bytes() == b"".join(lines):
-        raise ValueError(f"{log}: its last line is cut off; restore the file")
+        raise ValueError(f"{log}: its last line is incomplete; restore the file")
     for number, entry in enumerate(entries, 1):
         if FILE in entry:
             file = log.with_name(entry[FILE])
@@ -322,5 +323,5 @@ def _entries(path: Path, strict: bool = False) -> list[dict[str, Any]]:
             break
         entries.append(entry)
     if strict and path.read_bytes() != b"".join(whole_lines(path)):
-        raise ValueError(f"{path}: its last line is cut off; restore the file")
+        raise ValueError(f"{path}: its last line is incomplete; restore the file")
     return entries

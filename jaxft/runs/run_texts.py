@@ -51,7 +51,7 @@ class Evaluation(TypedDict):
     scored. intervals: 95 % intervals of the means over these prompts, by metric. score_faults: lines about
     completions without a score. nonfinite: number of prompts of which a completion ended because of
     non-finite logits. part, part_note: present only if loop.eval_fraction limits evaluations. part: the rows
-    that were evaluated, such as "11 of 50 held-out rows". part_note: a line that tells the user so.
+    that were evaluated, such as "11 of 50 held-out rows". part_note: the same as a line for the user.
     """
 
     metrics: dict[str, float]
@@ -218,7 +218,7 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
             by_text.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), []).append((alarm, name))
     joint = []
     for same in by_text.values():
-        text = same[0][0] + (" (the others with other numbers)" if len({x for x, _ in same}) > 1 else "")
+        text = same[0][0] + (" (with other numbers in other runs)" if len({x for x, _ in same}) > 1 else "")
         joint.append((text, list(dict.fromkeys(name for _, name in same))))
     return joint
 
@@ -241,7 +241,7 @@ def headlines(evaluation: Evaluation) -> dict[str, str]:
 
 
 def _short(text: str) -> str:
-    """One line of at most 240 characters."""
+    """Return text as one line of at most 240 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 240 else line[:234] + " [...]"
 
@@ -259,11 +259,11 @@ class ModelCard:
     """The contents of a run's model card, README.md.
 
     metadata: for the hub, see model_card.front_matter. base: the base model's name for readers. merged: the
-    weights are a whole model, into which the adapter, if there was one, is merged. pad: the padding token id
-    that a reward model is loaded with. text_decoder: the adapter is for the text decoder of a multimodal
-    base. curves, completions: sections with pictures and with sampled completions, or "". command: the
-    command line that trains the same run, or "". labels: a sentence about a classifier's labels, or "".
-    served: URL paths at which scripts/serve.py answers questions with a decision model.
+    weights are a full model, into which the adapter, if there was one, is merged. pad: the padding token id
+    that a reward model is loaded with. text_decoder: whether a reward model's adapter is for the text decoder
+    of a multimodal base. curves, completions: sections with pictures and with sampled completions, or "".
+    command: the command line that trains the same run, or "". labels: a sentence about a decision model's
+    labels, or "". served: the HTTP endpoints of `jaxft serve` for a decision model, () for other models.
     """
 
     name: str
@@ -345,7 +345,7 @@ def _results(card: ModelCard) -> list[str]:
 
 
 def _usage(card: ModelCard) -> list[str]:
-    """How to use the weights with jaxft and with other libraries; `jaxft push` replaces this section."""
+    """Return the section on use of the weights, with jaxft and other libraries; `jaxft push` replaces it."""
     folder, layout = ("model", "Hugging Face transformers") if card.merged else ("adapter", "PEFT")
     lines = [
         f"{USE_SECTION}\n",

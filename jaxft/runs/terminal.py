@@ -19,7 +19,7 @@ from jaxft.data.rows.remote import without_secrets
 from jaxft.data.rows.shipped import own_commands
 from jaxft.distributed.exit import RESTART_CODE, RestartError
 
-# Characters that move the cursor, changes colours or reorders text; tabs and new lines are left.
+# Characters that move the cursor, change colours or reorder text, except tabs and new lines.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_LINE = 2000
 # Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.

@@ -63,7 +63,7 @@ class TrackedRun(NamedTuple):
 
     @property
     def group(self) -> str | None:
-        """The group that is set, or else the sweep."""
+        """tracking.group, else the sweep; None without both."""
         return self.tracking.group or self.sweep
 
 
@@ -423,7 +423,7 @@ def check_trackers(trackers_or_names: tuple[str | Tracker, ...]) -> list[OpenTra
     for name in names:
         if name not in OPENERS and ":" not in name:
             known = ", ".join(sorted((*OPENERS, *OPEN)))
-            raise ValueError(f"trackers has {name!r}; use {known}, or file.py:name of your own")
+            raise ValueError(f"trackers has {name!r}; use {known}, or FILE.py:FUNCTION of your own")
         if name in OPENERS:
             import_package(name)
     return [OPENERS.get(name) or load_callable(name) for name in names]

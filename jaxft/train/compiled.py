@@ -30,8 +30,8 @@ from jaxft.train.start.jobs import Job
 
 States = tuple[TrainState, ...]  # of the members of a job
 RowMetrics = Callable[[States, Iterable[Batch], bool], list[Metrics]]  # see programs.compile_metrics
-CompileRows = Callable[[Batch, int], RowMetrics]  # of the shape of batches, and how many there are
-RowValues = dict[int, FloatMetrics]  # of held-out rows by their position
+CompileRows = Callable[[Batch, int], RowMetrics]  # of the shape of a batch, and the number of batches
+RowValues = dict[int, FloatMetrics]  # of held-out rows by index
 LAST_LOSS = "last_loss"
 EVALUATING, EVALUATING_TEXT = "batches of held-out rows evaluated", "batches of general text evaluated"
 

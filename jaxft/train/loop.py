@@ -45,7 +45,7 @@ from jaxft.train.start_and_end import (
 )
 from jaxft.train.sweep import Sweep, check_members, reason_to_separate, with_one_split, write_table
 
-SIGNAL = 128  # exit codes from here on are of a run that a signal stopped
+SIGNAL = 128  # the exit code of a run that signal n stopped is 128 + n
 END_RUN = 1000  # the vote of a callback that ends the run; votes for a signal have its number
 
 
@@ -208,12 +208,12 @@ def train_sweep(
 ) -> int:
     """Train the runs of a sweep, or resume them; return the exit code, see `run`.
 
-    Runs that can share a program are trained together, others one after the other. Before that, all are set
-    to hold out the same rows.
+    If they can share a program, all are trained together, else one after the other. They are set to hold out
+    the same rows first.
 
     runs: by label, which is also the name of the run's folder in the sweep's. at_once: how many adapters go
-    through the model in one forward pass; None for 1, which also permits training one run after the other
-    (with a number, runs that cannot share a program are an error). clock: see `run`; runs that are trained
+    through the model in one forward pass. Runs that cannot share a program raise ValueError if it is given;
+    None is 1 and permits training one after the other. clock: see `run`; runs that are trained
     one after the other have clocks of their own.
     """
     runs = with_one_split(runs)

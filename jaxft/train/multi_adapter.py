@@ -2,7 +2,7 @@
 and the programs of a sweep, one step and one evaluation for all members.
 
 `lax.map` runs over blocks of `at_once` adapters, so that activations are stored for one block at a time. The
-rows of a block go through the model together. The reference policy runs once for all of them.
+rows of a block go through the model together. A reference policy that all adapters share runs once.
 
 Each of the K runs has its own tree of trainable parameters. `SharedFrozen` holds the base once.
 """
@@ -43,11 +43,11 @@ from jaxft.train.programs import sharded_batch
 from jaxft.train.start.jobs import Job
 from jaxft.train.step import Watch, accumulate_gradients, apply_gradients
 
-LOSS_KNOBS = "knobs"  # name in aux of the knobs of a loss that are arrays, as in a study
+LOSS_KNOBS = "knobs"  # key in aux of a loss's knobs that are arrays, as in a study
 
 
 class SharedFrozen(NamedTuple):
-    """Frozen parameters: `base`, which all adapters share, and in `own` the scales of each adapter."""
+    """Frozen parameters: `base`, which all adapters share, and in `own` each adapter's, such as scales."""
 
     base: Params
     own: tuple[Params, ...]
@@ -147,8 +147,8 @@ def gradients(
 
 
 def make_update(objective: Objective, optimizer: Optimizer, watch: Watch | None = None) -> Callable:
-    """Return `update(state, k, gradients [K], metrics [K], batch) -> (state, metrics)`: adapter k's optimizer
-    update, by its part of the stacked gradients.
+    """Return `update(state, k, gradients [K], metrics [K], batch) -> (state, further metrics)`, the optimizer
+    update of adapter k by its part of the stacked gradients.
 
     An adapter whose loss, gradient or update is not finite stays unchanged; the others continue.
     """

@@ -65,8 +65,8 @@ def partition_params(
     pattern: regular expressions (OR-ed) over parameter paths; None for the patterns of
     `trainable_patterns(model, adapter)`. An adapter's `scale` and the initial adapter are always frozen. ref:
     where the weights come from; quant=checkpoint reads the headers of its files. dtype: dtype of trainable
-    base weights, by default at least float32. Raises ValueError for a pattern that matches nothing, and where
-    `quant` selects a trainable parameter.
+    base weights, by default at least float32; ValueError if there are none. Raises ValueError for a pattern
+    that matches nothing, and where `quant` selects a trainable parameter.
     """
     whole = adapted(model, adapter)
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
@@ -165,7 +165,7 @@ class ParameterRow(NamedTuple):
 
 def parameter_rows(partition: Partition, mesh: Mesh | None = None) -> list[ParameterRow]:
     """Return a row of the parameter table for each parameter, frozen ones too. mesh: for shardings, which are
-    None without it.
+    None without it or on one device.
     """
     mask, rows = tree.paths(partition.mask), []
     for path, spec in param.spec_paths(partition.specs).items():
@@ -183,8 +183,8 @@ def parameter_rows(partition: Partition, mesh: Mesh | None = None) -> list[Param
 
 
 def parameter_table(partition: Partition, mesh: Mesh | None = None) -> str:
-    """Return text with a line for each parameter: path, shape, axes, storage, sharding (only if `mesh` is
-    given), and trained or frozen; then a line with the number of trained and of all parameters.
+    """Return text with a line for each parameter: path, shape, axes, storage, sharding (only on a mesh of
+    several devices), and trained or frozen; then a line with the number of trained and of all parameters.
     """
     lines = []
     for row in parameter_rows(partition, mesh):

@@ -64,10 +64,10 @@ class Programs:
 
 
 def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) -> Programs:
-    """Build the programs of a run of `steps` steps from its settings alone: no weights, rows or network.
+    """Build the programs of a run of `steps` steps from its settings alone, without weights or rows.
 
-    mesh_devices: the devices of the mesh, by default all. Raises ValueError for settings that
-    don't go together.
+    quant=checkpoint reads the headers of the weight files. mesh_devices: the devices of the mesh, by default
+    all. Raises ValueError for settings that don't go together.
     """
     longest = run.model.config.max_positions
     if run.data.max_length > longest:
@@ -104,10 +104,11 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     check_teacher(run, parts, objective.facts)
     if run.optim.fused_backward and run.loop.watch:
         raise ValueError(
-            "loop.watch needs the gradients after the backward pass; set optim.fused_backward=false"
+            f"loop.watch={run.loop.watch} needs the gradients after the backward pass; set "
+            "optim.fused_backward=false"
         )
-    make = partial(make_optimizer, run.optim, steps=steps)
     specs = parts.trainable_specs
+    make = partial(make_optimizer, run.optim, steps=steps, all_specs=specs)
     check_lora_plus(run, specs)
     optimizer = freezable(make, specs) if objective.facts.freezes_policy else make(specs)
     if run.optim.skip_spikes is not None:
@@ -191,7 +192,7 @@ def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) ->
         and run.start is None
         and (not run.adapter.changes_base or INITIAL_ADAPTER in parts.specs)
         and not partition.trains_base(parts)
-        and not run.adapter.replaces_weights  # of which the base has roundings
+        and not run.adapter.replaces_weights  # which the base stores rounded
     )
     return lambda trainable: objective.init(trainable, at_base)
 
@@ -240,7 +241,8 @@ def start(
     restored: the state of a checkpoint; None starts with a fresh adapter and optimizer. base: the frozen base
     of another member of a sweep, whose arrays this one shares. folder: the run's folder, into which an
     adapter that changes the base (such as PiSSA) is written as it is at step 0. rows: the rows that
-    initialise an EVA adapter; None starts it as plain LoRA, which computes the same at step 0.
+    initialise an EVA adapter; None starts it as plain LoRA, which computes the same at step 0. Raises
+    ValueError for a base with quant.calibrate that has no codes yet.
     """
     pairs = None
     if run.quant and run.quant.calibrate and run.quant.codes is None:
@@ -292,7 +294,7 @@ def reference_step(p: Programs) -> jax.stages.Wrapped:
 
 
 def compile_step(p: Programs, *batches: Batch) -> TrainStep:
-    """Compile the train step for batches of these shapes; another shape raises instead of compiling."""
+    """Compile the train step for batches of these shapes; a batch of another shape raises an error."""
     lowered = {
         batch.ids.shape: p.train_step.lower(p.state, p.frozen, sharded_batch(p, batch)) for batch in batches
     }
@@ -419,8 +421,8 @@ def _check_dora(run: Run, parts: Partition) -> None:
         adapted |= {"base/embed"}
         if "embed" in nodes:
             raise ValueError(
-                "adapter.dora on a head that is tied to the embeddings needs a frozen table; leave head out "
-                "of adapter.targets, or set adapter.dora=false"
+                "adapter.dora=true on a head that is tied to the embeddings needs a frozen table; leave "
+                "head out of adapter.targets, or set adapter.dora=false"
             )
     both = trainable_paths(parts) & adapted
     if both:

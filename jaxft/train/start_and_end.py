@@ -1,9 +1,9 @@
 """Checks at the start and the end of a run: its losses and its steps must be finite.
 
-A run whose loss or logits are not finite before the first step stops there. A run is not finished if it ends
-with non-finite steps, a non-finite loss after the last step (on held-out rows or, if there are none, on that
-step's rows), completions whose logits are not finite, or fewer than half of its steps done: it raises an
-alarm, writes no weights, and its process exits with code 1. A sweep's other members finish as usual.
+A run whose loss or logits are not finite before the first step stops there. A run is not finished if its last
+steps or more than half of all steps were not finite. It is not finished either if a loss after the last step
+(on held-out rows or, if there are none, on that step's rows) or the logits of a completion are not finite. It
+then raises an alarm, writes no weights, and its process exits with code 1. In a sweep, the others finish.
 """
 
 import math
@@ -82,18 +82,19 @@ def without_accuracies(end: Evaluation) -> Evaluation:
 
 def check_selection(job: Job, before: list[Evaluation]) -> None:
     """Raise AgreedError if loop.best_metric is not a metric of the evaluations, if neither its name nor
-    loop.greater_is_better tells which value is better, or if loop.patience is set without held-out metrics.
+    loop.greater_is_better says which value is better, or if loop.patience is set without held-out metrics.
 
     before: each member's evaluation before the first step.
     """
     for member, end in zip(job.members, before, strict=True):
-        # an accuracy of ties alone has no value yet, and the number of its pairs
+        # if all pairs are ties, an accuracy has no value yet, only the number of its pairs
         loop, known = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
         metrics = list(dict.fromkeys(without_count(name) for name in known))
         if loop.best_metric and loop.best_metric not in metrics:
-            near = ", ".join(tree.nearest(loop.best_metric, metrics, 5) or metrics) or "none at all"
+            near = ", ".join(tree.nearest(loop.best_metric, metrics, 5) or metrics)
+            remedy = f"near: {near}" if near else "set data.held_out, without which there are none"
             raise processes.AgreedError(
-                f"loop.best_metric={loop.best_metric} is no metric of the evaluations; near: {near}"
+                f"loop.best_metric={loop.best_metric} is not a metric of the evaluations; {remedy}"
             )
         if selection_score(end["metrics"], loop) is None and loop.patience and not metrics:
             raise processes.AgreedError(

@@ -1,7 +1,7 @@
 """Model weights in and out of files.
 
 pretrained.py: load a model, its base and its tokenizer from anywhere
-tensors.py: tensors in a model's files, and the table of them by parameter; values are finite
+tensors.py: tensors in a model's files, and the table of them by parameter; checks for NaN and infinity
 param_loading.py: parameters, read part by part and loaded onto a mesh
 storage.py: how each parameter is stored
 initial_params.py: adapters and heads, fresh or from folders

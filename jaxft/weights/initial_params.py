@@ -42,8 +42,9 @@ def init_all_but_base(
     model: its specs are the tree {"base", "adapter", ...heads} of all parameters. The base, the teacher and
     the initial adapter (edit/lora_start.py) are not in the result. policy: settings of the policy's adapter
     and head. Without policy.start, the head is loaded from the files of `ref`, the base, if they contain one.
-    scorers: settings by name of critics and reward models on the same base. Raises ValueError if the adapter
-    in a start folder has other settings, and for a frozen reward model without a head.
+    scorers: settings by name of critics and reward models on the same base. Raises FileNotFoundError for a
+    missing start folder, ValueError if its adapter has other settings, and for a frozen reward model without
+    a head.
     """
     scorers, key = scorers or {}, jax.random.key(seed)
     others = {"base", INITIAL_ADAPTER, TEACHER, *scorers}
@@ -188,8 +189,8 @@ def _start_folder(settings: HeadSettings) -> Path:
 def _check_start(
     settings: HeadSettings, declared: tuple[tuple[str, ...], Adapter], specs: dict[str, Any], model: Model
 ) -> None:
-    """Raise ValueError if the adapter in settings.start has other settings than the run's, or a scalar head
-    that the run lacks. declared: (parts in the folder, adapter settings), from peft_read.read_declared.
+    """Raise ValueError if the run trains no adapter, or if the one in settings.start has other settings than
+    the run's, or a scalar head that the run lacks. declared: from peft_read.read_declared.
     """
     (parts, theirs), start = declared, str(settings.start)
     base = model.specs.get("base", model.specs)

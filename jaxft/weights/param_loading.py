@@ -386,7 +386,7 @@ def _arrays_by_name(x: Leaf) -> dict[str, Any]:
 
 
 def is_quantised(like: Leaf) -> bool:
-    """Whether `like` has fewer bits than its dtype. False for a QTensor of kind "bits": 16-bit raw values."""
+    """Return whether `like` has fewer bits than its dtype; False for a QTensor of kind "bits" (raw bits)."""
     return isinstance(like, QTensor) and like.kind != "bits"
 
 

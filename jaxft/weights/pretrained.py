@@ -98,7 +98,7 @@ def model_for(ref: str, **options: Any) -> Model:
 
 
 def _has_other_head(located: hub.Located) -> bool:
-    """Whether a folder's files have a head that is not the embedding; False if they cannot be read."""
+    """Return whether a folder's files have a head that is not the embedding; False if they cannot be read."""
     if located.kind != "folder":
         return False
     try:
@@ -283,7 +283,7 @@ def load_base(
     """Load the base parameters of `ref` onto the mesh as they are stored; a process reads only its own
     devices' shards.
 
-    skip: paths in the whole tree of parameters that are not read and are None in the result. adapter: a PEFT
+    skip: paths, such as base/layers/attn/q, that are not read and are None in the result. adapter: a PEFT
     folder that is merged into the weights in float32. without: an adapter that is subtracted from the
     weights.
     """

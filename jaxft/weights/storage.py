@@ -45,7 +45,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model and, by path, how each of its parameters is stored. model: its specs are the whole tree
+    """A model and, by path, how each of its parameters is stored. model: its specs are the full tree
     {"base", "adapter", ...heads}.
     """
 
@@ -54,7 +54,7 @@ class StoredModel:
 
     @property
     def specs(self) -> Any:
-        """ParamSpecs of the whole tree."""
+        """ParamSpecs of the full tree."""
         return self.model.specs
 
 
@@ -65,12 +65,12 @@ def choose_storage(
     layouts: Mapping[str, QTensor],
     trainable_dtype: DTypeLike | None = None,
 ) -> StoredModel:
-    """Choose the storage of every parameter of `model`, whose specs are the whole tree {"base", ...heads}.
+    """Choose the storage of every parameter of `model`, whose specs are the full tree {"base", ...heads}.
 
     Trainable parameters and all parameters outside the base are stored in float32 or wider; trainable
     parameters of the base in `trainable_dtype` if it is given. Frozen parameters of the base are stored in
     the compute dtype (16-bit matrices as raw bits), or quantised where `quant.targets` selects them.
-    trainable: paths in the whole tree. layouts: the checkpoint's quantised layouts by path in the base, for
+    trainable: paths in the full tree. layouts: the checkpoint's quantised layouts by path in the base, for
     quant=checkpoint. Raises ValueError if `quant` selects a trainable parameter, or if quant.fp8_matmul is
     set and the checkpoint has no FP8 weights with a scale per output channel.
     """
@@ -108,7 +108,7 @@ def choose_storage(
 
 
 def in_base(path: str) -> bool:
-    """Whether a path of the whole tree is a weight of the base."""
+    """Return whether a path such as base/layers/attn/q is a weight of the base."""
     return path.startswith("base/")
 
 
@@ -129,7 +129,7 @@ def quantised_paths(base: Any, quant: Quant) -> list[str]:
 
 
 def keeps_layout(storage: Storage, layout: QTensor) -> bool:
-    """Whether a parameter with this layout in the checkpoint can be stored with its codes and scales
+    """Return whether a parameter with this layout in the checkpoint can be stored with its codes and scales
     unchanged.
     """
     if not storage.quantised:
@@ -167,7 +167,7 @@ def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
 
 
 def sharded_shapes(stored: StoredModel, mesh: Mesh) -> Any:
-    """Return the whole tree as it is stored on the mesh, as ShapeDtypeStructs with shardings."""
+    """Return the full tree as it is stored on the mesh, as ShapeDtypeStructs with shardings."""
 
     def leaf(path: str, spec: ParamSpec) -> Any:
         x = leaf_shapes(spec, stored.storage[path])

@@ -23,11 +23,11 @@ from jaxft.nn.param import ParamSpec, spec_paths
 from jaxft.nn.quant import QTensor, dequantize, is_qtensor
 from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, numbers_at
 
-Index = tuple[slice, ...]  # of the leading dimensions of an array; the others are whole
+Index = tuple[slice, ...]  # of an array's leading dimensions; the other dimensions are taken in full
 ReadPart = Callable[[Index], np.ndarray]
 
-# Bits of a 16-bit float without its sign, from which on it is infinite or NaN. NumPy's own isfinite is slow
-# for float16 and unknown to it for bfloat16.
+# A 16-bit float is infinite or NaN if its bits without the sign are at least this number. Comparing bits is
+# many times as fast as np.isfinite for these dtypes.
 INFINITE_BITS = {np.dtype(np.float16): 0x7C00, np.dtype(ml_dtypes.bfloat16): 0x7F80}
 ADVICE = "repair the file, or download it again"
 
@@ -38,8 +38,8 @@ class QuantisedTensor:
 
     method: the quantisation method, for messages. layout: a QTensor of ShapeDtypeStructs that represents
     exactly the values in the files; None if no QTensor can. read(index): returns the weight, or the part of
-    it at `index` [in, out], which begins and ends at blocks: a QTensor of NumPy arrays in that layout, or
-    float32 values if layout is None. reason: why layout is None, or larger than the files; "" otherwise.
+    it at `index` [in, out], which begins and ends at blocks, as a QTensor of NumPy arrays; if layout is None,
+    call it without an index: it returns float32. reason: why layout is None, or larger than the files, or "".
     tensors: names in the files of the codes and scales that make up the weight, empty if the weight is one
     tensor under its usual name.
     """
@@ -229,7 +229,7 @@ def _gather_part(replicated: Sharding) -> Callable[..., jax.Array]:
 
 
 def is_finite(x: np.ndarray) -> bool:
-    """Whether no value of an array is infinite or NaN. True for integers."""
+    """Return whether no value of an array is infinite or NaN. True for integers."""
     if x.dtype in INFINITE_BITS:
         positive, negative = x.view(np.int16).max(initial=0), x.view(np.uint16).max(initial=0)
         return int(positive) < INFINITE_BITS[x.dtype] and int(negative) < 0x8000 + INFINITE_BITS[x.dtype]

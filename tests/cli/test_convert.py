@@ -92,6 +92,11 @@ def test_a_process_reward_model_keeps_its_separator_and_the_steps_that_are_train
     c = converted("prm.py", PRM_SCRIPT)
     assert c.recipe == "process_reward" and {"data.last_step_only=true", "max_length=99"} <= {*c.settings}
     assert not any("separator" in setting for setting in c.settings)
+    assert "a process reward model of TRL" in conversion_text.conversion_lines(c)[0]
+
+
+def test_the_report_has_a_title_for_every_recipe_that_a_file_is_converted_to():
+    assert {*to_recipe.RECIPES.values(), "sft_full"} == conversion_text.METHOD.keys()
 
 
 def test_a_mix_of_losses_has_the_files_weights(converted):
@@ -273,7 +278,7 @@ def test_the_learning_rate_ends_where_theirs_does(converted, kind, warmup):
         ("a.ipynb", "{}", "not a notebook"),
         ("a.sh", "echo hello", "no command that starts a trainer"),
         ("a.sh", "axolotl train missing.yml", "missing.yml, which is neither in the working directory"),
-        ("a.toml", "x = 1", "convert reads YAML"),
+        ("a.toml", "x = 1", ".toml is not a suffix that jaxft convert reads"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_one_line(converted, tmp_path, name, text, message):

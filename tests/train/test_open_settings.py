@@ -64,7 +64,7 @@ def test_lengths_of_own_rows_cover_99_percent_within_the_models_context(place):
     assert found.chosen["max_length"] == str(found.value.data.max_length) and context < 1090
     assert found.value.data.max_length == context // 64 * 64  # 99 % need more, which the tiny model hasn't
     assert f"max_length={found.value.data.max_length} covers" in text and "covers all" not in text
-    assert f"the most of the model's {context:,} positions, and needs" in text
+    assert f"the most that the model's {context:,} positions allow, and needs" in text
     record = found.describe()
     assert record["command"]["chosen"] == found.chosen and record["data"]["max_length"] == context
     assert record["command"]["line"] == ["sft", *place, "data=rows.jsonl"]

@@ -106,7 +106,7 @@ def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(pla
             jaxft.evaluate(result.loaded, held)
         with pytest.raises(jaxft.Error, match="option max_new_tokens: max_new_tokens is max_new here"):
             result.generate(["a"], max_new_tokens=4)
-        with pytest.raises(jaxft.Error, match=r"one conversation; .* give \[prompts\]"):
+        with pytest.raises(jaxft.Error, match=r"one conversation, but .* give \[prompts\]"):
             result.generate([{"role": "user", "content": "a"}])
 
 
@@ -224,7 +224,7 @@ WRONG = [
     (dict(rows={"train": []}), "rows is dict, not a list of dicts; give one split"),
     (dict(rows=[{"text": "a"}], data="a.jsonl"), "rows and data= are both the training rows"),
     (dict(settings={"lr": 1}, lr=2), "lr is given twice"),
-    (dict(callbacks=print), "callbacks= is a list of callbacks; write callbacks=[...]"),
+    (dict(callbacks=print), "callbacks=<built-in function print> is not a list of callbacks; write"),
     (dict(dataset=[{"text": "a"}]), "this recipe takes no dataset=; pass the rows as the second argument"),
     (dict(train_dataset=[{"text": "a"}]), "this recipe takes no train_dataset=; pass the rows"),
     (dict(lr=["x" * 3000]), "lr=" + "x" * 196 + " ...: expected float"),

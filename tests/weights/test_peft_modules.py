@@ -305,7 +305,7 @@ def test_files_with_missing_or_other_modules_are_refused_in_one_line(worlds, tmp
         ({"trainable_token_indices": [3, 320]}, "expected ids from 0 to 319"),
         (
             {"trainable_token_indices": {"embed_tokens": [3, 4], "lm_head": [3]}},
-            "the same of embed_tokens and lm_head.*merge_and_unload",
+            "the same for embed_tokens and lm_head.*merge_and_unload",
         ),
         ({"trainable_token_indices": None}, "trainable_tokens_delta is not part of"),
         ({"modules_to_save": None}, "input_layernorm.weight is not part of"),

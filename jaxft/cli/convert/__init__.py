@@ -1,10 +1,10 @@
-"""Configurations of other tools as recipes of jaxft.
+"""`jaxft convert`: configurations of other tools as recipes of jaxft. No file is executed.
 
-yaml_and_shell.py: YAML, command lines and shell scripts
-rows_and_batches.py: datasets, templates, rows of a step, schedules, rollouts
-python_files.py: options in Python files and notebooks
-python_rows.py: the datasets that Python files and notebooks load
-conversion_text.py: a conversion as a command, a report and a recipe
-draft.py: the options that a file gives, and a conversion under way; no file is executed
-to_recipe.py: converts a configuration of another tool to a recipe with settings
+to_recipe.py: reads a file by its suffix, and converts its options to a recipe with settings
+draft.py: types: an option, the options of a file, a conversion in progress
+yaml_and_shell.py: reads options from YAML, command lines and shell scripts
+python_files.py: reads options from Python files and notebooks
+python_rows.py: reads which datasets Python files and notebooks train on
+rows_and_batches.py: converts options of datasets, chat templates, batches, schedules and rollouts
+conversion_text.py: a conversion as a command, as a report and as a recipe file
 """

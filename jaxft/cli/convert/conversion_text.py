@@ -1,6 +1,6 @@
-"""A conversion as text: a `jaxft train` command, a report about each option, and a recipe file.
+"""A conversion as text: a `jaxft train` command, a report about the options, and a recipe file.
 
-The recipe file is a copy of a shipped recipe, in which the converted settings are the defaults.
+The recipe file is a copy of a shipped recipe whose defaults are the converted settings.
 """
 
 import ast
@@ -31,7 +31,7 @@ class Edit(NamedTuple):
 
 
 def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
-    """Write a conversion as a recipe file, with `lines` as comments below its docstring. Raises ValueError if
+    """Write a recipe with a conversion's settings. lines: comments below its docstring. Raises ValueError if
     `path` exists or does not end in .py.
     """
     if path.suffix != ".py":
@@ -65,7 +65,7 @@ def recipe_text(conversion: Conversion, lines: list[str]) -> str:
 
 
 def _without_remarks(source: bytes) -> bytes:
-    """Return a recipe without the comments in its return statement, which describe the shipped rows."""
+    """Return a recipe's source without the comments of its last statement, which are about its own rows."""
     head, returned, tail = source.rpartition(b"\n    return ")
     return head + returned + re.sub(rb"  # .*", b"", tail)
 
@@ -78,7 +78,7 @@ class _Code(NamedTuple):
 
     @classmethod
     def of(cls, knob: Knob, text: str) -> "_Code":
-        """Return the source of a knob's value. text: the value as on the command line."""
+        """Return the source of a knob's value. text: the value as on a command line."""
         parsed = parse_value(text, knob.kind)
         if callable(parsed):
             return cls._function(parsed)
@@ -104,8 +104,9 @@ def _literal(value: Any) -> str:
 
 
 def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: list[str]) -> Edit:
-    """Return the edit that replaces the recipe's docstring by one about the conversion, and adds comments.
-    source, tree: the shipped recipe, as text and parsed. lines: the comments.
+    """Return the edit that replaces a recipe's docstring by one about the conversion.
+
+    source, tree: the shipped recipe as text and parsed. lines: comments below the docstring.
     """
     name = re.sub(r"[^\w .-]", "_", conversion.source.file.name)
     comments = [
@@ -124,10 +125,11 @@ def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: l
 def _defaults(
     source: bytes, config: ast.FunctionDef, knobs: dict[str, Knob], values: dict[str, _Code]
 ) -> list[Edit]:
-    """Return the edits that give the parameters of a recipe's `config` other defaults.
+    """Return the edits that change the defaults of a recipe's parameters.
 
-    knobs: the recipe's, by name. values: knob -> its new default. A knob of a group, such as RowKnobs,
-    changes the call that is the default of the group's parameter.
+    config: the recipe's function. knobs: its knobs by name. values: knob -> its new default.
+
+    A knob of a group, such as RowKnobs, changes the call that is the default of the group's parameter.
     """
     arguments = config.args.args
     first = len(arguments) - len(config.args.defaults)
@@ -142,8 +144,9 @@ def _defaults(
 
 
 def _group(source: bytes, default: ast.expr, knobs: dict[str, Knob], values: dict[str, _Code]) -> str:
-    """Return the source of a group's default with other values, such as RowKnobs(data="rows.jsonl"). default:
-    the call so far. knobs: the recipe's, by name. values: knob of this group -> its new value.
+    """Return the source of a group's default with changed values, such as RowKnobs(data="rows.jsonl").
+
+    default: the present call. knobs: the recipe's, by name. values: knob of this group -> its new value.
     """
     assert isinstance(default, ast.Call)
     names = [name for name, knob in knobs.items() if knob.group == knobs[next(iter(values))].group]
@@ -189,11 +192,12 @@ def _offset(source: bytes, line: int, column: int) -> int:
 LINE = 100  # characters of a line of the command
 METHOD = {"sft": "SFT", "sft_full": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "ORPO", "simpo": "SimPO",
           "reward": "a reward model", "grpo": "GRPO", "ppo": "PPO", "online_dpo": "online DPO",
-          "pretrain": "continued pre-training"}  # fmt: skip
+          "pretrain": "continued pre-training",
+          "process_reward": "a process reward model"}  # fmt: skip
 
 
 def command(conversion: Conversion) -> str:
-    """Return `jaxft train RECIPE NAME=VALUE ...`, quoted for the shell, over several lines."""
+    """Return `jaxft train RECIPE NAME=VALUE ...`, quoted for the shell, in lines that end in a backslash."""
     lines, line = [], f"jaxft train {conversion.recipe}"
     for setting in map(shlex.quote, conversion.settings):
         if len(line) + len(setting) + 3 > LINE:
@@ -204,23 +208,23 @@ def command(conversion: Conversion) -> str:
 
 
 def conversion_lines(conversion: Conversion) -> list[str]:
-    """Return a report as lines: the tool, counts of options by outcome, each option that is changed or lost,
-    and notes.
+    """Return the lines of a report: the tool, counts of options by outcome, the options that are converted
+    with a difference or not at all, and notes.
     """
     c, lines = conversion, list[str]()
     counts = [
-        (len(c.same), "expressed as they are"),
-        (len({option.name for option, _ in c.otherwise}), "otherwise"),
-        (len({option.name for option, _ in c.lost}), "not"),
-        (len(c.unneeded), "with nothing to set"),
+        (len(c.same), "converted"),
+        (len({option.name for option, _ in c.otherwise}), "converted with a difference"),
+        (len({option.name for option, _ in c.lost}), "not converted"),
+        (len(c.unneeded), "needing no setting"),
         (len(c.empty), "empty"),
     ]
     listed = ", ".join(f"{count} {how}" for count, how in counts if count)
     lines.append(f"{c.source.file}: {METHOD[c.recipe]} of {c.source.tool}; options: {listed}")
-    lines += _section("expressed otherwise", c.otherwise)
-    lines += _section("not expressed", c.lost)
+    lines += _section("converted with a difference", c.otherwise)
+    lines += _section("not converted", c.lost)
     if c.unneeded:
-        lines.append(f"nothing to set: {', '.join(option.name for option in c.unneeded)}")
+        lines.append(f"need no setting: {', '.join(option.name for option in c.unneeded)}")
     if c.empty:
         lines.append(f"empty, so the tool's default: {', '.join(option.name for option in c.empty)}")
     if c.defaults:
@@ -230,7 +234,7 @@ def conversion_lines(conversion: Conversion) -> list[str]:
 
 
 def _section(title: str, pairs: Iterable[tuple[GivenOption, str]]) -> list[str]:
-    """Return `title` and a line per remark, with the options that it is about. pairs: (option, remark)."""
+    """Return `title` and a line per remark with its options, or [] without pairs. pairs: (option, remark)."""
     by_remark: dict[str, list[GivenOption]] = {}
     for option, remark in pairs:
         by_remark.setdefault(remark, []).append(option)

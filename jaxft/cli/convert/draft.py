@@ -1,5 +1,6 @@
-"""The options that a configuration of another tool gives, and a conversion in progress: options that are not
-converted yet, settings so far, and remarks about options that are changed or lost.
+"""Types of a conversion: an option of another tool's file, all options of a file, and a draft of the recipe.
+
+Options are converted one after the other, or several together; most by the table option_names.OPTIONS.
 """
 
 import difflib
@@ -18,12 +19,13 @@ from jaxft.runs.terminal import short_text
 LARGEST_FILE = 2**20  # bytes of a file
 MOST_OPTIONS = 2000
 LONGEST_VALUE = 80  # characters of a value in messages
+# Sections whose keys are options too, such as trl.beta
 NESTED = ("trl", "peft", "special_tokens", "fsdp_config", "env", "model_init_kwargs", "dynamic_checkpoint")
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A value in a Python file or a script that only running the file would show. text: its source."""
+    """A value that would be known only if the file ran, such as a variable. text: its source."""
 
     text: str
 
@@ -32,10 +34,10 @@ class Expression:
 
 
 class GivenOption(NamedTuple):
-    """An option as a file has it. name: with dots for sections, such as fsdp_config.fsdp_offload_params.
+    """An option as a file has it. name: dotted in a section, such as fsdp_config.fsdp_offload_params.
 
-    value: an Expression if it is not a literal. line: its line in the file, counted from 1. remark: why no
-    setting of jaxft expresses it, "" for an option that is converted.
+    value: an Expression if it cannot be known. line: its line in the file, counted from 1; None if unknown.
+    remark: why it is not converted, or what to do instead; "" for an option to convert.
     """
 
     name: str
@@ -45,7 +47,7 @@ class GivenOption(NamedTuple):
 
     @property
     def empty(self) -> bool:
-        """Whether the file has the name without a value, which leaves the tool's default."""
+        """Whether the file has the name without a value, so that the tool's default applies."""
         return self.value is None or self.value == "" or self.value == {} or self.value == []
 
     def __str__(self) -> str:
@@ -55,12 +57,12 @@ class GivenOption(NamedTuple):
 
 @dataclass(frozen=True)
 class ForeignConfig:
-    """A configuration of another tool.
+    """The options of a file of another tool.
 
-    file: where it was read. tool: a constant of option.py. trainer: the method, in the tool's word
-    ("dpo", "kto", ...), "" if it follows from the options. lora: whether an adapter is trained, None if it
-    follows from the options. devices: how many the run uses, None if the file does not state it. notes: lines
-    for the report that are about the whole file.
+    file: its path. tool: TRL, AXOLOTL, FACTORY or UNSLOTH. trainer: the training method as the tool calls it
+    ("dpo", "kto", ...), "" if it follows from the options. lora: whether an adapter is trained, None if that
+    follows from the options. devices: number of devices of the run, None if the file does not state it.
+    notes: lines for the report.
     """
 
     file: Path
@@ -73,12 +75,14 @@ class ForeignConfig:
 
 
 def short_value(value: Any) -> str:
-    """Return a value as text of one line, shortened for a message."""
+    """Return a value as one line of at most LONGEST_VALUE characters."""
     return short_text(" ".join(str(value).split()), LONGEST_VALUE)
 
 
 def read_config_text(file: Path) -> str:
-    """Return a file's text. Raises ValueError for a folder, and a file that is too large or not UTF-8."""
+    """Return a file's text. Raises ValueError for a folder, a file above LARGEST_FILE or one that is not
+    UTF-8; OSError if it cannot be read.
+    """
     if file.exists() and not file.is_file():
         raise ValueError(f"{file}: not a file; name a configuration file")
     with file.open("rb") as stream:
@@ -94,10 +98,12 @@ def read_config_text(file: Path) -> str:
 def option_parts(
     option: GivenOption, lines: Mapping[str, int] = MappingProxyType({})
 ) -> Iterator[GivenOption]:
-    """Yield the options inside an option that is a section, with dotted names; else yield the option itself.
+    """Yield the options of a section (see NESTED) under dotted names; any other option is yielded unchanged.
 
-    NESTED names the sections, such as fsdp_config. lines: dotted name -> its line in the file. An option that
-    is missing in `lines` gets the section's line.
+    lines: dotted name -> line in the file; an option that is missing there gets the section's line.
+
+    >>> [option.name for option in option_parts(GivenOption("trl", {"beta": 0.1, "use_vllm": True}))]
+    ['trl.beta', 'trl.use_vllm']
     """
     if option.name.partition(".")[0] in NESTED and isinstance(option.value, Mapping) and option.value:
         for key, value in option.value.items():
@@ -108,7 +114,7 @@ def option_parts(
 
 
 def check_count(file: Path, options: tuple[GivenOption, ...]) -> None:
-    """Raise ValueError for a file without options, or with more than MOST_OPTIONS."""
+    """Raise ValueError if a file has no options, or more than MOST_OPTIONS."""
     if not options:
         raise ValueError(
             f"{file}: it has no options of TRL, Axolotl, LLaMA-Factory or Unsloth; name a configuration of "
@@ -118,8 +124,8 @@ def check_count(file: Path, options: tuple[GivenOption, ...]) -> None:
         raise ValueError(f"{file}: more than {MOST_OPTIONS} options; name a configuration file")
 
 
-LARGEST_NUMBER = 2**53
-LOOKUP = {  # tool -> the tools whose options its files have, most specific first; then any
+LARGEST_NUMBER = 2**53  # above, a float does not show every integer
+LOOKUP = {  # tool -> tools whose rows in OPTIONS are searched, in this order; after them, rows of any tool
     TRL: (TRL, PEFT),
     UNSLOTH: (UNSLOTH, TRL, PEFT),
     AXOLOTL: (AXOLOTL,),
@@ -131,14 +137,16 @@ LOOKUP = {  # tool -> the tools whose options its files have, most specific firs
 class Draft:
     """A conversion in progress.
 
-    source: the file as read. devices: how many share a step. method: the training method, in the tool's word.
-    recipe: the recipe of jaxft. full: whether all weights are trained. all: the options of the file. options:
-    the options that are not converted yet, by name. settings: knob or field -> text of its value.
+    source: the options of the file. devices: number of devices that the tool used. method: the training
+    method as the tool calls it. recipe: the recipe of jaxft. full: whether all weights are trained, not an
+    adapter. all: the options of the file that have a value. options: those not converted yet, by name.
+    settings: knob or dotted field -> its value as text.
 
-    Each option ends in one of four lists. same: settings have the same meaning. otherwise: a remark states
-    how the settings differ. lost: no setting; a remark states why. unneeded: jaxft has nothing to set.
+    Each option ends in one of four lists. same: its settings have the same meaning. otherwise: (option, its
+    settings and how they differ). lost: (option, why no setting expresses it). unneeded: jaxft has nothing to
+    set.
 
-    defaults: the settings that the file leaves to the tool's default. notes: lines for the report.
+    defaults: the part of `settings` that stands for defaults of the tool. notes: lines for the report.
     """
 
     source: ForeignConfig
@@ -157,16 +165,16 @@ class Draft:
     notes: list[str] = field(default_factory=list)
 
     def take(self, *names: str) -> GivenOption | None:
-        """Remove and return the first of these options that the file gives, None if it gives none."""
+        """Remove and return the first option of these names that is not converted yet, None without one."""
         return next((self.options.pop(name) for name in names if name in self.options), None)
 
     def peek(self, *names: str) -> Any:
-        """Return the value of the first of these options that the file gives, None if it gives none."""
+        """Return the value of the option that `take` would return, and remove nothing; None without one."""
         return next((self.options[name].value for name in names if name in self.options), None)
 
     def number(self, *names: str) -> float | None:
-        """Return the first of these options that the file gives as a number, without removing it. None: the
-        file gives none of them, or the value is not a number below 2**53.
+        """Return the value that `peek` returns as a float, also of a text such as "1e-4". None for any other
+        value, and from 2**53 on.
         """
         value = self.peek(*names)
         try:
@@ -181,8 +189,8 @@ class Draft:
         self.settings[name] = text
 
     def express(self, option: GivenOption | None, overrides: Iterable[str], note: str = "") -> None:
-        """Record settings, and that they express `option`, if there is one. overrides: `setting=value`. note:
-        how the settings differ from the option, "" for the same meaning.
+        """Record settings as the conversion of `option`; None: record only the settings. overrides:
+        `setting=value`. note: how the settings differ from the option, "" for the same meaning.
         """
         overrides = list(overrides)
         for override in overrides:
@@ -196,31 +204,31 @@ class Draft:
             self.same.append(option)
 
     def lose(self, option: GivenOption | None, why: str) -> None:
-        """Record that no setting expresses `option`, if there is one, and why."""
+        """Record that no setting expresses `option`, and why. None has no effect."""
         if option is not None:
             self.lost.append((option, why))
 
     def drop(self, *names: str) -> None:
-        """Remove these options, as far as the file gives them, and record that they need no setting."""
+        """Move the options of these names from `options` to `unneeded`; missing ones have no effect."""
         self.unneeded += [self.options.pop(name) for name in names if name in self.options]
 
     def default(self, override: str) -> None:
-        """Record a setting that the file leaves to the tool's default. override: `setting=value`."""
+        """Record a setting that stands for a default of the tool. override: `setting=value`."""
         name, _, text = override.partition("=")
         self.settings[name] = self.defaults[name] = text
 
     def missing(self) -> list[GivenOption]:
-        """Return the options of the file that are in none of same, otherwise, lost and unneeded."""
+        """Return the options of the file that are in none of the four lists."""
         listed = [*self.same, *self.unneeded, *(option for option, _ in (*self.otherwise, *self.lost))]
         names = {option.name for option in listed}
         return [option for option in self.all if option.name not in names]
 
 
 def table_rows(tool: str, name: str, recipe: str) -> tuple[Option, ...]:
-    """Return the rows about an option in the table option_names.OPTIONS, () if it has none.
+    """Return the rows about an option in the table option_names.OPTIONS, () without one.
 
-    tool: the tool of the file; the rows of other tools are used only if its own (see LOOKUP) are none.
-    recipe: if some rows are for this recipe, only these are returned.
+    tool: the tool of the file; rows of other tools are returned only if it has none (see LOOKUP). name: only
+    the part after the last dot counts. recipe: if some rows are for this recipe, only these are returned.
     """
     for lookup in (*LOOKUP[tool], None):
         rows = find_options(name.rpartition(".")[2], lookup, recipe)
@@ -262,13 +270,13 @@ def by_table(draft: Draft, option: GivenOption) -> None:
 
 
 def meant_setting(draft: Draft, option: GivenOption) -> str | None:
-    """Return the setting of an option's row in option_names.OPTIONS, None if there is no row or setting."""
+    """Return the setting that jaxft has for an option, from option_names.OPTIONS; None without one."""
     rows = table_rows(draft.source.tool, option.name, draft.recipe)
     return rows[0].setting if rows else None
 
 
 def _difference(row: Option, value: Any) -> str:
-    """Return a remark about a value that trains a little differently in jaxft, "" for most values."""
+    """Return how an option's value differs in jaxft although its row has a setting, "" for most values."""
     text = as_text(value).lower()
     if row.setting == "optim.optimizer":
         if text.startswith("paged"):
@@ -283,7 +291,11 @@ def _difference(row: Option, value: Any) -> str:
 
 
 def run_name(text: str) -> str:
-    """Return a run's name for the last part of a path: ./outputs/My Run is My-Run."""
+    """Return a name for a run from the last part of a path.
+
+    >>> run_name("./outputs/My Run")
+    'My-Run'
+    """
     last = text.rstrip("/").rpartition("/")[2]
     return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "converted"
 

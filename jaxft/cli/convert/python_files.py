@@ -18,7 +18,7 @@ from jaxft.cli.convert.python_rows import call_name, row_options
 from jaxft.cli.convert.yaml_and_shell import read_commands, trainer_of
 from jaxft.runs.settings.option import TRL, UNSLOTH
 
-CONFIGS = {  # class or function -> the trainer, "" for one of any trainer
+CONFIGS = {  # class or function whose arguments are options -> training method, "" for any method
     "SFTConfig": "sft", "DPOConfig": "dpo", "GRPOConfig": "grpo", "RLOOConfig": "rloo", "KTOConfig": "kto",
     "RewardConfig": "reward", "ORPOConfig": "orpo", "CPOConfig": "cpo", "OnlineDPOConfig": "online_dpo",
     "PPOConfig": "ppo", "GKDConfig": "gkd", "BCOConfig": "bco", "PRMConfig": "prm", "TrainingArguments": "",
@@ -31,11 +31,11 @@ TRAINER_CLASSES = {
     "OnlineDPOTrainer": "online_dpo", "PPOTrainer": "ppo", "GKDTrainer": "gkd", "BCOTrainer": "bco",
     "PRMTrainer": "prm",
 }  # fmt: skip
-PASSED_ON = (  # arguments of trainers that are objects of the file
+PASSED_ON = (  # arguments of trainers whose values are made by other calls, which are read
     "model", "args", "processing_class", "tokenizer", "peft_config", "train_dataset", "eval_dataset",
     "quantization_config",
 )  # fmt: skip
-OTHER_CALLS = {  # functions without an option of a configuration -> what to do instead
+OTHER_CALLS = {  # function that no setting expresses -> what to do instead
     "train_on_responses_only": "nothing to write for conversations: only responses have a loss by default; "
     "rows with one column `text` have a loss on all tokens",
     "save_pretrained_merged": "after the run: jaxft export --run runs/NAME --out merged",
@@ -45,9 +45,11 @@ OTHER_CALLS = {  # functions without an option of a configuration -> what to do 
     "push_to_hub_merged": "after the run: jaxft export, then jaxft push",
 }
 PARSERS = {"TrlParser", "HfArgumentParser"}  # a file that calls one reads its options from a command line
+# Options that are read from the code also where the others come from a command line
 IN_CODE = ("reward_funcs", "dataset_name", "dataset_config", "dataset_train_split", "formatting_func",
            "compute_metrics", "data_collator", "callbacks", "early_stopping_patience", "max_samples",
            "eval_dataset", "test_split_size", "test_split_seed")  # fmt: skip
+# Options of the code that are not read if the command line names a dataset
 OF_ROWS = ("eval_dataset", "dataset.load_dataset", "dataset_config", "dataset_train_split")
 ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -56,12 +58,15 @@ ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
 
 
 def notebook_code(file: Path, text: str) -> str:
-    """Return the code cells of a notebook, ! and % lines emptied. Raises ValueError for any other file."""
+    """Return the code of a notebook's cells; lines of ! and % commands become empty. text: the file's.
+
+    Raises ValueError for any other file.
+    """
     try:
         cells = json.loads(text)["cells"]
         sources = [cell["source"] for cell in cells if cell["cell_type"] == "code"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file}: not a notebook; save it as .ipynb again") from error
+        raise ValueError(f"{file}: not a notebook (JSON with cells); save it as .ipynb again") from error
     lines = [line for source in sources for line in "".join(source).split("\n")]
     return "\n".join("" if line.lstrip().startswith(("!", "%")) else line for line in lines)
 
@@ -69,7 +74,8 @@ def notebook_code(file: Path, text: str) -> str:
 def read_python(file: Path, text: str) -> ForeignConfig:
     """Return the options of a Python file, from its calls of TRL's configuration classes (CONFIGS).
 
-    A file that has none, or that parses a command line, takes its options from the command in its docstring.
+    Without these, or in a file that parses a command line, they come from the command in its docstring, and a
+    few from the code (IN_CODE).
     Raises ValueError with one line for a file that cannot be parsed or has no options.
     """
     try:
@@ -121,7 +127,7 @@ def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
 
 
 def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:
-    """Return (options, trainers, notes) of all calls of a file. trainers: such as "dpo", "" for any one."""
+    """Return (options, methods, notes) of a file's calls. methods: of CONFIGS and TRAINER_CLASSES."""
     names, stoppers = _assignments(tree), _stoppers(tree)
     options: list[GivenOption] = []
     trainers: list[str] = []
@@ -171,7 +177,7 @@ def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
 
 def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[GivenOption]:
     """Yield the positional arguments of a call as options. names: known names -> values. first: the option
-    that the first argument sets; the others get a remark, since convert does not know their names.
+    that the first argument sets. Later arguments get a remark, since their names are not known.
     """
     for index, argument in enumerate(node.args):
         if index == 0:
@@ -183,7 +189,7 @@ def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[G
 
 
 def _stoppers(tree: ast.Module) -> set[str]:
-    """Return the source of EarlyStoppingCallback calls, and of the names that the file assigns them to."""
+    """Return the source of all EarlyStoppingCallback calls, and the names that the file assigns them to."""
     stopping = {ast.unparse(node) for node in ast.walk(tree)
              if isinstance(node, ast.Call) and call_name(node.func) == "EarlyStoppingCallback"}  # fmt: skip
     assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
@@ -232,8 +238,9 @@ def _assignments(tree: ast.Module) -> dict[str, Any]:
 
 
 def _value(node: ast.expr, names: dict[str, Any]) -> Any:
-    """Return the value of an expression without running it; an Expression if that is not possible. names:
-    known names -> values.
+    """Return the value of an expression without running it; an Expression if that is not possible.
+
+    torch.bfloat16 is "bfloat16". names: known names -> values.
     """
     try:
         return ast.literal_eval(node)

@@ -1,7 +1,7 @@
-"""Read which rows a Python file or notebook trains on: its calls of the datasets library.
+"""Read which rows a Python file or notebook trains on, from its calls of the library `datasets`.
 
-The calls are followed from load_dataset to a trainer; a call that changes rows and has no setting is an
-option with a remark. The file is parsed and never executed.
+The rows are followed from load_dataset to the trainer. A call between them that no setting expresses becomes
+an option with a remark. The file is parsed and never executed.
 """
 
 import ast
@@ -13,21 +13,23 @@ from typing import Any
 
 from jaxft.cli.convert.draft import GivenOption
 
-BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # load_dataset's names of kinds of files
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")  # path= of load_dataset for files of data_files=
+# Calls that are reported if their rows are not followed to the trainer
 UNSEEN = ("map", "filter", "select", "train_test_split", "rename_column", "rename_columns",
           "concatenate_datasets", "interleave_datasets")  # fmt: skip
-UNNEEDED = ("remove_columns", "set_format", "with_format", "flatten_indices")
+UNNEEDED = ("remove_columns", "set_format", "with_format", "flatten_indices")  # have no effect on training
+# Arguments of load_dataset that are converted or need no setting
 LOADING = ("path", "name", "split", "data_files", "streaming", "num_proc", "cache_dir", "token",
            "trust_remote_code", "keep_in_memory", "download_mode", "verification_mode")  # fmt: skip
 DEFAULT_TEST_SIZE = 0.25  # of train_test_split
 REMARKS = {  # a call on rows -> what to do in its place
     "map": "code is not run; write rows in their final form, or name columns by data.columns=",
-    "filter": "code is not run, so all rows are read; leave the filtered ones out of the file",
-    "select": "data.max_samples=1000 reads the first rows; others are not selected",
+    "filter": "code is not run, so all rows are read; write the filtered rows to a file for data=",
+    "select": "only the first rows can be selected: data.max_samples=1000",
     "train_test_split": "held_out=0.1 holds out a fraction, and the other rows are trained on",
 }
-OTHER = "not done; write rows in their final form"
-UNTRACED = "these rows are not followed back to one load_dataset"
+OTHER = "jaxft does not call it; write rows in their final form"
+UNTRACED = "jaxft cannot follow these rows back to one load_dataset"
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,9 @@ class DatasetCall:
 
     load: the load_dataset call. path, config, files, split: its path, name, data_files and split. part: the
     split as written if it is a slice or a sum, such as train[:90%]. parts: the items of split=[...] before
-    one is chosen. divided: the train_test_split call; half: "train" or "test", its result that these rows
-    are. selected: the select or take call of the first rows; first: how many; shuffled: the shuffle call
-    before it. calls: all other calls that change the rows.
+    one is chosen. divided: the train_test_split call; half: the part of its result, "train" or "test", "" for
+    both. selected: the call that takes the first rows; first: how many; shuffled: the last shuffle before it.
+    calls: all other calls that change the rows.
     """
 
     load: ast.Call
@@ -56,15 +58,16 @@ class DatasetCall:
     parts: tuple[str, ...] = ()
 
     def overlaps(self, other: "DatasetCall") -> bool:
-        """Whether both read a common file, or the same split of a dataset."""
+        """Whether both read the same split of a dataset, or a common file."""
         if self.is_file and other.is_file:
             return not set(map(normpath, self._names())).isdisjoint(map(normpath, other._names()))
         split = self.split or "train"
         return (self.path, self.config, split) == (other.path, other.config, other.split or "train")
 
     def rest(self, other: "DatasetCall") -> float | None:
-        """Return which fraction of a split `other` is, if it is exactly the rest of the split; else None. For
-        self = train[:90%] and other = train[90%:] it is 0.1.
+        """Return the fraction of a split in `other`, if `self` is the remainder of the split; else None.
+
+        It is 0.1 for self = train[:90%] and other = train[90%:].
         """
         first, last = (re.fullmatch(r"\w+\[(:?)(\d{1,2})%(:?)\]", rows.part) for rows in (self, other))
         if first is None or last is None or first[2] != last[2] or {first[1], last[1]} != {"", ":"}:
@@ -75,7 +78,7 @@ class DatasetCall:
 
     @property
     def is_file(self) -> bool:
-        """Whether data_files names the rows."""
+        """Whether the rows are in the files that data_files names."""
         return self.path in BUILDERS and bool(self._names())
 
     @property
@@ -100,8 +103,8 @@ def call_name(node: ast.expr) -> str:
 
 
 def row_options(tree: ast.Module, value: Callable[[ast.expr], Any]) -> list[GivenOption]:
-    """Return the options about rows in a file's code, for training and evaluation. value: returns the value
-    of an expression, or an Expression.
+    """Return the options about training and evaluation rows in a file's code. value: returns the value of an
+    expression, or an Expression if it cannot be known.
     """
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     calls.sort(key=lambda node: (node.lineno, node.col_offset))
@@ -164,7 +167,7 @@ def _train(train: DatasetCall) -> Iterator[GivenOption]:
     if train.split is not None and not train.is_file:
         yield GivenOption("dataset_train_split", train.split, line)
     if train.files is not None and not train.is_file:
-        yield GivenOption("data_files", str(train.files), line, "data= reads all files; name some")
+        yield GivenOption("data_files", str(train.files), line, "data= reads all files of the dataset")
     if train.first is not None:
         yield GivenOption("max_samples", train.first, line)
     if train.divided is not None and train.half != "train":
@@ -174,8 +177,8 @@ def _train(train: DatasetCall) -> Iterator[GivenOption]:
 def _divided(
     call: ast.Call, value: Callable[[ast.expr], Any], held: DatasetCall | None
 ) -> Iterator[GivenOption]:
-    """Yield the options test_split_size and test_split_seed of a train_test_split call. call: its part
-    "train" is trained on. held: the rows of eval_dataset=, None if they are unknown.
+    """Yield the options test_split_size and test_split_seed of a train_test_split call whose part "train" is
+    trained on. held: the rows of eval_dataset=, None if they are unknown.
     """
     given = {keyword.arg: value(keyword.value) for keyword in call.keywords if keyword.arg}
     size = value(call.args[0]) if call.args else given.get("test_size")
@@ -201,7 +204,7 @@ def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | N
     """
     text, line = ast.unparse(node), node.lineno
     if held is None or not held.known:
-        yield GivenOption("eval_dataset", text, line, f"{UNTRACED}; held_out=FILE, or a fraction of the rows")
+        yield GivenOption("eval_dataset", text, line, f"{UNTRACED}; write held_out=FILE or held_out=0.1")
     elif train is None or not held.overlaps(train):
         item: dict[str, Any] = {"path": held.reference}
         if held.config is not None:
@@ -225,19 +228,19 @@ def _evaluation(node: ast.expr, train: DatasetCall | None, held: DatasetCall | N
 
 
 def _change(call: ast.Call, sampled: bool, value: Callable[[ast.expr], Any]) -> GivenOption:
-    """Return an option for a call that changes rows, with a remark if convert does not do the same. sampled:
-    the call is a shuffle, and a select or take of the first rows follows it.
+    """Return an option for a call that changes rows, with a remark if no setting expresses it. sampled: the
+    call is a shuffle, and a select or take of the first rows follows it.
     """
     name = call_name(call.func)
     if name == "shuffle":
-        return _named(call, "max_samples= are the first rows, not shuffled ones" if sampled else "")
+        return _named(call, "max_samples= reads the first rows, not shuffled ones" if sampled else "")
     if name in UNNEEDED:
         return _named(call, "")
     names = [value(argument) for argument in call.args]
     if name == "rename_column" and len(names) == 2 and all(isinstance(each, str) for each in names):
         return _named(call, f"set data.columns={names[1]}={names[0]}")
     if name == "load_dataset":
-        return _named(call, "all of the split is read; data.max_samples=1000 reads the first rows")
+        return _named(call, "the full split is read; data.max_samples=1000 reads the first rows")
     return _named(call, REMARKS.get(name, OTHER))
 
 
@@ -265,8 +268,8 @@ def _is_none(node: ast.expr) -> bool:
 
 
 class _Followed:
-    """Follows an expression back to load_dataset; a name has the value of its last assignment above it. tree:
-    the file. value: returns the value of an expression, or an Expression.
+    """Follows an expression back to load_dataset; a name stands for its last assignment above. tree: the
+    file. value: returns the value of an expression, or an Expression if it cannot be known.
     """
 
     def __init__(self, tree: ast.Module, value: Callable[[ast.expr], Any]) -> None:
@@ -351,7 +354,7 @@ class _Followed:
         return self._split(rows, split) if isinstance(split, str) else rows
 
     def _split(self, rows: DatasetCall, split: str) -> DatasetCall:
-        """Return `rows` with a split. split: "train", or a slice or sum, such as "train[:1000]"."""
+        """Return `rows` of a split. split: "train", or a slice or sum, such as "train[:1000]"."""
         name, bracket, rest = split.partition("[")
         first = re.fullmatch(r":(\d{1,9})\]", rest)
         if first is not None and int(first[1]):

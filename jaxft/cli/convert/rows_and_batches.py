@@ -1,4 +1,4 @@
-"""Convert options that have a meaning only together: datasets, columns and templates; rows of a step, length
+"""Convert options that have a meaning only together: datasets, columns and chat templates; batch size, length
 of a run, schedule and rollouts. Each function reads options of a Draft and records settings in it.
 """
 
@@ -14,7 +14,7 @@ from jaxft.data.rows.dataset_rows import SUFFIXES
 from jaxft.runs.settings.option import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
 INFO = "dataset_info.json"  # LLaMA-Factory's list of datasets
-AXOLOTL_TYPES = {  # a type of rows, or its last part -> our columns=theirs
+AXOLOTL_TYPES = {  # a dataset's `type`, or its last part -> jaxft's column=the dataset's
     "alpaca": "", "completion": "", "chat_template": "", "sharegpt": "", "input_output": "", "pretrain": "",
     "load_qa": "instruction=question,response=answer", "gpteacher": "", "alpaca_chat": "",
     "alpaca_instruct": "", "alpaca_w_system": "", "load": "", "load_open_orca": "prompt=question",
@@ -22,14 +22,15 @@ AXOLOTL_TYPES = {  # a type of rows, or its last part -> our columns=theirs
     "bradley_terry.chat_template": "prompt=input", "chat_template.argilla": "", "ultra": "",
     "prompt_pairs": "", "argilla_chat": "", "load_concise": "", "stepwise_supervised": "",
 }  # fmt: skip
-DATASET_FIELDS = {  # an option of an Axolotl dataset -> our column
+DATASET_FIELDS = {  # an option of an Axolotl dataset -> jaxft's column
     "field_messages": "messages", "field_instruction": "instruction", "field_input": "input",
     "field_output": "response", "field_system": "system", "field_tools": "tools", "field_chosen": "chosen",
     "field_rejected": "rejected", "field_prompt": "prompt", "field_completion": "completion",
     "field_label": "label", "field": "text", "text_column": "text",
 }  # fmt: skip
+# jaxft's column -> names that it has without data.columns=
 SAME_COLUMNS = {"messages": ("messages", "conversations"), "response": ("response", "output")}
-FACTORY_COLUMNS = {  # a column in dataset_info.json -> ours
+FACTORY_COLUMNS = {  # a column in dataset_info.json -> jaxft's
     "prompt": "instruction", "query": "input", "response": "response", "history": "history",
     "messages": "messages", "system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected",
     "kto_tag": "label",
@@ -39,7 +40,7 @@ FACTORY_SAME = {"instruction": "instruction", "input": "input", "response": "out
 
 
 def rows(draft: Draft) -> None:
-    """Set data=, data.columns= and held_out= from the options about datasets."""
+    """Set data=, data.columns= and held_out= from the options about datasets; add a note if there is none."""
     if draft.source.tool == AXOLOTL:
         _axolotl(draft)
     elif draft.source.tool == FACTORY:
@@ -51,7 +52,7 @@ def rows(draft: Draft) -> None:
 
 
 def templates(draft: Draft) -> None:
-    """Set chat_template= if the file names a template; record how prompts will differ from the tool's."""
+    """Set chat_template= if the file names a template; remark on prompts that differ from the tool's."""
     option = draft.take("chat_template", "template")
     jinja = draft.take("chat_template_jinja")
     if jinja is not None:
@@ -91,7 +92,7 @@ def _axolotl(draft: Draft) -> None:
     overrides = _with_columns("data", list(map(_reference, items)), columns)
     if option.name == "pretraining_dataset":
         draft.drop("sample_packing", "pretrain_multipack_attn", "pretraining_sample_concatenation")
-        remarks.append("documents are cut into rows of max_length tokens, and attend to one another")
+        remarks.append("documents are joined, split into rows of max_length tokens; attention crosses them")
     draft.express(option, overrides, "; ".join(dict.fromkeys(remarks)))
     tests = draft.take("test_datasets")
     if tests is not None and isinstance(tests.value, list):
@@ -100,8 +101,8 @@ def _axolotl(draft: Draft) -> None:
 
 
 def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
-    """Add a dataset's renamed columns (`ours=theirs`) to `columns`, and return remarks about its rows. item:
-    an entry of Axolotl's `datasets`, whose `type` names columns and prompt format.
+    """Add a dataset's renamed columns (jaxft's=the dataset's) to `columns`; return remarks about its rows.
+    item: an entry of Axolotl's `datasets`, whose `type` names columns and prompt format.
     """
     kind, remarks = item.get("type", ""), list[str]()
     options = {**item, **(kind if isinstance(kind, Mapping) else {})}
@@ -113,7 +114,7 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
             columns.append(f"{ours}={theirs}")
     if isinstance(kind, Mapping):
         if kind.get("system_prompt"):
-            remarks.append("its system_prompt is left out: give the rows a column `system` with it")
+            remarks.append("its system_prompt is left out; add it to the rows as a column `system`")
         written = kind.get("format") or kind.get("prompt_format")
         if written:
             remarks.append(f"its format {short_value(written)!r} is a chat template here; write it as "
@@ -146,7 +147,7 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
         if str(name).lower() not in (*ROLES, *KNOWN_ROLES)
     ]  # fmt: skip
     if unknown:
-        remarks.append(f"roles of other names, {', '.join(map(str, unknown[:5]))}, are invalid rows")
+        remarks.append(f"rows with the roles {', '.join(map(str, unknown[:5]))} are invalid; rename these")
     mapping = options.get("message_property_mappings")
     if isinstance(mapping, Mapping):
         pair = (mapping.get("role", "role"), mapping.get("content", "content"))
@@ -154,7 +155,7 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
             remarks.append(f"messages need role and content (or from and value), not {pair[0]} and {pair[1]}")
     for name, effect in (("shards", "all of them are read"), ("drop_system_message", "not dropped"),
                          ("train_on_eos", "the token that ends a turn is trained on"),
-                         ("message_field_training", "messages have the key train")):  # fmt: skip
+                         ("message_field_training", "messages need the key train")):  # fmt: skip
         if options.get(name) not in (None, False, "turn"):
             remarks.append(f"{name}={short_value(options[name])}: {effect}")
     return remarks
@@ -162,7 +163,7 @@ def _axolotl_type(draft: Draft, item: Mapping, columns: list[str]) -> list[str]:
 
 def _with_columns(setting: str, refs: list[str], columns: list[list[str]]) -> list[str]:
     """Return overrides for datasets and their columns, such as data=a.jsonl:text=story,b.jsonl. setting: data
-    or held_out. refs: the datasets. columns: what follows each one, such as text=story.
+    or held_out. refs: the datasets. columns: the renamed columns of each, such as text=story.
     """
     if len(refs) == 1 and columns[0] and setting == "data":
         return [f"data={refs[0]}", f"data.columns={','.join(dict.fromkeys(columns[0]))}"]
@@ -200,7 +201,7 @@ def _trl(draft: Draft) -> None:
     evaluated = as_text(draft.peek("eval_strategy", "evaluation_strategy") or "no") != "no"
     if option is None:
         for further in (config, split, test):
-            draft.lose(further, "the dataset that it is a part of is not known; set data=")
+            draft.lose(further, "the file names no dataset for it; set data=")
     else:
         item = {"path": as_text(option.value)}
         item |= {} if config is None else {"name": config.value}
@@ -245,14 +246,14 @@ def _rows_of_code(draft: Draft) -> None:
         files = _reference(held.value).split(",")
         held_out = ",".join(files if count is None else [f"{file}:max_samples={count}" for file in files])
         draft.express(held, [f"held_out={held_out}"])
-        if "max_samples" in draft.options:  # data.max_samples= would also be of the held-out rows
+        if "max_samples" in draft.options:  # data.max_samples= would also limit the held-out rows
             first = draft.options.pop("max_samples")
             rows = [f"{file}:max_samples={first.value}" for file in draft.settings["data"].split(",")]
             draft.express(first, [f"data={','.join(rows)}"])
     elif held is not None and isinstance(held.value, float):
         draft.express(held, [f"held_out={held.value:g}"], "random rows of the split, not a slice of it")
     elif held is not None:
-        draft.lose(held, "held_out=FILE, or a fraction of the rows")
+        draft.lose(held, "set held_out= to a file or a fraction of the rows")
     seed = draft.take("test_split_seed")
     if seed is not None and type(seed.value) is int:
         draft.express(seed, [f"data.split_seed={seed.value}"])
@@ -283,8 +284,8 @@ def _factory(draft: Draft) -> None:
             draft.express(shares, [])
         overrides = _with_columns(setting, refs, columns)
         if missing:
-            draft.lose(option, f"{', '.join(missing)}: no {INFO} here has them; {' '.join(overrides)} is a "
-                       "guess, write your files in their place")  # fmt: skip
+            draft.lose(option, f"{', '.join(missing)}: not in a {INFO} nearby; {' '.join(overrides)} is a "
+                       "guess, write your files instead")  # fmt: skip
             for override in overrides:
                 draft.put(override)
         else:
@@ -295,10 +296,11 @@ def _factory(draft: Draft) -> None:
 
 
 def _dataset_info(draft: Draft) -> tuple[dict[str, Any], Path]:
-    """Return LLaMA-Factory's (entries of dataset_info.json, its folder).
+    """Return (entries of LLaMA-Factory's dataset_info.json, its folder).
 
-    The file is searched in dataset_dir below the working directory, the configuration's folder and the
-    folders above. Without one, the result is ({}, the configuration's folder).
+    The file is searched in dataset_dir below the working directory, the configuration's folder and four
+    folders above. Without one, the result is ({}, the configuration's folder). Raises ValueError if it is not
+    JSON.
     """
     folder = as_text(draft.peek("dataset_dir") or "data")
     near = draft.source.file.resolve().parent
@@ -326,8 +328,9 @@ def _factory_reference(draft: Draft, entry: Mapping, folder: Path) -> str:
 
 
 def _factory_columns(entry: Mapping, stage: str) -> list[str]:
-    """Return `ours=theirs` for each column of a dataset that is called otherwise in jaxft. entry: of
-    dataset_info.json. stage: LLaMA-Factory's; in pt (pre-training) its `prompt` is jaxft's `text`.
+    """Return `jaxft's=the dataset's` for the columns whose names differ, such as ["instruction=question"].
+
+    entry: a dataset in dataset_info.json. stage: LLaMA-Factory's; in pt (pre-training) `prompt` is `text`.
     """
     columns = entry.get("columns")
     renamed = []
@@ -341,7 +344,7 @@ def _factory_columns(entry: Mapping, stage: str) -> list[str]:
 BATCH_OPTIONS = (
     "per_device_train_batch_size", "micro_batch_size", "batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
-PER_DEVICE = {TRL: 8, FACTORY: 8, UNSLOTH: 8, AXOLOTL: 1}  # the tools' default
+PER_DEVICE = {TRL: 8, FACTORY: 8, UNSLOTH: 8, AXOLOTL: 1}  # tool -> default batch size per device
 
 
 def length_of_run(draft: Draft) -> None:
@@ -355,7 +358,9 @@ def length_of_run(draft: Draft) -> None:
 
 
 def schedule(draft: Draft) -> None:
-    """Set the learning-rate schedule and its warmup. It ends at 0, as in the tools, or as the file says."""
+    """Set optim.schedule= and optim.end=, the last learning rate: 0 as in the tools, unless the file sets it.
+    If it has warmup_ratio and warmup_steps, drop the one without effect.
+    """
     kind = draft.take("lr_scheduler_type", "lr_scheduler")
     further = draft.take("lr_scheduler_kwargs")
     kwargs = _mapping(None if further is None else further.value)
@@ -372,7 +377,7 @@ def schedule(draft: Draft) -> None:
     if used:
         draft.express(further, used)
     else:
-        draft.lose(further, "num_cycles, min_lr_rate and min_lr are known; others have no setting")
+        draft.lose(further, "only num_cycles, min_lr_rate and min_lr have settings")
     smallest = draft.take("cosine_min_lr_ratio")
     if smallest is not None:
         draft.express(smallest, [f"optim.end={as_text(smallest.value)}"])
@@ -401,7 +406,7 @@ def _kind(draft: Draft, kind: GivenOption) -> None:
     }  # fmt: skip
     if text not in schedules:
         why = (
-            "there are cosine, linear, constant, cosine_with_restarts and wsd; or optim.schedule=file.py:name"
+            "optim.schedule= has cosine, linear, constant, cosine_with_restarts, wsd, or file.py:name"
         )
         draft.lose(kind, why)
         return
@@ -409,12 +414,12 @@ def _kind(draft: Draft, kind: GivenOption) -> None:
     warmup = ["optim.warmup=0"] if text == "constant" else []
     draft.express(
         kind, [f"optim.schedule={schedules[text]}", *end, *warmup],
-        "jaxft's schedules end at 10 % of lr by default, theirs at 0" if end else "",
+        "jaxft's schedules end at 10 % of lr by default, the tools' at 0" if end else "",
     )  # fmt: skip
 
 
 def rows_of_a_step(draft: Draft) -> None:
-    """Set batch= and micro=. The rows of a step are rows per device x accumulation x devices."""
+    """Set batch= and micro=: a step has rows per device x accumulation x devices. GRPO: see `rollouts`."""
     if draft.recipe == "grpo":
         return
     per_device, accumulation = _rows_per_device(draft)
@@ -423,7 +428,7 @@ def rows_of_a_step(draft: Draft) -> None:
     text = f"{per_device} per device x accumulation {accumulation} x {_devices(draft.devices)}"
     overrides = [f"batch={total}", *([f"micro={accumulation}"] if accumulation > 1 else [])]
     for option in options:
-        draft.express(option, overrides, f"{text}; --devices sets their number")
+        draft.express(option, overrides, f"{text}; --devices sets the number of devices")
     for override in [] if options else overrides:
         draft.default(override)
 
@@ -463,7 +468,7 @@ def importance_weights(draft: Draft) -> None:
 
 
 def rollouts(draft: Draft) -> None:
-    """Convert a GRPO file's sampling and loss: prompts, completions and optimizer steps per rollout, lengths,
+    """Convert GRPO's sampling and loss: prompts, completions and optimizer steps per rollout, lengths,
     clipping, and remarks about rewards.
     """
     if draft.recipe != "grpo":

@@ -1,4 +1,4 @@
-"""Convert a configuration of another tool to a recipe with settings."""
+"""Convert a configuration of Axolotl, LLaMA-Factory, TRL or Unsloth to a recipe with settings."""
 
 import re
 from collections.abc import Callable
@@ -29,24 +29,24 @@ from jaxft.cli.convert.rows_and_batches import (
 from jaxft.cli.convert.yaml_and_shell import read_commands, read_yaml
 from jaxft.runs.settings.option import AXOLOTL, FACTORY, TRL, UNSLOTH, as_text
 
-RECIPES = {  # a tool's name of a method -> the recipe
+RECIPES = {  # training method, as the tools call it -> recipe
     "sft": "sft", "pt": "pretrain", "dpo": "dpo", "ipo": "dpo", "kto": "kto", "orpo": "orpo",
     "simpo": "simpo",
     "cpo": "dpo", "bco": "kto", **dict.fromkeys(("prm", "process_reward_model"), "process_reward"),
     "rm": "reward", "reward": "reward", "grpo": "grpo", "gdpo": "grpo",
     "rloo": "grpo", "ppo": "ppo", "online_dpo": "online_dpo",
 }  # fmt: skip
-METHOD_SETTINGS = {  # methods that are a recipe with further settings
+METHOD_SETTINGS = {  # method -> settings in addition to its recipe
     "ipo": ("loss=ipo",),
     "cpo": ("loss=cpo",),
     "gdpo": ("estimate=by_each",),
     "rloo": ("advantage=rloo", "token_weights=sequence_sum"),
 }  # fmt: skip
-FULL = {  # how a recipe trains all weights
+FULL = {  # recipe -> its setting for full fine-tuning
     **dict.fromkeys(("dpo", "reward", "process_reward", "pretrain"), "full=true"),
     **dict.fromkeys(("kto", "orpo", "simpo", "grpo", "ppo", "online_dpo"), "adapter=none"),
 }  # fmt: skip
-LEARNING_RATES = {  # of TRL's configurations
+LEARNING_RATES = {  # recipe -> TRL's default
     "sft": "2e-5", "reward": "1e-4", "process_reward": "1e-5", "online_dpo": "5e-7",
     **dict.fromkeys(("dpo", "kto", "orpo", "simpo", "grpo", "ppo"), "1e-6"),
 }  # fmt: skip
@@ -65,17 +65,18 @@ ADAPTER_ONLY = (
     "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization",
     "loraplus_lr_ratio",
 )  # fmt: skip
-EPOCHS = {TRL: 3, FACTORY: 3, UNSLOTH: 3, AXOLOTL: 1}  # the tools' default
+EPOCHS = {TRL: 3, FACTORY: 3, UNSLOTH: 3, AXOLOTL: 1}  # tool -> default number
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The result of a conversion: a recipe, its settings, and the outcome of each option of the file.
+    """A recipe, its settings, and the outcome of each option of the file.
 
     settings: `name=value`, in the order of a command line. same: options whose settings have the same
     meaning. otherwise: (option, its settings and how they differ). lost: (option, why no setting expresses
-    it). unneeded: options that jaxft does not need. empty: options that the file leaves without a value.
-    defaults: `name=value` where the file is silent and the tool's default differs from the recipe's.
+    it). unneeded: options for which jaxft has nothing to set. empty: options without a value in the file.
+    defaults: the settings that stand for defaults of the tool, since the file does not set them. notes: lines
+    for the report.
     """
 
     source: ForeignConfig
@@ -91,9 +92,8 @@ class Conversion:
 
 
 def read(file: Path) -> ForeignConfig:
-    """Read a configuration: YAML, Python, a notebook or a shell script. Nothing in it is executed.
-
-    Raises ValueError with one line for a file that is none of these, OSError if it cannot be read.
+    """Return the options of a file: YAML, Python, a notebook or a shell script, by its suffix. Nothing in it
+    is executed. Raises ValueError with one line for any other file, OSError if it cannot be read.
     """
     text = read_config_text(file)
     if file.suffix in (".yml", ".yaml"):
@@ -105,16 +105,16 @@ def read(file: Path) -> ForeignConfig:
     if file.suffix in (".sh", ".bash", ".slurm", ".sbatch", ".txt", ".md", ""):
         return read_commands(file, text)
     raise ValueError(
-        f"{file}: convert reads YAML (.yml, .yaml), Python (.py), notebooks (.ipynb) and shell scripts "
-        "(.sh); name one of these"
+        f"{file}: {file.suffix} is not a suffix that jaxft convert reads; name a YAML file (.yml, .yaml), "
+        "Python file (.py), notebook (.ipynb) or shell script (.sh)"
     )
 
 
 def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
-    """Return the recipe and settings of a configuration.
+    """Return the recipe and settings that train as a configuration of another tool does.
 
-    devices: how many the tool used, which multiplies the rows of a step; None: as in the file, or 1. Raises
-    ValueError for a method that no recipe trains.
+    devices: number of devices that the tool used, which multiplies the rows of a step; None: as in the file,
+    or 1. Raises ValueError for a training method without a recipe.
     """
     empty = tuple(option for option in source.options if option.empty)
     given = [each for option in source.options if not option.empty for each in option_parts(option)]
@@ -168,7 +168,7 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
 
 
 def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
-    """Return the training method in the tool's word, such as dpo or rm, from its options by name."""
+    """Return the training method as the tool calls it, such as dpo or rm. options: the file's, by name."""
 
     def value(name: str) -> str:
         return as_text(options[name].value).lower() if name in options else ""
@@ -193,7 +193,7 @@ def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
 
 
 def _choose_training(draft: Draft) -> None:
-    """Decide between an adapter and full fine-tuning, and set draft.full and draft.recipe for it."""
+    """Decide between an adapter and full fine-tuning; set draft.full, draft.recipe and their settings."""
     source = draft.source
     for name in (
         "stage",
@@ -212,7 +212,7 @@ def _choose_training(draft: Draft) -> None:
         adapter = draft.take("adapter")
         kind = "" if adapter is None else as_text(adapter.value).lower()
         if kind not in ("", "lora", "qlora"):
-            draft.lose(adapter, "adapters are LoRA; lora is used")
+            draft.lose(adapter, "jaxft's adapters are LoRA, which is used")
         elif adapter is not None:
             draft.express(adapter, ["quant=nf4"] if kind == "qlora" else [])
         lora = adapter is not None
@@ -223,7 +223,7 @@ def _choose_training(draft: Draft) -> None:
         if kind in ("lora", "full"):
             draft.express(chosen, [])
         else:
-            draft.lose(chosen, "not lora or full; sft_full with train=base/layers/.* freezes the embeddings")
+            draft.lose(chosen, "jaxft has lora and full; sft_full train=base/layers/.* freezes embeddings")
     elif source.tool == UNSLOTH:
         full = draft.take("full_finetuning")
         lora = full is None or full.value is not True
@@ -249,7 +249,7 @@ def _adapter(draft: Draft) -> None:
             if option is not None and option.value is False:
                 draft.unneeded.append(option)
             else:
-                draft.lose(option, "for an adapter; all weights are trained here")
+                draft.lose(option, "is for adapters, but the file trains all weights")
         return
     start = draft.take("adapter_name_or_path", "lora_model_dir")
     if start is not None:
@@ -279,7 +279,7 @@ def _adapter(draft: Draft) -> None:
     if linear is not None and linear.value is True:
         modules = draft.take("lora_target_modules")
         draft.express(linear, ["adapter.targets=all-linear"])
-        draft.express(modules, ["adapter.targets=all-linear"], "lora_target_linear has all linear layers")
+        draft.express(modules, ["adapter.targets=all-linear"], "lora_target_linear adapts all linear layers")
     elif linear is not None:
         draft.unneeded.append(linear)
     named = draft.peek("target_modules", "lora_target_modules", "lora_target")
@@ -317,8 +317,8 @@ def _quantisation(draft: Draft) -> None:
 
 
 def _mixed(draft: Draft, name: str, kinds: list) -> str:
-    """Return a weighted sum of losses as Python source, such as "(dpo, 1.0), (nll, 0.5)". name: the option
-    that lists the losses. kinds: its items, in the tool's words.
+    """Return losses with their weights as Python source, such as "(dpo, 1.0), (nll, 0.5)". name: the option
+    that lists the losses. kinds: its items, as the tool calls them.
     """
     given = draft.peek("loss_weights", "dpo_loss_weights")
     weights = given if isinstance(given, list) and len(given) == len(kinds) else [1.0] * len(kinds)
@@ -344,7 +344,8 @@ def _preferences(draft: Draft) -> None:
         elif isinstance(kinds, list):
             mixed = f"preference_losses.mix({_mixed(draft, name, kinds)})"
             draft.lose(
-                draft.take(name), f"a mix of losses: loss=mine.py:loss with jaxft.objectives.losses.{mixed}"
+                draft.take(name),
+                f"write loss = jaxft.objectives.losses.{mixed} in mine.py; set loss=mine.py:loss",
             )
     if "dpo_loss_type" in draft.options:
         option = draft.options.pop("dpo_loss_type")
@@ -379,7 +380,7 @@ def _machine(draft: Draft) -> None:
                                             as_text(plugins.value)):  # fmt: skip
         draft.unneeded.append(plugins)
     else:
-        draft.lose(plugins, "plugins of Axolotl are not run")
+        draft.lose(plugins, "Axolotl's plugins are not run")
     sharded = None
     for name in [name for name in draft.options if name.partition(".")[0] in ("fsdp", "deepspeed")]:
         option = draft.options.pop(name)
@@ -431,7 +432,7 @@ def _evaluation(draft: Draft) -> None:
         if steps is not None and (steps == int(steps) >= 1 or (0 < steps < 1 and name != "logging_steps")):
             draft.express(option, [f"{setting}={as_text(option.value)}"])
         else:
-            draft.lose(option, f"{setting}= takes steps")
+            draft.lose(option, f"{setting}= takes a whole number of steps, at least 1")
     for name in ("evals_per_epoch", "saves_per_epoch"):
         times, option = draft.number(name), draft.take(name)
         if option is not None:
@@ -456,7 +457,7 @@ def _evaluation(draft: Draft) -> None:
 def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | None) -> None:
     """Convert an option that counts events per epoch to an interval as a fraction of the run, in `draft`.
 
-    setting: of the interval, such as loop.eval_every. times: events per epoch. The option is recorded as lost
+    setting: the interval, such as loop.eval_every. times: events per epoch. The option is recorded as lost
     if the interval would be the whole run, if loop.steps= is set, or if `times` is None or 0.
     """
     given = draft.number("num_train_epochs") or draft.number("num_epochs")
@@ -491,7 +492,7 @@ def _names(draft: Draft) -> None:
         option = draft.take("report_to")
         draft.express(option, [f"trackers={','.join(trackers)}"] if trackers else [])
         if rest:
-            draft.lose(option, f"no tracker is called {', '.join(map(as_text, rest))}")
+            draft.lose(option, f"jaxft has no tracker {', '.join(map(as_text, rest))}")
     target = as_text(draft.peek("hub_model_id") or "org/name")
     for name in ("push_to_hub", "hub_model_id"):
         option = draft.take(name)
@@ -503,7 +504,7 @@ def _names(draft: Draft) -> None:
 
 
 def _defaults(draft: Draft) -> dict[str, str]:
-    """Return setting -> the tool's default where the recipe has another one, also if the file sets it."""
+    """Return setting -> the tool's default, where the recipe's differs, also for settings of the file."""
     tool, recipe = draft.source.tool, draft.recipe
     packs = recipe in ("sft", "sft_full")
     defaults = {"optim.warmup": "0", "held_out": "none", "epochs": str(EPOCHS[tool])}
@@ -537,7 +538,7 @@ def _defaults(draft: Draft) -> dict[str, str]:
 
 
 def _keep_known(draft: Draft) -> None:
-    """Remove settings that the recipe does not have, such as data.packing= of dpo, with a note for each."""
+    """Remove settings that the recipe lacks, such as data.packing of dpo; note those that have an effect."""
     if "trackers" not in draft.settings:
         for name in ("tracking.project", "tracking.artifact"):
             if draft.settings.pop(name, None) is not None:
@@ -549,7 +550,7 @@ def _keep_known(draft: Draft) -> None:
     for name in ("data.packing", "data.loss_on", "label_smoothing", "neftune", "dft"):
         text = draft.settings.pop(name, None)
         if text is not None and text not in ("false", "0", "0.0"):
-            draft.notes.append(f"{name}={text} is left out; it is for SFT")
+            draft.notes.append(f"{name}={text} is left out, since only SFT has this setting")
 
 
 def _ordered(settings: dict[str, str]) -> list[tuple[str, str]]:

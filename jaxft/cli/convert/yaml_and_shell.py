@@ -19,11 +19,11 @@ from jaxft.cli.convert.draft import (
 )
 from jaxft.runs.settings.option import AXOLOTL, FACTORY, TRL, UNSLOTH
 
-MOST_NODES = 20_000  # counting nodes that aliases repeat
-DEEPEST = 20
+MOST_NODES = 20_000  # of a YAML file; each use of an alias counts
+DEEPEST = 20  # levels
 FACTORY_KEYS = {"stage", "finetuning_type", "cutoff_len", "template", "dataset_dir", "lora_target", "dataset"}
 TRL_KEYS = {"dataset_name", "datasets", "dataset_train_split"}
-UNREAD_FILES = {  # keys of files that are not read -> whose they are
+UNREAD_FILES = {  # key of a file that convert does not read -> whose file it is
     "compute_environment": "accelerate's; convert the training script or the command that uses it",
     "distributed_type": "accelerate's; convert the training script or the command that uses it",
     "train_micro_batch_size_per_gpu": "DeepSpeed's; convert the training script or the command that uses it",
@@ -31,9 +31,9 @@ UNREAD_FILES = {  # keys of files that are not read -> whose they are
 
 
 def read_yaml(file: Path, text: str) -> ForeignConfig:
-    """Return the options of a YAML file. Nothing in it is executed.
+    """Return the options of a YAML file of Axolotl, LLaMA-Factory or TRL. Nothing in it is executed.
 
-    Raises ValueError with one line for a file that is not YAML, or of an unknown tool.
+    Raises ValueError with one line for a file that is not YAML, or of another tool.
     """
     options = yaml_options(file, text)
     keys = {option.name.partition(".")[0] for option in options}
@@ -57,8 +57,8 @@ def read_yaml(file: Path, text: str) -> ForeignConfig:
 
 
 def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
-    """Return all options of a YAML file. A section that draft.NESTED lists becomes options with dotted names.
-    file: for errors. text: its contents. Raises ValueError for a text that is not a mapping of options.
+    """Return all options of a YAML file; those of a section in draft.NESTED have dotted names. file: for
+    errors. text: its contents. Raises ValueError for a text that is not a mapping of options.
     """
     content, lines = _load(file, text)
     if not isinstance(content, Mapping):
@@ -74,7 +74,9 @@ def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
 
 
 def _load(file: Path, text: str) -> tuple[Any, dict[str, int]]:
-    """Parse YAML and return (content, dotted name -> line in the file). file: for errors."""
+    """Parse YAML and return (content, dotted name -> line). file: for errors. Raises ValueError if `text` is
+    empty or not YAML.
+    """
     loader, lines = yaml.SafeLoader(text), dict[str, int]()
     try:
         node = loader.get_single_node()
@@ -85,25 +87,25 @@ def _load(file: Path, text: str) -> tuple[Any, dict[str, int]]:
         where = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ValueError(f"{file}{where}: not YAML: {error.problem}; correct the file") from error
     except RecursionError as error:
-        raise ValueError(f"{file}: nested too deeply; name a configuration") from error
+        raise ValueError(f"{file}: nested too deeply; name a configuration file") from error
     except (yaml.YAMLError, ValueError) as error:  # such as a date with a 13th month
         raise ValueError(f"{file}: not YAML: {' '.join(str(error).split())}; correct the file") from error
     finally:
         loader.dispose()
     if content is None:
-        raise ValueError(f"{file}: the file is empty; name a configuration")
+        raise ValueError(f"{file}: the file is empty; name a configuration file")
     return content, lines
 
 
 def _number(node: yaml.Node, name: str, lines: dict[str, int], count: list[int]) -> None:
     """Add dotted name -> line to `lines` for a node and all below it.
 
-    name: the node's, "" for the root. count: [nodes so far], changed in place. Raises ValueError for more
-    than MOST_NODES nodes or DEEPEST levels, since aliases can repeat a node without end.
+    name: the node's, "" for the root. count: [nodes so far], changed in place. Raises ValueError above
+    MOST_NODES nodes or DEEPEST levels, since aliases can repeat a node without end.
     """
     count[0] += 1
     if count[0] > MOST_NODES or name.count(".") > DEEPEST:
-        raise ValueError(f"more than {MOST_NODES:,} values (aliases repeat theirs) or {DEEPEST} levels")
+        raise ValueError(f"more than {MOST_NODES:,} values (each use of an alias counts) or {DEEPEST} levels")
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             inner = f"{name}.{key.value}" if name else str(key.value)
@@ -114,13 +116,14 @@ def _number(node: yaml.Node, name: str, lines: dict[str, int], count: list[int])
             _number(item, f"{name}.", lines, count)
 
 
-DEVICE_OPTIONS = ("num_processes", "nproc_per_node", "num_gpus")  # of launchers
+DEVICE_OPTIONS = ("num_processes", "nproc_per_node", "num_gpus")  # of torchrun, accelerate and deepspeed
 ASSIGNMENT = re.compile(r"(?:export\s+)?([A-Za-z_]\w*)=(.*)")
 SHELL_VARIABLE = re.compile(r"\$(?:\{(\w+)(?::?-([^}]*))?\}|(\w+))")
 TRAINERS = (
     "sft", "dpo", "kto", "grpo", "rloo", "reward", "orpo", "cpo", "online_dpo", "ppo", "gkd", "bco",
     "prm",
 )  # fmt: skip
+# Program -> its commands that train
 COMMANDS_OF = {"trl": TRAINERS, "llamafactory-cli": ("train",), "lmf": ("train",), "axolotl": ("train",)}
 
 

@@ -38,7 +38,7 @@ ROW_SUFFIXES = (".jsonl", ".json", *CSV_SUFFIXES, ".parquet")
 SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
 SPLITS = "dataset_dict.json"  # of a folder with a dataset for each split, as DatasetDict.save_to_disk writes
 SAVED = ("dataset_info.json", "state.json")  # of a folder that Dataset.save_to_disk has written
-LEAST_PARTS = 32  # chunks that a sample is spread over, if there are as many
+LEAST_PARTS = 32  # the fewest chunks that a sample is taken from, if there are as many
 _EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 
 

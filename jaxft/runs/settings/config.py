@@ -205,7 +205,7 @@ def _knobs(fn: Callable) -> dict[str, Knob]:
             }
         twice = sorted(members.keys() & knobs.keys())
         if twice:
-            raise ValueError(f"{fn.__qualname__} has two knobs called {twice[0]}; rename one")
+            raise ValueError(f"{fn.__module__}:{fn.__qualname__} has two knobs called {twice[0]}; rename one")
         knobs |= members
     return knobs
 
@@ -266,7 +266,7 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
             raise
         parts = now if isinstance(now, tuple) else (now,)
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
-        plain = plain and (now != () or ":" not in text)  # of a file's function, the file seems to be empty
+        plain = plain and (now != () or ":" not in text)  # or "now empty" seems to be about the file
         shown = f" (now {as_written(now) or 'empty'})" if plain else ""
         section = next((member for member in union_members(kind) if dataclasses.is_dataclass(member)), None)
         other_tools = advice(key, text) if section else None  # optim=adamw_8bit

@@ -238,7 +238,7 @@ def choices(kind: Definition) -> list[str]:
 
 
 def named_by(mark: ast.expr, file: Path) -> list[str]:
-    """Return the values that an item of Annotated[...] lists: `ShortNames.of(TABLE)`, `one_of(CHOICES)`."""
+    """Return the values in an item of Annotated[...], `ShortNames.of(TABLE)` or `one_of(CHOICES)`."""
     if not isinstance(mark, ast.Call):
         return []
     if ast.unparse(mark.func) == "ShortNames.of":
@@ -276,7 +276,7 @@ def takes_text(kind: Definition) -> bool:
 
 SETTINGS_FILES = (".yml", ".yaml", ".json")  # of other tools
 ROW_FILES = (".jsonl", ".csv", ".tsv", ".parquet")
-ALL_WEIGHTS = {  # how recipes without the knob `full` train them; the others: adapter=none
+ALL_WEIGHTS = {  # advice for full=true in recipes without this knob; in any other: adapter=none
     "sft": "the recipe sft_full trains all weights",
     "sft_full": "this recipe trains all weights; leave it out",
 }
@@ -343,8 +343,9 @@ def _line(option: Option, text: str | None, recipe: str | None) -> str:
 
 
 def options_as_settings(argv: Sequence[str], options: Sequence[str]) -> str | None:
-    """Return an error's text that says which settings to write for options in `argv` that `options` lacks;
-    None if it lacks none. A file of another tool's settings in place of a recipe has a text, too.
+    """Return the text of an error about words --NAME in `argv` that are not in `options`, with the settings
+    to write instead; None if there are none. A file of another tool's settings in place of a recipe is an
+    error too.
 
     >>> options_as_settings(["sft", "--lr", "1e-4"], ["--help"])
     '--lr 1e-4: settings are written without dashes; write lr=1e-4'
@@ -391,7 +392,9 @@ def join_lines(lines: Sequence[str]) -> str:
 
 
 def near_options(argv: Sequence[str], options: Sequence[str]) -> str | None:
-    """Return an error's text for the first option in `argv` that `options` lacks; None if none is similar."""
+    """Return the text of an error about the first word --NAME in `argv` that is not in `options`, with
+    similar options; None without such a word or a similar option.
+    """
     unknown = [word.partition("=")[0] for word in argv if word.startswith("--") and word != "--"]
     wrong = next((option for option in unknown if option not in options), None)
     near = ", ".join(difflib.get_close_matches(wrong or "", options, 3, 0.3))
@@ -404,7 +407,7 @@ def nearest_settings(name: str, settings: Sequence[str]) -> list[str]:
     >>> nearest_settings("wramup", ["optim.warmup", "optim.lr", "data.warm_up"])
     ['optim.warmup', 'data.warm_up']
     """
-    first = reversed(settings)  # of two with the same last part
+    first = reversed(settings)  # so that of two with the same last part the first wins
     last = {setting.lstrip("-").rpartition(".")[2]: setting for setting in first}
     return [last[near] for near in difflib.get_close_matches(name, last, 3, 0.3)]
 

@@ -143,7 +143,7 @@ def _section(value: Any, kind: Any) -> Any:
 
 
 def _has_model(kind: Any) -> bool:
-    """Whether a field holds a section with a model, which only a recipe can make."""
+    """Return whether a field holds a section with a model, which only a recipe can make."""
     sections = (c for c in union_members(kind) if dataclasses.is_dataclass(c) and c is not Model)
     return any(Model in union_members(hint) for c in sections for hint in type_hints(c).values())
 

@@ -159,7 +159,7 @@ def evaluation_limit(run: Run, source: Source[Any], text: Source[Any] | None, st
         return EvaluationLimit()
     every = run.loop.eval_every
     times = 2 + (0 if every is None else (steps - 1) // steps_between(every, steps))
-    share = (fraction / 2 if text else fraction) * steps / times  # in steps of training, for one evaluation
+    share = (fraction / 2 if text else fraction) * steps / times  # of one evaluation, in training steps
 
     def most(total: int, cost: float) -> int | None:
         number = max(1, int(share / cost + 1e-9))
@@ -209,8 +209,8 @@ def is_greater_better(name: str) -> bool | None:
 
 
 def is_stalled(scores: Sequence[float | None], patience: int) -> bool:
-    """Return whether none of the last `patience` scores is lower, which is better, than every earlier score.
-    None in `scores` is an evaluation without a score.
+    """Return whether none of the last `patience` scores is better (lower) than every earlier score; False
+    if there are no earlier scores. None in `scores` is an evaluation without a score.
     """
     known = [math.inf if score is None else score for score in scores]
     return len(known) > patience and min(known[-patience:]) >= min(known[:-patience])
@@ -234,9 +234,9 @@ class PairScore(NamedTuple):
 class Evaluated(NamedTuple):
     """The result of an evaluation.
 
-    metrics: by name. rows: results of single rows as JSON objects. notes: lines for the user. values: for
-    each metric that is a mean over rows, one value per row; an accuracy's is 1, 0, or 1/2 for a tie. NaN: no
-    value.
+    metrics: by name. rows: results of single rows as JSON objects. notes: lines for the user. values: the
+    values of single pairs, decisions or prompts, by the name of the metric that is their mean. NaN: no value.
+    A value of an accuracy is 1, 0, or 1/2 for a tie.
     """
 
     metrics: dict[str, float]
@@ -312,8 +312,8 @@ def make_pair_preferences(
 def _pair_preferences(
     forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows, check: FingerprintCheck
 ) -> Evaluated:
-    """Return the log-probabilities of each pair's responses, and in which fraction of the pairs the chosen
-    one is preferred. Held-out pairs are evaluated, or all pairs if none are held out.
+    """Return the log-probabilities of each pair's responses, and the fraction of the pairs whose chosen
+    response is preferred. Held-out pairs are evaluated, or all pairs if none are held out.
 
     accuracy: log p(chosen) > log p(rejected). accuracy_per_token: the same for the means over the responses'
     tokens. accuracy_against_base, with an adapter: the adapter raises log p(chosen) by more than
@@ -423,10 +423,10 @@ def _by_choice(choices: Sequence[str], values: np.ndarray) -> dict[str, float]:
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:
-    """Return metrics by name: the number of pairs, and means over pairs, see _pair_preferences.
+    """Return metrics by name: the number of pairs, the accuracies of _pair_preferences, and the mean
+    log-probabilities of chosen and of rejected responses.
 
-    If some rows have a single labelled response, there are also counts and means per token of the chosen and
-    of the rejected responses.
+    If some rows have a single labelled response, there are also counts and means per token of both kinds.
     """
     pairs = _pairs(scores)
     metrics: dict[str, float] = {"pairs": len(pairs)}

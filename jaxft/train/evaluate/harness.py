@@ -1,10 +1,9 @@
-"""lm-evaluation-harness (EleutherAI, `lm_eval`): its tasks and results, and a loaded model as a backend for
-it.
+"""lm-evaluation-harness (EleutherAI, `lm_eval`): its tasks and results, with a loaded model as the backend.
 
-Requests become the same token ids, windows and stop strings as in its own `hf` backend, so log-probabilities
-are the same up to the rounding of sums, and so are greedy completions of models whose generation_config.json
-states nothing but end tokens: transformers' generate applies all of that file, jaxft reads its end tokens.
-An end token that is not special is left out of a completion's text, where that backend leaves it in.
+Requests become the same token ids, windows and stop strings as in its own `hf` backend. Log-probabilities are
+thus the same up to the rounding of sums. Greedy completions are too if generation_config.json states nothing
+but end tokens: transformers' generate applies all of that file, jaxft reads its end tokens. Unlike that
+backend, jaxft leaves an end token that is not special out of a completion's text.
 lm_eval is an extra and is imported inside functions only.
 """
 
@@ -35,9 +34,9 @@ from jaxft.weights.hf import hub
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.pretrained import check_token_id
 
-FEW_READS = 32  # read positions of rows with short continuations, such as choices of a question
+FEW_READS = 32  # positions with logits in rows with short continuations, such as choices
 MAX_NEW = 256  # tokens of a completion where the task does not say, as in the hf backend
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # its names
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of this limit
 # Arguments of generation that jaxft does not have, with the value that changes nothing
 NO_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1, "use_cache": True}
 # Settings of generation_config.json that change greedy completions of the hf backend, but not of jaxft
@@ -94,8 +93,8 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
     sampling = Sampling(new)
     if is_sampled and not temperature:
         raise ValueError(
-            "a task generates with do_sample=True and temperature 0 or none; use --gen-kwargs "
-            "do_sample=true,temperature=1.0 to sample, or do_sample=false for greedy completions"
+            f"a task generates with do_sample=True and temperature={given.get('temperature')!r}; use "
+            "--gen-kwargs do_sample=true,temperature=1.0 to sample, or do_sample=false for greedy completions"
         )
     if temperature and is_sampled is not False:
         sampling = Sampling(new, temperature, top_k or None, top_p, min_p)
@@ -104,7 +103,7 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
 
 def generation_config_notes(ref: str) -> list[str]:
     """Return a warning if the generation_config.json of a model has penalties, which change the completions
-    of the hf backend.
+    of the hf backend, else [].
     """
     located = hub.locate(ref, config_only=True)
     path = located.path / "generation_config.json"
@@ -128,9 +127,10 @@ def before_stops(text: str, stops: Sequence[str]) -> str:
 
 
 class HarnessBackend:
-    """The loaded model with its compiled programs.
+    """The loaded model with its compiled programs, as lm-evaluation-harness uses it.
 
-    Raises ValueError for a too large length, a tokenizer without BOS and EOS, or without a needed template.
+    Raises ValueError for a length beyond the model's, a tokenizer without BOS and EOS, or chat=True without a
+    chat template.
     """
 
     def __init__(self, loaded: LoadedWeights, settings: HarnessSettings):
@@ -184,7 +184,7 @@ class HarnessBackend:
         self._longest_context(generation_settings(given, "").sampling.max_new)
 
     def _longest_context(self, new: int) -> int:
-        """Return how many tokens of a context fit if `new` tokens follow. Raises ValueError for none."""
+        """Return how many tokens of a context fit if `new` tokens follow. Raises ValueError if none do."""
         if new >= self.length:
             raise ValueError(
                 f"a task generates up to {new} tokens, and the model reads {self.length}; generate fewer, "
@@ -325,7 +325,7 @@ class _Read(NamedTuple):
 
 
 class _ScoredRow(NamedTuple):
-    """Token ids, and the log-probs to compute. Continuations that end in different tokens share a row."""
+    """Token ids, and the log-probs to compute. Continuations that differ only in the last token share one."""
 
     ids: tuple[int, ...]
     reads: list[_Read]
@@ -439,7 +439,7 @@ def length_bucket(count: int, length: int) -> int:
 
 
 def read_sizes(size: int) -> tuple[int, ...]:
-    """Return to how many positions with logits a row of `size` tokens may be padded, ascending."""
+    """Return the possible numbers of positions with logits in a row of `size` tokens, ascending."""
     return (FEW_READS, size)
 
 

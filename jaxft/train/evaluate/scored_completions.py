@@ -45,7 +45,7 @@ from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run, Scoring
 from jaxft.weights.pretrained import check_token_id
 
-COMPLETIONS_AT_ONCE = 32  # that are in progress
+COMPLETIONS_AT_ONCE = 32  # the most that are sampled at the same time
 ANSWER = "answer"  # the column that score functions compare with
 CORRECT = 1.0  # the least score of a completion that passes, for pass@k
 
@@ -310,9 +310,8 @@ def make_scorer(
     the other. It keeps the first completion of the first `samples` prompts as text for logs and cards, and
     scores the completions of the first `scoring.prompts` prompts, or of all.
 
-    texts: the held-out prompts, with their rows' responses. Every function is called with these responses
-    first; ValueError is raised if it returns no score for one, so that a function that does not fit the rows
-    ends the run before it trains.
+    texts: the held-out prompts, with their rows' responses. Every function first scores these responses, so
+    that one that does not fit the rows ends the run before it trains: no score raises ValueError.
     """
     functions, group = scoring.functions, scoring.samples
 
@@ -359,7 +358,7 @@ def make_scorer(
                     f"{scores.missing} completions of held-out prompts have no score: {scores.fault}"
                 )
         broken = np.array([done.finish == "nonfinite" for done in completions]).reshape(-1, group).any(1)
-        intervals = {name: x for name, x in intervals.items() if math.isfinite(x.low)}  # of one prompt
+        intervals = {name: x for name, x in intervals.items() if math.isfinite(x.low)}  # one prompt has none
         of_prompts = {prompt: means for prompt, means in of_prompts.items() if means}
         return Scored(shown, prompts, metrics, intervals, of_prompts, faults, int(broken.sum()))
 
@@ -438,7 +437,8 @@ class CompletionScorer:
         """Return the mean score by each function and pass@k, and every completion with its scores.
 
         A completion without a score, where the function raises or returns no number, is in no mean, and a
-        note counts them. Raises ValueError if a function scores no completion at all.
+        note counts them. values: each prompt's mean. Raises ValueError if a function scores no completion at
+        all.
         """
         ids = self._prompt_ids(loaded, prompts)
         named = [(prompt.row, tokens) for prompt, tokens in zip(prompts, ids, strict=True)]

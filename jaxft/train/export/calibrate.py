@@ -45,8 +45,8 @@ from jaxft.weights.edit.calibrated_base import (
 from jaxft.weights.edit.lora_start import check_ranks
 from jaxft.weights.hf.safetensors import read_model_json
 
-RUN = "run"  # of quant.calibrate: the run's own training rows
-FEWEST_TOKENS = 128
+RUN = "run"  # as quant.calibrate: the training rows of the run
+FEWEST_TOKENS = 128  # of all calibration rows together
 
 Progress = Callable[[str], None]
 
@@ -71,7 +71,7 @@ class Calibration:
     def __post_init__(self):
         if self.tokens < self.max_length:
             raise ValueError(
-                f"{self.tokens} calibration tokens (--tokens, quant.calibrate_tokens) are less than one row "
+                f"{self.tokens} calibration tokens (--tokens, quant.calibrate_tokens) are fewer than one row "
                 f"of {self.max_length} (--max-length, data.max_length); raise or lower one of them"
             )
 
@@ -101,8 +101,8 @@ class Calibration:
 class CalibrationPlan:
     """The inputs of a base's calibration.
 
-    name: of its codes in the cache, a hash of the inputs. ref: where the base comes from. ranks: ranks of
-    low-rank corrections, see calibrate_layers.
+    name: name of its codes in the cache, a hash of the inputs. ref: where the base comes from. quant: how it
+    is quantised. rows: calibration rows as token ids. ranks: of low-rank corrections, see calibrate_layers.
     """
 
     name: str
@@ -118,7 +118,7 @@ class CalibrationPlan:
 
 
 def rows_of_source(source: Source[Any], tokens: int, where: str) -> CalibrationRows:
-    """Return the first training rows of a source with at least `tokens` tokens, or all of an epoch.
+    """Return training rows of a source, from the first on, until they have `tokens` tokens or the epoch ends.
 
     They are the same for any mesh, data.micro, data.layout and number of epochs, which may change when a run
     resumes. Raises ValueError if an epoch has fewer than FEWEST_TOKENS. where: the setting, for errors.
@@ -260,7 +260,7 @@ def _coded_layers(plan: CalibrationPlan) -> Iterator[str]:
         readers = pretrained.open_params(plan.ref, model)
         calibrated = calibrate_layers(model, readers, plan.quant, plan.rows, plan.ranks)
         while True:
-            with jax.set_mesh(mesh):  # not while the caller has the line
+            with jax.set_mesh(mesh):  # not set in the caller between layers
                 layer = next(calibrated, None)
             if layer is None:
                 return
@@ -281,15 +281,16 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
     path = folder / CALIBRATED_JSON
     calibrated_codes(plan, progress)
     record = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
-    again = f"remove the folder {plan.name} from the cache of every machine whose base differs"
+    again = f"remove the cache folder {codes_folder(plan.name)} on every machine whose base differs"
     if not processes.all_equal(record):
         raise ValueError(f"the processes have different calibrated bases; {again}, and start again")
     with processes.agreement():
         before = read_model_json(path) if path.is_file() else record
         if before["codes"] == plan.name and before != record:
             raise ValueError(
-                f"{path}: the calibrated base in the cache is not the one that this run began with, perhaps "
-                f"of another device or version of jax; copy the cache of that machine, or {again}"
+                f"{path}: the calibrated base in the cache differs from the one that this run started with, "
+                "perhaps computed on another device or by another version of jax; copy the cache of that "
+                f"machine, or {again}"
             )
         if processes.is_first():
             write_durable_json(path, record)
@@ -303,7 +304,7 @@ def input_squares(
     load: Callable[[jax.sharding.Mesh], Params],
     progress: Progress,
 ) -> dict[str, Any]:
-    """Return the sum of the squared inputs of each of the linear layers `paths`, float32 [L, I].
+    """Return {path: sum of the squared inputs over tokens, float32 [L, I]} for the linear layers `paths`.
 
     load(mesh): returns the base parameters. progress: called with lines for the user.
     """
@@ -324,7 +325,7 @@ def input_squares(
 
 
 def squared_inputs(model: Model, paths: Collection[str], base: Params, tokens: Tokens) -> dict[str, Any]:
-    """Return the sum over tokens, without padding, of the squared inputs of linear layers, float32 [L, I]."""
+    """Return {path: sum of squared inputs over tokens without padding, float32 [L, I]} of linear layers."""
     tapped_base, tapped = with_taps(base, paths)
     used = (tokens.segments > 0)[..., None]
 

@@ -65,9 +65,9 @@ class ExportSource:
     """A model to be written.
 
     ref: where the base comes from. adapter: its arrays, which are merged into the base in float32; None for
-    the base alone. quant: how the base was stored when the adapter was trained, None in its own precision.
-    score: the scalar head [D, 1] of a scorer, by default the one in the files. data: where the training rows
-    came from, for the model card. token_ids: the tokens of rows that the adapter replaces. decision: the
+    the base alone. quant: how the base was stored when the adapter was trained; None for the precision of its
+    files. score: the scalar head [D, 1] of a scorer, None for the one in the files. data: where the training
+    rows came from, for the model card. token_ids: tokens whose embeddings the adapter replaces. decision: the
     labels and the question of a decision model.
     """
 
@@ -110,8 +110,8 @@ def named_source(named: NamedWeights, quant: QuantKind | None = None) -> ExportS
 class ExportQuant:
     """Quantisation of written weights, each rounded once from float32.
 
-    quant: calibrated codes are written as they are. format: the layout of the files, a key of
-    quantised_checkpoints.FILE_FORMATS, by default the usual one of the kind.
+    quant: kind and block size; with `codes`, the calibrated codes are written unchanged. format: the layout
+    of the files, a key of quantised_checkpoints.FILE_FORMATS; None for the usual one of the kind.
     """
 
     quant: Quant
@@ -119,11 +119,11 @@ class ExportQuant:
 
 
 def check_output(out: Path, ref: str) -> None:
-    """Raise ValueError if a model cannot be written to `out`: a file, the folder of the model `ref`, or
-    another folder that is not empty.
+    """Raise ValueError if a model cannot be written to `out`: a file, the working directory, the folder of
+    the model `ref`, or another folder that is not empty.
     """
     if out.resolve() == hub.locate(ref).path.resolve():
-        raise ValueError(f"--out {out} is the folder that is read; choose another folder")
+        raise ValueError(f"--out {out} is the model's folder; choose another folder")
     check_new_folder(out)
 
 
@@ -134,12 +134,13 @@ def export_model(
     how: ExportQuant | None = None,
     text_only: bool = False,
 ) -> str:
-    """Write a model to the new folder `out`, tensor by tensor; return a summary of the rounding error.
+    """Write a model to the new folder `out`, tensor by tensor; return a summary with rounding errors and
+    notes.
 
     After an error there is no folder. dtype: dtype of the weights that are not quantised, by default
     bfloat16; a multimodal model keeps the dtype of its files, and its unchanged weights are copies.
     text_only: write only the text decoder of such a model. Raises ValueError for an `out` that check_output
-    refuses.
+    refuses, and for weights that cannot be merged or quantised.
 
         export_model(Path("merged"), named_source(named_weights("runs/sft")), how=ExportQuant(Quant("int8")))
     """
@@ -201,7 +202,7 @@ def _readers(source: ExportSource) -> dict[str, ParamReader]:
 
 
 def _changed_paths(source: ExportSource, merged: Params) -> set[str]:
-    """Return the parameters whose merged values differ from the source's files."""
+    """Return the paths of the parameters whose merged values differ from the source's files."""
     rounded = quantised_paths(source.model.specs, source.quant) if source.quant else ()
     new = {path for path in tree.paths(merged) if path not in source.model.weight_names}
     return {*lora.pairs_by_path(source.adapter), *rounded, *new}
@@ -236,7 +237,7 @@ def _card(title: str, source: ExportSource, quantizer: hf_write.LayerQuantizer |
 
 def layer_quantizer(model: Model, how: ExportQuant, error: RoundingError) -> hf_write.LayerQuantizer:
     """Return the quantiser of a model's layers for hf_write.save_folder. error: accumulates the rounding
-    error.
+    error. Raises ValueError for weights that cannot be written in this format.
     """
     quant = how.quant
     if quant.kind == CHECKPOINT:
@@ -336,14 +337,14 @@ def check_gguf_output(out: Path, ref: str) -> None:
     if out.suffix != ".gguf" or out.is_dir():
         raise ValueError(f"--out {out} is not the name of a GGUF file; choose NAME.gguf, or leave --gguf out")
     if out.exists() and out.resolve() == hub.locate(ref).path.resolve():
-        raise ValueError(f"--out {out} is the file that is read; choose another name")
+        raise ValueError(f"--out {out} is the model's file; choose another name")
     if out.exists():
         raise ValueError(f"--out {out} exists; choose another name")
 
 
 def check_gguf(out: Path, ref: str, mixture: str, calibrated: bool) -> None:
-    """Raise ValueError for an output or a mixture that export_gguf refuses, or that has no use for
-    calibration rows.
+    """Raise ValueError for an output or a mixture that export_gguf refuses, and for `calibrated`, which says
+    that there are calibration rows, with a mixture that does not use them.
     """
     check_gguf_output(out, ref)
     name = mixture if mixture.lower() == KEEP else mixture_named(mixture)
@@ -401,9 +402,10 @@ def export_gguf(
 
 
 def importances_of(squares: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
-    """Return for each weight, by its Hugging Face name, the mean squares of its inputs, times any constant.
+    """Return {Hugging Face name of a weight: squared inputs, summed over tokens, [I]}, whose ratios weight
+    rounding errors.
 
-    squares: by parameter path, [L, I], see calibrate.input_squares.
+    squares: {parameter path: [L, I]}, see calibrate.input_squares.
     """
     table = tensors_of(model)
     return {
@@ -412,7 +414,10 @@ def importances_of(squares: Mapping[str, Any], model: Model) -> dict[str, np.nda
 
 
 def export_gguf_adapter(out: Path, source: ExportSource, kind: str) -> str:
-    """Write a source's adapter alone to the file `out`; return a summary. kind: F32, F16 or BF16."""
+    """Write a source's adapter alone to the GGUF file `out`; return a summary. kind: F32, F16 or BF16.
+
+    Raises ValueError for a source without an adapter, and for a reward model.
+    """
     check_gguf_output(out, source.ref)
     if source.adapter is None or not source.model.generates:
         what = "a reward model" if source.adapter else "a model without an adapter"

@@ -30,7 +30,7 @@ FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 class Push:
     """Files to be uploaded, by their name in the repository.
 
-    what: what the files contain, for messages: "adapter", "model" or "GGUF file". notes: lines for the user.
+    what: kind of the files, for messages: "adapter", "model" or "GGUF file". notes: lines for the user.
     defaults: files that are added only where the repository has no file of that name.
     """
 
@@ -40,7 +40,7 @@ class Push:
     defaults: dict[str, FileContent] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
+        """Return {name: size in bytes} of the files, sorted by name, without `defaults`."""
         sizes = {name: len(x) if isinstance(x, bytes) else x.stat().st_size for name, x in self.files.items()}
         return dict(sorted(sizes.items()))
 
@@ -49,10 +49,10 @@ def files_to_push(source: Path, repo: str, merged: Path | None = None) -> Push:
     """Return the files of a finished run's adapter or model, or of an exported folder or .gguf file.
 
     repo: org/name, which the model card names as the place to load from. merged: a folder with the merged
-    weights of `source`, pushed instead of its own. Only weights, configurations, tokenizers, license
-    and card are pushed: for a run, the files that its summary.json lists, its card, and the card's pictures.
-    Raises FileNotFoundError or ValueError for a source without weights, incomplete, or with links in place of
-    files.
+    weights of `source`, pushed instead of its own. Only weights, configurations, tokenizers, license and card
+    are pushed: for a run, the files that its summary.json lists, its card, and the card's pictures. Raises
+    FileNotFoundError or ValueError for a source that is incomplete or has no weights, or that has links in
+    place of files.
     """
     if source.is_file():
         return _gguf(source, repo)
@@ -117,7 +117,7 @@ def _folder(folder: Path, repo: str) -> Push:
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     unfinished = [name for name in names if name.endswith(UNFINISHED)]
     if unfinished:
-        raise ValueError(f"{folder / unfinished[0]}: left by an export that did not finish; export again")
+        raise ValueError(f"{folder / unfinished[0]}: left by an unfinished export; export again")
     what = _complete(folder)
     recorded = recorded_results(folder)
     written = names if recorded is None else [CARD, *(p.relative_to(folder).as_posix() for p in recorded)]
@@ -190,7 +190,7 @@ def _gguf_notes(header: GgufHeader) -> list[str]:
 
 
 def _base_notes(folder: Path) -> list[str]:
-    """Return a warning if an adapter's base is not on the hub, so that others cannot load it."""
+    """Return one warning if an adapter's base is not on the hub, so that others cannot load it, else []."""
     base = str(read_adapter_config(folder).get("base_model_name_or_path") or "")
     if base and hub.hub_name(base) is not None and not Path(base).exists():
         return []

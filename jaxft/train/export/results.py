@@ -44,7 +44,7 @@ from jaxft.weights.peft.adapter_folders import cached_base_notes
 
 def report_finished(job: Job, steps: int) -> int:
     """Print where the results of a finished run are; return the exit code."""
-    calibrate_base(job.calibration, job.folder, print_line)  # which commands that use the run read
+    calibrate_base(job.calibration, job.folder, print_line)  # commands that use the run need its codes
     failed = processes.from_first_process(lambda: runfolder.failed_members(job.folder))
     if not processes.is_first():
         return int(bool(failed))
@@ -72,12 +72,12 @@ def report_finished(job: Job, steps: int) -> int:
 
 def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
     """Write held_out.jsonl of each member: the name and the values of each held-out row after the last step,
-    from which `jaxft compare` takes differences on the same rows. A member without any has no such file. Of
-    rows of one name, from files of one name, all but the first get a number, as in "a.jsonl:1 (2)".
+    from which `jaxft compare` takes differences on the same rows. A member without any has no such file. If
+    two files of one name hold out rows, a repeated row name gets a number: "a.jsonl:1 (2)".
     """
     if not processes.is_first():
         return
-    name = job.sources[0].held_out_name  # all of a sweep have the same held-out rows
+    name = job.sources[0].held_out_name  # a sweep's members have the same held-out rows
     for member, (rows, prompts) in zip(job.members, values, strict=True):
         named = [*((name(at), means) for at, means in sorted(rows.items())), *prompts.items()]
         seen, lines = Counter[str](), list[str]()

@@ -179,7 +179,7 @@ def open_logs(
         opened.message(line)
     if starts_again:
         opened.message(f"{job.folder} has no complete checkpoint: the run starts again at step 0")
-    for log, logged in zip(logs, (saved or {}).get("logged", []), strict=False):  # older ones have none
+    for log, logged in zip(logs, (saved or {}).get("logged", []), strict=False):  # older checkpoints lack it
         for line in log.missing(logged):
             opened.message(line)
     if first:

@@ -56,7 +56,7 @@ class Meter:
             3 if trains_base(partition) else 2
         )  # forward, gradient of the inputs, gradient of the weights
         self._device = jax.local_devices()[0]
-        # a CPU's peak would be benchmarked beside the threads of the run
+        # a CPU's peak is measured by a benchmark, which the run's threads would slow down
         on_cpu = self._device.platform == "cpu"
         self._peak = None if on_cpu else devices.peak_flops(self._device) * len(jax.devices())
         self._pending: collections.deque[tuple[int, int, Metrics]] = collections.deque()
@@ -80,7 +80,7 @@ class Meter:
         Attention is counted within each example, the head only at positions whose logits the loss reads.
         Passes of a reference or a critic are not counted.
         """
-        earlier = float(batch.positions.sum(where=batch.segments > 0))  # all tokens' tokens before them
+        earlier = float(batch.positions.sum(where=batch.segments > 0))  # earlier tokens, summed over tokens
         return self._model.forward_flops(tokens, 2 * earlier / max(tokens, 1), count_reads(batch))
 
     def _add_pending(self, leave: int) -> None:

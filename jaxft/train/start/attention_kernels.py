@@ -1,9 +1,9 @@
-"""The attention kernel of a run: which one its train step has, why, and whether it is right on its device.
+"""Report which attention kernel a train step uses and why, and check that it is correct on this device.
 
-A kernel that is compiled for a device may be wrong there without an error: by a bug of the compiler, of a
-vendor's library or of the kernel. So before a run trusts it, its outputs and gradients on two rows are
-compared once with `flash`, blockwise XLA, in float32: rows as long as in the run (long ones are
-shortened, see sample_length), and in as many parts where mesh.context divides them.
+A bug of the compiler, of a vendor's library or of the kernel can make a kernel wrong on one device without an
+error. So before training, its outputs and gradients on two sample rows are compared with `flash`, blockwise
+XLA, in float32. The sample rows are as long as the run's (long rows are shortened, see sample_length), and
+sharded into as many parts by mesh.context.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ from jaxft.nn.attention.layer_attention import attention_needs
 from jaxft.nn.tree import Batch
 from jaxft.train.programs import Programs
 
-SAMPLE_WINDOW = 50  # of 256 tokens of a sample row, if a layer has any
-# Relative errors that need no explanation: the largest of one rounding to bfloat16, which has 8 bits, and to
-# float16 or TF32, which have 11. Matmuls of float32 may round their operands to TF32.
+SAMPLE_WINDOW = 50  # sliding window in a sample row of 256 tokens, if a layer has a window
+# The largest relative error of a single rounding: to bfloat16 (8 significant bits), and to float16 or TF32
+# (11 bits). Matmuls of float32 may round their operands to TF32.
 ONE_ROUNDING, ONE_FINE_ROUNDING = 2.0**-8, 2.0**-11
 
-# Segments of the sample rows in 256ths of a row, as (length, responses): a shared prompt of half the segment
-# is followed by that many responses. The rest of a row is padding.
+# Segments of the two sample rows as (length in 256ths of a row, number of responses). A segment with
+# responses begins with a prompt of half its length that they share. Padding fills the row.
 PACKED_SAMPLE = ([(3, 0), (61, 0), (64, 0), (100, 0)], [(256, 0)])
 BRANCHED_SAMPLE = ([(3, 0), (60, 2), (65, 0), (100, 4)], [(256, 3)])
 PLAIN_SAMPLE = ([(200, 0)], [(256, 0)])
@@ -54,8 +54,7 @@ def attention_summary(p: Programs, batch: Batch) -> str:
 
 
 def in_parts_of_rows(packed: bool, layout: attention.Layout, settings: attention.AttentionSettings) -> Any:
-    """Return the attention function of a run, with the arguments of a kernel and sharded over the ambient
-    mesh.
+    """Return a run's attention, sharded over the ambient mesh, as a function with a kernel's arguments.
 
     packed: whether rows have several examples. layout: how keys are sharded over mesh.context.
     """
@@ -69,8 +68,8 @@ def in_parts_of_rows(packed: bool, layout: attention.Layout, settings: attention
 
 
 def check_attention(p: Programs, batch: Batch) -> list[str]:
-    """Compare the train step's attention kernel with blockwise XLA on a few rows; return a line about it,
-    or [] if the kernel is blockwise XLA.
+    """Compare the train step's attention kernel with blockwise XLA on two sample rows. Return a list with one
+    line about it, [] if the kernel is blockwise XLA.
 
     Raises ValueError if outputs or gradients differ by more than rounding explains, or if the kernel cannot
     be compiled or run on this device.
@@ -109,9 +108,9 @@ def check_attention(p: Programs, batch: Batch) -> list[str]:
 def sample_length(length: int, parts: int = 1) -> int:
     """Return the length of sample rows that stand for rows of `length` tokens sharded into equal `parts`.
 
-    Up to LONGEST_SAMPLE it is `length`. For longer rows it is the largest length up to there for which
-    kernels choose the same block sizes as for the full row and its parts; if there is none, which takes more
-    than 8 parts, the largest for which a part's length leaves the same remainder when divided by 128.
+    Up to LONGEST_SAMPLE it is `length`. For longer rows it is the largest length up to LONGEST_SAMPLE for
+    which kernels choose the same block sizes as for the full row and its parts. With more than 8 parts there
+    may be none; it is then the largest for which a part's length has the same remainder modulo 128.
     """
     if length <= LONGEST_SAMPLE:
         return length
@@ -127,8 +126,8 @@ def sample_length(length: int, parts: int = 1) -> int:
 
 
 def rows_to_compare(rows: AttentionNeeds, tokens: int = 256) -> tuple[KeyRanges, np.ndarray]:
-    """Return (key ranges of two sample rows, mask [2, T] of tokens that are not padding). The sample rows
-    have branches, packed examples and a window where `rows` says that the run's rows have them.
+    """Return (key ranges of two sample rows, mask [2, T] of tokens that are not padding), for T=`tokens`. The
+    sample rows have branches, packed examples and a window if the run's rows do, see `rows`.
     """
     layout = BRANCHED_SAMPLE if rows.branches else PACKED_SAMPLE if rows.packed else PLAIN_SAMPLE
     segments, branches = (np.zeros((2, tokens), np.int32) for _ in range(2))
@@ -147,8 +146,8 @@ def rows_to_compare(rows: AttentionNeeds, tokens: int = 256) -> tuple[KeyRanges,
 
 
 def context_parts(mesh: Mesh) -> int:
-    """Return over how many devices a check shards rows: mesh.context, or if this process has fewer devices,
-    the largest divisor of mesh.context for which it has enough.
+    """Return the number of devices over which check_attention shards a row: mesh.context, or its largest
+    divisor that is at most the number of this process's devices.
     """
     context, here = dict(mesh.shape).get("context", 1), len(jax.local_devices())
     return max(n for n in range(1, min(context, here) + 1) if context % n == 0)
@@ -157,7 +156,7 @@ def context_parts(mesh: Mesh) -> int:
 def _results(
     kernel: Callable, softcap: float | None, ranges: KeyRanges, x: Any, real_BT: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Return a kernel's output and gradients, 0 in padding. x: (q, k, v, gradient of the output)."""
+    """Return a kernel's (output, dq, dk, dv), 0 in padding. x: (q, k, v, gradient of the output)."""
     *qkv, do = x
     real = real_BT[:, :, None, None]
     o, backward = jax.vjp(lambda q, k, v: kernel(q, k, v, ranges, softcap), *qkv)
@@ -173,14 +172,14 @@ def kernel_errors(
     softcap: float | None,
     parts: int = 1,
 ) -> tuple[float, float]:
-    """Return the largest relative error of a kernel's output and gradients, and the largest that rounding
-    explains: four times the error of `flash` in the same dtype, at least 2^-8 for bfloat16 and 2^-11 for
-    others.
+    """Return (the largest relative error of a kernel's output and gradients, the largest error that rounding
+    explains).
 
-    An error is the root mean square of the difference from `flash` in float32, relative to the values';
-    infinite if the kernel returns a NaN. q_BTHE: the sample rows have its heads, head dimension and dtype,
-    and the length sample_length(T). rows: whether they have branches, packing and windows. Runs on the first
-    device of this process, or with mesh.context=parts on its first ones.
+    An error is the root mean square (RMS) of the difference from `flash` in float32, divided by the RMS of
+    `flash`; infinite if the kernel returns a NaN. Rounding explains four times the error of `flash` in the
+    kernel's dtype, and at least 2^-8 for bfloat16, 2^-11 for other dtypes. q_BTHE: the sample rows have its
+    heads, head dimension and dtype, and the length sample_length(T, parts). rows: whether they have branches,
+    packing and windows. Runs with mesh.context=parts on this process's first `parts` devices.
     """
     (_, length, heads, head_dim), dtype = q_BTHE.shape, q_BTHE.dtype
     tokens, rng = sample_length(length, parts), np.random.default_rng(0)

@@ -38,9 +38,9 @@ from jaxft.weights.param_loading import shard_host_array
 from jaxft.weights.peft.peft_tensors import with_patterns
 from jaxft.weights.tensors import layer_on_host
 
-EXACT_INPUTS = 2048  # of a covariance that is decomposed as a whole; larger ones by Lanczos's method
-SMALLEST_VARIANCE = 1e-30  # that is divided by
-MOMENT_BYTES = 2**32  # of covariances on the device at once; a batch takes as many
+EXACT_INPUTS = 2048  # a covariance of at most so many inputs is decomposed in full, a larger one by Lanczos
+SMALLEST_VARIANCE = 1e-30  # instead of a smaller divisor
+MOMENT_BYTES = 2**32  # of covariances on the device at once; adding a batch takes as many again
 
 RowRange = tuple[int, int]  # the first row, and the one after the last
 
@@ -85,7 +85,7 @@ def eva_adapter(
 ) -> Params:
     """Return `adapter` with each `a` initialised by EVA, sharded as before.
 
-    model: with base and adapter in one tree. rows: the rows whose activations are measured. Every process
+    model: a model over {"base", "adapter"}. rows: the rows whose activations are measured. Every process
     calls it; process 0 alone computes the directions, because the libraries of other hosts may round
     otherwise. The rows pass through the model once for each MOMENT_BYTES bytes of covariances, and the host
     stores the covariances of one kernel. Raises ValueError for inputs that are not finite.
@@ -139,9 +139,9 @@ def input_statistics(
 ) -> InputStatistics:
     """Return statistics of the inputs of linear layers over all tokens but padding.
 
-    model: with base and adapter in one tree. parts: by path, the first and end row of the sum [I, I] to
-    compute. Each batch is centred on its own mean and merged with the earlier ones (Chan et al. 1979), so
-    that a large mean costs no digits.
+    model: a model over {"base", "adapter"}. parts: {path: (first row, end row) of the [I, I] sum to
+    compute}. Each batch is centred on its own mean and merged with the earlier ones (Chan et al. 1979), so
+    that a large mean costs no precision.
     """
     everywhere = sharding.replicated(mesh)
     leaves = tree.paths(base, is_qtensor)
@@ -333,8 +333,8 @@ def first_a(
     ranks: Mapping[str, Sequence[int]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, np.ndarray]:
-    """Return `a` at step 0 by path, of the shapes [L, I, R] in `shapes`. The first columns of a layer are as
-    many directions as its rank, the others zeros.
+    """Return `a` at step 0 by path, of the shapes [L, I, R] in `shapes`. The first columns of a layer, as
+    many as its rank, are directions; the remaining columns are zeros.
     """
     a_by_path = {}
     for path, of_layers in ranks.items():

@@ -63,14 +63,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Job:
-    """The job of `loop.run`: the members, and the settings, sources and programs that they share.
+    """A run or a sweep, as `loop.run` trains it: its members, and the sources and facts that they share.
 
-    sources: one for all members, or one for each. steps: the number of the last step. planned: the number of
-    steps by the settings, greater than `steps` if ended_by ended the job early. stop: the token ids that end
-    a completion. all_general: batches of the general text. sweep: its settings, None for a single run.
-    calibration: the inputs of the base's calibration, None without quant.calibrate. limit: how many held-out
-    rows and texts evaluations read. widest: the shape that batches are padded to, None for the smallest that
-    a batch of every source fits into.
+    sources: one for all members, or one for each. steps: the number of the last step, counted from 1.
+    planned: the number of steps by the settings, greater than `steps` if ended_by ended the job early. stop:
+    the token ids that end a completion. all_general: all batches of the general text. sweep: its settings,
+    None for a single run. calibration: the inputs of the base's calibration, None without quant.calibrate.
+    limit: the most that an evaluation reads. widest: the shape that batches are padded to, None for the
+    smallest that a batch of every source fits into.
     """
 
     folder: Path
@@ -324,7 +324,7 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
 
     A run is not finished if loop.steps has been raised since. A run that loop.patience ended is finished
     until loop.patience is raised, and one that a callback ended until loop.steps is. Raises ValueError for
-    changes that are not permitted.
+    changes that are not permitted, FileNotFoundError for missing results without a checkpoint.
     """
     steps = runfolder.finished_steps(job.folder)
     if not steps and checkpoints.latest() is None:

@@ -2,7 +2,7 @@
 rate that follows from a model other than the recipe's.
 
 They are added to the command as if the user had written them, so that a run's record, a dry run and a plan
-have them. Rows that ship with jaxft leave a recipe as it is.
+show them. Rows that ship with jaxft leave a recipe as it is.
 """
 
 import math
@@ -38,12 +38,12 @@ from jaxft.train.settings import Run
 from jaxft.weights.hf import hub
 from jaxft.weights.pretrained import load_tokenizer
 
-COVERED = 99  # percent of the rows that are whole
-LITTLE = 1.1  # times the memory of activations
-MICRO_TOKENS = 4096  # of a microbatch, unless the recipe itself has more
-RUN_STEPS = 100  # of a run; with fewer rows a step has fewer, with more rows more
+COVERED = 99  # percent of the rows that fit into the chosen length
+LITTLE = 1.1  # all rows are covered if this takes at most so many times the memory for activations
+MICRO_TOKENS = 4096  # the most tokens of a microbatch, unless the recipe itself has more
+RUN_STEPS = 100  # approximate steps of a run: the more rows there are, the more a step has
 BATCHES = {Rows: (1, 8), PairRows: (4, 16)}  # least and most rows of a step, unless the recipe has more
-NEW_TOKENS = 256  # of a completion
+NEW_TOKENS = 256  # the least tokens of a completion
 AUTO = ("lr=auto", "optim.lr=auto")
 Data = Rows | PairRows | Prompts
 Chosen = dict[str, str]  # settings and their values, as on a command line
@@ -53,8 +53,8 @@ Chosen = dict[str, str]  # settings and their values, as on a command line
 
 # The best rates that Thinking Machines measured for AdamW and cross-entropy in fine-tuning of Llama models:
 # RATE x 10 for LoRA with alpha=32 x (2000 / width) ** EXPONENT (https://thinkingmachines.ai/blog/lora, and
-# get_lr of their tinker-cookbook). Other objectives have fractions of them. Those of TRL's defaults are 0.05
-# for DPO, KTO and GRPO and 0.2 for reward models; DPO of SmolLM2 learns faster with more (scripts/bench).
+# get_lr of their tinker-cookbook). Other objectives use fractions of it. TRL's defaults are 0.05 of its rate
+# for DPO, KTO and GRPO, 0.2 for reward models; DPO of SmolLM2 learns faster with more (scripts/bench).
 RATE, OF_LORA, WIDTH, EXPONENT = 5e-5, 10, 2000, 0.781
 OF_OBJECTIVE = {"SFT": 1.0, "preferences": 0.1, "a reward model": 0.2, "reinforcement learning": 0.05}
 
@@ -78,8 +78,8 @@ def resolve(recipe: Recipe, overrides: list[str]) -> Resolved:
     """Return the settings of a command whose recipe returns a Run, with a learning rate if the command leaves
     it open.
 
-    A rate is chosen for lr=auto. It is also chosen if the command sets no rate, but full=true or another
-    model than the recipe's.
+    A rate is chosen for lr=auto. Without a rate, one is also chosen for a model that is not the recipe's, and
+    for full=true unless the recipe has a default rate for it.
     """
     resolved = config.resolve_config(recipe, [text for text in overrides if text not in AUTO], Run)
     names = [text.partition("=")[0] for text in overrides if text in AUTO]
@@ -99,8 +99,9 @@ def fitted(
 ) -> tuple[Resolved, list[str]]:
     """Return the settings with lengths and batches chosen for the rows, and lines about them for the user.
 
-    Every process calls it. devices: of the run, by default of this machine. root: the folder of runs; a
-    run that has a checkpoint keeps what it began with.
+    Every process calls it. Rows that cannot be read leave the settings unchanged; the run raises the error.
+    devices: number of the run's devices, by default all. root: the folder of runs; a run that has a
+    checkpoint keeps the lengths and batches that it began with.
     """
     try:
         return _fitted(settings, devices, root)
@@ -109,7 +110,7 @@ def fitted(
 
 
 def _fitted(settings: Resolved, devices: int | None, root: Path) -> tuple[Resolved, list[str]]:
-    """Do the same as `fitted`, on one process. Raises ValueError or OSError for unreadable files."""
+    """Do the same as `fitted`, but raise ValueError or OSError for rows that cannot be read."""
     run, lines = settings.value, _first_lines(settings)
     recorded = processes.from_first_process(lambda: _recorded(settings, root))
     if recorded:
@@ -162,8 +163,8 @@ def _measure(run: Run) -> RowLengths:
 
 
 def _open_names(settings: Resolved) -> list[str]:
-    """Return the names of the data settings that are to be chosen from the rows, such as max_length, batch
-    and micro: all of these that the command does not set.
+    """Return the names of the data settings that the command leaves open and that follow from the rows, such
+    as max_length, batch and micro.
 
     [] unless the user's rows replace rows that ship with jaxft: a recipe's values fit its own rows.
     """
@@ -208,14 +209,16 @@ def _with(settings: Resolved, more: Chosen) -> Resolved:
 
 
 def _recorded(settings: Resolved, root: Path) -> Chosen:
-    """Return what jaxft chose at the run's start and this command leaves open; {} without a checkpoint."""
+    """Return the settings that were chosen when the run began and that this command leaves open; {} if the
+    run has no checkpoint.
+    """
     name, names = settings.value.name, _open_names(settings)
     folder = root / name
     paths = [folder, folder.parent] if "/" in name else [folder]  # the runs of a sweep share its checkpoints
     if not any(path for place in paths for path in place.glob(f"{CHECKPOINTS}/*")):
         return {}
     record = read_saved_json(folder / "config.json")
-    values = {_name_of(settings, name): str(record["data"][name]) for name in names}  # a sweep's member
+    values = {_name_of(settings, name): str(record["data"][name]) for name in names}  # without "command"
     chosen: Chosen = record["command"].get("chosen", {}) if "command" in record else values
     return {
         name: value
@@ -242,10 +245,11 @@ def _budget(settings: Resolved) -> int:
 
 @dataclass(frozen=True)
 class Fit:
-    """Chooses lengths and batches for a run from the lengths of its rows.
+    """The facts from which a run's lengths and batches are chosen, and the choice.
 
-    budget: the most tokens of a microbatch. remat: which activations the model stores for the backward pass.
-    devices: over how many devices the rows of a microbatch are sharded at most.
+    run: its settings, with the recipe's lengths and batches. lengths: token counts of its rows. budget: the
+    most tokens of a microbatch. remat: which activations the model stores for the backward pass. devices: a
+    microbatch gets at least one row for each of so many devices, if the batch has enough.
     """
 
     run: Run
@@ -266,7 +270,7 @@ class Fit:
         return self.data.length_settings[0]
 
     def choose(self, names: list[str]) -> dict[str, int]:
-        """Return a value for each of the data settings `names`."""
+        """Return {name: value} for the data settings `names`."""
         data, chosen = self.data, dict[str, int]()
         if isinstance(data, Prompts) and "max_new" in names:
             wanted = self._wanted_length() if "max_prompt" in names else data.max_prompt
@@ -276,7 +280,7 @@ class Fit:
             elif data.max_turns > 1:
                 chosen["max_new"] = min(chosen["max_new"], data.episode_length)
         fit = self._with_data(**chosen)
-        if self.limit in names and data.too_long != "split":  # split documents are whole with any limit
+        if self.limit in names and data.too_long != "split":  # split documents lose no tokens at any limit
             chosen[self.limit] = fit._length()
         fit = self._with_data(**chosen)
         if "batch" in names:
@@ -323,7 +327,8 @@ class Fit:
         most = "all" if self.lengths.covered(all_) == 1 else ""
         most = (
             most
-            or f"{100 * self.lengths.covered(all_):.1f} %, the most of the model's {context:,} positions,"
+            or f"{100 * self.lengths.covered(all_):.1f} %, the most that the model's {context:,} "
+            "positions allow,"
         )
         others = {"truncate": "truncated", "drop": "left out", "error": "errors"}[self.data.too_long]
         return (
@@ -360,9 +365,9 @@ class Fit:
         )
 
     def _length(self) -> int:
-        """Return a limit that covers COVERED percent of the rows, or all if that takes little more memory: at
-        least the recipe's limit, at most the budget and the model's context. For prompts it is what
-        completions leave of both, but at least half of the budget.
+        """Return a limit that covers COVERED percent of the rows, or all if that takes little more memory; at
+        least the recipe's limit, at most the budget and the model's context. For prompts the tokens of
+        completions are subtracted from both, but at least half of the budget remains.
         """
         data, context = self.data, self.run.model.config.max_positions
         most = min(context, self.budget // max(1, len(self.lengths.kinds)))
@@ -437,7 +442,8 @@ class Fit:
 
 
 def activation_bytes(model: Model, remat: RematPolicy) -> int:
-    """Estimate the bytes that all layers store of each token for the backward pass; 0 if it is not known.
+    """Estimate the bytes per token that all layers store for the backward pass; 0 for a model whose layers
+    are not described by a DenseConfig.
 
     Weights that only some tokens use (MoE) are counted for every token.
     """
@@ -478,8 +484,8 @@ def _written(chosen: Mapping[str, Any]) -> str:
 
 
 def _first_lines(settings: Resolved) -> list[str]:
-    """Return the lines that need no rows: about a chosen learning rate, and about a reward or an environment
-    of the recipe that is used with the user's rows.
+    """Return lines about a chosen learning rate, and about the recipe's reward or environment if the user's
+    rows are used with it.
     """
     return [*_rate_lines(settings), *_reward_lines(settings), *_environment_lines(settings)]
 

@@ -1,7 +1,7 @@
 """Log-probs of a frozen reference policy, computed once before training and cached on disk.
 
-The key of a pair in the cache is a hash of what its log-probs depend on: weights, adapter, model settings,
-and the tokens of prompt and responses. A changed row or model is computed again, and nothing else is.
+A hash of weights, adapter and model settings names the file in the cache, and a hash of prompt and responses
+is the key of a pair in it. So only new and changed rows are computed, and all rows for another model.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ VERSION = 1  # counts changes of how log-probs are computed
 
 def precompute(job: Job, report: Progress) -> Job:
     """Compute the calibrated base and the reference's log-probs, or find them in the cache; return the job
-    that uses them. report: called with lines about the progress.
+    that uses them. report: called with lines for the user.
     """
     calibrate_base(job.calibration, job.folder, report)
     return precompute_reference(job, report)

@@ -1,6 +1,6 @@
-"""The second, frozen model of a run, from its name to its weights on the mesh.
+"""The teacher: a run's second, frozen model, from its name to its weights on the mesh.
 
-models.adapted.Teacher has its settings.
+models/adapted.py:Teacher has its settings. A reference policy with separate weights is a teacher too.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ def find_teacher(
 
     ref: a run, a PEFT folder, or a model: org/name[@revision], a folder, a .gguf file. base: the run's
     weights, which the second model shares if `shares` is True and `ref` is these weights or an adapter on
-    them. build: makes the model of weights. quant: how unshared weights are stored. Raises ValueError or
-    FileNotFoundError for a folder without weights.
+    them. build(weights) returns their Model. quant: how the weights are stored; ValueError if they are the
+    run's. Raises ValueError or FileNotFoundError for a folder without weights.
     """
     named = named_weights(**source_options(ref))
     own_base, model = not shares or not _same_weights(named.ref, base), build(named.ref)
@@ -61,11 +61,12 @@ def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
     teacher, is_read = run.teacher, facts.teacher or facts.reference == TEACHER
     if teacher is None:
         if is_read:
-            raise ValueError("this objective reads a second model, but the run has none; set run.teacher")
+            raise ValueError("this objective reads a second model, but run.teacher=none; set run.teacher")
         return
     if not is_read:
         raise ValueError(
-            "run.teacher is set, but this objective reads no second model; leave it out, or set "
+            f"run.teacher ({teacher.start or teacher.weights or run.weights!r}) is set, but this objective "
+            "reads no second model; leave it out, or set "
             "preference(reference='teacher')"
         )
     if teacher.shares_base and trains_base(parts):
@@ -89,9 +90,9 @@ def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
 def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
     """Check the files of the run's second model before they are loaded; do nothing for a run without one.
 
-    Raises OSError or ValueError if its weight files or its adapter are missing or incomplete, if its
-    tokenizer gives a token of the run's tokenizer another id, or if `largest_id`, the largest token id of the
-    rows, is beyond its embeddings. tokenizer: the run's.
+    Raises OSError or ValueError for weight files or an adapter that are missing or incomplete. Raises
+    ValueError if its tokenizer has another id for a token of the run's `tokenizer`, or no embedding for
+    `largest_id`, the largest token id of the rows.
     """
     teacher = run.teacher
     if teacher is None:
@@ -112,8 +113,8 @@ def check_teacher_files(run: Run, tokenizer: Any, largest_id: int) -> None:
 
 
 def teacher_fingerprints(teacher: Teacher | None) -> dict[str, str]:
-    """Return hashes of the second model's weights and of its adapter, by the names that config.json has for
-    them; no hash of weights that are the run's base.
+    """Return hashes of the teacher's weights and of its adapter, by their names in config.json. Weights that
+    it shares with the run have no hash here.
     """
     fingerprints: dict[str, str] = {}
     if teacher and teacher.weights is not None:
@@ -150,8 +151,8 @@ def teacher_lines(run: Run, mesh: jax.sharding.Mesh) -> list[str]:
 
 
 def load_teacher(teacher: Teacher, run: Run, mesh: jax.sharding.Mesh) -> Params:
-    """Load a teacher's parameters onto the mesh: {} if it is the run's base. Raises MemoryError if the mesh
-    has no room for them.
+    """Load a teacher's parameters onto the mesh: {"base", "adapter"}, without "base" if it shares the run's,
+    without "adapter" if it has none. Raises MemoryError if the mesh has no room for them.
     """
     params: Params = {}
     if teacher.weights is not None and teacher.model is not None:

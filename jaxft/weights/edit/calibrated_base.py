@@ -299,8 +299,8 @@ def codes_damage(name: str) -> str | None:
 
 
 def confirm_codes(record: Mapping[str, Any]) -> bool:
-    """Whether a run's calibrated codes in the cache are unchanged; True if the cache does not have them.
-    record: of the run, {"codes": name of the cache folder, "sha256": codes_sha256 of the codes that it used}.
+    """Return whether the cached codes are the ones that a run used; True if the cache does not have them.
+    record: the run's, {"codes": name of the cache folder, "sha256": codes_sha256 of the codes}.
     """
     name = str(record.get("codes"))
     return not codes_folder(name).is_dir() or codes_sha256(name) == record.get("sha256")

@@ -25,12 +25,12 @@ from jaxtyping import Array, Float
 from jaxft.nn import quant_formats as qf
 from jaxft.nn.quant import FORMATS, QTensor, dequantize, grid, is_paired, quantize, with_defaults
 
-FRACTIONS = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # of the plain scale of a block
+FRACTIONS = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # tried, of the plain scale of a block
 DAMPING = 0.01  # of the mean squared input, added to every input's own
 INPUT_BLOCK = 32  # inputs whose errors are propagated to the later ones together
 ROUNDS = 2  # of coordinate descent on codes and scales
 HIGHEST = jax.lax.Precision.HIGHEST
-SMALLEST_VALUE = 1e-30  # of a singular value that is divided by
+SMALLEST_VALUE = 1e-30  # instead of a smaller singular value in a divisor
 
 _Weight = Float[np.ndarray, "I O"]
 FirstPair = tuple[Float[np.ndarray, "I R"], Float[np.ndarray, "R O"]]
@@ -223,7 +223,7 @@ def _fitted_scales(q: QTensor, weight: Array, moment: Array, size: int) -> Array
 
 
 # GPTQ: rounding an element changes the outputs; the elements that are rounded later compensate for that as
-# far as their inputs are correlated. Scales equal plain rounding's, so files and kernels are the same.
+# far as their inputs are correlated. The layout is plain rounding's, so files and kernels are the same.
 
 
 def with_codes(q: QTensor, codes: Any) -> QTensor:

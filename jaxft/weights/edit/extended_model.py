@@ -66,11 +66,12 @@ class Extension:
             )
         if self.multiple < 1:
             raise ValueError(
-                f"padding the table to a multiple of {self.multiple} rows (--multiple); use at least 1"
+                f"multiple={self.multiple} (--multiple) must be at least 1: the rows of the embedding table "
+                "are padded to a multiple of it"
             )
         twice = next((x for i, x in enumerate(self.named) if x in self.named[:i]), None)
         if twice is not None:
-            raise ValueError(f"new tokens: {twice!r} is there twice; list each token once")
+            raise ValueError(f"new tokens: {twice!r} is listed twice; list each token once")
 
     @property
     def named(self) -> tuple[str, ...]:
@@ -353,7 +354,7 @@ def with_new_tokens(adapter: Adapter, ref: str) -> Adapter:
 def check_new_tokens(ref: str, model: Model, adapter: Adapter | None, trainable: Collection[str]) -> None:
     """Raise ValueError if a run leaves rows of new tokens untrained, in the table or in the head.
 
-    trainable: paths of the run's trainable parameters in the whole tree.
+    trainable: paths of the run's trainable parameters, such as adapter/embed/rows.
     """
     new = untrained_tokens(ref)
     if not new:

@@ -2,7 +2,7 @@
 base.
 
 PiSSA (Meng et al. 2024, arXiv:2404.02948) starts from the largest singular values of a weight W, OLoRA
-(Büyükakyüz 2024, arXiv:2406.01775) from its QR decomposition; the base is stored as `W - s A B`, so that the
+(Büyükakyüz 2024, arXiv:2406.01775) from its QR decomposition. The base is stored as `W - s A B`, so that the
 model is unchanged at step 0. A quantised base stores this residual quantised (QPiSSA). LoftQ (Li et al. 2023,
 arXiv:2310.08659) alternates: quantise `W - s A B`, then set `s A B` to the largest singular values of W minus
 the quantised weight. QERA (Zhang et al. 2025, arXiv:2410.06040) starts from the low-rank matrix that best
@@ -69,7 +69,7 @@ def start_pairs(ref: str, stored: StoredModel, settings: Adapter) -> StartPairs:
     not support the ranks or the adapted layers (see check_ranks).
     """
     files, table = pretrained.open_files(ref), tensors_of(stored.model)
-    base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # at step 0; that the base lacks
+    base, pairs = spec_paths(stored.specs["base"]), (_Pairs(), _Pairs())  # start, without
     for path, layout in check_ranks(stored.specs["base"], settings, stored.model.weight_names).items():
         storage = stored.storage[f"base/{path}"]
         as_stored = partial(_as_stored, leaf_shapes(base[path], storage))

@@ -274,7 +274,8 @@ def _as_adapter(
 ) -> Combined:
     """Return an adapter with these pairs, padded with zeros to one rank, because some programs load no
     adapters of several ranks. pairs: by parameter path, (a, b) of each module, None for a module without one.
-    adapters: the sources, whose largest dropout the adapter gets. dropped: see Combined.
+    adapters: the sources, whose largest dropout the adapter gets, or 0 with a pair of the head. dropped: see
+    Combined.
     """
     rank = max(pair[0].shape[1] for modules in pairs.values() for pair in modules if pair is not None)
 
@@ -419,7 +420,7 @@ def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> Non
             shape = after.get(name)
             got = "is missing" if shape is None else f"has shape {shape}"
             raise ValueError(
-                f"{tuned.where}: tensor {name} {got}, and the base in {base.where} has {ours}: {advice}"
+                f"{tuned.where}: tensor {name} {got}, but {ours} in the base {base.where}; {advice}"
             )
 
 

@@ -141,7 +141,7 @@ def _sizes(header: GgufHeader, settings: GgufSettings) -> Sizes:
     if layers > len(header.tensors):
         raise ValueError(
             f"{header.path}: metadata {header.key('block_count')} is {layers}, but the file has only "
-            f"{len(header.tensors)} tensors; it is probably cut off, download it again"
+            f"{len(header.tensors)} tensors; it is probably incomplete; download it again"
         )
     heads = head_count(header)
     head_dim = header.optional(header.key("attention.key_length"), width // heads)
@@ -321,7 +321,9 @@ def architecture_for(config: ModelConfig) -> str:
 
 
 def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
-    """Return (metadata that states a model's architecture, tables of rope divisors by tensor name)."""
+    """Return (metadata that states a model's architecture, tables of rope divisors by tensor name). Raises
+    ValueError for a model that jaxft cannot write as GGUF.
+    """
     if not isinstance(config, DenseConfig):
         raise TypeError(f"expected a DenseConfig, got {type(config).__name__}")
     name, hf = architecture_for(config), model_types.config_to_hf(config)

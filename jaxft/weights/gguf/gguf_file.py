@@ -101,7 +101,7 @@ class GgufHeader:
 
 
 def _has_type(value: Any, kind: type) -> bool:
-    """Whether a metadata value has this type; a whole number is a number too, a Boolean is neither."""
+    """Return whether a metadata value has this type; a whole number is a number too, a Boolean is neither."""
     accepted: Any = (int, float) if kind is float else kind
     return isinstance(value, accepted) and isinstance(value, bool) == (kind is bool)
 
@@ -190,7 +190,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 def part_files(path: Path) -> list[Path]:
-    """Return all parts of a split GGUF file, given any of them; [path] for a file that is not split."""
+    """Return all parts of a split GGUF file, given any of them; [path] for a file that is not split. Raises
+    FileNotFoundError for a part that is missing.
+    """
     match = PART_NAME.fullmatch(path.name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [path]

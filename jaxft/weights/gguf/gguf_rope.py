@@ -266,7 +266,9 @@ def float_field(architecture: str, key: str, value: float) -> Field:
 
 
 def rope_fields(name: str, config: DenseConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
-    """Return the metadata of a model's rope, and its tables by tensor name. name: the GGUF architecture."""
+    """Return (the metadata of a model's rope, its tables of divisors by tensor name). name: the GGUF
+    architecture. Raises ValueError for a type of rope that llama.cpp does not have.
+    """
     rope = config.rope
     tables: dict[str, np.ndarray] = {}
     fields = [float_field(name, "rope.freq_base", rope.theta)]

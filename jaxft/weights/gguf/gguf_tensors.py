@@ -113,7 +113,7 @@ def q5_0(raw: np.ndarray) -> Decoded:
 
 def q2_k(raw: np.ndarray) -> Decoded:
     """Decode Q2_K: 16 sub-blocks of 16 numbers of 2 bits; each has a 4-bit scale and a 4-bit minimum,
-    multiplied by a float16 of the whole block.
+    multiplied by two float16 of the block.
     """
     scale, minimum = _single(raw[..., 80:82]), _single(raw[..., 82:84])
     small = raw[..., :16]
@@ -205,7 +205,7 @@ def _quantised(tensor: GgufTensor, format: BlockFormat | None, heads: int | None
 
 
 def _is_readable(kind: str) -> bool:
-    """Whether the gguf package dequantises blocks of this type: tried with one block of zeros."""
+    """Return whether the gguf package dequantises blocks of this type: tried with one block of zeros."""
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 

@@ -22,7 +22,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp'
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
 SENTENCEPIECE_IDS = {"unk": 0, "bos": 1, "eos": 2}  # where the metadata has none, as in llama.cpp
 SPACE = "\u2581"  # SentencePiece's mark of a space
-SPACES_AFTER = ("<unk>", "<s>", "<|endoftext|>")  # Phi-3's special tokens that do not swallow them
+SPACES_AFTER = ("<unk>", "<s>", "<|endoftext|>")  # Phi-3's special tokens that keep the spaces after them
 LONGEST_PIECE = 512  # characters of a token that can be the result of merges
 # Texts that every pre-tokenizer of llama.cpp splits in another way, or into other tokens.
 SPLIT_PROBES = (
@@ -95,13 +95,13 @@ UNSTATED = "default"  # which llama.cpp assumes, with a warning, if tokenizer.gg
 
 def _pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
     """Return the pre-tokenizer that tokenizer.ggml.pre names. Raises ValueError for an unknown name, and for
-    a missing one unless the architecture is llama, whose first files did not state it.
+    a missing one or "default" unless the architecture is llama, whose first files did not state it.
     """
     name = header.optional("tokenizer.ggml.pre", UNSTATED)
     if name == UNSTATED and header.architecture != "llama":
         raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.pre is missing, so it is unknown how to split "
-            "text; convert the model again with a newer llama.cpp, or use its Hugging Face folder"
+            f"{header.path}: metadata tokenizer.ggml.pre is missing or default, so it is unknown how to "
+            "split text; convert the model again with a newer llama.cpp, or use its Hugging Face folder"
         )
     if name not in PRE_TOKENIZERS:
         raise ValueError(
@@ -329,8 +329,8 @@ def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Fie
     """Return a tokenizer's metadata. rows: number of rows of the embedding. ends: token ids that end a
     completion.
 
-    Raises ValueError for a tokenizer that is neither byte-level BPE nor SentencePiece BPE, that splits text
-    as no pre-tokenizer of llama.cpp does, or that has more tokens than rows.
+    Raises ValueError for a tokenizer that is neither byte-level BPE nor SentencePiece BPE, has no merges,
+    splits text as no pre-tokenizer of llama.cpp does, or has a token id that is not below `rows`.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
@@ -406,7 +406,7 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
 
 
 def _begins_with_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a space in front of texts."""
+    """Return whether the tokenizer puts a space in front of texts."""
     ids = tokenizer("x", add_special_tokens=False).input_ids
     return bool(tokenizer.convert_ids_to_tokens(ids)[0].startswith(SPACE))
 

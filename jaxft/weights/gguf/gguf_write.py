@@ -55,7 +55,7 @@ from jaxft.weights.tensors import tensors_of
 QUANTISATION_VERSION = 2  # of llama.cpp's block layouts
 LORA_PAIR = {"a", "b", "scale"}
 MERGE_INSTEAD = "merge it instead, with --gguf and without --adapter-only"
-ALWAYS_TIED, NEVER_TIED = ("gemma", "gemma2"), ("olmo2",)  # architectures whose head llama.cpp expects so
+ALWAYS_TIED, NEVER_TIED = ("gemma", "gemma2"), ("olmo2",)  # architectures, by llama.cpp's rule for the head
 HEADS_OF_WIDTH = ("phi3", "olmo2")  # architectures whose heads together have the model's width in llama.cpp
 # Settings that do not change the arithmetic, or follow from the tensors. Ropes are compared as numbers.
 COMPARED_ELSEWHERE = {

@@ -184,8 +184,8 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
 
 
 def _is_zero_bias(files: ModelFiles, name: str) -> bool:
-    """Whether a tensor is a bias of zeros that GPTQ tools write for a quantised layer without a bias. Raises
-    ValueError if such a bias is not zero.
+    """Return whether a tensor is a bias of zeros that GPTQ tools write for a quantised layer without a bias.
+    Raises ValueError if such a bias is not zero.
     """
     stem, dot, _ = name.rpartition(".bias")
     weight = files.tensors.get(f"{stem}.weight")
@@ -200,7 +200,7 @@ def _is_zero_bias(files: ModelFiles, name: str) -> bool:
 
 
 def has_other_head(files: ModelFiles) -> bool:
-    """Whether the files have a language model head that is not the embedding, compared value by value."""
+    """Return whether the files have a language model head that differs from the embedding in any value."""
     head, table = files.tensors.get(HEAD), files.tensors.get(EMBEDDING)
     if head is None or table is None:
         return False

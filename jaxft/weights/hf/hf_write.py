@@ -54,9 +54,9 @@ from jaxft.weights.tensors import Tensor, tensor_on_host, tensors_of
 SMALL_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 NOT_COPIED = ("config.json", "untrained_tokens.json", "adapter_config.json", "trainer_state.json")
 MAX_SHARD = 5_000_000_000  # bytes
-# In config.json: our classifiers are read at the end token, not at text that a template adds after it.
+# Key of config.json: rewards are read at the end token, not at text that a template adds after it.
 READ_AT = "reward_read_at"
-# Names of transformers' classifiers that are not the language model's with another ending.
+# transformers' classifiers whose names are not the language model's with another ending.
 CLASSIFIERS = {"Gemma3ForCausalLM": "Gemma3TextForSequenceClassification"}
 
 

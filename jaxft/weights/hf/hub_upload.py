@@ -57,7 +57,7 @@ class Uploaded:
 
 
 def is_uploaded(name: str, patterns: Iterable[str] = UPLOADED) -> bool:
-    """Whether a file of a model's folder is uploaded: whether its name matches one of `patterns`."""
+    """Return whether a file of a model's folder is uploaded: whether its name matches one of `patterns`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
@@ -112,7 +112,7 @@ def upload_files(
                 operations=_operations(added, stale),
                 commit_message=target.message,
                 revision=target.branch,
-                parent_commit=before,  # another commit since then is an error of this one
+                parent_commit=before,  # so that a commit since then is an error
             )
     notes = [f"warning: {shorten_error(x.message)}" for x in caught if "README.md" in str(x.message)]
     if private and target.public:
@@ -250,8 +250,8 @@ def _signed_in(target: HubTarget) -> Any:
 
 
 def _is_private(api: Any, target: HubTarget) -> bool | None:
-    """Whether the repository is private, None if there is none that the token may read. Raises _Public for a
-    public one unless target.public is set.
+    """Return whether the repository is private, None if there is none that the token may read. Raises _Public
+    for a public one unless target.public is set.
     """
     from huggingface_hub import errors
 

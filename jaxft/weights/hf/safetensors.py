@@ -122,7 +122,7 @@ def read_stored(tensor: StoredTensor, index: Index = ()) -> np.ndarray:
         )
     index = full_index(index, tensor.shape)
     if tensor.dtype in FLOAT8.values() or not math.prod(lengths(index)) or not tensor.shape:
-        return read_view(tensor, tensor.dtype, tensor.shape, index)  # which get_slice does not return
+        return read_view(tensor, tensor.dtype, tensor.shape, index)  # get_slice does not support these
     with _open(tensor.path) as file:
         return file.get_slice(tensor.name)[index]
 
@@ -138,7 +138,9 @@ def read_view(
 
 
 def map_array(path: Path, dtype: DTypeLike, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    """Copy the part at `index` of an array stored at byte `offset` of a file, reading no other pages."""
+    """Copy the part at `index` of an array stored at byte `offset` of a file, reading no other pages. Raises
+    OSError or ValueError, with the path, if the file cannot be read or ends in the array.
+    """
     try:
         return np.array(np.memmap(path, dtype, "r", offset, shape)[index])
     except OSError as e:

@@ -17,13 +17,13 @@ from typing import Any
 from jaxft.distributed.exit import shorten_error
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
 
-TEMPLATES_FOLDER = "additional_chat_templates"  # of transformers, with all of several but the default one
-PROCESSOR_TEMPLATE = "chat_template.json"  # of multimodal models by transformers 4
+TEMPLATES_FOLDER = "additional_chat_templates"  # transformers' folder of all chat templates but the default
+PROCESSOR_TEMPLATE = "chat_template.json"  # which transformers 4 writes for multimodal models
 FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "*.jinja", f"{TEMPLATES_FOLDER}/*.jinja",
 )  # fmt: skip
-# One of these holds the vocabulary; without any, transformers 5 makes empty tokenizers of some classes.
+# One of these has the vocabulary; without any, transformers 5 makes empty tokenizers of some classes.
 VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "tekken.json", "vocab.txt", "merges.txt")
 # transformers 4, and vLLM and llama.cpp's converter with it, cannot load these classes of transformers 5.
 ONLY_IN_5 = ("TokenizersBackend", "SentencePieceBackend", "PythonBackend", "MistralCommonBackend")
@@ -94,10 +94,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _known_to_both(source: Path) -> bool:
-    """Whether transformers 4.57 and 5 read the same tokenizer from a copy of the files in a folder."""
+    """Return whether transformers 4.57 and 5 read the same tokenizer from a copy of the files in a folder."""
     path = source / "tokenizer_config.json"
     config = read_model_json(path) if path.is_file() else {}
-    if (source / TEMPLATES_FOLDER).is_dir():  # a folder of weights has no folders
+    if (source / TEMPLATES_FOLDER).is_dir():  # copies go into one folder
         return False
     name = config.get("tokenizer_class")  # without one, 4.57 takes the model's class, which may add a BOS
     return (
@@ -108,7 +108,7 @@ def _known_to_both(source: Path) -> bool:
 
 
 def is_unchanged(tokenizer: Any, source: Path) -> bool:
-    """Whether a tokenizer equals the one in the folder `source`, apart from padding and truncation."""
+    """Return whether a tokenizer equals the one in the folder `source`, apart from padding and truncation."""
     if not (source / "tokenizer.json").is_file():
         return False
     return _state(tokenizer) == _state(read_tokenizer(source))

@@ -244,8 +244,8 @@ def base_differences(
 
 
 def _stored_alike(record: dict[str, Any], adapter: Adapter | None, quant: Quant | None) -> bool:
-    """Whether a recorded run stored its base as a run with these settings does: adapter and quant are the
-    same, except for dropout. The adapter of that run, such as a reward model's, then fits this run's base.
+    """Return whether a recorded run has the same adapter and quant settings, except for dropout. It then
+    stored the same base, and its adapter, such as a reward model's, fits this run's.
     """
 
     def facts(settings: Any) -> Any:

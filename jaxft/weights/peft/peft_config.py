@@ -68,7 +68,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             )
         if (folder / "model" / "config.json").is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; {folder} has a whole model and no adapter, so use "
+                f"{path}: no such file; {folder} has a model and no adapter, so use "
                 f"model={folder / 'model'}"
             )
     if not path.exists():
@@ -104,7 +104,7 @@ def check_plain_lora(where: Path, config: dict[str, Any]) -> None:
 
 
 def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
-    """Whether a JSON value is among `allowed` with its type: 0 is not False."""
+    """Return whether a JSON value is among `allowed` with its type: 0 is not False."""
     return any(type(value) is type(x) and value == x for x in allowed)
 
 
@@ -233,8 +233,8 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
         )
     if twice:
         raise ValueError(
-            f"{files.where}: tensors {' and '.join(twice[0])} are the same one; save the adapter "
-            "with peft's save_pretrained"
+            f"{files.where}: tensors {' and '.join(twice[0])} have one name in PEFT's layout; save the "
+            "adapter with peft's save_pretrained"
         )
     stored |= {old: old for old, plain in originals if plain not in stored}
     return renamed(files, stored)

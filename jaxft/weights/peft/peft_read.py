@@ -52,8 +52,7 @@ SEQ_CLS = "SEQ_CLS"
 HEAD_COPIES = (f"{PREFIX}lm_head.base_layer.weight", f"{PREFIX}lm_head.weight")
 TABLE_COPIES = (f"{PREFIX}model.embed_tokens.weight", f"{PREFIX}model.embed_tokens.base_layer.weight")
 BASE_COPIES = (*HEAD_COPIES, *TABLE_COPIES)
-# The tensor that peft's type TRAINABLE_TOKENS writes for a tied head beside the rows of the table, which it
-# equals.
+# Peft's type TRAINABLE_TOKENS writes this tensor for a tied head; it equals the rows of the table.
 TIED_TOKEN_ROWS = f"{PREFIX}lm_head.{ONLY_TOKEN_ROWS}"
 TABLE_TOKEN_ROWS = f"{PREFIX}model.embed_tokens.{ONLY_TOKEN_ROWS}"
 TABLE_MODULE = EMBEDDING.removesuffix(".weight")
@@ -182,14 +181,14 @@ def _check_tied(files: SafetensorsFiles) -> None:
 
 
 def has_language_head(folder: Path) -> bool:
-    """Whether an adapter trains the language model head: by a LoRA pair, in full, or in rows of tokens."""
+    """Return whether an adapter trains the language model head: by a LoRA pair, in full or in token rows."""
     saved = read_adapter_config(folder).get("modules_to_save") or ()
     names = [name for name in _open_tensors(folder).tensors if name.startswith(f"{PREFIX}{HEAD_MODULE}.")]
     return any(name not in HEAD_COPIES or HEAD_MODULE in saved for name in names)
 
 
 def has_base_copies(folder: Path) -> bool:
-    """Whether an adapter's files have copies of the base's head or embedding."""
+    """Return whether an adapter's files have copies of the base's head or embedding."""
     return any(name in _open_tensors(folder).tensors for name in BASE_COPIES)
 
 
@@ -197,8 +196,9 @@ def check_base_copies(folder: Path, base: ModelFiles) -> None:
     """Raise ValueError if the base's weights that peft saved in an adapter differ from this base's.
 
     peft saves copies of the head and the embedding with an adapter on lm_head, and replaces the base's
-    weights by them. Copies may differ by rounding to one of the two dtypes. Quantised weights are not
-    compared, nor the head of an unconverted PiSSA or OLoRA adapter, from which the first pair is subtracted.
+    weights by them. Copies may differ by rounding to one of the two dtypes. Not compared: quantised weights,
+    modules_to_save, and the head of an unconverted PiSSA or OLoRA adapter, from which the first pair is
+    subtracted.
     """
     files, config = _open_tensors(folder), read_adapter_config(folder)
     head = HEAD if HEAD in base.tensors else EMBEDDING
@@ -264,8 +264,8 @@ def _check_all_used(files: SafetensorsFiles, used: set[str], targets: set[str]) 
 
 
 def _has_head(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether an adapter has a scalar head. Raises ValueError for a task_type other than CAUSAL_LM, SEQ_CLS
-    and null, for a classifier without the head "score", and for a language model with a classifier's head.
+    """Return whether an adapter has a scalar head. Raises ValueError for a task_type other than CAUSAL_LM,
+    SEQ_CLS and null, for a classifier without the head "score", and for a language model with its head.
     """
     task, saved = config.get("task_type"), config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):

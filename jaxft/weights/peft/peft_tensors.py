@@ -52,7 +52,9 @@ def _read_float(files: SafetensorsFiles, name: str) -> np.ndarray:
 
 
 def read_shaped(files: SafetensorsFiles, name: str, shape: tuple[int, ...], because: str) -> np.ndarray:
-    """Read a float tensor of this shape, as _read_float does. because: why the model needs it, for errors."""
+    """Read a float tensor, as _read_float does. Raises ValueError if it is missing or has another shape.
+    because: why the model needs it, for the error.
+    """
     stored = files.tensors.get(name)
     if stored is None or stored.shape != shape:
         state = "is missing" if stored is None else f"has shape {stored.shape}"
@@ -97,7 +99,9 @@ def pair_names(tensor: Tensor, dora: bool = False) -> tuple[str, ...]:
 
 
 def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -> Pair | None:
-    """Read the pair of a module; None if the files have none. config: adapter_config.json."""
+    """Read the pair of a module; None if the files have none. config: adapter_config.json. Raises ValueError
+    for an incomplete pair, or one with other shapes than the model and the configuration need.
+    """
     names, module, (ins, outs) = pair_names(tensor), tensor.module, tensor.values
     if not files.tensors.keys() & set(names):
         return None
@@ -373,7 +377,7 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
     ):
         raise ValueError(
             f"{where}: trainable token indices {repr(listed)[:80]}; expected ids from 0 to "
-            f"{model.config.vocab - 1}, the same of embed_tokens and lm_head. Other rows are not supported; "
+            f"{model.config.vocab - 1}, the same for embed_tokens and lm_head. Other rows are not supported; "
             f"{MERGE}"
         )
     own_head, table = "head" in model.weight_names, tensors_of(model)

@@ -43,8 +43,8 @@ def save_adapter(
     base_ref: the base model; if it is multimodal, modules have the names of transformers' multimodal class,
     or with a score the names of the text-only model, since few multimodal classes have a classifier. score: a
     scalar head [D, 1], which makes it an adapter for sequence classification with one label. Raises
-    ValueError for a pair that does not fit the settings. With several processes, all call this, and process 0
-    writes.
+    ValueError without pairs, and unless they fit the settings. With several processes, all call this, and
+    process 0 writes.
     """
     folder = Path(folder)
     pairs = _pairs(adapter)
@@ -64,7 +64,7 @@ def save_adapter(
     for tensor, (rank, alpha) in ranked.items():
         tensors += pair_tensors(tensor, pairs[tensor.path], rank, settings.scale_of(rank, alpha))
     part = hf_read.text_part_of(base_ref)
-    # ends of names would fit modules of the other parts too, names of the text-only model not even these
+    # on a multimodal base, ends of names would also match modules outside the text decoder
     declared = with_module_names(settings, layouts, model, full_names=part is not None)
     prefix = "model." if part is None or score is not None else part.prefix
     only_tokens = not pairs and score is None and all("rows" in node for node in nodes.values())

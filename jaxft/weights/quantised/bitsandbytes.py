@@ -161,7 +161,7 @@ def _write(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
     nested: list[ff.WrittenTensor] = []
     if layout.outer is not None:
         state |= {"nested_blocksize": qf.GROUP, "nested_dtype": "float32"}
-        offset_size = len('"nested_offset": , ') + 24  # its value is known when the weight is
+        offset_size = len('"nested_offset": , ') + 24  # room for a value that is known later
         nested = [
             ff.WrittenTensor(f"{name}.nested_absmax", np.float32, layout.outer.shape, lambda q: q.outer),
             ff.WrittenTensor(f"{name}.nested_quant_map", np.float32, (256,), lambda q: qf.DYNAMIC),

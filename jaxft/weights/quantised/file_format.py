@@ -91,7 +91,7 @@ def stems(files: SafetensorsFiles, ending: str) -> list[str]:
 
 
 def matrix_shape(files: SafetensorsFiles, name: str, dtype: DTypeLike) -> tuple[int, int]:
-    """Return the shape of a weight's codes. Raises ValueError unless they are a matrix of this dtype."""
+    """Return the (rows, columns) of a weight's codes; ValueError unless they are a matrix of this dtype."""
     codes, expected = required(files, name), np.dtype(dtype)
     if codes.dtype != expected or len(codes.shape) != 2:
         raise ValueError(
@@ -139,9 +139,7 @@ def quantize_layout(shape: tuple[int, ...], quant: Quant) -> QTensor:
 
 
 def same_layout(a: QTensor, b: QTensor) -> bool:
-    """Whether two QTensors have the same kind, blocks and arrays; the dtype that they dequantise to may
-    differ.
-    """
+    """Return whether two QTensors have the same kind, blocks and arrays. Their `dtype` is not compared."""
 
     def facts(q: QTensor) -> tuple[Any, ...]:
         return q.kind, q.block, {name: (x.shape, np.dtype(x.dtype)) for name, x in arrays_of(q).items()}
