@@ -74,9 +74,7 @@ def config(
     name: str = "grpo",
     lr: LearningRate = 5e-4,
     rewards: tuple[RewardFunction, ...] = (),  # exact by default; in addition to an environment's score
-    reward_weights: tuple[
-        FiniteFloat, ...
-    ] = (),  # data.rules.reward_weights; of rewards, then of reward_model
+    reward_weights: tuple[FiniteFloat, ...] = (),  # data.rules.reward_weights; the last of reward_model
     combine: CombineFunction = weighted_sum,  # data.rules.combine; sum_of_known skips those without a score
     reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
     missing_eos: EosPenalty = 0.0,
@@ -92,8 +90,7 @@ def config(
     beta: KLFactor = 0.0,
     kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is added
     correction: CorrectionFunction | None = None,
-    correction_bounds: tuple[NonNegativeFloat, PositiveFloat]
-    | None = None,  # least,most; the function's if unset
+    correction_bounds: tuple[NonNegativeFloat, PositiveFloat] | None = None,  # least,most; else its own
     ratio_to_sampler: bool = False,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:

@@ -110,8 +110,7 @@ def config(
     kl: KLFunction = k1,  # estimator of the KL in the rewards
     kl_coef: NonNegativeFloat = 0.05,  # factor of the KL in the rewards
     kl_target: PositiveFloat | None = None,  # nats per completion, which an adaptive coefficient aims for
-    target_kl: PositiveFloat
-    | None = None,  # a rollout's passes end once the policy is so far from the sampler's
+    target_kl: PositiveFloat | None = None,  # nats per token that end the passes over a rollout
     missing_eos: EosPenalty = 1.0,
     limit: PositiveFloat | None = None,  # clips scores to +-limit
     scale: bool = False,  # divides scores by the standard deviation of all scores so far

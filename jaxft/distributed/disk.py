@@ -82,7 +82,7 @@ def make_folder(folder: Path) -> None:
 
 
 STALE_S = 24 * 3600.0
-STARTED_S = 10.0  # a younger empty one may be about to be locked
+STARTED_S = 10.0  # an empty file or folder younger than this may be about to be locked
 
 
 def here() -> str:
@@ -97,7 +97,8 @@ def owned(path: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Lock a file or folder until the block ends; on a file system without locks, do nothing.
+    """Lock a file or folder until the block ends. If locking fails, as on a file system without locks, the
+    block runs without a lock.
 
     how: flags of fcntl.flock. The default waits for an exclusive lock.
     """
@@ -147,8 +148,9 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
 def remove_leftovers(paths: Iterable[Path]) -> None:
     """Remove the temporary files and folders among `paths` that killed processes have left.
 
-    Those of other users, links, and files and folders that a process has locked stay. Where a lock cannot be
-    seen (see the module's docstring), a file is removed once it is a day old.
+    Kept are links, files and folders of other users, those that a process has locked, and empty ones younger
+    than 10 s. Where locks cannot be seen (see the module's docstring), a file is removed once it is a day
+    old.
     """
     for path in paths:
         with contextlib.suppress(OSError):

@@ -8,8 +8,8 @@ from typing import Any
 from jaxft.objectives.alarms import Entry
 from jaxft.report.ranking import read_held_out
 from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, SUMMARY, read_saved_json
-from jaxft.runs.log import ALARMS_JSON, METRICS
-from jaxft.runs.metrics_log import COMPLETIONS, read_entries
+from jaxft.runs.log import ALARMS_JSON
+from jaxft.runs.metrics_log import COMPLETIONS, METRICS, read_entries
 from jaxft.runs.run_texts import Sample
 
 
@@ -76,10 +76,7 @@ def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def sweep_members(folder: Path) -> dict[str, Path]:
-    """Return label -> folder of each run of a sweep, {} if the folder is not of a sweep.
-
-    Raises ValueError for a damaged config.json.
-    """
+    """Return label -> folder of each run of a sweep, {} if the folder is not of a sweep."""
     path = folder / "config.json"
     labels = read_saved_json(path).get("members", []) if path.is_file() else []
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):

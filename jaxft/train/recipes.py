@@ -421,9 +421,7 @@ class SftKnobs(Knobs):
     label_smoothing: Annotated[float, BELOW_ONE] = 0.0  # such as 0.1; the held-out loss has none
     z_loss: NonNegativeFloat = 0.0  # such as 1e-4
     dft: bool = False  # dynamic fine-tuning: each token weighted by its probability
-    neftune: NonNegativeFloat = (
-        0.0  # alpha of the noise in the embeddings, such as 5, by each example's length
-    )
+    neftune: NonNegativeFloat = 0.0  # alpha of the noise in the embeddings, such as 5
 
     def objective(self) -> Callable[[Model], Objective]:
         """Return the objective of a Run."""

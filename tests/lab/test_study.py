@@ -16,11 +16,11 @@ import pytest
 from dpo_place import write_pair_place
 from prepared import working_directory
 
-from jaxft.lab import halving, trial_arrays
-from jaxft.lab.appendix import REPORT, write_appendix
-from jaxft.lab.results import read_study
-from jaxft.lab.study import LogRange, LossTrial, SearchedLoss, Study, load_study
-from jaxft.lab.verify import record_problems
+from jaxft.lab.studies import halving, trial_arrays
+from jaxft.lab.studies.appendix import REPORT, write_appendix
+from jaxft.lab.studies.results import read_study
+from jaxft.lab.studies.study import LogRange, LossTrial, SearchedLoss, Study, load_study
+from jaxft.lab.studies.verify import record_problems
 from jaxft.objectives.losses.preference_losses import cdpo, dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
 from jaxft.objectives.metrics import Sum
@@ -34,7 +34,7 @@ from jaxft.train.export.results import write_held_out
 EXAMPLE = Path(__file__).parents[2] / "configs/examples/four_losses.py"
 FILE = '''"""A study of two losses."""
 
-from jaxft.lab.study import LogRange, SearchedLoss, Study
+from jaxft.lab.studies.study import LogRange, SearchedLoss, Study
 from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.runs.metrics_log import read_unfinished
 from jaxft.runs.settings.config import load_config
@@ -227,11 +227,12 @@ def problems_of_a_study(folder):
         (manifest.parent / "state").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size
     )
     for path, change, message in (
-        (page, lambda x: x.replace(b"not distinguishable", b"better", 1), "is not what jaxft"),
-        (table, lambda x: x.replace(b"dpo", b"ipo", 1), "is not what jaxft"),
+        (page, lambda x: x.replace(b"not distinguishable", b"better", 1), "differs from what jaxft"),
+        (table, lambda x: x.replace(b"dpo", b"ipo", 1), "differs from what jaxft"),
         (trial, lambda x: x.replace(b"0.", b"1.", 1), "the file was changed after it was written"),
         (log, lambda x: x.replace(b"0.", b"1.", 1), "the line was changed after it was written"),
-        (folder / "declaration.json", lambda x: x.replace(b"  ", b" ", 1), "is not as jaxft writes it"),
+        (log, lambda x: x.replace(b"{", b"", 1), "study.jsonl:1: the line was changed"),  # no JSON
+        (folder / "declaration.json", lambda x: x.replace(b"  ", b" ", 1), "its spaces or the order"),
         (manifest, lambda x: x.replace(b'"step"', b'"stop"', 1), "checkpoints/9"),
         (stored, lambda x: x[:-9] + bytes([x[-9] ^ 1]) + x[-8:], "checkpoints/9"),
     ):

@@ -8,6 +8,7 @@ import pytest
 import tiny_model
 from rl_completions import random_prompts
 
+from jaxft.data.packing.pack import RowShape
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.objective import Facts
@@ -15,7 +16,7 @@ from jaxft.objectives.policy import policy
 from jaxft.rl import rollout as rollouts
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts, TrainingRollout
-from jaxft.rl.rollout_layout import BoundRun, RowShape, pack_episodes
+from jaxft.rl.rollout_layout import BoundRun, pack_episodes
 from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import Segment, Trajectory, collect
 
@@ -148,13 +149,13 @@ def guess(number: int) -> str:
 
 
 def test_tools_without_a_second_turn_are_refused_and_an_episode_has_a_length():
-    with pytest.raises(ValueError, match=r"data.max_turns=1 with tools: .*Set max_turns=3, for example"):
+    with pytest.raises(ValueError, match=r"data.max_turns=1 with tools: .*Set, for example, data.max"):
         data(environment=None, tools=(guess,), max_turns=1, max_episode=None)
     assert data(max_episode=None).episode_length == 3 * 4
 
 
 def test_echo_without_anything_given_is_refused():
-    with pytest.raises(ValueError, match="data.max_turns=1 gives it nothing. Set data.max_turns with an"):
+    with pytest.raises(ValueError, match="between turns, and data.max_turns=1 has none. Set"):
         data(environment=None, max_turns=1, max_episode=None, observations=True)
     for own, objective, value in ((data(), True, "false"), (data(observations=True), False, "true")):
         run = BoundRun(

@@ -30,7 +30,6 @@ from jaxft.data.rows.conversation import (
     response_index,
     split_row,
 )
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import RESPONSE, Example, Solution, Text, row_weight
 from jaxft.data.rows.published_formats import (
     PROMPT,
@@ -48,6 +47,7 @@ from jaxft.data.rows.published_formats import (
     with_openai_prompt,
     with_ranked_prompt,
 )
+from jaxft.data.rows.row_files import Row
 
 SFT, PAIRS, PROMPTS, DECISIONS, STEPS = "sft", "pairs", "prompts", "decisions", "steps"
 RATED = "rated"  # the format of responses in a list
@@ -446,7 +446,7 @@ ROW_FORMATS = (
         "social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), "label", INDEX, first=1
     ),
 )  # fmt: skip
-# A name for rows of a task, for errors where another one reads them.
+# Names of the rows of each task, for errors about rows that another task reads.
 TASKS = {
     SFT: "SFT; train on them with the recipe sft",
     PAIRS: "preference pairs; train on pairs with the recipe dpo",

@@ -24,6 +24,7 @@ from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.sft import Rows
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
+from jaxft.distributed.sync import is_first
 from jaxft.models.model import Model
 from jaxft.nn.matmul import with_taps
 from jaxft.nn.quant import QERA, Quant
@@ -71,7 +72,7 @@ class Calibration:
     def __post_init__(self):
         if self.tokens < self.max_length:
             raise ValueError(
-                f"{self.tokens} calibration tokens (--tokens, quant.calibrate_tokens) are less than one row "
+                f"{self.tokens} calibration tokens (--tokens, quant.calibrate_tokens) are fewer than one row "
                 f"of {self.max_length} (--max-length, data.max_length); raise or lower one of them"
             )
 
@@ -228,7 +229,7 @@ def _as_in_run(run: Run, quant: Quant) -> Calibration:
 
 def print_line(line: str) -> None:
     """Print a line on process 0."""
-    if processes.is_first():
+    if is_first():
         print(line, flush=True)
 
 
@@ -244,7 +245,7 @@ def calibrated_codes(plan: CalibrationPlan, progress: Progress) -> None:
     if damage is not None:
         progress(f"the calibrated base in the cache cannot be used: {damage}; it is computed again")
     for turn in (True, False):
-        mine = processes.is_first() is turn
+        mine = is_first() is turn
         for line in processes.in_step(_coded_layers(plan) if mine else iter(())):
             progress(line)
     how = "from the cache" if known else f"computed in {time.perf_counter() - begin:.0f} s"
@@ -281,17 +282,18 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
     path = folder / CALIBRATED_JSON
     calibrated_codes(plan, progress)
     record = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
-    again = f"remove the folder {plan.name} from the cache of every machine whose base differs"
+    again = f"remove the cache folder {codes_folder(plan.name)} on every machine whose base differs"
     if not processes.all_equal(record):
         raise ValueError(f"the processes have different calibrated bases; {again}, and start again")
     with processes.agreement():
         before = read_model_json(path) if path.is_file() else record
         if before["codes"] == plan.name and before != record:
             raise ValueError(
-                f"{path}: the calibrated base in the cache is not the one that this run began with, perhaps "
-                f"of another device or version of jax; copy the cache of that machine, or {again}"
+                f"{path}: the calibrated base in the cache differs from the one that this run started with, "
+                "perhaps computed on another device or by another version of jax; copy the cache of that "
+                f"machine, or {again}"
             )
-        if processes.is_first():
+        if is_first():
             write_durable_json(path, record)
 
 

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sharding
+from jaxft.distributed.sync import is_first
 from jaxft.models.model import Model
 from jaxft.nn import tree
 from jaxft.nn.matmul import accumulation_dtype
@@ -93,7 +94,7 @@ class NonfiniteRecorder:
             names = self._job.source_of(number).row_names(step)
             diagnosis = diagnose(member, step, states[number], frozen[number], batch)
             folder = member.folder / "nonfinite" / f"step-{step + 1}"
-            if processes.is_first():
+            if is_first():
                 write_diagnosis(folder, diagnosis, batch, names)
             label = f"{member.label}: " if member.label else ""
             text = first_nonfinite(diagnosis, batch, names)
@@ -206,7 +207,7 @@ def first_of_model(
             outputs(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
         )
         text = text or first_output(*norms)[0]
-    return text or "all parameters and all outputs of layers are finite, so it is the loss itself"
+    return text or "all parameters and all outputs of layers are finite, so only the loss itself is not"
 
 
 def write_diagnosis(folder: Path, diagnosis: Diagnosis, batch: Batch, names: list[str]) -> None:
@@ -248,7 +249,8 @@ def first_nonfinite(diagnosis: Diagnosis, batch: Batch, names: list[str]) -> str
             f"the first gradient that is not belongs to layer {last} ({paths})"
         )
     return (
-        "all outputs of layers and their gradients are finite: it is the loss, or a parameter without layers"
+        "all outputs of layers and their gradients are finite, so only the loss is not, or the gradient of a "
+        "parameter outside of the layers"
     )
 
 
