@@ -167,7 +167,7 @@ class DataSettings:
         """Read and tokenise the rows and plan the batches; return a Source.
 
         shards: parts that the mesh divides the rows of a microbatch into. cache: the folder of the cache,
-        None for the default. Raises ValueError or FileNotFoundError that names the row or the setting at
+        None for the default. Raises ValueError or OSError that names the row, the file or the setting at
         fault.
         """
         raise NotImplementedError

@@ -41,8 +41,8 @@ class PairRows(DataSettings):
     All pairs of one prompt stay on one side of the split into training and held-out rows. format: "auto"
     (detected from the columns), "plain" (strings are text without a chat template), or a name in formats.py,
     such as "preference" or "rated". max_length: the most tokens of a prompt with one response. too_long:
-    "truncate" keeps the start, and leaves out a pair whose prompt leaves no token for a response; "drop"
-    leaves the pair out, "error" ends the run. weighting: "pair" gives every pair of the optimizer batch the
+    "truncate" keeps the start, and leaves out a pair whose responses are then empty or equal; "drop" leaves
+    the pair out, "error" ends the run. weighting: "pair" gives every pair of the optimizer batch the
     same weight, "token" every token of its responses. weight_column: a column of numbers that multiply the
     weights. extras: columns of numbers that the loss can read. layout: "branches" stores a prompt once for
     all its responses, "plain" before each; "auto" uses branches where they save 2 % of the tokens, if the

@@ -491,9 +491,9 @@ class SolutionRows(Rows):
     step; \\n is a line break. last_step_only: train on the last step of each solution alone, and leave out
     solutions whose last step ends after max_length tokens; evaluation reads all steps. All solutions of one
     prompt stay on one side of the split. too_long: "truncate" leaves out the steps that end after max_length
-    tokens, "drop" the row, "error" stops. weighting: "token" gives every step of the optimizer batch the same
-    weight, "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows; loss_on and
-    sample_by have no meaning here.
+    tokens, "drop" the row, "error" ends the run. weighting: "token" gives every step of the optimizer batch
+    the same weight, "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows;
+    loss_on and sample_by have no meaning here.
     """
 
     too_long: Annotated[str, one_of(STEPS_TOO_LONG)] = "truncate"

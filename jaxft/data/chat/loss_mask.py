@@ -299,7 +299,7 @@ def prompt_warnings(
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
     """Return a warning for the first conversation whose rendered text does not begin with its rendered
-    prompt, () without any: the model then learns a response after another text than it generates it after.
+    prompt, () without any: the model then learns responses after a text that it doesn't generate them after.
     """
     template = template_of(tokenizer, settings)
     if template is None:

@@ -193,8 +193,8 @@ def _pair_of(
     outcomes: dict[str, MaskedTokens | InvalidRow],
     reader: Reader,
 ) -> list[TokenisedRow]:
-    """Return the pair as an example, [] if it is left out as too long. outcomes: the tokens of each response
-    with the prompt.
+    """Return the pair as an example, [] if it is left out as too long, or if its responses are equal when
+    truncated. outcomes: the tokens of each response with the prompt.
     """
     name, settings, alone = row.name, reader.settings, valid(prompt)
     responses = {kind: valid(outcome) for kind, outcome in outcomes.items()}
