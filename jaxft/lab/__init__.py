@@ -22,5 +22,5 @@ training_gradients.py: gradients of a held-out loss through training, weights of
 
 Judges:
 judges.py: functions, reward models, models and servers as judges; files of answers
-judging.py: which of two models answers better: verdicts, win rates, lengths, agreement of judges
+judging.py: comparison of two models by judges: verdicts, win rates, lengths, agreement of judges
 """
