@@ -78,12 +78,12 @@ def count_from(least: int) -> Bounds:
     return Bounds(least, INT32)
 
 
-ABOVE_ZERO = Bounds(0.0, INT32, open_least=True)  # that 32 bits hold
+ABOVE_ZERO = Bounds(0.0, INT32, open_least=True)
 ZERO_TO_ONE = Bounds(0.0, 1.0)
 BELOW_ONE = Bounds(0.0, 1.0, open_most=True)
 ABOVE_ZERO_TO_ONE = Bounds(0.0, 1.0, open_least=True)
 INSIDE_ZERO_AND_ONE = Bounds(0.0, 1.0, open_least=True, open_most=True)
-POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # float32 counts smaller numbers as 0
+POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # XLA rounds smaller float32 numbers to 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class _Kind:
         return cls(name, members, choices, bounds_of(kind))
 
     def expected(self, value: Any) -> str:
-        """Return the end of an error about a value, such as "expected at least 1"; "" if it is allowed."""
+        """Return the end of the error about a value, such as "expected at least 1"; "" if it is allowed."""
         if self.choices is not None:
             known = [str(choice).lower() for choice in self.choices]
             known_types = {type(choice) for choice in self.choices}  # 1 == True

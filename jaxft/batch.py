@@ -24,7 +24,7 @@ class Tokens:
     microbatch. They are NumPy arrays in sources, jax arrays in programs and ShapeDtypeStructs where only
     shapes matter. The shift by one happens here: `read[b, m]` is a position in the row whose logits are used
     (a read position), `targets[b, m]` the token that follows it. `token_weights`, the weights of the targets'
-    losses, sum to 1 over the whole optimizer batch (0 marks padding): objectives sum and never average.
+    losses, sum to 1 over the optimizer batch (0 marks padding): objectives sum and never average.
     """
 
     ids: Int[Any, "B T"]
@@ -64,8 +64,8 @@ class Pairs:
     named by `kinds`: ("chosen", "rejected") and perhaps a third. With `branches` a prompt is stored once and
     its responses do not attend to one another; without, each response is a segment that starts with the
     prompt. `responses` assigns each read position (see Tokens) to a response, so that objectives do not
-    depend on the layout. `pair_weights` sum to 1 over the whole optimizer batch; 0 marks an empty slot. A
-    missing response has length 0.
+    depend on the layout. `pair_weights` sum to 1 over the optimizer batch; 0 marks an empty slot. A missing
+    response has length 0.
     """
 
     ids: Int[Any, "B T"]
@@ -80,7 +80,7 @@ class Pairs:
     mean_lengths: Float[Any, "B P A"]  # mean length of the optimizer batch's responses of that kind
     pair_weights: Float[Any, "B P"]
     index: Int[Any, "B P"]  # the pair's index in the source, -1 for an empty slot
-    columns: dict[str, Float[Any, "B P"]]  # further numbers of the rows, such as margin
+    columns: dict[str, Float[Any, "B P"]]  # further numeric columns of the dataset, such as margin
     reference: Float[Any, "B M"] | None = None  # precomputed log-probs of the reference
     branches: Int[Any, "B T"] | None = None
     sources: Int[Any, "B P"] | None = None  # where each pair is from, an index of source_names
@@ -96,9 +96,9 @@ class Rollout:
     """Sampled completions, packed into rows; a prompt is stored once for all of its completions in the row.
 
     A row has A slots for completions, of one prompt or several. The three `*_weights` multiply the losses of
-    tokens: each array sums to 1 over the whole optimizer batch (some rules of rl/token_weights.py change
-    that) and is 0 at positions without its loss. A completion may be an episode of several turns: tokens that
-    the policy did not sample, such as a tool's output, are in the row but have no read position (see Tokens).
+    tokens: each array sums to 1 over the optimizer batch (some rules of rl/token_weights.py change that) and
+    is 0 at positions without its loss. A completion may be an episode of several turns: tokens that the
+    policy did not sample, such as a tool's output, are in the row but have no read position (see Tokens).
     """
 
     ids: Int[Any, "B T"]
@@ -126,8 +126,8 @@ class Rollout:
 
 @struct
 class TrainState:
-    """Everything a run needs to resume. `bad` counts the steps whose loss, gradient norm or update was not
-    finite: [in the whole run, in a row until now].
+    """The state of a run that each train step changes. `bad` counts the steps whose loss, gradient norm or
+    update was not finite: [in total, consecutive until now].
     """
 
     step: Int[Any, ""]

@@ -33,24 +33,24 @@ class DataSettings:
     """Settings of a run's data: where rows come from and how many an optimizer step uses.
 
     train: a file, folder or hub dataset (see dataset_rows.py), or several (see mixture.py). held_out: a
-    fraction of the rows, another file, or "none". format: how rows are read; each kind of data lists its own.
-    columns: renames columns of the dataset, jaxft's name first: prompt=question reads "question" as the
-    prompt. batch: rows of one optimizer step, over all devices. micro: number of microbatches that a step is
-    computed in. seed: seed of the order, and of the split unless split_seed is set. split_seed: seed of the
-    split into training and held-out rows, so that runs with other seeds hold out the same rows. epochs:
-    passes over the rows, fractions allowed; none if tokens is set. tokens: the length of the run in tokens,
-    in place of epochs. date: the date that chat templates print as today's. chat_template_kwargs: further
-    arguments of the chat template, "name=value", such as enable_thinking=false; a row's column of that name
-    overrides them. system: a system message is a "turn" of its own, or "merge" puts it in front of the first
-    user turn, for templates without that role. invalid: "few" leaves out, counts and reports up to 1 %
-    invalid rows of a dataset, and ends the run with the first one's error if there are more; "error" ends the
-    run at the first one; "drop" leaves out as many as invalid_limit allows. invalid_limit: the largest
-    fraction of a dataset's rows that "drop" may leave out. workers: processes that tokenise the rows; none:
-    one per CPU, or this process alone for a dataset of at most 16 MiB. order_by: a column of numbers; every
-    epoch goes from its smallest to its largest (a curriculum). none: every epoch is shuffled. max_samples:
-    how many of each dataset's first rows are read; none: all. drop: rows that are left out and counted, any
-    of "duplicates" (training rows with the tokens of another one or of a row of a held-out file) and
-    "placeholders" (responses such as N/A, nan or -).
+    fraction of the rows, another file, or "none". format: the format of the rows; "auto" detects it from
+    their columns. columns: renames columns of the dataset, jaxft's name first: prompt=question reads
+    "question" as the prompt. batch: rows of one optimizer step, over all devices. micro: number of
+    microbatches that a step is computed in. seed: seed of the order, and of the split unless split_seed is
+    set. split_seed: seed of the split into training and held-out rows, so that runs with other seeds hold out
+    the same rows. epochs: passes over the rows, fractions allowed; none if tokens is set. tokens: the length
+    of the run in tokens, in place of epochs. date: the date that chat templates print as today's.
+    chat_template_kwargs: further arguments of the chat template, "name=value", such as enable_thinking=false;
+    a row's column of that name overrides them. system: a system message is a "turn" of its own, or "merge"
+    puts it in front of the first user turn, for templates without that role. invalid: "few" leaves out,
+    counts and reports up to 1 % invalid rows of a dataset, and ends the run with the first one's error if
+    there are more; "error" ends the run at the first one; "drop" leaves out as many as invalid_limit allows.
+    invalid_limit: the largest fraction of a dataset's rows that "drop" may leave out. workers: processes that
+    tokenise the rows; none: one per CPU, or this process alone for a dataset of at most 16 MiB. order_by: a
+    column of numbers; every epoch goes from its smallest to its largest (a curriculum). none: every epoch is
+    shuffled. max_samples: how many of each dataset's first rows are read; none: all. drop: rows that are left
+    out and counted, any of "duplicates" (training rows with the tokens of another one or of a row of a
+    held-out file) and "placeholders" (responses such as N/A, nan or -).
     """
 
     train: str
@@ -167,7 +167,7 @@ class DataSettings:
         """Read and tokenise the rows and plan the batches; return a Source.
 
         shards: parts that the mesh divides the rows of a microbatch into. cache: the folder of the cache,
-        None for the default. Raises ValueError or FileNotFoundError that names the row or the setting at
+        None for the default. Raises ValueError or OSError that names the row, the file or the setting at
         fault.
         """
         raise NotImplementedError

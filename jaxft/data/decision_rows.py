@@ -30,7 +30,7 @@ from jaxft.data.source import RowSource
 
 CHOICES, NAMES = "choices", "names"  # extras: the tokens of all choices, and their values as JSON
 TOO_LONG = ("drop", "error")
-# Settings of Rows without a meaning here, with the values that they have.
+# Settings of Rows without a meaning here, and the values that they must have.
 FIXED = {"loss_on": "assistant", "weighting": "token", "sample_by": "document"}
 
 
@@ -86,13 +86,13 @@ def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader)
 class DecisionRows(Rows):
     """Questions with choices, of which one is right or each has a probability: the data of decision models.
 
-    format: "auto" or a name of decisions.py. labels: the choices of rows with a text and a label, in the
-    order of their letters; none: the labels in the training rows, sorted and recorded with the run and its
-    weights. question: the question about the text of such rows, or the instruction in a reranker's rows.
+    format: "auto", "decision", "label" or "reranker". labels: the choices of rows with a text and a label, in
+    the order of their letters; none: the labels in the training rows, sorted and recorded with the run and
+    its weights. question: the question about the text of such rows, or the instruction in a reranker's rows.
     unlabelled: the rows are only scored: they may lack an answer, or have choices of their own in place of
-    the labels. too_long: "drop" leaves out a row of more than max_length tokens, "error" stops; a decision
-    cannot be truncated. packing: whether a row of max_length tokens has several decisions. Other fields: see
-    Rows; loss_on, weighting and sample_by have no meaning here.
+    the labels. too_long: "drop" leaves out a row of more than max_length tokens, "error" ends the run; a
+    decision cannot be truncated. packing: whether a row of max_length tokens has several decisions. Other
+    fields: see Rows; loss_on, weighting and sample_by have no meaning here.
     """
 
     labels: tuple[str, ...] = ()

@@ -37,7 +37,7 @@ from jaxft.data.rows.invalid import InvalidRow, similar_names
 
 DECISION, LABEL, RERANKER = "decision", "label", "reranker"
 READINGS = VALUE, LETTER, INDEX = "value", "letter", "index"  # of the answers of a dataset
-NO_LABEL = "-1"  # in Hugging Face datasets with the labels 0, 1, 2, ...
+NO_LABEL = "-1"  # marks a row without a label in Hugging Face datasets with the labels 0, 1, 2, ...
 LETTERS = string.ascii_uppercase
 DECISION_FILE = "decision.json"  # in a folder of weights
 TOLERANCE = 0.01  # by which probabilities may differ from a sum of 1
@@ -289,8 +289,8 @@ def answer_readings(row: Row) -> tuple[str, ...]:
     """Return the ways to read a row's answer by which it names one of the choices, some of "value", "letter"
     and "index", the most likely first; () for probabilities and for a row that cannot be read.
 
-    A JSON number is more likely an index than a value, and another answer a value than a letter or an index.
-    Where choices are numbers, a number is no index; where "b" is a choice, "B" is no letter.
+    A JSON number is more likely an index than a value; a string is more likely a value than a letter or an
+    index. If choices are numbers, a number is no index; if "b" is a choice, "B" is no letter.
     """
     try:
         row = _with_texts_as_choices(row)
@@ -453,8 +453,8 @@ def _relevance(row: Row) -> float:
 def answer_tokens(
     tokenizer: Any, prefix: str, answers: tuple[str, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the token ids of a text in front of the answers ("" for none), and the one token of each answer
-    after it.
+    """Return the token ids of `prefix`, the text in front of an answer ("" for none), and the single token of
+    each answer after it.
 
     Raises ValueError for an answer that is not a single token there, and for two answers with the same token.
     """

@@ -34,9 +34,9 @@ SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input"
 
 
 class ShownPart(NamedTuple):
-    """The prompt, a response or the whole of an example: its token ids and the loss weight of each.
+    """A full example, its prompt or one of its responses: the token ids, and the loss weight of each token.
 
-    label: "prompt", the kind of a response such as "chosen", or "" for a whole example.
+    label: "prompt", the kind of a response such as "chosen", or "" for a full example.
     """
 
     label: str
@@ -456,7 +456,7 @@ class RowLengths:
         return {name: counts for name, counts in parts.items() if counts.any()}
 
     def covered(self, limit: int) -> float:
-        """Return the fraction of the rows that fit this limit whole."""
+        """Return the fraction of the rows that this limit does not truncate."""
         return float((self.longest <= limit).mean())
 
     def kept(self, limit: int) -> Int[np.ndarray, " rows"]:

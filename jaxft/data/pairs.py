@@ -38,21 +38,23 @@ MIN_SAVING = 0.02  # fraction of the tokens that branches must save for layout "
 class PairRows(DataSettings):
     """Responses to compare: the data of a run with a preference loss or a reward model.
 
-    All pairs of one prompt stay on one side of the split into training and held-out rows. format: "auto",
-    "plain" or a name of formats.py. max_length: tokens of a prompt and one response. too_long: "truncate"
-    keeps the start, and leaves out a pair whose prompt alone is that long; "drop" leaves the pair out,
-    "error" stops. weighting: "pair" gives every pair of the optimizer batch the same weight, "token" every
-    token of its responses. weight_column: a column of numbers that multiply the weights. extras: columns of
-    numbers that the loss can read. layout: "branches" stores a prompt once for all its responses, "plain"
-    before each; "auto" uses branches where they save 2 % of the tokens, if the model's rope does not depend
-    on the length of a text. unpaired: also accept rows of one response and a label, for losses of single
-    responses (KTO, BCO). third: a third response, "mismatched" (another pair's, for KTO's KL) or "gold"
-    (column reference, for TPO). responses: how many responses of a ranking are read. With 2 it is a pair, the
-    best response against the worst; with k > 2 also responses between, as kinds "rank_2" to "rank_{k - 1}",
-    and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. Of a row with
-    fewer responses the last ranks are missing; of a row with more, the best, the worst and responses at even
-    distances between them are read. best_first: whether responses without ratings are from the best to the
-    worst; otherwise such a row is an error. Other fields: see DataSettings; batch counts pairs.
+    All pairs of one prompt stay on one side of the split into training and held-out rows. format: "auto"
+    (detected from the columns), "plain" (strings are text without a chat template), or a name in formats.py,
+    such as "preference" or "rated". max_length: the most tokens of a prompt with one response. too_long:
+    "truncate" keeps the start, and leaves out a pair whose responses are then empty or equal; "drop" leaves
+    the pair out, "error" ends the run. weighting: "pair" gives every pair of the optimizer batch the
+    same weight, "token" every token of its responses. weight_column: a column of numbers that multiply the
+    weights. extras: columns of numbers that the loss can read. layout: "branches" stores a prompt once for
+    all its responses, "plain" before each; "auto" uses branches where they save 2 % of the tokens, if the
+    model's rope does not depend on the length of a text. unpaired: also accept rows of one response and a
+    label, for losses of single responses (KTO, BCO). third: a third response, "mismatched" (another pair's,
+    for KTO's KL) or "gold" (column reference, for TPO). responses: how many responses of a ranking are read.
+    With 2, the best and the worst: a pair. With k > 2, also responses between them, called "rank_2" to
+    "rank_{k - 1}", and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. A
+    row with fewer responses lacks the last ranks; of a row with more, the best, the worst and responses at
+    even distances between them are read. best_first: whether responses without ratings are listed from the
+    best to the worst; if not, a row without ratings is invalid. Other fields: see DataSettings; batch counts
+    pairs.
     """
 
     max_length: Annotated[int, at_least(2)] = 1024
@@ -253,7 +255,8 @@ class PairBatches(source.BatchLayout[Pairs]):
         return self.split.rows.names[batch.index.flat[position]]
 
     def prompts_of(self, batch: Pairs, row: int) -> Iterator[source.Prompt]:
-        """Yield the prompts of a row with their chosen response."""
+        """Yield the prompt and the chosen response of each pair of a row that has one and a weight above 0.
+        """
         kinds = len(batch.kinds)
         for slot in np.flatnonzero(batch.pair_weights[0, row] > 0):
             where = np.flatnonzero(batch.responses[0, row] == slot * kinds + batch.kinds.index("chosen"))
@@ -329,7 +332,9 @@ def _reversed_ratings(pairs: TokenisedRows, numbers: Sequence[str]) -> list[str]
 def _reference(
     pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " _"]]
 ) -> Float[np.ndarray, " tokens"]:
-    """Return the reference's log-prob of each target token, and 0 for other tokens."""
+    """Return the reference's log-prob of each target token, and 0 for other tokens. logps: by pair. Raises
+    ValueError if log-probs are missing or not finite.
+    """
     missing = [pairs.names[i] for i in range(len(pairs)) if i not in logps]
     if missing:
         raise ValueError(
@@ -358,7 +363,9 @@ def _require_both_responses(pairs: TokenisedRows) -> None:
 
 
 def _row_count(rows: PairRows, shards: int) -> int:
-    """Return how many rows all microbatches of a step have. Raises ValueError if a batch has fewer pairs."""
+    """Return how many rows the microbatches of a step have together. Raises ValueError if a batch has fewer
+    pairs than that.
+    """
     count = rows.micro * shards
     if rows.batch < count:
         raise ValueError(

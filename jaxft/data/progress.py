@@ -55,7 +55,7 @@ class RowProgress:
 
 
 def time_in_words(seconds: float) -> str:
-    """A time in words: 4.2 s, 3 min 27 s, 1 h 03 min, from three days up 4.5 days."""
+    """Format a time as 4.2 s, 3 min 27 s or 1 h 03 min; from three days up, as 4.5 days."""
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)

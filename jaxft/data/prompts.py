@@ -34,16 +34,19 @@ class Prompts(DataSettings):
     """Prompts of a run that trains on its own completions, and the settings of sampling and of the optimizer
     steps.
 
-    format: "auto" uses a string as the user's turn, "plain" as text to continue; the others of
-    conversation.PROMPT_FORMATS name the column of the prompt. max_prompt, max_new: largest number of tokens
-    of a prompt, and of a completion. max_turns: the most completions of an episode, between which an
-    environment or tools add tokens. max_episode: the most tokens of an episode of several turns after its
-    prompt, sampled and given ones; None for max_turns x max_new. too_long: "drop" leaves longer prompts out,
-    "error" stops. batch: prompts of a rollout. group: completions of each prompt. eval_group: completions of
-    each held-out prompt. temperature, top_k, top_p, min_p: settings of sampling. decode_rows: completions
-    that are sampled at the same time; the next prompts take the rows of completions that ended. None: all on
-    a CPU, at most 256 per GPU or TPU over which rows are divided. Another number may round sums differently
-    and so change a token where two are almost equally likely, except in bfloat16 on a CPU with bfloat16
+    format: "auto" uses a string as the user's turn, "plain" as text to continue; "implicit" is the common
+    beginning of chosen and rejected, other values name the column of the prompt. max_prompt: the most tokens
+    of a prompt. max_new: the most tokens of a completion. max_turns: the most completions of an episode,
+    between which an environment or tools add tokens. max_episode: the most tokens after the prompt in an
+    episode of several turns, sampled or added; none: max_turns x max_new. too_long: "drop" leaves out prompts
+    of more than max_prompt tokens, "error" ends the run. batch: prompts of a rollout. group: completions of
+    each prompt. eval_group: completions of each held-out prompt. temperature: of sampling; 0 takes the most
+    likely token. top_k: sample from the k most likely tokens; none: from all. top_p: sample from the most
+    likely tokens that together have this probability; none: from all. min_p: sample from tokens with at least
+    this fraction of the most likely token's probability; none: from all. decode_rows: completions that are
+    sampled at the same time; the next prompts take the rows of completions that ended. None: all on a CPU, at
+    most 256 per GPU or TPU over which rows are divided. Another number may round sums differently and so
+    change a token where two are almost equally likely, except in bfloat16 on a CPU with bfloat16
     instructions. kv_cache: how the sampler stores keys and values, "compute" for the compute dtype. passes:
     how often the policy is trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer
     steps of each pass, of `micro` microbatches each. Other fields: see DataSettings.
@@ -332,7 +335,7 @@ def prompts_fingerprint(data: Prompts, train: PromptRows, held: PromptRows) -> s
     settings = (
         data.batch, data.group, data.passes, data.minibatches, data.seed, data.max_new, data.temperature,
     )  # fmt: skip
-    added = [] if data.min_p is None else [data.min_p]  # later than the others: without it, as before
+    added = [] if data.min_p is None else [data.min_p]  # a newer setting: without it, old hashes stay valid
     digest = hashlib.sha256(json.dumps([settings, data.top_k, data.top_p, *added]).encode())
     rows, mixture = train.split.rows, train.split.mixture
     for side in (train, held):

@@ -34,7 +34,7 @@ from jaxft.data.source import RowSource
 
 TOO_LONG = ("truncate", "split", "drop", "error")
 WEIGHTING = ("token", "sequence")
-TEXT_PROMPT = 32  # tokens of the prompt that a text begins with, in samples
+TEXT_PROMPT = 32  # the most tokens of a document that are its prompt where a completion is sampled
 Packing = bool | Literal["wrapped"]
 
 
@@ -43,18 +43,19 @@ class Rows(DataSettings):
     """Documents, prompts with completions, or conversations for next-token prediction: the data of an SFT
     run.
 
-    format: "auto", "plain" or a name of formats.py. loss_on: "assistant" (every assistant turn of a
-    conversation), "completion" (only its last turn) or "all" (every token). In a row with a prompt and a
-    response, the first two train on the response; in a text row, all three train on every token. max_length:
-    tokens of a row. too_long: "truncate" keeps the start, and leaves out an example if only its prompt would
-    remain; "split" makes several examples of a document, "drop" leaves the example out, "error" stops.
-    packing: True packs several examples into a row of max_length tokens, and they do not attend to one
-    another; "wrapped" concatenates documents and cuts them into rows of max_length tokens, which attend over
-    all of their documents (needs too_long=split). weighting: "token" gives every target token of the
-    optimizer batch the same weight, "sequence" every example; a column `weight` multiplies them. sample_by:
-    what is a row of a text file: "document" (all of it, or the parts between lines <|endoftext|>),
-    "paragraph" or "line". Other fields: see DataSettings; batch counts packed rows, or examples without
-    packing.
+    format: "auto" (detected from the columns), "plain" (strings are text without a chat template), or "text",
+    "messages", "prompt-completion", "instruction" or "conversations" (see formats.py). loss_on: "assistant"
+    (every assistant turn of a conversation), "completion" (only its last turn) or "all" (every token). In a
+    row with a prompt and a response, the first two train on the response; in a text row, all three train on
+    every token. max_length: the most tokens of an example, and of a row with several. too_long: "truncate"
+    keeps the start, and leaves out an example if only its prompt would remain; "split" makes several examples
+    of a document, "drop" leaves the example out, "error" ends the run. packing: true packs several examples
+    into a row of max_length tokens, and they do not attend to one another; false puts each into its own row;
+    "wrapped" concatenates documents and cuts them into rows of max_length tokens, which attend over all of
+    their documents (needs too_long=split). weighting: "token" gives every target token of the optimizer batch
+    the same weight, "sequence" every example; a column `weight` multiplies them. sample_by: the part of a
+    text file that is one row: "document" (all of it, or a part between lines <|endoftext|>), "paragraph" or
+    "line". Other fields: see DataSettings; batch counts packed rows, or examples without packing.
     """
 
     loss_on: Annotated[str, one_of(loss_mask.LOSS_ON)] = "assistant"
@@ -490,9 +491,9 @@ class SolutionRows(Rows):
     step; \\n is a line break. last_step_only: train on the last step of each solution alone, and leave out
     solutions whose last step ends after max_length tokens; evaluation reads all steps. All solutions of one
     prompt stay on one side of the split. too_long: "truncate" leaves out the steps that end after max_length
-    tokens, "drop" the row, "error" stops. weighting: "token" gives every step of the optimizer batch the same
-    weight, "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows; loss_on and
-    sample_by have no meaning here.
+    tokens, "drop" the row, "error" ends the run. weighting: "token" gives every step of the optimizer batch
+    the same weight, "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows;
+    loss_on and sample_by have no meaning here.
     """
 
     too_long: Annotated[str, one_of(STEPS_TOO_LONG)] = "truncate"

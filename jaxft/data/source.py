@@ -67,9 +67,10 @@ class RowStats(SourceStats):
     """Statistics of tokenised rows.
 
     truncated: number of truncated examples. tokens: tokens of the first epoch. learned_tokens: its tokens
-    with a loss. lengths: see length_percentiles; of the training examples. rows: rows of the first epoch's
-    batches. fill: fraction of the slots for tokens that are used. row_length, read_length: slots of a row for
-    tokens, and for tokens with a loss. cache: "found", "built" and others, see cache.load_or_make.
+    with a loss. lengths: percentiles of the tokens of training examples, see length_percentiles. rows: rows
+    of the first epoch's batches. fill: fraction of the slots for tokens that are used. row_length,
+    read_length: slots of a row for tokens, and for tokens with a loss. cache: whether the cache had the
+    tokens, such as "found" or "built"; see cache.load_or_make.
     """
 
     truncated: int
@@ -90,11 +91,12 @@ class SourceInfo:
     steps: optimizer steps of the run that data.epochs or data.tokens asks for. fingerprint: a hash of
     everything that the batches depend on. preview: the first training row as text. steps_per_rollout:
     optimizer steps between two points where the run may be saved. samples: whether batches have completions
-    that the model samples during the run. recorded: what the batches depend on in addition to the settings,
-    by its name in the run's record: fingerprints of other models, the labels of a classifier. eval_cost: the
-    work of evaluating held-out rows, relative to training on as many rows: 1/3 without gradients; for sampled
-    completions, their number. learned_ends: token id -> number of training and held-out sequences whose last
-    target it is, without truncated ones. warnings: lines for the start of a run.
+    that the model samples during the run. recorded: further facts that the batches depend on, by name, such
+    as the labels of a classifier or fingerprints of other models; the run's record contains them. eval_cost:
+    the cost of evaluating a held-out row relative to training on a row: 1/3, as there are no gradients; for
+    rollouts, the completions of a held-out prompt divided by those of a training prompt. learned_ends: token
+    id -> number of training and held-out sequences, except truncated ones, of which it is the last target; at
+    most two targets of whitespace at the end are skipped. warnings: lines for the start of a run.
     """
 
     steps: int
@@ -136,8 +138,8 @@ class Source(Protocol[BoundTo]):
         """
 
     def batch(self, step: int, state: TrainState) -> tuple[Batch, Metrics]:
-        """Return the batch of an optimizer step, and metrics about its sampled completions, {} without any.
-        Both depend on step and state alone.
+        """Return the batch of an optimizer step, and metrics about its sampled completions ({} without
+        completions). Both depend only on the step and the state.
         """
 
     def given(self, step: int) -> Batch:
@@ -149,9 +151,10 @@ class Source(Protocol[BoundTo]):
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
-        """Return the source with a limit on evaluations: its `evaluate` reads at most `most` held-out rows,
-        None for all. Where the train loop evaluates `held_out` instead, `most` counts batches: `spread`
-        chooses them, and positions in `held_out_name` count the values of these batches alone.
+        """Return the source with a limit for each evaluation: `evaluate` reads at most `most` held-out
+        prompts, or the train loop at most `most` batches of `held_out`; None for all.
+
+        `spread` chooses them. A position in `held_out_name` counts the values of the chosen batches alone.
         """
 
     def row_names(self, step: int) -> list[str]:
@@ -380,7 +383,9 @@ def fingerprint_of(settings: tuple[Any, ...], arrays: Iterable[np.ndarray | None
 
 
 def spread(count: int, most: int | None) -> list[int]:
-    """Return up to `most` (None: all) of the indices below `count`, at equal distances."""
+    """Return up to `most` (None: all) of the indices below `count`, at equal distances: for 10 and 3, 0, 3
+    and 6.
+    """
     if most is None or count <= most:
         return [*range(count)]
     return [number * count // most for number in range(most)]

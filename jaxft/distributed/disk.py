@@ -82,7 +82,7 @@ def make_folder(folder: Path) -> None:
 
 
 STALE_S = 24 * 3600.0
-STARTED_S = 10.0  # a younger empty one may be about to be locked
+STARTED_S = 10.0  # an empty file or folder younger than this may be about to be locked
 
 
 def here() -> str:
@@ -147,8 +147,9 @@ def temporary_file(path: Path) -> Iterator[BinaryIO]:
 def remove_leftovers(paths: Iterable[Path]) -> None:
     """Remove the temporary files and folders among `paths` that killed processes have left.
 
-    Those of other users, links, and files and folders that a process has locked stay. Where a lock cannot be
-    seen (see the module's docstring), a file is removed once it is a day old.
+    Kept are links, files and folders of other users, those that a process has locked, and empty ones younger
+    than 10 s. Where locks cannot be seen (see the module's docstring), a file is removed once it is a day
+    old.
     """
     for path in paths:
         with contextlib.suppress(OSError):

@@ -112,7 +112,7 @@ def set_killed_message(text: str) -> None:
 
 
 def clear_killed_message() -> None:
-    """Print no line if this process is killed. Later calls of `set_killed_message` have no effect."""
+    """Cancel the line of `set_killed_message`; further calls of it then have no effect."""
     if _sentinel.cache_info().currsize and not _sentinel().stdin.closed:
         with contextlib.suppress(OSError):
             _sentinel().stdin.write(b"\n")

@@ -83,7 +83,8 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
     if None in counts:
         raise ValueError(
             f"coordinator={coordinator}: the number of processes or the index of this one is missing; set "
-            f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]}"
+            f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]} or, with hosts.coordinator, hosts.processes and "
+            "hosts.process"
         )
     launcher = "explicit" if launch_detected is None else f"explicit, {launch_detected.launcher}"
     return _checked(
@@ -302,7 +303,7 @@ def _kubernetes(environ: Mapping[str, str]) -> Launch | None:
             f"pod {index} of an indexed Kubernetes job: JAX needs the package kubernetes to find the other "
             f"pods; set {JAXFT_VARIABLES[0]}=host:port of pod 0, {JAXFT_VARIABLES[1]} and "
             f"{JAXFT_VARIABLES[2]} as scripts/launch/jobset.yaml does, or {JAXFT_VARIABLES[1]}=1 if each "
-            "pod is a run of its own"
+            "pod is a separate run"
         )
     return Launch("Kubernetes", None, None, index)
 

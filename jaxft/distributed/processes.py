@@ -44,7 +44,7 @@ class Hosts:
     heartbeat_seconds: a process without a heartbeat for this long counts as lost.
     stop_seconds: timeout of the shutdown.
     step_seconds: a step that takes longer counts as stalled; None for 20 times the median step, at least 10
-    minutes.
+    minutes (phase_seconds for the first steps).
     phase_seconds: the same limit outside steps: loading, compilation, evaluation, checkpointing, export.
     """
 
@@ -307,7 +307,8 @@ def in_step(lines: Iterator[str]) -> Iterator[str]:
 
     lines: an iterator whose every item is the result of a step: a non-empty text. The text of the first
     process that still has steps is yielded. A process that has no steps left waits in the remaining rounds,
-    so its watchdog sees progress. A ValueError or OSError of a step on any process raises AgreedError on all.
+    so its watchdog sees progress. A ValueError, OSError or ImportError of a step on any process raises
+    AgreedError on all.
     """
     if not is_multi_process():
         yield from lines
@@ -317,12 +318,12 @@ def in_step(lines: Iterator[str]) -> Iterator[str]:
 
 
 def _run_on_all(fn: Callable[[], Any]) -> list[Any]:
-    """Call `fn()` on every process; return all results, by process index. A ValueError or OSError on one
-    process raises AgreedError on all.
+    """Call `fn()` on every process; return all results, by process index. A ValueError, OSError or
+    ImportError on one process raises AgreedError on all.
     """
     try:
         return sync.run_on_all(sync.gather_texts, fn)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise AgreedError((isinstance(error, OSError) and error.strerror) or str(error)) from error
 
 

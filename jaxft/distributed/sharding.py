@@ -175,7 +175,7 @@ def partition_spec(
 
 
 def _dividing(axes: tuple[str, ...], sizes: dict[str, int], size: int) -> tuple[str, ...]:
-    """Return those of the mesh axes `axes` along which a dimension of `size` elements is sharded.
+    """Return the mesh axes, of `axes`, along which a dimension of `size` elements is sharded.
 
     An axis is added, tensor first, if the product of the sizes chosen so far still divides `size`. sizes:
     mesh axis -> number of devices.
@@ -347,7 +347,7 @@ def per_device(
     out_shape: tuple[int, ...],
 ) -> Callable:
     """Return a function that applies `fn` to the local shards on each device of the ambient mesh (shard_map),
-    for code that XLA cannot partition. Without such a mesh it calls `fn` on the whole arrays.
+    for code that XLA cannot partition. Without such a mesh it calls `fn` on the full arrays.
 
     in_axes: logical axes of each argument; None for a replicated array. out_axes, out_shape: logical axes and
     global shape of the result.

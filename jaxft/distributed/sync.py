@@ -25,7 +25,7 @@ Exchange = Callable[[str], list[str]]  # this process's text -> the texts of all
 # Seconds that a barrier waits. gloo's collectives time out after 30 s, so a barrier precedes them; whether
 # the run is stalled is decided by the watchdog.
 TIMEOUT = 86400
-ERROR_TYPES = (OSError, ValueError, MemoryError)
+ERROR_TYPES = (OSError, ValueError, MemoryError, ImportError)
 
 
 def is_first() -> bool:
@@ -139,8 +139,8 @@ def run_on_all(exchange: Exchange, fn: Callable[[], Any]) -> list[Any]:
 
     exchange: sends the results, as JSON, to the other processes. If fn raises on any process, every process
     raises the error of the failed process with the lowest index, with that index in the text. An OSError
-    keeps its errno and becomes a plain OSError; a ValueError or MemoryError stays one; any other error
-    becomes a RuntimeError.
+    keeps its errno and becomes a plain OSError; a ValueError, MemoryError or ImportError stays one; any other
+    error becomes a RuntimeError.
     """
     if jax.process_count() == 1:
         return [fn()]

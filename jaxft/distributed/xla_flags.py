@@ -333,7 +333,7 @@ def settings_in_effect(environ: Mapping[str, str]) -> list[str]:
 
 
 def settings_lines(environ: Mapping[str, str]) -> list[str]:
-    """Return [line], the line printed at the start about the settings in effect, or [] if none is."""
+    """Return [line], the line printed at the start about the settings in effect; [] if there are none."""
     rows = settings_in_effect(environ)
     platform = PLATFORM_NAMES.get(accelerator(environ))
     return [f"defaults for {platform}: {', '.join(rows)} ({SWITCH}=off omits them)"] if rows else []

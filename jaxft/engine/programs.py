@@ -1,4 +1,6 @@
-"""The compiled programs of an engine: start prompts, extend rows by given tokens, decode, keep some rows."""
+"""The compiled programs of an engine: start prompts, append given tokens to rows, decode, and copy rows to a
+smaller or larger state.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -60,7 +62,7 @@ NO_YNNPACK_REDUCTIONS: dict[str, str | bool] = {
 }
 
 
-_Sampled = tuple[Array, Array, Array, Array]  # tokens and log-probs [r], and of the most likely ones [r, top]
+_Sampled = tuple[Array, Array, Array, Array]  # what next_tokens returns
 
 
 def next_tokens(
@@ -75,8 +77,8 @@ def next_tokens(
     [r, top], their log-probs [r, top]).
 
     at: random keys [r], and a number [r] that is folded into each. allowed: see allowed_logits; log-probs
-    ignore it. They are at the sampling temperature, or at 1 if d.serving. A row whose logits are not finite
-    gets the token NONFINITE.
+    ignore it. They are at the sampling temperature, or at 1 for greedy rows and if d.serving. A row whose
+    logits are not finite gets the token NONFINITE.
     """
     rows, (keys, numbers) = len(h_RD), at
     if rows < MIN_MATMUL_ROWS:
@@ -132,7 +134,9 @@ def _put(rows: Array, old: Any, new: Any) -> Any:
 
 
 def _with_tokens(state: State, rows: Array, sampled: _Sampled, counts: Array) -> State:
-    """Append a sampled token to the rows with indices `rows`. counts [r]: tokens that each row has so far."""
+    """Append a sampled token to the rows with indices `rows`; a row ends (`live`) at a stop token, at
+    NONFINITE and at its limit. counts [r]: tokens that each row has so far.
+    """
 
     def at(columns: Array, old: Array, x: Array) -> Array:
         return old.at[rows, columns].set(x, mode="drop")
@@ -221,8 +225,8 @@ def decode_rows(
     """Sample further tokens of all live rows.
 
     read: how many slots of cached keys attention reads: the first ones of each row, and the last ones of each
-    prompt. used [R]: false for rows whose requests were dropped. until: (int32 [2], uint32 [R, W]). Decoding
-    stops after until[0][0] steps, or when at most until[0][1] rows are live. until[1]: see allowed_logits.
+    prompt. used [R]: false for rows without a request. until: ((steps, rows) int32 [2], allowed [R, W]).
+    Decoding stops after `steps` steps, or when at most `rows` rows are live. allowed: see allowed_logits.
     """
     limits, allowed = until
     state = replace(state, live=state.live & used)
@@ -269,9 +273,9 @@ def keep_rows(state: State, rows: Array, prompts: Array, slots: Array, used: Arr
 class Engine:
     """Compiled programs of an engine. empty: returns a state without completions.
 
-    The other programs are stored by their sizes: rows of the state, then for start: prompts per call, tokens
-    per prompt; extend: rows per call, tokens per row; decode: slots that are read of each row's cached keys,
-    and of each prompt's; keep: rows of the next state.
+    The keys of the other programs are sizes, the first one the number of rows R of the state:
+    start[R, prompts per call, tokens per prompt], extend[R, rows per call, tokens per row],
+    decode[R, slots read of a row's cached keys, slots read of a prompt's], keep[R, rows of the new state].
     """
 
     decoding: Decoding
@@ -322,7 +326,8 @@ def program_tracers(
     states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
 
     def add(name: tuple[Any, ...], fn: Any, to: int, *inputs: Any) -> None:
-        """to: rows of the state that fn returns. inputs: arguments of fn; the second, a state, is donated."""
+        """to: rows of the state that fn returns. inputs: of fn; the second one is donated, except for keep.
+        """
         where = None if mesh is None else jax.tree.map(lambda x: x.sharding, states[to])
         donated = () if name[0] in ("empty", "keep") else (1,)
         run = jax.jit(fn, donate_argnums=donated, out_shardings=where)

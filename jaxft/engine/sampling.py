@@ -66,7 +66,7 @@ def row_sampling(s: Sampling, vocab: int) -> RowSampling:
 def without_stop(tokens: Sequence[int] | np.ndarray, stop: Collection[int]) -> list[int]:
     """Return a completion's tokens without its stop token, which is not part of the text.
 
-    A tokenizer leaves out special tokens by itself, but a template may end turns with any added token.
+    Tokenizers omit special tokens when they decode, but a chat template may end turns with any added token.
     """
     ended = len(tokens) > 0 and int(tokens[-1]) in stop
     return [int(token) for token in tokens[: len(tokens) - ended]]
@@ -75,8 +75,8 @@ def without_stop(tokens: Sequence[int] | np.ndarray, stop: Collection[int]) -> l
 def top_mask(
     x: Float[Array, "B V"], weights: Float[Array, "..."], target: float | Array
 ) -> Bool[Array, "B V"]:
-    """Mark the largest values of each row, as few as have weights that sum to at least `target`, a number or
-    one per row. Equal values are marked together.
+    """Mark the largest values of each row: the fewest whose weights sum to at least `target`, or all values
+    if none suffice. Equal values are marked together. target: a number, or one per row.
 
     The smallest marked value is found bit by bit, with 32 sums over the row: for 16 x 49152 values on a CPU
     this takes 10 ms, a sort 230 ms.
@@ -164,7 +164,7 @@ def _if_any(
     return yes() if condition(known) else no()
 
 
-LOGITS_PER_BLOCK = 256  # successive ones
+LOGITS_PER_BLOCK = 256  # logits in a block of _block_first
 
 
 def from_softmax(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
@@ -200,11 +200,11 @@ def _block_first(logits: Float[Array, "B V"], keys: Array) -> Int[Array, "B"]:
 
 
 def left_pad(prompts: Sequence[Sequence[int]], rows: int, longest: int | None = None) -> Tokens:
-    """Pad prompts on the left to a batch of `rows` rows, as long as a multiple of BUCKET; rows without a
-    prompt are empty.
+    """Left-pad prompts to a batch [rows, T] of NumPy arrays, T a multiple of BUCKET; further rows are
+    padding.
 
-    longest: tokens of the longest prompt of all batches that must have the same shape; by default of
-    `prompts`.
+    longest: the number of tokens that a row must have space for; None for the longest of `prompts`. Set it to
+    get the same shape for several batches.
     """
     longest = longest or max(map(len, prompts))
     size = -(-longest // BUCKET) * BUCKET

@@ -1,9 +1,10 @@
-"""A session in a thread that owns the device: it fills free rows from a queue and decodes in blocks of steps.
+"""The scheduler of a server: a thread that owns the device, starts waiting requests in free rows and decodes
+in blocks of steps.
 
-Requests wait in a bounded queue. Tokens are delivered to each request as they are sampled, by a function that
-the scheduler's thread calls; it must return at once. With ServeSizes.continues, the row of a finished request
-is reserved until another request needs it: if a prompt begins with all tokens of the row, as the next message
-of a conversation does, only the rest of the prompt is prefilled.
+Requests wait in a bounded queue. The thread delivers tokens as they are sampled, by calling the function of
+their request, which must return at once. With ServeSizes.continues, the row of a finished request is reserved
+until another request needs it: if a prompt begins with all tokens of the row, as the next message of a
+conversation does, only the rest of the prompt is prefilled.
 """
 
 import itertools
@@ -55,8 +56,8 @@ class ServeSizes:
 def compile_server(
     model: Model, sizes: ServeSizes, params: Params, mesh: Mesh | None = None, cache: CacheFormat = "compute"
 ) -> Engine:
-    """Compile the server's programs. model: takes the whole parameter tree with the adapter of each row under
-    "rows", see models/adapted.py. mesh: a mesh of one device, or None.
+    """Compile the server's programs. model: takes the adapter of each row under "rows" in its parameters, as
+    models.adapted.adapted_by_row returns it. mesh: a mesh of one device, or None.
     """
     d = Decoding(
         model, Sampling(sizes.new + sizes.prompt * sizes.continues), (), 1, cache, sizes.stops,
@@ -70,8 +71,7 @@ def compile_server(
 class TokenRequest:
     """A prompt as token ids, and the settings of its completion.
 
-    seed, number: determine the random key: it is that of prompt `number` of scripts/generate.py with this
-    seed.
+    seed, number: the random key is that of prompt `number` (from 0) of scripts/generate.py with this --seed.
     """
 
     prompt: tuple[int, ...]
@@ -134,7 +134,7 @@ class Ticket:
 
 class Load(NamedTuple):
     """Counts of a scheduler. running, waiting: requests in rows and in the queue now. Since the start:
-    finished: ended requests; tokens: sampled tokens; failures: failures of the device.
+    finished: requests that ended in a row; tokens: sampled tokens; failures: failures of the device.
     """
 
     running: int
@@ -145,7 +145,7 @@ class Load(NamedTuple):
 
 
 class Scheduler:
-    """Completes requests with compiled programs, in a thread of its own between `start` and `close`.
+    """Completes requests with compiled programs, in a separate thread between `start` and `close`.
 
     queue: the most waiting requests. log: called with a line when the device fails. refusal: why no more
     requests are accepted; "" while they are. rows: the requests in rows, by their episode numbers in the
@@ -178,16 +178,15 @@ class Scheduler:
     def submit(self, requests: Sequence[tuple[TokenRequest, Deliver]]) -> list[Ticket]:
         """Queue requests, all or none.
 
-        Raises ValueError for a prompt that is empty or too long, for too many tokens and for more requests
-        than rows and queue can ever take, QueueFull if they do not fit into the queue now, and Stopped after
-        `close`.
+        Raises ValueError for a prompt that is empty or too long, for too large a max_new, for too many stop
+        tokens, and for more requests than rows and queue can ever take. Raises QueueFull if they do not fit
+        into the queue now, and Stopped after `close`.
         """
         rows = self.sizes.rows
         if len(requests) > self.queue + rows:
             raise ValueError(
-                f"{len(requests)} completions at once are more than the {rows} rows and "
-                f"{self.queue} waiting places of this server; send fewer, or start the server with a larger "
-                "--queue"
+                f"{len(requests)} completions at once are more than the {rows} rows and {self.queue} waiting "
+                "requests of this server; send fewer, or start the server with a larger --queue"
             )
         for request, _ in requests:
             self._check(request)
@@ -198,7 +197,7 @@ class Scheduler:
                 raise Stopped(self.refusal)
             if len(self.waiting) + len(tickets) > self.queue + rows - len(self.rows):
                 raise QueueFull(
-                    f"the server is busy: its queue of {self.queue} places is full; try again later"
+                    f"the server is busy: its queue of {self.queue} requests is full; try again later"
                 )
             self.waiting.extend(tickets)
             self.changed.notify()
@@ -301,8 +300,8 @@ class Scheduler:
             self._start(number, ticket.request, before)
 
     def _continued(self, request: TokenRequest) -> Running | None:
-        """Return an idle row whose tokens are the beginning of the prompt, with slots for the rest of the
-        prompt and a completion; None without one.
+        """Return an idle row of the same adapter whose tokens are the beginning of the prompt, with slots for
+        the rest of the prompt and a completion; None if there is none.
         """
         for it in self.idle.values():
             size, choice = len(it.text), request.choice

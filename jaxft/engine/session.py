@@ -1,5 +1,5 @@
-"""Rows in progress on the host: which request has which row, what each row does next, and completions of
-whole lists of prompts.
+"""Sessions: assign requests to the rows of an engine, run its programs, and collect the sampled tokens;
+complete lists of prompts.
 """
 
 from bisect import insort
@@ -30,18 +30,20 @@ from jaxft.nn.adapters.lora_rows import BASE
 from jaxft.nn.tree import Params
 
 Finish = Literal["stop", "length", "error"]
-STEPS_BETWEEN_LOOKS = 16  # decoding steps of rows of which some may end or go on before others
+# The most decoding steps of a program call if stop strings are searched, or rows extended, between calls.
+STEPS_BETWEEN_LOOKS = 16
 NONFINITE_LOGITS = "the logits are not finite; compute in float32 (--dtype float32), or check the weights"
 
 
 @dataclass(frozen=True, eq=False)
 class RequestSettings:
-    """The settings of a request. Settings other than the engine's need an engine with Decoding.serving.
+    """The settings of a request.
 
-    sampling: max_new may be at most the engine's. stop: token ids. adapter: index of a LoRA adapter, see
-    lora_rows.py. top: whether to return the most likely tokens with their log-probs. among_allowed: whether
-    to return only the most likely of the tokens that the grammar allows. grammar: what the completion must
-    match, a Grammar of serve/constraint.py. key: data of the random key, None for the session's.
+    sampling: settings other than the engine's, apart from max_new, need an engine with Decoding.serving.
+    stop: token ids. adapter: index of a LoRA adapter, see lora_rows.py. top: whether to return the most
+    likely tokens with their log-probs; needs Decoding.serving. among_allowed: whether these are only tokens
+    that the grammar allows. grammar: a Grammar of serve/constraint.py that the completion must match; needs
+    Decoding.constrained. key: data of the random key, None for the session's.
     """
 
     sampling: Sampling
@@ -54,10 +56,11 @@ class RequestSettings:
 
 
 class Sampled(NamedTuple):
-    """A turn that has ended: sampled token ids, with the stop token if one was sampled, and their log-probs.
+    """The sampled token ids of a turn, with the stop token if one was sampled, and their log-probs.
 
     episode: the number that the caller gave the completion. finish: "error" if the completion cannot match
-    its grammar, or if logits are not finite; then the last token is NONFINITE.
+    its grammar, or if logits are not finite (the last token is then NONFINITE); "length" also for a turn in
+    progress.
     """
 
     episode: int
@@ -110,8 +113,8 @@ class Session:
     engine, except for rounding: kernels for other shapes may add in another order, which can replace a token
     by one that is about as likely.
 
-    If the engine extends rows, a row stays after the end of a turn until it is extended or dropped. choice:
-    settings of requests that are started without any; by default the engine's sampling and stop tokens.
+    If the engine has Decoding.extends, a row is reserved after the end of a turn until it is extended or
+    dropped. choice: settings of requests that are started without any; by default the engine's.
 
         session = Session(engine, params, jax.random.key(0))
         session.start([1, 2, 3], episodes=[0, 1])
@@ -141,13 +144,19 @@ class Session:
         max_new: int | None = None,
         choice: RequestSettings | None = None,
     ) -> None:
-        """Queue a prompt with one completion for each episode, a number of the caller's choice.
+        """Queue a prompt. episodes: numbers of the caller's choice, one for each of its completions (at most
+        Decoding.group).
 
         number: the prompt's number, for random keys. max_new: the most tokens of a completion; None for the
-        limit in `choice`, or without one in the session's settings. Raises ValueError for settings that the
-        engine is not compiled for.
+        limit in `choice`, the session's settings if choice is None. Raises ValueError for settings that the
+        engine is not compiled for, and for a prompt that is longer than the engine's prompt slots.
         """
         choice, d = choice or self.choice, self.engine.decoding
+        if len(prompt) > (size := self.engine.slots.size):
+            raise ValueError(
+                f"the prompt has {len(prompt)} tokens, and this engine takes at most {size}; shorten it, or "
+                "compile the engine with slots for the longest prompt (slots_for)"
+            )
         same = replace(choice.sampling, max_new=d.sampling.max_new) == d.sampling
         if not (same or d.serving) or (choice.grammar and not d.constrained) or (choice.top and not d.top):
             raise ValueError(
@@ -164,16 +173,19 @@ class Session:
         """Append given tokens to an episode whose turn has ended, and sample up to max_new more.
 
         choice: new settings, None for the present ones. If it has a key, this becomes the row's key, and the
-        next token has random number 0. Raises ValueError if the row has no slots for the given tokens and one
-        more.
+        next token has random number 0. Raises KeyError if the episode has no row, and ValueError if its turn
+        is in progress or has failed, or if the row has no slots for the given tokens and one more.
         """
         it, space = self.running[episode], self.space(episode)
         if it.finish not in ("stop", "length"):
-            raise ValueError(f"episode {episode} has no turn that has ended; call wait before extend")
+            raise ValueError(
+                f"episode {episode} has no turn that has ended without an error; call wait before extend"
+            )
         if len(tokens) >= space:
             raise ValueError(
                 f"episode {episode} has {it.count} of at most {it.count + space} tokens, so {len(tokens)} "
-                "given ones do not fit; end it, or compile the engine with a larger max_new"
+                "given ones and a sampled one do not fit; drop it, or compile the engine with a larger "
+                "max_new"
             )
         it.given, it.begun, it.choice = [it.text[-1], *tokens], it.count + len(tokens), choice or it.choice
         it.limit, it.count, it.finish = min(it.begun + max_new, it.count + space), it.count - 1, None
@@ -404,7 +416,10 @@ def complete(
     is_enough: Callable[[list[int]], bool] | None = None,
     ended: Callable[[int], Any] | None = None,
 ) -> SampledTokens:
-    """Sample the engine's Decoding.group completions of every prompt. Raises ValueError if a grammar fails.
+    """Sample the engine's Decoding.group completions of every prompt.
+
+    Raises ValueError if a completion cannot match its grammar. If logits are not finite, the completion ends
+    with the token NONFINITE.
 
     numbers: numbers of the prompts, for their random keys; by default their indices. is_enough: called with
     the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends the completion, for stop

@@ -24,15 +24,15 @@ from jaxft.nn.tree import struct
 NO_TOKEN = -1
 MOST_TOP = 20  # the most alternatives per token whose log-probs a request may ask for, as in OpenAI's API
 TOP = 26  # most likely tokens whose log-probs are computed, enough for a decision's letters
-# Which tokens these are the most likely of: RowChoices.top.
+# Values of RowChoices.top: no most likely tokens, those of all tokens, or those of the allowed tokens.
 NO_TOP, OF_ALL, OF_ALLOWED = range(3)
-TOP_STEPS = 4  # the most decoding steps between two looks at the most likely tokens
+TOP_STEPS = 4  # decoding steps whose most likely tokens a state stores
 WORD, EVERY_TOKEN = 32, np.uint32(2**32 - 1)  # bits of a word of allowed tokens, and a word with all of them
-# Slots of rows' keys; programs that read fewer than all are compiled from this size on.
+# Decode programs that read only a part of the cached keys read at least this many slots of a row.
 SMALLEST_READ = SLOTS_PER_READ
-SMALLEST_PROMPT_READ = 256  # the same for prompts
-# Programs for fewer rows than this would not be faster. On an accelerator a step reads the weights, however
-# few the rows, and the keys of all rows, which count from about this number on.
+SMALLEST_PROMPT_READ = 256  # the same for the slots of a prompt
+# Programs for fewer rows than this would not be faster. On an accelerator a step reads all weights, however
+# few the rows are; the time to read the rows' keys matters from about 64 rows on.
 FEWEST_ROWS, FEWEST_ROWS_OF_ACCELERATORS = 8, 64
 MIN_MATMUL_ROWS = 2  # XLA multiplies one row by other kernels than several, and rounds differently
 # From about this number of rows on, a step's matmuls take longer than reading the 16-bit weights: a device
@@ -52,8 +52,8 @@ class Decoding:
     """The static arguments of a compiled engine.
 
     sampling, stop: settings of rows whose request has none; stop: token ids. sampling.max_new: the most
-    tokens of a row's completion, appended tokens included. group: completions per prompt. cache: how keys and
-    values are stored. stops: the most stop tokens of a row, at least len(stop).
+    tokens of a row after its prompt, given tokens included. group: completions per prompt. cache: how keys
+    and values are stored. stops: the most stop tokens of a row, or len(stop) if that is more.
 
     extends: whether rows continue after given tokens. constrained: whether completions may have to match a
     grammar. serving: whether rows have their own settings and may start while others decode; log-probs are
@@ -92,10 +92,10 @@ class Slots(NamedTuple):
 def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -> Slots:
     """Return the sizes for `prompts` prompts of at most `longest` tokens with `group` completions each.
 
-    rows: the most completions in progress (at least `group`); None for all. If that is fewer than all, there
-    are slots for twice as many prompts as are in progress, because a prompt keeps its slot until its last
-    completion has ended. At most a quarter of the rows is then refilled at a time, because the other rows
-    wait meanwhile.
+    rows: the most completions in progress (at least `group`); None for all. If that is fewer than all, at
+    most a quarter of the rows is refilled at a time, because the other rows wait meanwhile. With group > 1
+    there are then slots for twice as many prompts as are in progress, because a prompt keeps its slot until
+    its last completion has ended.
     """
     most = prompts * group if rows is None else min(max(rows, group), prompts * group)
     most -= most % group
@@ -111,9 +111,9 @@ def slots_for(prompts: int, group: int, longest: int, rows: int | None = None) -
 def rows_in_progress(asked: int | None, mesh: Mesh | None) -> int | None:
     """Return the most completions that are sampled at the same time, None for all. asked: the user's setting.
 
-    If it is None, a CPU samples all. An accelerator samples as many as cost no more time per step than fewer
-    would, so that new prompts take the rows of ended completions, which would otherwise be computed until the
-    longest has ended.
+    If `asked` is None, a CPU samples all. An accelerator samples as many as cost no more time per step than
+    fewer would, and new prompts take the rows of ended completions. With all at once, rows of ended
+    completions would be computed until the longest completion has ended.
     """
     if asked is not None or first_device(mesh).platform == "cpu":
         return asked
@@ -126,8 +126,9 @@ def first_device(mesh: Mesh | None) -> Any:
 
 
 def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
-    """Return at most three numbers of rows, for each of which programs are compiled: `rows`, its half and its
-    quarter, without small ones. On several devices only `rows`: fewer would move cached keys between devices.
+    """Return the numbers of rows for which programs are compiled: `rows`, its half and its quarter, the last
+    two only from FEWEST_ROWS on. On several devices only `rows`: fewer would move cached keys between
+    devices.
     """
     fewest = FEWEST_ROWS if first_device(mesh).platform == "cpu" else FEWEST_ROWS_OF_ACCELERATORS
     levels = [rows]
@@ -140,8 +141,11 @@ def row_levels(rows: int, mesh: Mesh | None) -> list[int]:
 
 
 def read_levels(new: int) -> list[int]:
-    """Return at most three numbers of slots, ascending; for each of them a decode program is compiled that
-    reads so many slots of each row's cached keys. new: the most tokens of a completion.
+    """Return, ascending, how many slots of each row's cached keys the decode programs read: one to three
+    numbers. new: the most tokens of a completion.
+
+    >>> read_levels(500)
+    [128, 256, 512]
     """
     levels = [row_slots(new)]
     while len(levels) < 3 and levels[0] > SMALLEST_READ:
@@ -204,12 +208,13 @@ class RowChoices:
 class State:
     """Completions in progress, in R rows.
 
-    cache: keys and values. tokens, logps [R, max_new]: sampled tokens and their log-probs, -1 and 0
-    elsewhere. top_tokens, top_logps [R, TOP_STEPS, top]: the most likely tokens at token t, in entry t %
-    TOP_STEPS. last [R]: the last token, whose keys are not stored yet. counts [R]: tokens so far, sampled or
-    given. live [R]: whether the row decodes further tokens. prompts, places [R]: the prompt slot of each row,
-    and its index among the completions of that prompt. lengths [R]: tokens of its prompt. keys [R]: random
-    keys; firsts [R]: token t is sampled with fold_in(key, t - first).
+    cache: keys and values. tokens, logps [R, max_new]: sampled tokens and their log-probs; undefined at given
+    tokens, -1 and 0 after the last token. top_tokens, top_logps [R, TOP_STEPS, top]: the most likely tokens
+    at token t and their log-probs, in entry t % TOP_STEPS. last [R]: the last token, whose keys are not
+    stored yet. counts [R]: tokens so far, sampled or given. live [R]: whether the row decodes further tokens.
+    prompts, places [R]: the prompt slot of each row, and its index among the completions of that prompt.
+    lengths [R]: tokens of its prompt. keys [R]: random keys; firsts [R]: token t is sampled with fold_in(key,
+    t - first).
     """
 
     cache: Cache

@@ -124,8 +124,8 @@ class TextStream:
         self._tail: list[int] = []  # the last tokens; the text of the first `_done` of them is certain
         self._done = 0
         self._run = 0  # byte tokens at the end of the tail
-        self._before = ""  # the text of those, alone
-        self._ahead = 0  # characters of the rest of the tail that are certain too
+        self._before = ""  # the text of the first `_done` tokens, decoded alone
+        self._ahead = 0  # characters after `_before` that are certain too, and have been returned
 
     @property
     def text(self) -> str:

@@ -1,26 +1,26 @@
 """Research on losses: comparisons declared in advance, and their statistics.
 
-A loss alone, without a model:
+Losses without a model:
 loss_evaluation.py: losses by name, their values and gradients on synthetic pairs
-exact_toys.py: toys with a known truth: the population minimiser of a loss, its quality, displacement, claims
-loss_checks.py: the checks of a loss
-zoo.py: losses side by side on exact toys, as one page
+exact_toys.py: toys with known rewards, and the policy that a loss reaches on them with unlimited data
+loss_checks.py: all checks of a loss
+zoo.py: losses side by side on exact toys, as an HTML page
 
 Studies:
 study.py: the declaration of a study, decided before training
-halving.py: runs a study: successive halving of the trials of each loss, then every seed
-trial_arrays.py: trials as arrays, so that one compiled program trains any trial
+halving.py: runs a study: successive halving of each loss's trials, then its best setting with every seed
+trial_arrays.py: learning rate and knobs as arrays, so that one compiled program trains any trial
 results.py: the results of a study: comparisons (their statistics: report/statistics.py), curves, sensitivity
-appendix.py: a study as one HTML page, and its tables as LaTeX and CSV
-verify.py: checks of a record, and a step computed again to the bit
+appendix.py: a study as an HTML page, and its tables as LaTeX and CSV
+verify.py: checks that the files of a run or a study are unchanged, and repeats a training step
 
-Rows and their truth:
+Rows:
 worlds.py: synthetic preference rows with a known true reward
-robustness.py: losses trained in worlds with a planted fault: its cost, over-optimisation, as one page
+robustness.py: losses trained on worlds with faults such as flipped labels, as an HTML page
 influence.py: influence of training pairs on held-out pairs
-training_gradients.py: gradients of a held-out loss through training, weights of sources that follow them
+training_gradients.py: gradients of a held-out loss through training; weights of data sources from them
 
 Judges:
-judges.py: functions, reward models, models and servers as judges; files of answers
-judging.py: comparison of two models by judges: verdicts, win rates, lengths, agreement of judges
+judges.py: functions, reward models, language models and servers as judges; files of answers
+judging.py: win rates of two models: verdicts, intervals, length control, agreement of judges
 """

@@ -1,9 +1,9 @@
 """Exact toys: a prompt whose few responses are enumerated, so that all expectations are sums.
 
 A Toy has the true reward of each response, the reference's log-probs and the probability that one response
-is preferred to another. The risk of a loss is its expectation over all ordered pairs. From it follow the
-policy that the loss would reach with unlimited data (`minimise`), its true reward, win rate and KL
-(`quality`), and whether training lowers the chosen responses (`displacement`).
+is preferred to another. The risk of a loss is its expectation over all ordered pairs. `minimise` returns the
+policy of the lowest risk, which the loss would reach with unlimited data, `quality` its true reward, win rate
+and KL, and `displacement` whether chosen responses lose log-prob on the way.
 
     toy = bradley_terry_toy([0.0, 1.0, 2.0])
     risk = open_risk(probe("dpo", partial(dpo, beta=0.5)), toy)
@@ -13,17 +13,17 @@ policy that the loss would reach with unlimited data (`minimise`), its true rewa
 
 Everything is computed in float64.
 
-The checks at the end compare what a loss would learn, on a toy of five responses of unequal lengths and
-log-probs, with what it claims. A loss that orders them in reverse or whose risk has no lower bound fails;
-other properties are described, unless its author claims them:
+The checks at the end are for a toy of five responses of unequal lengths and log-probs. A loss fails if its
+optimum orders them in reverse or its risk has no lower bound. Other properties are described, or checked if
+the loss's author claims them (see pair.Claims):
 
-bradley_terry: the population minimiser orders the responses by their true reward.
-calibrated: its margins are the true log-odds, up to one factor.
-finite: it is at finite log-probs, so that training has an end.
+bradley_terry: the policy of the lowest risk orders the responses by their true reward.
+calibrated: its margins are the true log-odds times a constant.
+finite: its log-ratios are finite, so that training has an end.
 raises_margin: at the reference the gradient raises the margin.
-keeps_chosen: chosen responses don't lose log-prob while the margin grows, even if they share features with
-    the rejected ones.
-antisymmetric, difference: see loss_checks.py.
+keeps_chosen: the chosen response gains log-prob while the margin grows, even if it shares features with the
+    rejected one.
+antisymmetric, difference: see check_antisymmetry and check_difference in loss_checks.py.
 """
 
 import math
@@ -42,6 +42,7 @@ from jaxft.lab.loss_evaluation import (
     Probe,
     evaluate_pairs,
     format_number,
+    loss_knobs,
     one_line,
     synthetic_pairs,
 )
@@ -52,7 +53,7 @@ COPIES = 512  # pairs of the batch that stands for the population of a coupled l
 FAR = 1e4  # nats from the reference where a search ends
 END_MARGIN = 1.0  # nats, the mean margin at which a path from the reference ends
 KINK = 1e-5  # gradient per nat above which a search has not ended at a smooth minimum
-FLAT = 1e-7  # rise of the risk, relative to its change since the reference, that counts as none
+FLAT = 1e-7  # a rise of the risk, relative to its change since the reference, that counts as 0
 CLAIMS = (
     "antisymmetric",
     "difference",
@@ -92,10 +93,10 @@ class Toy:
         return self.reward + bias * self.length / 10
 
     def with_annotators(self, bias: float = 0.0, circle: float = 0.0) -> "Toy":
-        """Return the toy with other annotators: i is preferred to j with probability sigmoid(a_i - a_j + c).
+        """Return the toy with other annotators, who prefer i to j with probability sigmoid(a_i - a_j + c).
 
-        a: annotators_reward(bias). c: `circle` if j is the next response after i, -circle if i is the next
-        one after j, else 0; the last one is followed by the first, so that c has no order.
+        a: annotators_reward(bias). c: `circle` if j = i + 1, -circle if i = j + 1, else 0, where response 0
+        comes after the last one; c is 0 for two responses.
         """
         N, a = len(self.reward), self.annotators_reward(bias)
         after = np.eye(N)[:, np.arange(-1, N - 1)] if N > 2 else np.zeros((N, N))  # [i, i + 1] is 1
@@ -111,13 +112,14 @@ def bradley_terry_toy(
 ) -> Toy:
     """Return a toy in which i is preferred to j with probability sigmoid(reward_i - reward_j).
 
-    reference: log-probs up to a constant, equal by default. length: 1 token each by default. features: one
-    per response by default, a tabular policy. All pairs are compared equally often.
+    reference: log-probs up to a constant, equal by default. length: tokens, 1 by default. features: one per
+    response by default, a tabular policy. All pairs are compared equally often. Raises ValueError for fewer
+    than two responses.
     """
     r = np.asarray(reward, np.float64)
     N = len(r)
     if N < 2:
-        raise ValueError(f"a toy compares responses, and has {N}; give the rewards of two or more")
+        raise ValueError(f"a toy of {N} responses has no pairs; give the rewards of two or more")
     known = log_softmax(np.zeros(N) if reference is None else np.asarray(reference, np.float64))
     prefer = 1 / (1 + np.exp(r[None, :] - r[:, None]))
     compared = (1 - np.eye(N)) / (N * (N - 1))
@@ -135,8 +137,8 @@ def log_softmax(logits: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 
 
 class Risk(NamedTuple):
-    """The expected loss of a policy and its gradient. Both are functions of the change of its logits since
-    the reference.
+    """Functions that return a policy's expected loss and its gradient, at a change of the logits from the
+    reference's, or at the theta of a log-linear policy.
     """
 
     of_logits: Callable[[np.ndarray], tuple[float, np.ndarray]]
@@ -144,7 +146,9 @@ class Risk(NamedTuple):
 
 
 class Population(NamedTuple):
-    """All ordered pairs of a toy as a batch, with the index of each kind of response of each pair."""
+    """All ordered pairs of a toy as a batch. responses: kind, such as "chosen" -> each pair's response, as an
+    index into the toy's.
+    """
 
     pair: PairBatch
     responses: dict[str, Int[np.ndarray, " pairs"]]
@@ -153,8 +157,8 @@ class Population(NamedTuple):
 def population(probe: Probe, toy: Toy) -> Population:
     """Return the toy's ordered pairs, weighted by how often each occurs; the weights sum to 1.
 
-    A coupled loss may count pairs, so it gets COPIES pairs of the same weight, as close to the probabilities
-    as that number allows. A `mismatched` response is independent of the pair, `gold` is the one of the
+    A coupled loss may count pairs, so it gets COPIES pairs of equal weight: each pair is repeated as often as
+    its weight, rounded, demands. A `mismatched` response is independent of the pair, `gold` is the one of the
     highest reward. The columns score_* are true rewards, other columns as in synthetic_pairs.
     """
     chosen, rejected = np.nonzero(toy.compared)
@@ -182,9 +186,14 @@ def population(probe: Probe, toy: Toy) -> Population:
 
 
 def open_risk(probe: Probe, toy: Toy, **knobs: float) -> Risk:
-    """Return the expectation of a loss over the toy's pairs. knobs: other values of its parameters, such as
-    beta=0.5, which share a compiled program.
+    """Return the expectation of a loss over the toy's pairs. knobs: values of the loss's parameters, such as
+    beta=0.5; all values share a compiled program. Raises ValueError for an unknown knob; the functions of the
+    result raise it if the loss fails.
     """
+    known = loss_knobs(probe.loss)
+    if unknown := [name for name in knobs if name not in known]:
+        available = ", ".join(known) or "none"
+        raise ValueError(f"{probe.name} has no knob {unknown[0]!r}; its knobs: {available}")
     pair, index = population(probe, toy)
     given = {name: np.float64(x) for name, x in knobs.items()}
 
@@ -195,7 +204,7 @@ def open_risk(probe: Probe, toy: Toy, **knobs: float) -> Risk:
                     np.asarray(logits, np.float64), toy.reference, pair, index, given
                 )
         except Exception as error:  # a user's function is traced here, with arrays for its knobs
-            named = f" with {', '.join(given)} as arrays" if given else ""
+            named = f" with the knobs {', '.join(given)} as arrays" if given else ""
             raise ValueError(f"{probe.name} fails in float64{named}: {one_line(error)}") from error
         return float(value), np.asarray(gradient, np.float64)
 
@@ -213,9 +222,9 @@ def open_risk(probe: Probe, toy: Toy, **knobs: float) -> Risk:
 class Minimum:
     """The policy of the lowest risk.
 
-    logp: its log-probs. finite: whether the risk rises beyond it; otherwise the optimum is at infinity, and
-    logp is as far as the search went. bounded: whether the risk has a lower bound. local: log-probs where
-    descent from the reference ends, the same unless there is a local minimum before.
+    logp: its log-probs. finite: whether the risk rises beyond it; if not, the optimum is at infinite
+    log-ratios, and logp is where the search ended. bounded: whether the risk has a lower bound. local: its
+    log-probs where descent from the reference ends; not logp if that is a local minimum of higher risk.
     """
 
     logp: Float[np.ndarray, " N"]
@@ -226,8 +235,9 @@ class Minimum:
 
 
 def minimise(risk: Risk, toy: Toy) -> Minimum:
-    """Return the population minimiser of a loss: the best of descents from the reference, next to it, and
-    from policies that follow the true reward.
+    """Return the policy of the lowest risk: the best end of four descents, from the reference, from a point
+    next to it, and from two policies that follow the true reward. If the risk is not finite at the reference,
+    return the reference.
     """
     from scipy.optimize import minimize  # not at the top: most commands do not need it
 
@@ -265,8 +275,8 @@ def minimise(risk: Risk, toy: Toy) -> Minimum:
 
 
 def _past_kinks(risk: Risk, value: float, theta: np.ndarray) -> tuple[float, np.ndarray]:
-    """Continue with the simplex method where BFGS has stopped too early, such as at a kink of a hinge, and
-    return (value, theta). A point whose gradient is 0 is returned as it is.
+    """Continue by Nelder and Mead's simplex method where BFGS has stopped too early, such as at a kink of a
+    hinge. Return (value, theta), the same as given if the gradient is below KINK there.
     """
     from scipy.optimize import minimize
 
@@ -285,7 +295,7 @@ def _past_kinks(risk: Risk, value: float, theta: np.ndarray) -> tuple[float, np.
 
 @dataclass(frozen=True)
 class Quality:
-    """True reward and win rate of a policy against the reference, and its KL from it in nats."""
+    """A policy's expected true reward, its win rate against the reference, and its KL from it in nats."""
 
     reward: float
     win_rate: float
@@ -293,7 +303,7 @@ class Quality:
 
 
 def quality(toy: Toy, logp: Float[np.ndarray, " N"]) -> Quality:
-    """Return the true quality of a policy: exact expectations over its responses."""
+    """Return the Quality of a policy with log-probs logp, exact sums over its responses."""
     pi, reference = np.exp(logp), np.exp(toy.reference)
     return Quality(
         float(pi @ toy.reward),
@@ -303,7 +313,7 @@ def quality(toy: Toy, logp: Float[np.ndarray, " N"]) -> Quality:
 
 
 def best_policy(toy: Toy, beta: float) -> Float[np.ndarray, " N"]:
-    """Return log-probs of reference * exp(reward / beta), which has the highest reward - beta KL."""
+    """Return the log-probs of reference * exp(reward / beta), the policy of the highest reward - beta KL."""
     return log_softmax(toy.reference + toy.reward / beta)
 
 
@@ -312,22 +322,22 @@ def best_policy(toy: Toy, beta: float) -> Float[np.ndarray, " N"]:
 
 @dataclass(frozen=True)
 class Displacement:
-    """Change of the mean log-prob of chosen and rejected responses while the margin grows by 1 nat."""
+    """Changes of the mean log-probs of chosen and rejected responses, in nats, at the end of a path."""
 
     chosen: float
     rejected: float
 
 
 class DisplacementPath(NamedTuple):
-    """Changes of the mean log-probs of chosen and rejected responses [n + 1] along n steps."""
+    """Changes of the mean log-probs of chosen and rejected responses [n + 1] before and after n steps."""
 
     chosen: Float[np.ndarray, " n1"]
     rejected: Float[np.ndarray, " n1"]
 
 
 def displacement_path(risk: Risk, toy: Toy) -> DisplacementPath:
-    """Follow the gradient from the reference until the mean margin is END_MARGIN, in steps of a hundredth of
-    it, or for ten times as many steps as a straight path would take.
+    """Descend the gradient from the reference until the mean margin is END_MARGIN, for at most 1000 steps of
+    length END_MARGIN / 100 in theta. Where the gradient is 0 the path ends.
     """
     weight = 2 * toy.compared * toy.prefer
     theta = np.zeros(toy.features.shape[1])
@@ -345,7 +355,7 @@ def displacement_path(risk: Risk, toy: Toy) -> DisplacementPath:
 
 
 def displacement(path: DisplacementPath) -> Displacement | None:
-    """Return where a path ends; None if its margin does not rise to END_MARGIN.
+    """Return the changes at the end of a path; None if its margin does not rise to END_MARGIN.
 
     Chosen responses may lose probability although the margin grows, where responses share features
     (Razin et al. 2024, arXiv:2410.08847).
@@ -355,8 +365,8 @@ def displacement(path: DisplacementPath) -> Displacement | None:
 
 
 def overlapping(overlap: float = 0.9) -> Toy:
-    """Return a toy of two responses that are compared and share most of their features, and three others that
-    are in no pair. The reference prefers those three, and their features are random.
+    """Return a toy of two responses that are compared and have similar features, and of three responses that
+    are in no pair, which the reference prefers and whose features are random.
 
     overlap: the cosine between the features of the two.
     """
@@ -375,8 +385,8 @@ def overlapping(overlap: float = 0.9) -> Toy:
 
 
 class PushField(NamedTuple):
-    """Where a loss pushes the log-ratios of a pair: minus the gradient [C, R] at log-ratios of the chosen
-    response [C] and of the rejected one [R].
+    """The direction in which a loss moves the log-ratios of a pair: minus its gradient [C, R], at log-ratios
+    of the chosen response [C] and of the rejected one [R].
     """
 
     chosen: np.ndarray
@@ -386,7 +396,7 @@ class PushField(NamedTuple):
 
 
 def vector_field(probe: Probe, reach: float, count: int = 9) -> PushField:
-    """Return the pushes of a loss at log-ratios from -reach to reach, `count` of each response."""
+    """Return the PushField of a loss at `count` log-ratios of each response, from -reach to reach."""
     grid = np.linspace(-reach, reach, count)
     c, r = (x.ravel() for x in np.meshgrid(grid, grid, indexing="ij"))
     ratio = {"chosen": c, "rejected": r} | dict.fromkeys(probe.kinds[2:], 0.0)
@@ -400,15 +410,17 @@ def vector_field(probe: Probe, reach: float, count: int = 9) -> PushField:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The population minimiser of a loss, with the reward margins between responses that it implies."""
+    """The policy of the lowest risk of a loss. margins: for each response four rewards that it implies, by
+    name, such as "summed log-ratios".
+    """
 
     toy: Toy
     minimum: Minimum
-    margins: dict[str, np.ndarray]  # name -> [5], of each response
+    margins: dict[str, np.ndarray]  # name -> [5]
 
 
 def find_optimum(probe: Probe) -> Optimum:
-    """Minimise the risk of a loss on the toy."""
+    """Minimise the risk of a loss on the toy of five responses."""
     toy = bradley_terry_toy(TOY_REWARD, TOY_REFERENCE, TOY_LENGTH)
     minimum = minimise(open_risk(probe, toy), toy)
     return Optimum(toy, minimum, _margins(toy, minimum.logp))
@@ -423,8 +435,8 @@ def _margins(toy: Toy, logp: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def check_optimum(optimum: Optimum, claims: tuple[str, ...]) -> tuple[Check, Check, Check]:
-    """Check whether the population minimiser exists, orders the responses by reward, and equals the
-    log-odds.
+    """Check whether the policy of the lowest risk is finite, orders the responses by true reward, and has
+    margins that are the true log-odds. claims: names of CLAIMS.
     """
     return (
         _check_finite(optimum.minimum, "finite" in claims),
@@ -434,7 +446,7 @@ def check_optimum(optimum: Optimum, claims: tuple[str, ...]) -> tuple[Check, Che
 
 
 def _claimed(name: str, claimed: bool, holds: bool, message: str) -> Check:
-    """A description; a check of a claim if it is claimed."""
+    """Return a check that passes if the property holds; a description if it is not claimed."""
     if claimed and not holds:
         message = f"claimed, but {message}"
     return Check(name, holds if claimed else None, message)
@@ -456,7 +468,7 @@ def _check_finite(minimum: Minimum, claimed: bool) -> Check:
 
 
 def _orders(values: np.ndarray, reward: np.ndarray) -> int:
-    """1 if values are in the order of the rewards, -1 in reverse, else 0."""
+    """Return 1 if values are in the order of the rewards, -1 if in reverse, else 0."""
     steps = np.diff(values[np.argsort(reward)])
     least = 1e-3 * np.ptp(values)
     return int((steps > least).all()) - int((steps < -least).all())
@@ -465,7 +477,7 @@ def _orders(values: np.ndarray, reward: np.ndarray) -> int:
 def _check_order(optimum: Optimum, claimed: bool) -> Check:
     name, reward = "Bradley-Terry", optimum.toy.reward
     if np.abs(optimum.margins["summed log-ratios"]).max() < 1e-3:
-        message = "with unlimited data the loss is lowest at the reference: nothing is learned of soft labels"
+        message = "with unlimited data the loss is lowest at the reference: noisy labels teach it nothing"
         return _claimed(name, claimed, False, message)
     orders = {what: _orders(x, reward) for what, x in optimum.margins.items()}
     fits = sorted(orders, key=lambda what: -np.corrcoef(optimum.margins[what], reward)[0, 1])
@@ -487,7 +499,7 @@ def _check_order(optimum: Optimum, claimed: bool) -> Check:
 
 
 def _check_calibration(optimum: Optimum, claimed: bool) -> Check:
-    """Fit log-odds = k margin for each kind of margin."""
+    """Check that log-odds = k margin for one kind of margin; k is fitted by least squares."""
     odds = optimum.toy.reward[:, None] - optimum.toy.reward[None, :]
     fits = []
     for what, x in optimum.margins.items():
@@ -509,7 +521,7 @@ def _check_calibration(optimum: Optimum, claimed: bool) -> Check:
 
 
 def check_sign(curve: Curve, claimed: bool) -> Check:
-    """Check that the gradient at the reference raises the margin."""
+    """Check that a step against the gradient at the reference raises the margin."""
     chosen, rejected = (float(curve.gradient[kind][len(curve.margin) // 2]) for kind in PAIR)
     slope = rejected - chosen
     least = 1e-6 * max(float(np.abs(x).max()) for x in curve.gradient.values())
@@ -520,13 +532,13 @@ def check_sign(curve: Curve, claimed: bool) -> Check:
 
 
 def find_displacement(probe: Probe) -> DisplacementPath:
-    """Return the changes of both log-probs where the two responses share most of their features."""
+    """Return the displacement_path of a loss on the toy `overlapping()`."""
     toy = overlapping()
     return displacement_path(open_risk(probe, toy), toy)
 
 
 def check_displacement(probe: Probe, claimed: bool) -> Check:
-    """Check whether the chosen response loses log-prob while the margin grows."""
+    """Check whether the chosen response gains log-prob while the margin grows, see find_displacement."""
     moved = displacement(find_displacement(probe))
     name = "displacement"
     if moved is None:

@@ -113,10 +113,7 @@ class MarginGradients:
 
 @dataclass(frozen=True)
 class RowGradients:
-    """Projected gradients of the losses of n training rows, and of the mean loss of the held-out rows.
-
-    names: FILE:LINE of each training row.
-    """
+    """Projected gradients of the losses of n training rows, and of the mean loss of the held-out rows."""
 
     names: np.ndarray
     gradients: Float[np.ndarray, "n size"]
@@ -225,9 +222,8 @@ def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int
 
 
 def _full_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> tuple[Pairs, ...]:
-    """Return batches of one row of ROW_TOKENS tokens, or more for a longer pair, that is as full as possible.
-
-    Its number of read positions (positions with a target) is the pairs' mean for so many tokens, times SPARE.
+    """Return batches of one row, as full as possible, of ROW_TOKENS tokens or more for a longer pair. Its
+    number of read positions (with a target) is the pairs' mean for so many tokens, times SPARE.
     """
     pairs, layout = source.split.rows, source.layout
     tokens, reads = layout.lengths[members], pairs.targets[members]
@@ -380,8 +376,7 @@ def _single_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> Iterator
 
 
 def project(grads: Params, key: Key[Array, ""], size: int) -> Float[Array, " size"]:
-    """Project gradients at random to a vector: each number gets a random sign and is added to one of `size`
-    sums.
+    """Project gradients at random: each number gets a random sign and is added to one of `size` sums.
 
     The product of two projections has the expectation of the product of the gradients (a count sketch,
     Charikar et al. 2002), at the cost of one pass over them.
@@ -400,9 +395,7 @@ def project(grads: Params, key: Key[Array, ""], size: int) -> Float[Array, " siz
 
 @dataclass(frozen=True)
 class SourceEffect:
-    """The change of the loss of the held-out rows if the source `name` is left out of training: above 0 the
-    source helps.
-    """
+    """The change of the held-out loss if the source `name` is left out of training: above 0 it helps."""
 
     name: str
     change: Paired

@@ -1,4 +1,4 @@
-"""Judges of answers: functions, reward models, models that are asked, and servers; and answers from files of
+"""Judges of models' answers: functions, reward models, language models and servers; and readers of files of
 jaxft, AlpacaEval, Arena-Hard and RewardBench 2.
 """
 
@@ -32,17 +32,17 @@ from jaxft.train.python_api import load_model, source_options
 from jaxft.weights.peft.peft_config import read_adapter_config
 from jaxft.weights.peft.peft_read import SEQ_CLS
 
-KEY = "OPENAI_API_KEY"  # the variable with the key of a server
+KEY = "OPENAI_API_KEY"  # the environment variable with the key of a server
 REPLY_RETRIES = 5
-PAUSE = 1.0  # seconds before the first retry; doubled for each further one
+PAUSE = 1.0  # seconds before the first retry; doubled before each further one
 REPLY_SECONDS = 120.0  # seconds for a reply
 
 
 class Replies(NamedTuple):
     """Settings of a judge that writes text.
 
-    max_new: the most tokens of a reply. budget: the most new requests to a server, None for any number.
-    workers: requests at the same time. cache: file of a server's replies, None for no cache.
+    max_new: the most tokens of a reply. The rest is for servers. budget: the most requests, without those in
+    the cache; None for no limit. workers: requests at the same time. cache: file of replies, None for none.
     """
 
     max_new: int = 512
@@ -53,13 +53,15 @@ class Replies(NamedTuple):
 
 @dataclass(frozen=True)
 class FunctionJudge:
-    """A function of (prompt, completion, row), as for rewards; the higher score wins."""
+    """A function (prompt, completion, row) -> score, as for rewards; the higher score wins."""
 
     name: str
     function: Callable[..., float]
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return a verdict on each match, none for a missing score. Raises ValueError if all are missing."""
+        """Return the verdicts on matches, NaN where a score is missing. Raises ValueError if the function
+        returns no score for any of the first model's answers.
+        """
         prompts, rows = [m.prompt for m in matches], [(m.name, m.columns) for m in matches]
         one, other = (
             score_texts([self.function], prompts, texts, rows, 1)[0]
@@ -72,8 +74,8 @@ class FunctionJudge:
 
 @dataclass(frozen=True)
 class RewardJudge:
-    """A reward model: a classifier with one label or, with `adapter`, the base `ref` of an adapter with a
-    head; the higher reward wins. max_length: most tokens of a prompt with its answer.
+    """A reward model; the higher reward wins. ref: a classifier with one label or, with `adapter`, the base
+    of this adapter, which has a head. max_length: the most tokens of a prompt with its answer.
     """
 
     name: str
@@ -82,7 +84,7 @@ class RewardJudge:
     max_length: int = 2048
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return a verdict on each match; none for texts of more than max_length tokens."""
+        """Return the verdicts on matches, NaN for texts of more than max_length tokens."""
         mesh = sharding.make_mesh(sharding.MeshShape())
         with jax.set_mesh(mesh):
             loaded = load_reward_model(self.ref, mesh, self.adapter)
@@ -102,7 +104,7 @@ class ModelJudge:
     replies: Replies = Replies()
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return a verdict on each match in each order. Raises ValueError if most replies name no answer."""
+        """Return the verdicts on matches. Raises ValueError if most replies have none."""
         questions = in_both_orders(matches)
         replies = load_model(self.ref).generate(questions, max_new=self.replies.max_new)
         return values_of(replies, self.name)
@@ -112,9 +114,9 @@ class ModelJudge:
 class ServerJudge:
     """A model behind an OpenAI-compatible server, asked in both orders at temperature 0.
 
-    url: up to and including /v1. pause: seconds before a failed request is sent again the first time. Replies
-    are stored in a file, so that an interrupted judgement continues, and a repeated one costs nothing. The
-    key is read from OPENAI_API_KEY and stored nowhere.
+    url: up to and including /v1. pause: seconds before the first retry of a failed request. Replies are
+    stored in replies.cache, so that no request is sent twice, also after an interruption. The key is read
+    from the environment variable OPENAI_API_KEY and stored nowhere.
     """
 
     url: str
@@ -128,9 +130,10 @@ class ServerJudge:
         return self.model
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return a verdict on each match in each order.
+        """Return the verdicts on matches.
 
-        Raises ValueError if the server refuses a request and, before any is sent, if the budget is too low.
+        Raises ValueError if more requests than the budget are needed, before any is sent; if a request fails;
+        and if most replies have no verdict.
         """
         requests = [self._body(messages) for messages in in_both_orders(matches)]
         cache = ReplyCache(self.replies.cache)
@@ -139,7 +142,7 @@ class ServerJudge:
         if budget is not None and len(new) > budget:
             raise ValueError(
                 f"--budget {budget}: {len(new)} requests to {self.model} are needed "
-                f"({len(requests) - len(new)} are in the cache); raise it, or use fewer prompts"
+                f"({len(requests) - len(new)} are in the cache); raise --budget, or use fewer prompts"
             )
         with concurrent.futures.ThreadPoolExecutor(self.replies.workers) as pool:
             waiting = {pool.submit(self._reply, body): key for key, body in new.items()}
@@ -160,7 +163,9 @@ class ServerJudge:
         }
 
     def _reply(self, body: dict[str, Any]) -> str:
-        """Send a request, and send it again after errors that may pass: 429, 5xx and failed connections."""
+        """Send a request and return the reply's text. Retry after HTTP errors 429 and 5xx, failed connections
+        and invalid JSON; raise ValueError for other errors, and after REPLY_RETRIES retries.
+        """
         url = self.url.rstrip("/") + "/chat/completions"
         headers = {"Content-Type": "application/json"}
         if os.environ.get(KEY):
@@ -195,14 +200,14 @@ def _text_of(response: Any, url: str) -> str:
 
 
 def request_key(url: str, body: dict[str, Any]) -> str:
-    """Return the hash of a request, which names its reply in the cache."""
+    """Return the hash of a request, the key of its reply in the cache."""
     return hashlib.sha256(json.dumps([url.rstrip("/"), body], sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
 class ReplyCache:
-    """Replies by the hash of their request, in memory and, if there is a path, in a file of JSON lines. A
-    half-written last line is ignored.
+    """Replies by request_key, in memory and, with a path, in a file of JSON lines. Invalid lines, such as a
+    half-written one, are ignored.
     """
 
     path: Path | None
@@ -228,10 +233,12 @@ class ReplyCache:
 
 
 def find_judge(text: str, functions: dict[str, str], replies: Replies) -> Judge:
-    """Return the judge that `--by` names.
+    """Return the judge that a value of `--by` names.
 
-    text: http(s)://HOST/v1#MODEL for a server; the short name of a function or file.py:name; the run or
-    folder of a reward model; or a model that is asked. Raises ValueError for one that is none of these.
+    text: http(s)://HOST/v1#MODEL for a server; a name in `functions`, or file.py:name, for a function; a run,
+    folder or model, which is a RewardJudge if it has a classifier's head, else a ModelJudge. A server's
+    replies are stored in $JAXFT_CACHE/judge, by default ~/.cache/jaxft/judge. functions: short name ->
+    file.py:name. Raises ValueError or FileNotFoundError for other texts.
     """
     if text.startswith(("http://", "https://")):
         url, _, model = text.partition("#")
@@ -243,7 +250,10 @@ def find_judge(text: str, functions: dict[str, str], replies: Replies) -> Judge:
     if text in functions or (":" in text and ".py" in text):
         function = load_callable(functions.get(text, text))
         if not callable(function):
-            raise ValueError(f"--by {text}: not a function (prompt, completion, row) -> float; name one")
+            raise ValueError(
+                f"--by {text}: got a {type(function).__name__}; name a function (prompt, completion, row) -> "
+                "float"
+            )
         return FunctionJudge(text, function)
     named = named_weights(**source_options(text))
     name = Path(text).name
@@ -261,8 +271,8 @@ NAME_COLUMNS = ("uid", "question_id", "id")  # columns that name a prompt
 
 
 class ModelAnswers(NamedTuple):
-    """A model's answers by the names of their prompts, in order. named: whether the file names the prompts.
-    prompts: the file's prompts by the same names, None if it lacks some.
+    """A model's answers in the order of the file. texts: name of the prompt -> answer. named: whether a
+    column has the names; else they are file:line. prompts: name -> prompt, None if a row lacks its prompt.
     """
 
     texts: dict[str, str]
@@ -271,8 +281,8 @@ class ModelAnswers(NamedTuple):
 
 
 class JudgedPrompts(NamedTuple):
-    """Prompts by name, with the columns of their rows. texts: strings or lists of messages. named: whether a
-    column has the names.
+    """Prompts in the order of a file. texts: name -> prompt, a string or a list of messages. columns: name ->
+    columns of the row. named: whether a column has the names; else they are file:line.
     """
 
     texts: dict[str, Any]
@@ -281,8 +291,8 @@ class JudgedPrompts(NamedTuple):
 
 
 class BenchmarkRow(NamedTuple):
-    """A row of a reward benchmark: every chosen answer should win against every rejected one. subset: name of
-    the part of the benchmark to which it belongs.
+    """A row of a reward benchmark: every chosen answer should win against every rejected one. subset: the
+    part of the benchmark that it belongs to.
     """
 
     name: str
@@ -293,9 +303,10 @@ class BenchmarkRow(NamedTuple):
 
 
 def read_judged_prompts(ref: str) -> JudgedPrompts:
-    """Read prompts: `prompt`, `instruction` or `question` as text, `messages`, or Arena-Hard's `turns`.
+    """Read prompts from the columns `prompt`, `instruction`, `question`, `messages` (without a last
+    assistant's turn) or Arena-Hard's `turns`.
 
-    Raises ValueError, which names the file and row, for a row without any of them.
+    Raises ValueError, which names the file and row, for a row without any of them and for a repeated name.
     """
     rows = read_rows(ref)
     names, named = _names(rows)
@@ -307,10 +318,10 @@ def read_judged_prompts(ref: str) -> JudgedPrompts:
 
 
 def read_answers(ref: str) -> ModelAnswers:
-    """Read answers: `completion`, `response`, `output` or `answer`, the last assistant's turn of `messages`,
-    or Arena-Hard's `choices`.
+    """Read answers from the columns `completion`, `response`, `output` or `answer`, the last turn of
+    `messages`, or Arena-Hard's `choices`.
 
-    Raises ValueError, which names the file and row, for a row without any of them.
+    Raises ValueError, which names the file and row, for a row without any of them and for a repeated name.
     """
     rows = read_rows(ref)
     names, named = _names(rows)
@@ -320,7 +331,9 @@ def read_answers(ref: str) -> ModelAnswers:
 
 
 def answers_of(ref: str, prompts: JudgedPrompts, max_new: int) -> ModelAnswers:
-    """Return a model's answers: from a file, or by completing the prompts greedily with a run or a model."""
+    """Return a model's answers. ref: a file of answers, or a run or model that completes the prompts greedily
+    with at most max_new tokens.
+    """
     if Path(ref).suffix in ANSWER_FILES:
         return read_answers(ref)
     texts = load_model(ref).generate(list(prompts.texts.values()), max_new=max_new)
@@ -330,10 +343,10 @@ def answers_of(ref: str, prompts: JudgedPrompts, max_new: int) -> ModelAnswers:
 def matches_of(
     prompts: JudgedPrompts, one: ModelAnswers, other: ModelAnswers, files: Sequence[str]
 ) -> list[Match]:
-    """Return the matches of two models' answers. An answer is matched to its prompt by name; without names,
-    by the prompt in its row; without that, by its position.
+    """Return a match for each prompt. Answers are matched to prompts by name if both files have names, else
+    by the prompts in the answers' rows or, if rows have none, by position.
 
-    files: names of the answers, for errors. Raises ValueError if answers are missing.
+    files: names of `one` and `other` for errors. Raises ValueError if an answer is missing or ambiguous.
     """
     by_name = []
     for answers, file in zip((one, other), files, strict=True):
@@ -347,8 +360,8 @@ def matches_of(
             by_name.append(answers.texts)
         elif len(answers.texts) != len(prompts.texts):
             raise ValueError(
-                f"{file} has {len(answers.texts)} answers for {len(prompts.texts)} prompts, and no ids that "
-                "match them; add ids, or one answer for each prompt"
+                f"{file} has {len(answers.texts)} answers for {len(prompts.texts)} prompts; give one per "
+                f"prompt, or add a column {' or '.join(NAME_COLUMNS)} to both files"
             )
         else:
             by_name.append(_in_order_of_prompts(prompts.texts, answers, file))
@@ -360,8 +373,8 @@ def matches_of(
 
 
 def _in_order_of_prompts(prompts: Mapping[str, Any], answers: ModelAnswers, file: str) -> dict[str, str]:
-    """Return prompt name -> answer. Answers are matched by the prompts in their rows or, if rows have none,
-    by position; there are as many answers as prompts.
+    """Return prompt name -> answer, matched by the prompts in the answers' rows or, if rows have none, by
+    position. There are as many answers as prompts.
     """
     in_order = dict(zip(prompts, answers.texts.values(), strict=True))
     if answers.prompts is None:
@@ -372,25 +385,26 @@ def _in_order_of_prompts(prompts: Mapping[str, Any], answers: ModelAnswers, file
     by_text = dict(zip(given, answers.texts.values(), strict=True))
     missing = [name for name, text in zip(prompts, expected, strict=True) if text not in by_text]
     if missing or len(by_text) < len(given):
-        reason = f"no answer has the prompt of {missing[0]}" if missing else "some prompts are there twice"
+        reason = f"no answer has the prompt of {missing[0]}" if missing else "some of them occur twice"
         raise ValueError(
             f"{file}: its prompts are not in the order of the judged prompts, and {reason}; use answers to "
-            "the same prompts, or add ids"
+            f"the same prompts, or add a column {' or '.join(NAME_COLUMNS)} to both files"
         )
     return {name: by_text[text] for name, text in zip(prompts, expected, strict=True)}
 
 
 def _text(prompt: Any) -> str:
-    """Return a prompt as text; for a list of one message, the message's text."""
+    """Return a prompt as text to compare: a string or the text of a single message, stripped; else JSON."""
     if isinstance(prompt, list) and len(prompt) == 1:
         prompt = prompt[0].get("content")
     return prompt.strip() if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def read_preferences(ref: str) -> list[BenchmarkRow]:
-    """Read RewardBench 2: `prompt`, `chosen` and `rejected` as lists of answers, and `subset`.
+    """Read rows like RewardBench 2's: `prompt`; `chosen` and `rejected`, a text or a list of texts each;
+    `subset`, by default "all".
 
-    Raises ValueError, which names the file and row, for a row that lacks one.
+    Raises ValueError, which names the file and row, for a row that lacks one of the first three.
     """
     rows = []
     for row in read_rows(ref):
@@ -412,12 +426,11 @@ def preference_matches(rows: Sequence[BenchmarkRow]) -> list[Match]:
 
 
 def accuracy_by_subset(rows: Sequence[BenchmarkRow], values: Sequence[float]) -> dict[str, tuple[int, int]]:
-    """Return subset -> (number of rows in which every chosen answer beats every rejected one, number of
-    rows).
+    """Return subset -> (rows in which every chosen answer wins against every rejected one, all rows).
 
-    values: the values of preference_matches. A match without a verdict counts as lost, and so does a tie,
-    where RewardBench 2 gives 1 / n if n answers have the highest score. RewardBench 2 also weighs margins in
-    its subset Ties; this function does not.
+    values: of each match in preference_matches(rows). A tie or a missing verdict counts as lost; RewardBench
+    2 counts 1 / n if n answers have the highest score. RewardBench 2 also scores margins in its subset Ties;
+    this function does not.
     """
     counts: dict[str, tuple[int, int]] = {}
     at = 0
@@ -431,7 +444,9 @@ def accuracy_by_subset(rows: Sequence[BenchmarkRow], values: Sequence[float]) ->
 
 
 def _names(rows: Sequence[Row]) -> tuple[list[str], bool]:
-    """Return (names of rows, whether they come from a column). Raises ValueError for two equal names."""
+    """Return (names of rows, whether they are from a column in NAME_COLUMNS, which all rows must have).
+    Raises ValueError for two equal names.
+    """
     column = next((c for c in NAME_COLUMNS if all(c in row.fields for row in rows)), None)
     if column is None:
         return [row.name for row in rows], False
@@ -461,14 +476,14 @@ def _prompt(row: Row) -> Any:
     if isinstance(messages := fields.get("messages"), list) and messages:
         return messages[:-1] if messages[-1].get("role") == "assistant" else messages
     columns = ", ".join(QUESTION_COLUMNS)
-    raise ValueError(f"{row.name}: no prompt; expected {columns}, messages or turns; add such a column")
+    raise ValueError(f"{row.name}: no prompt in the columns {columns}, messages or turns; add one")
 
 
 def _answer(row: Row) -> str:
     fields = row.fields
     if column := next((c for c in TEXT_COLUMNS if isinstance(fields.get(c), str)), None):
         return fields[column]
-    for outer, inner in (("messages", None), ("choices", "turns")):  # of Arena-Hard, its first release last
+    for outer, inner in (("messages", None), ("choices", "turns")):  # Arena-Hard's releases: 2, then 1
         turns = fields.get(outer)
         if inner and isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
             turns = turns[0].get(inner)
@@ -478,12 +493,14 @@ def _answer(row: Row) -> str:
             if isinstance(content, str):
                 return content
     columns = ", ".join(TEXT_COLUMNS)
-    raise ValueError(f"{row.name}: no answer; expected {columns}, messages or choices; add such a column")
+    raise ValueError(f"{row.name}: no text in the columns {columns}, messages or choices; add one")
 
 
 def _texts(row: Row, column: str) -> list[str]:
     value = row.fields.get(column)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{row.name}: {column} must be a text or a list of texts; correct the row")
+        raise ValueError(
+            f"{row.name}: {column} is {value!r:.60}; expected a text or a non-empty list of texts"
+        )
     return texts

@@ -1,8 +1,8 @@
-"""Which of two models answers better: verdicts of judges on the same prompts, and their significance.
+"""Compare two models by the verdicts of judges on their answers to the same prompts.
 
-A judge compares two answers to a prompt, each pair in both orders. The value of a prompt is 1 if the first
-model wins, 0 if the other does, 1/2 for a tie; if the judge sees the order, the mean over both orders. A
-prompt that lacks the verdict in one order has no value, because the order would decide it.
+A judge compares the two answers to each prompt in both orders. A verdict is 1 if the first model wins, 0 if
+the other does, 1/2 for a tie; the value of a prompt is the mean over both orders. A prompt that lacks the
+verdict in one order has no value, because a preference for the first place would decide it.
 """
 
 import itertools
@@ -18,8 +18,8 @@ from jaxtyping import Float
 from jaxft.objectives.intervals import LEVEL, Interval, paired_fractions, sign_test
 from jaxft.report.statistics import components, needed
 
-MOST_WITHOUT = 0.5  # the fraction of replies without a verdict from which a judge is refused
-RIDGE = 0.01  # keeps the regression finite where one model always wins
+MOST_WITHOUT = 0.5  # a judge with a larger fraction of replies without a verdict is refused
+RIDGE = 0.01  # penalty that keeps the regression finite where one model always wins
 BOOTSTRAPS = 1000
 INSTRUCTION = (
     "You compare two answers to the same prompt. Decide which one is better: more correct, more helpful, and "
@@ -32,8 +32,8 @@ _ALONE = re.compile(r"\W*(A|B|C|tie)\W*", re.IGNORECASE)
 
 
 class Match(NamedTuple):
-    """Two models' answers to a prompt. name: name of the prompt's row. prompt: a string or a list of
-    messages. columns: the row's columns.
+    """Two models' answers, one and other, to a prompt. name: name of the prompt's row. prompt: a string or a
+    list of messages. columns: the row's columns.
     """
 
     name: str
@@ -44,9 +44,9 @@ class Match(NamedTuple):
 
 
 class Verdicts(NamedTuple):
-    """A judge's values for the first model's answers, in [0, 1]; NaN without a verdict.
+    """A judge's verdicts: 1 where the first model wins, 0 where the other does, 1/2 for a tie, NaN for none.
 
-    first [P]: values where the first model's answers were shown first. second [P]: where they came second.
+    first [P]: with the first model's answer shown first. second [P]: with it shown second.
     """
 
     first: Float[np.ndarray, " P"]
@@ -61,7 +61,7 @@ class Judge(Protocol):
         """The name in tables."""
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
-        """Return a value for each match, with the first model's answer shown first and shown second."""
+        """Return the verdicts on each match, one for each order of the answers."""
 
 
 # Questions and replies
@@ -83,8 +83,8 @@ def question(prompt: Any, a: str, b: str) -> list[dict[str, str]]:
 def verdict(reply: str) -> float:
     """Return 1 if a reply prefers answer A, 0 for B, 1/2 for a tie, and NaN if it names none.
 
-    The last mark counts: [[A]], [[B]], [[C]], or Arena-Hard's [[A>>B]], [[A>B]], [[A=B]]. A reply of one
-    letter needs no brackets.
+    The last mark counts: [[A]], [[B]], [[C]] or [[tie]], or Arena-Hard's [[A>>B]], [[A>B]], [[A=B]]. A reply
+    that is only such a letter or "tie" needs no brackets.
 
     >>> verdict("B has the right sum. [[B]]"), verdict("[[A=B]]"), verdict("Both are fine.")
     (0.0, 0.5, nan)
@@ -110,7 +110,7 @@ def in_both_orders(matches: Sequence[Match]) -> list[list[dict[str, str]]]:
 
 
 def values_of(replies: Sequence[str], judge: str) -> Verdicts:
-    """Return the verdicts of a judge's replies, two for each match in the order of `in_both_orders`.
+    """Return the verdicts in a judge's replies. replies: two for each match, in the order of in_both_orders.
 
     judge: its name, for errors. Raises ValueError if more than half of the replies have no verdict.
     """
@@ -119,14 +119,16 @@ def values_of(replies: Sequence[str], judge: str) -> Verdicts:
     if without > MOST_WITHOUT * len(verdicts):
         example = next(reply for reply, value in zip(replies, verdicts, strict=True) if math.isnan(value))
         raise ValueError(
-            f"judge {judge}: {without} of {len(verdicts)} replies name neither answer A nor B, such as "
-            f"{example[-80:]!r}; use a larger model, or more tokens for its replies (--judge-max-new)"
+            f"judge {judge}: {without} of {len(verdicts)} replies have no verdict [[A]], [[B]] or [[C]], "
+            f"such as {example[-80:]!r}; use a larger model, or more tokens for its replies (--judge-max-new)"
         )
     return Verdicts(verdicts[0::2], 1 - verdicts[1::2])
 
 
 def values_of_scores(one: Float[np.ndarray, " P"], other: Float[np.ndarray, " P"]) -> Verdicts:
-    """Return 1 where the first model's answer has the higher score, 0 the lower, 1/2 equal, NaN for a NaN."""
+    """Return verdicts, the same for both orders, from two models' scores: the higher one wins, equal scores
+    are a tie, and with a NaN there is no verdict.
+    """
     difference = one - other
     values = np.where(np.isnan(difference), np.nan, (np.sign(difference) + 1) / 2)
     return Verdicts(values, values)
@@ -137,7 +139,7 @@ def values_of_scores(one: Float[np.ndarray, " P"], other: Float[np.ndarray, " P"
 
 @dataclass(frozen=True)
 class Judged:
-    """A judge's values of all prompts, and the lengths of the answers in characters [P]."""
+    """A judge's verdicts on P prompts, and the lengths of both models' answers in characters [P]."""
 
     judge: str
     values: Verdicts
@@ -146,7 +148,7 @@ class Judged:
 
     @property
     def by_prompt(self) -> Float[np.ndarray, " P"]:
-        """The mean over both orders; NaN if one of them has no verdict."""
+        """The values of the prompts, means over both orders; NaN if one of them has no verdict."""
         return (self.values.first + self.values.second) / 2
 
     @property
@@ -155,7 +157,9 @@ class Judged:
         return ~np.isnan(self.by_prompt)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the result as JSON: counts, win rates with 95 % intervals, and p of a sign test."""
+        """Return the result as a dict: counts, win rates with 95 % intervals, and p of a sign test; without
+        any value only judge, prompts and without_verdict. Intervals may be NaN.
+        """
         values = self.by_prompt[self.known]
         if not len(values):
             return {"judge": self.judge, "prompts": 0, "without_verdict": len(self.known)}
@@ -183,7 +187,7 @@ class Judged:
 
 
 def win_rate_interval(values: Float[np.ndarray, " P"]) -> Interval:
-    """Return the 95 % interval of a win rate, computed from wins minus losses; see paired_fractions."""
+    """Return the 95 % interval of the win rate, the mean of the prompts' values; see paired_fractions."""
     difference = paired_fractions((1 - values).tolist(), values.tolist()).interval
     return Interval((1 + difference.low) / 2, (1 + difference.high) / 2)
 
@@ -193,9 +197,9 @@ def length_controlled(judged: Judged, resamples: int = BOOTSTRAPS) -> tuple[floa
 
     Dubois et al. 2024 (AlpacaEval 2, arXiv:2404.04475): values follow logistic(theta + phi tanh(d / std(d))),
     d the difference of the lengths, and the result is logistic(theta). Their third term, the difficulty of
-    each prompt, comes from many models' results and has no counterpart for two. A penalty of RIDGE (theta^2 +
-    phi^2) / 2 on the summed log loss keeps both finite. The interval is a percentile bootstrap over prompts,
-    NaN where all values are the same.
+    each prompt, is left out, as it is estimated from many models' results. The penalty RIDGE (theta^2 +
+    phi^2) / 2, added to the summed log loss, keeps both finite. The interval is a percentile bootstrap over
+    prompts, NaN where all values are the same.
     """
     y = judged.by_prompt[judged.known]
     d = (judged.one_length - judged.other_length)[judged.known]
@@ -226,8 +230,8 @@ def _logistic_fit(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kappa(one: Judged, other: Judged) -> float:
-    """Return Cohen's kappa (1960) of two judges' verdicts (win, tie, loss) on the same prompts; NaN if they
-    have no prompt in common, or if both always give the same verdict.
+    """Return Cohen's kappa (1960) of two judges' values as win, tie or loss: their agreement, corrected for
+    chance. NaN if no prompt has a value of both, or if all values of both are the same, such as wins.
     """
     both = one.known & other.known
     a, b = (np.sign(judged.by_prompt[both] - 0.5) for judged in (one, other))
@@ -239,12 +243,12 @@ def kappa(one: Judged, other: Judged) -> float:
 
 
 def agreements(judged: Sequence[Judged]) -> dict[tuple[str, str], float]:
-    """Return the kappa of every two judges, by their names."""
+    """Return (name, name) -> kappa of every two judges."""
     return {(a.judge, b.judge): kappa(a, b) for a, b in itertools.combinations(judged, 2)}
 
 
 def verdict_lines(judged: Judged, one: str, other: str) -> list[str]:
-    """Return the result of a judge in a few lines for the terminal. one, other: names of the models."""
+    """Return a judge's result as lines for the terminal. one, other: names of the models."""
     result = judged.as_json()
     if not result["prompts"]:
         return [f"{judged.judge}: no prompt has a verdict"]
@@ -259,12 +263,12 @@ def verdict_lines(judged: Judged, one: str, other: str) -> list[str]:
     ]
     if result["without_verdict"]:
         lines.append(
-            f"  {result['without_verdict']} prompts have no verdict, or not in both orders, and are left out"
+            f"  {result['without_verdict']} prompts without a verdict in both orders are left out"
         )
     if bool(result["longer"]) != bool(result["shorter"]):
         never = "shorter" if result["longer"] else "longer"
         lines.append(
-            f"  the answers of {one} are never the {never} ones, so that the rate at equal length is an "
+            f"  the answers of {one} are never the {never} ones, so the win rate at equal length is an "
             "extrapolation"
         )
     if result["orders_disagree"] > 0:
@@ -276,7 +280,7 @@ def verdict_lines(judged: Judged, one: str, other: str) -> list[str]:
 
 
 def needed_line(judged: Judged) -> str:
-    """Return "not distinguishable", with the number of prompts that would show the difference, if known."""
+    """Return "not distinguishable", and how many prompts would show the difference, if that is known."""
     values = judged.by_prompt[judged.known] - 0.5
     count = None
     if len(values) > 1:

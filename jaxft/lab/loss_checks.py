@@ -1,9 +1,9 @@
 """The checks of a preference loss; `check_loss(probe)` runs them all.
 
-A check fails where training would go wrong: no finite value per pair, a value that depends on other pairs, no
-gradient or one in the wrong direction, a claim that does not hold. Other checks describe: the inputs of the
-loss, its symmetries, the influence of lengths, and what it would learn from unlimited data, on the toys of
-exact_toys.py.
+A check fails where training would go wrong: values that are not finite or not one per pair, a value that
+depends on other pairs, no gradient or one in the wrong direction, a false claim. Other checks describe: the
+inputs of the loss, its symmetries, the influence of lengths, and the policy that it reaches with unlimited
+data on the toys of exact_toys.py.
 """
 
 import math
@@ -53,15 +53,16 @@ NO_MEAN = (
 
 
 def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
-    """Run all checks of a loss. claims: names of CLAIMS, in addition to the claims that its annotation
-    declares (see pair.Claims); a false claim fails.
+    """Run the checks of a loss. After a wrong shape, or values of usual pairs that are not finite, the checks
+    that need them are left out.
 
-    Raises ValueError for an unknown claim, and if the loss raises.
+    claims: names of CLAIMS, in addition to the claims in the loss's annotation (see pair.Claims); a false
+    claim fails. Raises ValueError for an unknown claim, and if the loss raises.
     """
     claims = (*claims_of(probe.loss), *claims)
     for claim in claims:
         if claim not in CLAIMS:
-            raise ValueError(f"{claim!r} is not a claim; near: {', '.join(nearest(claim, list(CLAIMS)))}")
+            raise ValueError(f"unknown claim {claim!r}; near: {', '.join(nearest(claim, list(CLAIMS)))}")
     shape = check_shape(probe)
     if not shape.ok:
         return (shape,)  # nothing else is meaningful
@@ -101,7 +102,7 @@ def check_loss(probe: Probe, claims: Iterable[str] = ()) -> tuple[Check, ...]:
 
 
 def check_shape(probe: Probe) -> Check:
-    """Check that the result is an array [B, P] in the dtype of the log-probs."""
+    """Check that the result is an array [B, P] in float32, the dtype of the log-probs."""
     expected, got = shape_of(probe.loss, probe.kinds, probe.columns)
     if not isinstance(got, jax.ShapeDtypeStruct):
         message = f"expected an array {list(expected)}, one value per pair, got a {type(got).__name__}"
@@ -116,8 +117,8 @@ def check_shape(probe: Probe) -> Check:
 
 
 def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
-    """Return pairs [72, 1]: log-probs of policy and reference from 0 to -1e5 in all combinations, responses
-    of 1 and LONGEST tokens.
+    """Return 72 pairs [72, 1] whose responses have 1 or LONGEST tokens, and log-probs of policy and reference
+    from 0 to -1e5 in all combinations.
     """
     sums = -np.array([0.0, 1e-6, 1.0, 100.0, 1e4, 1e5])
     policy, reference = (x.ravel() for x in np.meshgrid(sums, sums))
@@ -137,7 +138,7 @@ def extreme_pairs(probe: Probe, dtype: DTypeLike) -> PairBatch:
 
 
 def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
-    """Check that values and gradients are finite at the extremes."""
+    """Check that values and gradients are finite for extreme_pairs."""
     name, pair = f"finite in {jnp.dtype(dtype).name}", extreme_pairs(probe, dtype)
     result = evaluate_each(probe, pair)
     parts = {"the value": result.value, **{f"the gradient on {k}": x for k, x in result.gradient.items()}}
@@ -165,7 +166,7 @@ def check_finite(probe: Probe, dtype: DTypeLike) -> Check:
 
 
 def check_empty_slots(probe: Probe) -> Check:
-    """Check that the result is finite where responses are missing and in slots of weight 0."""
+    """Check that values and gradients are finite where responses are missing and in slots of weight 0."""
     present = {"chosen": np.array([1, 1, 0, 0, 1, 1])}
     present |= dict.fromkeys(probe.kinds[1:], np.array([1, 0, 1, 0, 1, 1]))
     length = {kind: TOKENS * x for kind, x in present.items()}
@@ -189,7 +190,7 @@ def check_empty_slots(probe: Probe) -> Check:
 
 
 def check_usual_pairs(probe: Probe, curve: Curve) -> Check:
-    """Check that the result is finite at log-ratios of a few nats, which the other checks need."""
+    """Check that values and gradients are finite at usual log-ratios, which the other checks need."""
     name, rest = "usual pairs", "the other checks were not run"
     bad = ~np.isfinite(np.stack([curve.value, *curve.gradient.values()])).all(0)
     if bad.any():
@@ -213,7 +214,7 @@ def _six_pairs(probe: Probe) -> PairBatch:
 
 
 def check_independence(probe: Probe) -> Check:
-    """Check that a pair's value does not depend on other pairs or on its weight."""
+    """Check that a pair's value and gradient do not depend on other pairs or on weights."""
     pair = _six_pairs(probe)
     weight: Any = (pair.weight / 6).astype(np.float32)
     alone = evaluate_each(probe, pair)
@@ -264,7 +265,7 @@ def check_order(probe: Probe) -> Check:
 
 
 def describe_start(probe: Probe) -> Check:
-    """Describe the value where the policy equals the reference."""
+    """Describe the loss where the policy equals the reference."""
     deep, long = np.array([-24.0, -3.0, -400.0, -24.0, -24.0, -90.0]), np.array([16, 16, 16, 4, 48, 5])
     third = probe.kinds[2:]
     length = {"chosen": long, "rejected": long[[0, 1, 2, 4, 3, 5]]} | dict.fromkeys(third, TOKENS)
@@ -324,7 +325,7 @@ def check_direction(curve: Curve) -> Check:
 
 
 def _intervals(margin: np.ndarray, where: np.ndarray) -> str:
-    """The intervals of the margin where a mask is True, as text."""
+    """Return the intervals of the margin where a mask is True, at most three, such as "-2 to 0, 3"."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], where.astype(int), [0]])))
     ends = [(margin[a], margin[b - 1]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     texts = [format_number(a) if a == b else f"{format_number(a)} to {format_number(b)}" for a, b in ends]
@@ -335,7 +336,7 @@ def _intervals(margin: np.ndarray, where: np.ndarray) -> str:
 
 
 def describe_inputs(probe: Probe) -> Check:
-    """Describe the third response, columns and state that the loss reads."""
+    """Describe the third kind of response, the columns and the state that the loss reads."""
     pair = synthetic_pairs(**varied_pairs(probe.kinds, 24), columns=probe.columns)
     level = evaluate_each(probe, pair)
 
@@ -368,7 +369,7 @@ def describe_reference(probe: Probe) -> Check:
         "reference": {kind: x - shift[kind] for kind, x in given["reference"].items()},
     }
     if not same_result(evaluate_pairs(probe, **given), evaluate_pairs(probe, **shifted)):
-        return Check("reference", None, "the policy is compared with it")
+        return Check("reference", None, "the loss depends on its log-probs")
     if not runs_without_reference(probe):
         return Check("reference", None, "required, but the loss does not depend on it")
     advice = (
@@ -380,7 +381,7 @@ def describe_reference(probe: Probe) -> Check:
 
 
 def runs_without_reference(probe: Probe) -> bool:
-    """Whether the loss returns values without a reference."""
+    """Return whether the loss can be called on pairs without log-probs of a reference."""
     pair = synthetic_pairs(dict.fromkeys(probe.kinds, np.zeros(6)), columns=probe.columns)
     responses = {kind: replace(x, reference=None) for kind, x in pair.responses.items()}
     pair = replace(pair, responses=responses, tokens=replace(pair.tokens, reference=None))
@@ -395,8 +396,8 @@ def runs_without_reference(probe: Probe) -> bool:
 
 
 def check_antisymmetry(probe: Probe, claimed: bool = False) -> Check:
-    """Check that loss(pair) - loss(swapped pair) = -k margin, as in DPO; the margin of summed or mean
-    log-ratios or log-probs.
+    """Check that loss(pair) - loss(swapped pair) = -k margin for a constant k, as for DPO. The margin is of
+    summed or mean log-ratios or log-probs. claimed: whether the check fails if this is false.
     """
     given = varied_pairs(probe.kinds, 24)
     swapped = {what: {**x, "chosen": x["rejected"], "rejected": x["chosen"]} for what, x in given.items()}
@@ -422,8 +423,8 @@ def check_antisymmetry(probe: Probe, claimed: bool = False) -> Check:
 
 
 def check_difference(probe: Probe, claimed: bool = False) -> Check:
-    """Check that the loss depends on the difference of the two log-ratios alone: adding to both has no
-    effect, nor have other lengths and log-probs of the reference at the same log-ratios.
+    """Check that the loss depends only on the difference of the two log-ratios: neither the same number added
+    to both nor, at the same log-ratios, other lengths and log-probs of the reference change it.
     """
     given = varied_pairs(probe.kinds, 24)
     lift = {kind: np.linspace(-4, 4, 24) * (kind in PAIR) for kind in probe.kinds}
@@ -465,8 +466,8 @@ def _refuted(name: str, claimed: bool, message: str) -> Check:
 
 
 def describe_lengths(probe: Probe) -> tuple[Check, Check, Check]:
-    """Describe the influence of lengths at equal sums of log-probs and at equal means, and the gradient on a
-    token.
+    """Describe how lengths change the loss at equal summed and at equal mean log-probs, and how a response's
+    length changes the gradient on its tokens.
     """
 
     def sums(n: Any, x: float) -> tuple[Any, Any]:
@@ -487,7 +488,9 @@ def describe_lengths(probe: Probe) -> tuple[Check, Check, Check]:
 def _by_length(
     probe: Probe, name: str, given: Callable[[Any, float], tuple[Any, Any]], cases: dict[str, float]
 ) -> Check:
-    """given(lengths, x) -> (log-ratios, reference's log-probs) of responses of these lengths."""
+    """Describe the loss of pairs of SHORT and LONG responses. given(lengths, x) -> (their log-ratios, their
+    reference's log-probs). cases: text -> x.
+    """
     length = {
         "chosen": np.array([LONG, SHORT, SHORT, LONG]),
         "rejected": np.array([SHORT, LONG, SHORT, LONG]),
@@ -518,7 +521,7 @@ def _by_length(
 
 
 def _token_gradient(probe: Probe) -> Check:
-    """The gradient on a token of a short and of a long chosen response."""
+    """Describe the gradient on a token of a short and of a long chosen response."""
     length = {"chosen": np.array([SHORT, LONG])} | dict.fromkeys(probe.kinds[1:], TOKENS)
     ratio = dict.fromkeys(probe.kinds, np.zeros(2))
     gradient = evaluate_pairs(probe, ratio=ratio, length=length).gradient["chosen"]

@@ -333,8 +333,8 @@ def margin_per_token(margins: Sequence[float], pairs: HeldOutPairs) -> float:
 
 
 def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
-    """Return weights of the compared prompts, with which prompts whose chosen responses are longer count as
-    much as prompts whose chosen responses are shorter; None if there are no prompts of one kind.
+    """Return weights of the compared prompts, with which longer and shorter chosen responses count the same
+    in total; None if no chosen response is longer, or none is shorter.
     """
     longer = np.sign(pairs.by_prompt(pairs.longer, tuning=False))
     counts = {side: int((longer == side).sum()) for side in (1, -1)}
@@ -347,10 +347,7 @@ def length_weights(pairs: HeldOutPairs) -> Float[np.ndarray, " P"] | None:
 def duels_of(
     losses: Sequence[LossOutcome], margin: float | None, weights: Float[np.ndarray, " P"] | None = None
 ) -> tuple[Duel, ...]:
-    """Compare every two losses at the end and at the same KL, unless no seed is finite for both.
-
-    margin: see Study. weights: see length_weights.
-    """
+    """Compare every two losses that both have finite values with some seed, at the end and at the same KL."""
     two = [(one, other, both) for one, other in combinations(losses, 2) if (both := _finite(one, other))]
     ends = [paired_difference(one.final, other.final) for *_, (one, other) in two]
     points = []

@@ -47,7 +47,7 @@ PRIMES = (2, 3, 5, 7, 11, 13, 17, 19)  # bases of Halton's sequence: for the lea
 
 @dataclass(frozen=True)
 class LogRange:
-    """A range of numbers from `low` to `high` that is searched evenly on a logarithmic scale."""
+    """Numbers from `low` to `high`, searched evenly on a logarithmic scale."""
 
     low: float
     high: float
@@ -186,11 +186,11 @@ class Study:
             )
 
     def trials_of(self, label: str) -> list[LossTrial]:
-        """Return the `trials` trials of a loss.
+        """Return the trials of a loss. Raises ValueError if its values have fewer combinations than `trials`.
 
-        With a LogRange they are points of Halton's sequence, which fills the ranges evenly; then every loss
-        has the same learning rates. If all values are listed, they are a random choice of the combinations,
-        the same in each call. Raises ValueError if the values have fewer combinations than `trials`.
+        With a LogRange, trials are points of Halton's sequence, which fills the ranges evenly, and all losses
+        have the same learning rates. If all values are listed, they are a fixed random choice of
+        combinations.
         """
         searched = {"lr": self.lr, **self.losses[label].knobs}
         if all(isinstance(values, tuple) for values in searched.values()):
@@ -303,9 +303,7 @@ def _halton(number: int, base: int) -> float:
 
 
 def study_recipe(recipe: str, *overrides: str) -> Run:
-    """Return the Run of a recipe with overrides, as `jaxft train RECIPE OVERRIDES` makes it: row lengths and
-    batch sizes that are not set are chosen for the rows.
-    """
+    """Return the Run of `jaxft train RECIPE OVERRIDES`; lengths and batches that are not set fit the rows."""
     return open_settings.fitted(open_settings.resolve(recipe, list(overrides)))[0].value
 
 
@@ -344,7 +342,7 @@ def declare(study: Study, file: Path, facts: Mapping[str, Any]) -> dict[str, Any
 
 
 def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a value, written as JSON with sorted keys."""
+    """Return the SHA-256 of a value's JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,9 +1,10 @@
-"""Gradients of a held-out loss through training: by the knobs of a loss, and by the weights of sources.
+"""Gradients of a held-out loss through training, with respect to a loss's knobs, such as beta, and to weights
+of data sources.
 
-A few steps of training are one differentiable function of the numbers that govern them. Its gradient says
-how each of them would change the held-out loss (Maclaurin, Duvenaud & Adams 2015, arXiv:1502.03492), and
-following it finds weights of sources (Ren et al. 2018, arXiv:1803.09050). Adam's steps jump where a gradient
-changes its sign, so at a high learning rate the gradient says little about larger changes: use a low one.
+The held-out loss after a few training steps is a differentiable function of such hyper-parameters (Maclaurin,
+Duvenaud & Adams 2015, arXiv:1502.03492). Descending its gradient finds weights of sources (Ren et al. 2018,
+arXiv:1803.09050). Adam's steps jump where a gradient changes its sign, so at a high learning rate the
+gradient only predicts tiny changes: use a low one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -29,8 +30,8 @@ from jaxft.train.python_api import Prepared
 class TrainingNumbers(NamedTuple):
     """The values with respect to which a held-out loss is differentiated.
 
-    knobs: the loss's knobs, such as beta, by name; {} for none. weights [S]: weights of the sources, at least
-    0; only their ratios matter. Of one source they are not read.
+    knobs: knobs of the training loss, such as beta, by name; {} for none. weights [S]: weights of the S data
+    sources, at least 0; only their ratios matter. They are ignored if there is one source.
     """
 
     knobs: dict[str, Float[Array, ""]]
@@ -38,13 +39,14 @@ class TrainingNumbers(NamedTuple):
 
 
 class ShortTraining(NamedTuple):
-    """A few steps of training, and their evaluation.
+    """A few steps of training, and an evaluation.
 
-    objective, held_out_objective: of training and of evaluation, of a model with attention=reference, since
-    other kernels have no second derivative; the first reads its knobs in aux["knobs"] if it has any (see
-    lab/trial_arrays.py). The held-out loss keeps the knobs of `aux`: their derivatives are of training alone.
-    batches, held_out: with leading axes [steps] and [batches]. rule: the optimizer; its update must be
-    differentiable, which Adam's is not where a gradient is 0, unless it has an eps_root.
+    objective, held_out_objective: the objectives of training and of evaluation. Their model must have
+    attention=reference, as the other kernels have no second derivative. If knobs are differentiated,
+    `objective` must read them from aux["knobs"] (see lab/trial_arrays.py). The held-out objective uses the
+    knobs in `aux`, so that derivatives are those of training alone. batches, held_out: stacked batches, with
+    a leading axis of training steps and of held-out batches. rule: the optimizer. Its update must be
+    differentiable; Adam's is not where a gradient is 0, unless it has an eps_root.
     """
 
     objective: Objective
@@ -65,9 +67,10 @@ def differentiable_adam(lr: float) -> optax.GradientTransformation:
 
 
 def with_source_weights(batch: Pairs, weights: Float[Array, " S"]) -> Pairs:
-    """Multiply the weights of pairs by the weight of their source; their sum stays as it is.
+    """Multiply each pair's weight by its source's weight, and scale the products so that the sum of weights
+    is unchanged. If all products are 0, they stay 0.
 
-    A step without any pair of positive weight has a loss of 0.
+    Raises ValueError for a batch of one source, or unless there is one weight for each source.
     """
     sources = batch.sources
     if sources is None:
@@ -75,7 +78,7 @@ def with_source_weights(batch: Pairs, weights: Float[Array, " S"]) -> Pairs:
     if len(weights) != len(batch.source_names):
         names = ", ".join(batch.source_names)
         raise ValueError(
-            f"{len(weights)} weights of the {len(batch.source_names)} sources {names}; give one each"
+            f"{len(weights)} weights for {len(batch.source_names)} sources ({names}); give one weight each"
         )
     w = batch.pair_weights
     weighted = w * weights.astype(w.dtype)[jnp.maximum(sources, 0)]
@@ -85,9 +88,10 @@ def with_source_weights(batch: Pairs, weights: Float[Array, " S"]) -> Pairs:
 
 
 def make_held_out_loss(training: ShortTraining) -> Callable[[TrainingNumbers], Float[Array, ""]]:
-    """Return the held-out loss after the steps as a function of TrainingNumbers, to be jitted and
-    differentiated (see held_out_gradient). Each step is recomputed in the backward pass, so memory grows by a
-    state per step.
+    """Return a function of TrainingNumbers: the loss after training, summed over the held-out batches. It can
+    be jitted and differentiated (see held_out_gradient).
+
+    Each step is recomputed in the backward pass, so that it needs the memory of one train state per step.
     """
 
     def held_out_loss(numbers: TrainingNumbers) -> Float[Array, ""]:
@@ -122,7 +126,9 @@ def make_held_out_loss(training: ShortTraining) -> Callable[[TrainingNumbers], F
 
 
 def held_out_gradient(training: ShortTraining, numbers: TrainingNumbers) -> TrainingNumbers:
-    """Return the gradient of make_held_out_loss. Further calls with the same functions compile nothing."""
+    """Return the gradient of make_held_out_loss(training) at `numbers`. It is compiled once for the same
+    objectives, rule and shapes.
+    """
     names = ("trainable", "frozen", "aux", "batches", "held_out")
     arrays = {name: x for name, x in training._asdict().items() if name in names}
     absent: dict[str, Any] = dict.fromkeys(names)
@@ -131,16 +137,17 @@ def held_out_gradient(training: ShortTraining, numbers: TrainingNumbers) -> Trai
 
 @partial(jax.jit, static_argnums=0)
 def _gradient(functions: ShortTraining, arrays: dict[str, Any], numbers: TrainingNumbers) -> TrainingNumbers:
-    """The parameters are arguments: a base among the constants of a program takes minutes to compile."""
+    """See held_out_gradient. The base is an argument: as a constant it would take minutes to compile."""
     return jax.grad(make_held_out_loss(functions._replace(**arrays)))(numbers)
 
 
 def fit_source_weights(training: ShortTraining, rounds: int = 20, rate: float = 0.5) -> list[list[float]]:
-    """Return the weights of the sources after each round of following the gradient, each summing to 1.
+    """Minimise the held-out loss over the weights of the sources. Return the weights after each round; they
+    sum to 1.
 
-    The weights are a softmax of logits, which start equal; a round trains the steps once and moves the logits
-    by Adam with this learning rate. A source whose rows worsen the held-out loss loses its weight. Raises
-    ValueError for one source.
+    The weights are a softmax of logits, which start at 0. A round repeats the training steps from the start
+    and updates the logits by Adam with learning rate `rate`. A source whose rows worsen the held-out loss
+    loses weight. Raises ValueError for one source, and if a gradient is not finite.
     """
     if training.batches.sources is None:
         raise ValueError("the batches have one source; give data= two sources or more")
@@ -166,12 +173,13 @@ def short_training(
     loss: Callable[..., Array] | None = None,
     knobs: Mapping[str, float] | None = None,
 ) -> ShortTraining:
-    """Return the first steps of a prepared recipe of pairs, evaluated on its held-out pairs.
+    """Return the ShortTraining of a prepared recipe: its first steps, evaluated on all held-out pairs.
 
     parts: from jaxft.prepare on one device, with attention="reference". lr: of differentiable_adam, which
-    replaces the recipe's optimizer. loss: another loss for training; the held-out loss stays the recipe's.
-    knobs: values of its knobs, for derivatives with respect to them. Raises ValueError for a recipe without
-    held-out rows, or one of rollouts.
+    replaces the recipe's optimizer. loss: a loss for training in place of the recipe's, which stays the
+    held-out loss. knobs: values of those knobs of `loss` that are differentiated. Raises ValueError for
+    rollouts, without held-out rows, on several devices, for other attention kernels, and for `knobs` without
+    `loss`.
 
         rows = {"data": ("good.jsonl", "bad.jsonl"), "held_out": "held_out.jsonl"}
         parts = jaxft.prepare("dpo", attention="reference", **rows)
@@ -181,8 +189,10 @@ def short_training(
         at = TrainingNumbers({"beta": jnp.asarray(0.1)}, jnp.ones(2))
         held_out_gradient(training, at).knobs["beta"]
     """
+    if knobs and loss is None:
+        raise ValueError(f"knobs={dict(knobs)} are parameters of loss=, which is None; set loss, such as dpo")
     if parts.source.info.samples:
-        raise ValueError("rollouts are sampled, which has no gradient; use a recipe of pairs")
+        raise ValueError("rollouts are sampled, which has no gradient; use a recipe of pairs, such as dpo")
     if not len(parts.source.held_out):
         raise ValueError("the recipe holds out no rows; set held_out=")
     if parts.mesh.size > 1:
@@ -191,7 +201,7 @@ def short_training(
             "such as by CUDA_VISIBLE_DEVICES=0"
         )
     if not asked_for(parts.model.attention.settings).endswith("=reference"):
-        raise ValueError("the fast attention kernels have no second derivative; set attention=reference")
+        raise ValueError("fast attention kernels have no second derivative; set attention=reference")
 
     def flat(batch: Pairs) -> Pairs:
         """Join the microbatches: [micro, rows, ...] becomes [micro * rows, ...]."""

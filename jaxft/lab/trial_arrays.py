@@ -1,5 +1,5 @@
-"""Trials as arrays: a trial's learning rate and knobs are part of a train state, so that one compiled program
-trains any trial of a loss.
+"""Trials of a loss as arrays: a trial's learning rate and knobs (the loss's parameters, such as beta) are
+arrays in the train state, so that one compiled program trains any trial.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,17 +28,18 @@ from jaxft.train.settings import Run, Scoring
 
 
 class TrialRate(NamedTuple):
-    """A trial's learning rate divided by the recipe's."""
+    """The state of scale_by_trial_rate. factor: a trial's learning rate divided by the recipe's."""
 
     factor: Float[Array, ""]
 
 
 def run_of(study: Study, label: str, seed: int) -> Run:
-    """Return the study's recipe with one of its losses, as a Run that is compiled once for all trials of it.
+    """Return the run that trains any trial of a loss, so that it is compiled once.
 
-    A trial's learning rate and knobs are arrays in the train state, which make_set_trial's function writes;
-    the state begins with the recipe's rate and the first trial's knobs. label: the loss's key in
-    study.losses. Logged rewards are log-ratios to the reference, not multiplied by beta.
+    It is the study's recipe with the loss study.losses[label] and `seed`, without samples, scores and
+    general text. Its train state has the recipe's learning rate and the first trial's knobs until
+    make_set_trial's function writes another trial's. Logged rewards are log-ratios to the reference, not
+    multiplied by beta.
     """
     recipe, first = study.recipe, study.trials_of(label)[0]
     return replace(
@@ -59,8 +60,9 @@ def run_of(study: Study, label: str, seed: int) -> Run:
 
 
 def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
-    """Return the run that trains the same as a trial, with the trial's loss, knobs, learning rate and seed as
-    settings. The rewards of a loss with a state are in units of its beta.
+    """Return the run of one trial, with its knobs and learning rate as settings instead of arrays.
+
+    Logged rewards are multiplied by beta only if the loss has a state, such as BCO's mean reward.
     """
     run, loss = run_of(study, label, seed), study.losses[label]
     beta = trial.knobs.get("beta", own_beta(loss)) if declaration(loss.fn).init else 1.0
@@ -72,16 +74,16 @@ def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
 
 
 def own_beta(loss: SearchedLoss) -> float:
-    """Return the default beta of a loss; 1 for a loss without beta."""
+    """Return the default beta of a loss; 1 if it has no beta, or one without a numeric default."""
     default = loss_knobs(loss.fn).get("beta", (None, 1.0))[1]
     return float(default) if isinstance(default, int | float) else 1.0
 
 
 def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
-    """Return the preference objective of a loss that reads its knobs from the train state, aux["knobs"].
+    """Return a preference objective whose loss reads its knobs from aux["knobs"] in the train state.
 
-    trial: has the values of the knobs at step 0. A loss with a state, such as BCO's mean reward, updates it
-    from beta times the logged rewards, as these are logged without beta.
+    trial: its knobs are the values at step 0. The state of a loss, such as BCO's mean reward, is updated from
+    beta times the logged rewards, as these are logged without beta.
     """
 
     def with_knobs(knobs: Mapping[str, Any]) -> Objective:
@@ -102,9 +104,9 @@ def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Obje
 
 
 def reading_knobs(make: Callable[[Mapping[str, Any]], Objective], knobs: Mapping[str, float]) -> Objective:
-    """Return the objective `make(knobs)`, with a loss that reads its knobs in aux["knobs"], as scalars.
+    """Return the objective `make(knobs)`, but its loss uses the knobs in aux["knobs"], float32 scalars.
 
-    knobs: the values with which `init` fills aux["knobs"].
+    knobs: values that the objective's `init` stores in aux["knobs"].
     """
     plain = make(knobs)
 
@@ -121,13 +123,13 @@ def reading_knobs(make: Callable[[Mapping[str, Any]], Objective], knobs: Mapping
 
 
 def with_rate(schedule: optax.Schedule, specs: Specs, weight_decay: float, *, optim: Optim) -> UpdateRule:
-    """Return the recipe's update rule, with updates multiplied by the TrialRate in the optimizer state."""
+    """Return the update rule of `optim`, with updates multiplied by the TrialRate in the optimizer state."""
     rule = make_rule(optim, schedule, specs)
     return rule._replace(transform=optax.chain(rule.transform, scale_by_trial_rate()))
 
 
 def scale_by_trial_rate() -> optax.GradientTransformation:
-    """Multiply updates by the factor in this transformation's state."""
+    """Multiply updates by the factor in this transformation's state, a TrialRate; it starts at 1."""
 
     def init(params: Params) -> TrialRate:
         return TrialRate(jnp.ones((), jnp.float32))
@@ -139,7 +141,7 @@ def scale_by_trial_rate() -> optax.GradientTransformation:
 
 
 def make_set_trial(study: Study) -> Callable[[TrainState, LossTrial], TrainState]:
-    """Return `set_trial(state, trial)`, which writes a trial's learning rate and knobs into a state."""
+    """Return `set_trial(state, trial)`, which returns the state with a trial's learning rate and knobs."""
     lr = study.recipe.optim.lr
 
     def put(value: float, like: Array) -> Array:

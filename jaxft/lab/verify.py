@@ -1,4 +1,6 @@
-"""Check that a run's record is what the run wrote, and that a step can be computed again to the bit."""
+"""Check that the files of a run or a study are unchanged, and that repeating a training step gives the same
+bits.
+"""
 
 import json
 import re
@@ -43,9 +45,10 @@ from jaxft.train.start_and_end import continued
 
 
 def record_problems(folder: Path) -> Iterator[str]:
-    """Yield a line for each part of a run's record that has changed since the run wrote it: the log, files
-    whose digests were recorded, weights, checkpoints; for a sweep, also the parts of all members. Raises
-    FileNotFoundError for a folder without a log.
+    """Yield a line about each change in the folder of a run, a sweep (with its members) or a study: of the
+    log, the files with digests (only the first change of these and the log), weights and checkpoints.
+
+    Raises FileNotFoundError for a folder without a log, and for a log without digests.
     """
     if (folder / DECLARATION).is_file():
         yield from _study_problems(folder)
@@ -54,7 +57,7 @@ def record_problems(folder: Path) -> Iterator[str]:
     for member in members.values():
         yield from record_problems(member)
     if not (folder / METRICS).is_file():
-        if not members:  # one whose runs were trained one after the other has no log
+        if not members:  # a sweep whose runs were trained one after the other has no log
             raise FileNotFoundError(f"{folder / METRICS}: no such file; name the folder of a run or a study")
         return
     try:
@@ -76,8 +79,9 @@ def _checkpoint_problems(folder: Path) -> Iterator[str]:
 
 
 def _removed_lines(folder: Path) -> Iterator[str]:
-    """Yield a line if the last lines of a finished run's log, or of its digests, were removed. The summary
-    has the number of steps, and the last digests are of the run's files.
+    """Yield a line if the last lines of a finished run's log, or of its digests file, were removed.
+
+    The log must reach the summary's last step, and the digests file must end with digests of the run's files.
     """
     steps, log = runfolder.finished_steps(folder), folder / METRICS
     reached = max((entry["step"] for entry in read_entries(log)), default=0)
@@ -85,8 +89,8 @@ def _removed_lines(folder: Path) -> Iterator[str]:
         name for name in runfolder.RECORD if (folder / name).is_file() and name not in digested_files(log)
     ]
     if reached < steps:
-        yield f"{log}: ends at step {reached}, but {runfolder.SUMMARY} is of step {steps}; lines were removed"
-    elif steps and reached == steps and missing:  # a run that goes on has none until it is finished again
+        yield f"{log}: ends at step {reached}, but the run at step {steps}; its last lines were removed"
+    elif steps and reached == steps and missing:  # a resumed run has no such digests until it finishes again
         yield f"{digests_path(log)}: has no digest of {', '.join(missing)}; its last lines were removed"
 
 
@@ -95,11 +99,18 @@ def _study_problems(folder: Path) -> Iterator[str]:
         known = runfolder.read_saved_json(folder / DECLARATION)
         check_declared(folder, known, known)
         if (folder / DECLARATION).read_bytes() != runfolder.durable_json(known):
-            yield f"{folder / DECLARATION}: is not as jaxft writes it; restore the file"
+            yield (
+                f"{folder / DECLARATION}: its spaces or the order of its keys were changed; restore the file "
+                "from a copy"
+            )
+        check_chain(folder / LEDGER)  # before its lines are parsed
         log = [json.loads(line) for line in whole_lines(folder / LEDGER)]
         check_study(folder, log)
         if log and log[0].get("declared") != known["digest"]:
-            yield f"{folder / LEDGER}: the log belongs to another declaration than {DECLARATION}"
+            yield (
+                f"{folder / LEDGER}: its first line names the digest of another declaration than "
+                f"{DECLARATION}; one of the two files is from another study"
+            )
         for trial in sorted((folder / TRIALS).iterdir()) if (folder / TRIALS).is_dir() else ():
             yield from _checkpoint_problems(trial)
         yield from _page_problems(folder, bool(log) and bool(log[-1].get("finished")))
@@ -108,17 +119,20 @@ def _study_problems(folder: Path) -> Iterator[str]:
 
 
 def _page_problems(folder: Path, finished: bool) -> Iterator[str]:
-    """Yield a line for a page or a table that differs from the one made from the record. The picture is not
-    compared: its bytes depend on matplotlib's version.
+    """Yield a line for each page or table that differs from the one made from the record, or about a page of
+    an unfinished study. Pictures are not compared: their bytes depend on matplotlib's version.
     """
     page = folder / REPORT
     if page.is_file() and not finished:
-        yield f"{folder / LEDGER}: has no end, but the study has {REPORT}; its last lines were removed"
+        yield f"{folder / LEDGER}: is not finished, but the study has {REPORT}; its last lines were removed"
     if not finished:
         return
     for path, content in appendix_files(read_study(folder)).items():
         if path.is_file() and _without_picture(path.read_bytes()) != _without_picture(content):
-            yield f"{path}: is not what jaxft {__version__} writes from the record of the study"
+            yield (
+                f"{path}: differs from what jaxft {__version__} writes for this study; write it again by "
+                f"`jaxft study {folder} --report`"
+            )
 
 
 def _without_picture(content: bytes) -> bytes:
@@ -126,29 +140,36 @@ def _without_picture(content: bytes) -> bytes:
 
 
 def recompute_step(folder: Path, step: int) -> list[str]:
-    """Compute a step of a run again, from the checkpoint before it or from the start. Return lines that say
-    with what it was compared: the log and, if there is one, the checkpoint of that step.
+    """Repeat a run's training up to `step`, from the checkpoint before it or from the start, and compare with
+    the log and, if there is one, the checkpoint of that step. Return a line about each comparison.
 
-    Nothing is written. Raises ValueError if a bit differs, if the run's settings have changed or its batches
-    are sampled, or if the log has no entry of that step.
+    Nothing is written. Raises ValueError if a bit differs, if settings have changed that affect the result,
+    for a run that samples its batches or has no command line in its record, or if the step was not logged;
+    Corrupt for a damaged checkpoint.
     """
     logged = [without_perf(e) for e in read_entries(folder / METRICS) if e["step"] == step and "loss" in e]
     if not logged:
         raise ValueError(f"{folder / METRICS}: has no training metrics of step {step}; choose a logged step")
     line = runfolder.read_record(folder).get("command", {}).get("line") or []
     if not line:
-        raise ValueError(f"{folder}: its record has no command line; only runs of `jaxft train` have one")
+        raise ValueError(
+            f"{folder / 'config.json'} has no command line; a step can be repeated only of a run that "
+            "`jaxft train` started"
+        )
     settings, _ = open_settings.fitted(open_settings.resolve(line[0], line[1:]))
     run = settings.value
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
         job = prepare(run, settings.describe(), folder)
         changes = runfolder.changes_since_start(folder, job.lead.record, recorded_defaults(run))
         if job.info.samples:
-            raise ValueError(f"{folder}: its batches are sampled; --step takes runs on fixed rows")
+            raise ValueError(
+                f"{folder}: its batches are sampled, so a step cannot be repeated; use --step for a run on "
+                "fixed rows"
+            )
         saved = Checkpoints(folder / CHECKPOINTS)
         before = max((number for number in saved.steps() if number < step), default=0)
         for number in {before, step} & {*saved.steps()}:
-            verify(folder / CHECKPOINTS / str(number))  # a restore would rename a corrupt one
+            verify(folder / CHECKPOINTS / str(number))  # before restore, which renames a corrupt checkpoint
         metrics, state = _steps(job, saved, before, step)
         after = saved.restore(job.abstract_states, step) if step in saved.steps() else None
     origin = f"the checkpoint of step {before}" if before else "the start"
@@ -163,14 +184,18 @@ def recompute_step(folder: Path, step: int) -> list[str]:
     if after is not None:
         wrong = differing_leaves(state, after[0])
         if wrong:
-            more = f"{wrong[0]} and {len(wrong) - 1} more"
-            raise ValueError(f"{folder}: {where}, has another state than its checkpoint: {more}{because}")
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise ValueError(
+                f"{folder}: {where}, has another state than its checkpoint: {wrong[0]}{more}{because}"
+            )
         lines.append(f"{where}: its state equals the checkpoint's, to the bit")
     return lines
 
 
 def _steps(job: Job, saved: Checkpoints, before: int, step: int) -> tuple[dict[str, Any], Any]:
-    """Train from the checkpoint of step `before` to `step`; return (the log entry of `step`, the states)."""
+    """Train from the checkpoint of step `before` (0: from the start) to `step`; return (the log entry of
+    `step`, the states after it).
+    """
     restored = saved.restore(job.abstract_states, before) if before else None
     states, meta = (restored[0], restored[1]) if restored else (None, None)
     job = continued(job, meta, before)
@@ -188,7 +213,7 @@ def _steps(job: Job, saved: Checkpoints, before: int, step: int) -> tuple[dict[s
 
 
 def differing_leaves(one: Any, other: Any) -> list[str]:
-    """Return the paths of the arrays that differ in at least one bit between two pytrees."""
+    """Return the paths of the arrays that differ in at least one bit between two pytrees of one structure."""
     first, second = (
         {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()} for tree in (one, other)
     )

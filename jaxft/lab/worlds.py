@@ -1,19 +1,19 @@
 """Worlds: synthetic preference rows on the shipped prompts whose true reward is known.
 
-A World makes completions of the prompts of a file: right ones, and ones with wrong or missing facts, in the
-wrong format, or longer. Its rows are pairs as any preference recipe reads them (prompt, chosen, rejected),
-with the truth in further columns. What makes real preference data hard is planted: labels that are noise,
-annotators who like longer responses, preferences without an order, near duplicates.
+A World makes completions for the prompts of a file: right ones, and ones with wrong or missing facts, in the
+wrong format, or longer. Its rows are pairs for any preference recipe (prompt, chosen, rejected), with the
+truth in further columns. Settings add flaws of real preference data: flipped labels, annotators who like
+longer responses, circular preferences, near duplicates.
 
     world = World(noise=0.2)                            # 20 % of the labels are flipped
     rows = world.rows()
     jaxft.train("dpo", rows, held_out=world.held_out_rows(), score=WorldScore(world, true_reward))
     World(noise=0.2).write("world")                     # and data=world/train.jsonl on the command line
-    true_reward("", completion, rows[0])                # of any text as a completion of that row's prompt
+    true_reward("", completion, rows[0])                # completion: any text for that row's prompt
 
-The two rewards are score functions and rewards of (prompt, completion, row): `true_reward`, and
-`proxy_reward`, which has the annotators' bias. A policy that is trained too far gains proxy_reward while
-true_reward falls. Rows and labels follow from `seed` alone.
+`true_reward` and `proxy_reward`, which adds the annotators' bias for length, are functions for score= and
+rewards=. With such a bias, a policy that is trained too far gains proxy_reward while true_reward falls. The
+same settings, `seed` among them, give the same rows.
 """
 
 import json
@@ -32,15 +32,14 @@ from jaxft.data.rows.shipped import ROOT
 
 TRUTH = "truth"  # the column that the rewards read: the right completion and the world's tastes, as JSON
 SENTENCES = ("Here it is: ", "The answer is ")
-TRIES = 10_000  # drawings of a pair of completions until their rewards differ enough
+TRIES = 10_000  # pairs of completions that are sampled until their rewards differ enough
 NOTE = " Please note that this is what the message says, and nothing was added to it."
 
 
 @dataclass(frozen=True)
 class Taste:
-    """Weights of the true reward: of facts (the fraction of the right fields, or whether the answer is
-    right), of the format (a bare JSON object or answer), and of length (per 100 characters more than the
-    right completion has).
+    """Weights of the true reward, see Features. facts: for the fraction of right facts. format: for a bare
+    object or answer. length: per 100 characters by which a completion is longer than the right one.
     """
 
     facts: float = 4.0
@@ -54,12 +53,12 @@ class World:
 
     source: rows with a prompt and its right completion, a JSON object or a short answer. pairs: number of
     pairs of the training rows. held_out: pairs of the held-out rows, of other prompts, with the true labels.
-    gap: the least difference of the true rewards of a pair. temperature: 0 labels each pair by its reward;
-    above 0 the better one is preferred with probability sigmoid(difference / temperature). noise: fraction of
-    the labels that are flipped. length_bias: reward that annotators add per 100 characters. circle: reward
-    that they add to one of two completions for its style (bare, in a sentence, with a note); the three styles
-    beat one another in a circle. duplicates: fraction of the rows that repeat another one in slightly other
-    words.
+    gap: the least difference of the true rewards of a pair. temperature: 0: annotators choose the completion
+    of the higher reward, theirs with length_bias and circle; above 0: with probability sigmoid(difference /
+    temperature). noise: fraction of the labels that are flipped, at most 0.5. length_bias: reward that
+    annotators add per 100 characters. circle: reward that they add to a completion in a sentence against a
+    bare one, with a note against one in a sentence, and bare against one with a note. duplicates: fraction of
+    the rows that repeat another one, with a slightly reworded prompt.
     """
 
     source: str = "configs/data/extraction.jsonl"
@@ -77,25 +76,27 @@ class World:
     def __post_init__(self) -> None:
         check_bounds(self, "world")
         if self.noise > 0.5:
-            raise ValueError(f"world.noise={self.noise} turns most labels around; use at most 0.5")
+            raise ValueError(f"world.noise={self.noise} flips most labels; use at most 0.5")
         if self.duplicates >= 1:
-            raise ValueError(f"world.duplicates={self.duplicates} leaves no row of its own; use less than 1")
+            raise ValueError(f"world.duplicates={self.duplicates} leaves no rows to repeat; use less than 1")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return the training rows: prompt, chosen, rejected, truth, true_margin (of true rewards, chosen
-        minus rejected), flipped (1 for a label that noise turned), and duplicate_of (the number of the row
-        that it repeats, -1 for none).
+        """Return the training rows: prompt, chosen, rejected, truth (see TRUTH), true_margin (true reward of
+        chosen minus that of rejected), flipped (1 if noise flipped the label, else 0), and duplicate_of (the
+        index of the row that it repeats, -1 for none).
         """
         return self._pairs(self._prompts()[self.held_out :], self.pairs, "train")
 
     def held_out_rows(self) -> list[dict[str, Any]]:
-        """Return pairs of other prompts with the true labels. Their proxy_reward has the annotators' bias."""
+        """Return pairs of other prompts than rows(), labelled by their true rewards. Their column TRUTH has
+        the world's length_bias, for proxy_reward.
+        """
         clean = replace(self, noise=0.0, length_bias=0.0, circle=0.0, duplicates=0.0, temperature=0.0)
         rows = clean._pairs(self._prompts()[: self.held_out], self.held_out, "held out")
         return [{**row, TRUTH: self._truth_of(_truth(row)["right"])} for row in rows]
 
     def _truth_of(self, right: str) -> str:
-        """Return the column TRUTH of a row. right: its right completion."""
+        """Return a row's value of the column TRUTH. right: the right completion."""
         truth = {"right": right, **asdict(self.taste), "length_bias": self.length_bias}
         return json.dumps(truth, ensure_ascii=False)
 
@@ -115,7 +116,7 @@ class World:
         if len(prompts) <= self.held_out + 1:
             raise ValueError(
                 f"{self.source} has {len(prompts)} prompts, and world.held_out={self.held_out} leaves fewer "
-                "than 2 for training; lower it"
+                "than 2 for training; lower it, or add prompts"
             )
         return prompts
 
@@ -124,7 +125,7 @@ class World:
         copies = min(round(self.duplicates * count), max(count - 1, 0))
         rows = [self._pair(prompts, n, rng) for n in range(count - copies)]
         originals = rng.sample(range(len(rows)), min(copies, len(rows)))
-        for k in range(copies):  # with more copies than originals, these repeat several times
+        for k in range(copies):  # with more copies than originals, an original is repeated several times
             number = originals[k % len(originals)]
             again = {**rows[number], "prompt": reworded(rows[number]["prompt"], rng), "duplicate_of": number}
             rows.append(again)
@@ -143,13 +144,13 @@ class World:
                 break
         else:
             raise ValueError(
-                f"world.gap={self.gap}: no two of {2 * TRIES} completions of a prompt have true rewards that "
-                "differ by so much; lower it, or raise a weight of world.taste"
+                f"world.gap={self.gap}: in {TRIES} sampled pairs of completions true rewards never differ by "
+                "so much; lower it, or raise a weight of world.taste"
             )
         liked = [proxy_reward("", text, row) for text in (a, b)]
         gap = liked[0] - liked[1] + self.circle * CIRCLE[(style_of(a) - style_of(b)) % 3]
         wins = gap > 0
-        if self.temperature:  # drawn by its own generator, so that all temperatures have the same pairs
+        if self.temperature:  # a generator for each label, so that all temperatures have the same pairs
             likely = 1 / (1 + math.exp(min(-gap / self.temperature, 700.0)))
             wins = random.Random(f"{self.seed} label {n} {a} {b}").random() < likely
         chosen, rejected = (0, 1) if wins else (1, 0)
@@ -165,11 +166,11 @@ class World:
         }
 
 
-CIRCLE = (0.0, 1.0, -1.0)  # by (style - other style) % 3
+CIRCLE = (0.0, 1.0, -1.0)  # sign of World.circle, by (style - other style) % 3
 
 
 def style_of(completion: str) -> int:
-    """Return the style of a world's completion: 2 with a note at the end, 1 in a sentence, else 0."""
+    """Return the style of a world's completion: 2 with a note at the end, 1 in a sentence, 0 bare."""
     return 2 if completion.endswith(NOTE) else int(completion.startswith(SENTENCES))
 
 
@@ -194,9 +195,10 @@ class AnsweredPrompt(NamedTuple):
 
 
 def answered_prompts(source: str) -> list[AnsweredPrompt]:
-    """Return the distinct prompts of a file of rows with their right completions.
+    """Return the distinct prompts of a file, each with the right completion in its first row.
 
-    Raises ValueError for rows without a prompt and an answer.
+    A prompt is in the column `prompt` or `instruction`, its completion in `answer`, `response` or `chosen`.
+    Raises ValueError for a row without both, and FileNotFoundError if there is no such file.
     """
     if find_data(source) is None:
         raise FileNotFoundError(f"world.source={source}: no such file here or in {ROOT}; correct the path")
@@ -207,15 +209,19 @@ def answered_prompts(source: str) -> list[AnsweredPrompt]:
         right = next((row.fields[name] for name in names if name in row.fields), None)
         if not isinstance(text, str) or not isinstance(right, str) or not right.strip():
             raise ValueError(
-                f"{row.name}: a world needs rows with texts `prompt` and `answer` (or instruction and "
-                f"response); this one has {', '.join(row.fields)}"
+                f"{row.name}: a world needs rows with texts `prompt` (or instruction) and `answer` (or "
+                f"response, or chosen); this one has {', '.join(row.fields)}"
             )
         by_prompt.setdefault(text, right.strip())
     return [AnsweredPrompt(text, right) for text, right in by_prompt.items()]
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """Return the first JSON object in a text, None if there is none."""
+    """Return the first JSON object in a text, None if there is none.
+
+    >>> json_object('Here it is: {"a": 1}.')
+    {'a': 1}
+    """
     begin = text.find("{")
     while begin >= 0:
         try:
@@ -228,7 +234,10 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def completion_of(right: str, others: Sequence[str], rng: random.Random) -> str:
-    """Return a right or a spoilt completion. others: right completions of other prompts."""
+    """Return a random completion: right or with wrong facts, bare or in a sentence, with or without NOTE.
+
+    others: right completions of other prompts, from which wrong facts are taken.
+    """
     fields = json_object(right)
     text = _spoilt_fields(fields, others, rng) if fields is not None else _spoilt_answer(right, others, rng)
     form = rng.random()
@@ -240,7 +249,7 @@ def completion_of(right: str, others: Sequence[str], rng: random.Random) -> str:
 
 
 def _spoilt_fields(fields: Mapping[str, Any], others: Sequence[str], rng: random.Random) -> str:
-    """Replace 0 to 3 values by values of other rows, or by null."""
+    """Return a JSON object with up to 3 values replaced by values of the same field in `others`, or null."""
     out = dict(fields)
     names = list(out)
     for name in rng.sample(names, min(rng.choice((0, 0, 1, 1, 2, 3)), len(names))):
@@ -255,7 +264,7 @@ def _spoilt_answer(right: str, others: Sequence[str], rng: random.Random) -> str
 
 
 def reworded(prompt: str, rng: random.Random) -> str:
-    """Return a near duplicate of a prompt: another greeting, case of the first letter, end."""
+    """Return a near duplicate of a prompt, such as "Hi! who is it? - thanks" for "Who is it?"."""
     body = prompt[:1].swapcase() + prompt[1:]
     return rng.choice(("", "Hello, ", "Hi! ")) + body.rstrip(".! ") + rng.choice((".", " !", " - thanks"))
 
@@ -264,8 +273,10 @@ def reworded(prompt: str, rng: random.Random) -> str:
 
 
 class Features(NamedTuple):
-    """The quantities in the true reward: the fraction of the right facts, 1 for a bare object or answer, and
-    characters more than the right completion has.
+    """The terms of the true reward. facts: the fraction of right fields among those of the right object and
+    additional ones, or 1 if the text contains the right answer. format: 1 for a JSON object without other
+    text, or for a text of no more words than the right answer. longer: number of characters by which the
+    text is longer than the right completion; below 0 if it is shorter.
     """
 
     facts: float
@@ -274,7 +285,7 @@ class Features(NamedTuple):
 
 
 def features(completion: str, right: str) -> Features:
-    """Return the features of a completion, which may be any text. right: the right completion."""
+    """Return the features of any text as a completion. right: the right completion, an object or answer."""
     text, longer = completion.strip(), len(completion) - len(right)
     expected = json_object(right)
     if expected is None:
@@ -289,7 +300,9 @@ def features(completion: str, right: str) -> Features:
 
 
 def true_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
-    """Return the true reward of any completion of a world's row, a function for score= and rewards=."""
+    """Return the true reward of any text as the completion of a world's row, a function for score= and
+    rewards=. Raises ValueError for a row of no world.
+    """
     truth = _truth(row)
     counted = features(completion, truth["right"])
     hundreds = counted.longer / 100
@@ -297,7 +310,7 @@ def true_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
 
 
 def proxy_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
-    """Return the reward that the world's annotators see: the true one and their bias for length."""
+    """Return the true reward plus the annotators' bias for length, see true_reward."""
     truth = _truth(row)
     longer = features(completion, truth["right"]).longer
     return true_reward(prompt, completion, row) + truth["length_bias"] * longer / 100
@@ -305,9 +318,10 @@ def proxy_reward(prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class WorldScore:
-    """The true or the proxy reward of a world, as a score function of a run's held-out prompts.
+    """A reward of a world as a score function for held-out prompts: WorldScore(world, true_reward).
 
-    A run's rows lack the truth, so it is looked up by the prompt. fn: true_reward or proxy_reward.
+    The rows of a run lack the column TRUTH, so it is looked up by the prompt. fn: true_reward or
+    proxy_reward.
     """
 
     world: World
@@ -323,10 +337,12 @@ class WorldScore:
         return {row["prompt"]: row for row in self.world.held_out_rows()}
 
     def __call__(self, prompt: Any, completion: str, row: Mapping[str, Any]) -> float:
-        """Return the reward of a completion. Raises ValueError for a prompt of another world."""
+        """Return the reward of a completion. Raises ValueError for a prompt not in held_out_rows()."""
         known = [text for text in self.rows if text in str(prompt)]
         if not known:
-            raise ValueError(f"no held-out prompt of the world is in {str(prompt)[:80]!r}; use its rows")
+            raise ValueError(
+                f"no held-out prompt of the world is in {str(prompt)[:80]!r}; set held_out= to its rows"
+            )
         return self.fn(prompt, completion, self.rows[max(known, key=len)])
 
 

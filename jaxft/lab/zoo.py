@@ -3,14 +3,14 @@
     jaxft loss-bench --zoo                    # every loss of jaxft; runs/loss_bench/zoo.html
     jaxft loss-bench --zoo --loss my.py:mine --loss dpo
 
-On one toy with known rewards it shows where each loss leads with unlimited data: its true reward against its
-KL for values of beta, what flipped labels, annotators who like length, and annotators without an order cost,
-over-optimisation with biased annotators, whether the chosen response loses log-prob on the way; and the loss
-itself: its value and gradients over the margin, and its vector field. No model is needed.
+The page shows the policy that each loss reaches with unlimited data on a toy with known rewards: true reward
+against KL for values of beta; the cost of flipped labels, of annotators who like length and of circular
+preferences; over-optimisation with biased annotators; and whether the chosen response loses log-prob on the
+way. It also shows the loss's value and gradients over the margin, and its vector field. No model is needed.
 
-Losses that need more than a pair get it from the toy: ratings are the true rewards, a third response is drawn
-independently of the pair or is the best one, other pairs of the batch are the toy's in their frequencies, and
-a state is the one at step 0.
+Inputs other than a pair come from the toy: ratings are the true rewards, a third response is sampled
+independently of the pair or is the best one, the batch has all pairs of the toy in their frequencies, and a
+state is that of step 0.
 """
 
 import inspect
@@ -57,13 +57,13 @@ from jaxft.report.charts import COLOURS
 from jaxft.report.document import html_page
 from jaxft.report.html_elements import escaped, folded, html_table, section
 
-BETAS = tuple(10.0 ** (k / 4) for k in range(-6, 7))  # times a loss's own beta
+BETAS = tuple(10.0 ** (k / 4) for k in range(-6, 7))  # factors of a loss's default beta
 FLIPS = (0.0, 0.1, 0.2, 0.3, 0.4)
 LENGTH_BIASES = (0.0, 0.5, 1.0, 1.5, 2.0)  # reward that annotators add per 10 tokens
-STRONG_BIAS = 1.5  # with which over-optimisation is shown
-CIRCLES = (0.0, 1.0, 2.0, 3.0)  # reward that they add to a response against the one after it
-LEAST_KL, MOST_KL = 0.01, 2.5  # nats that the picture of gains shows
-LABELLED = 97.0  # per cent of the possible gain below which a loss has its name in that picture
+STRONG_BIAS = 1.5  # the length bias in the plots of over-optimisation
+CIRCLES = (0.0, 1.0, 2.0, 3.0)  # reward that annotators add to a response against the next one
+LEAST_KL, MOST_KL = 0.01, 2.5  # nats, the range of the plot of gains
+LABELLED = 97.0  # per cent of the possible gain; losses below it are named in that plot
 SAME_KL = 0.3  # nats at which losses are compared
 ZOO_REWARD = (0.0, 0.4, 0.9, 1.3, 2.0, 0.7)
 ZOO_REFERENCE = (0.5, -0.4, 0.8, 0.0, -1.2, 0.3)
@@ -74,11 +74,12 @@ ZOO_LENGTH = (8, 12, 7, 15, 10, 20)
 class Specimen:
     """The results of a loss that the page shows.
 
-    needs: what it reads in addition to a pair and the reference's log-probs. own: quality of the policy that
-    it would reach with its own beta; by_beta: for other values of beta, in ascending order of KL, empty for a
-    loss without one. same_kl: its true reward where beta leads to a KL of SAME_KL, None if none does.
-    by_flips, by_bias, by_circle: true reward for FLIPS, LENGTH_BIASES and CIRCLES. biased: with STRONG_BIAS
-    and values of beta, in ascending order of KL. path: log-probs of similar responses.
+    about: its docstring. needs: its inputs in addition to a pair, such as "ratings", or "no reference". own:
+    quality of the policy that it reaches with its own beta. by_beta: (beta, quality) in ascending order of
+    KL, () for a loss without a numeric beta. same_kl: true reward at the beta that leads to a KL of SAME_KL,
+    None if no beta does. by_flips, by_bias, by_circle: true reward for each of FLIPS, LENGTH_BIASES and
+    CIRCLES. biased: policies for STRONG_BIAS and values of beta, in ascending order of KL. path: log-probs of
+    similar responses during training.
     """
 
     label: str
@@ -98,8 +99,8 @@ class Specimen:
 
 
 class BiasedPolicy(NamedTuple):
-    """The policy that a loss leads to with biased annotators: its KL, and by how much its true reward and the
-    annotators' are above the reference's.
+    """The policy that a loss reaches with biased annotators: its KL, and its gains over the reference in true
+    reward and in the annotators' reward.
     """
 
     kl: float
@@ -139,7 +140,7 @@ def describe_loss(loss: NamedLoss) -> Specimen:
 
 
 def _needs(seen: Probe) -> tuple[str, ...]:
-    """What a loss reads beyond the pair, its reference and a margin."""
+    """Return the entries of Specimen.needs."""
     ratings = any(name.startswith(RATING) for name in seen.columns)
     inputs = {
         "no reference": not seen.declared.reads_reference,
@@ -163,8 +164,8 @@ def _biased_policy(seen: Probe, toy: Toy, **knobs: float) -> BiasedPolicy:
 
 
 def reward_at_same_kl(seen: Probe, toy: Toy, by_beta: Sequence[tuple[float, Quality]]) -> float | None:
-    """Return the true reward of the loss with the beta that leads to a KL of SAME_KL; None if no beta between
-    those given does.
+    """Return the true reward of the policy at the beta that leads to a KL of SAME_KL, found by bisection;
+    None if no two values in by_beta have a lower and a higher KL. by_beta: see Specimen.
     """
     near = [pair for pair in by_beta if pair[1].kl <= SAME_KL]
     far = [pair for pair in by_beta if pair[1].kl > SAME_KL]
@@ -182,13 +183,15 @@ def reward_at_same_kl(seen: Probe, toy: Toy, by_beta: Sequence[tuple[float, Qual
 
 
 def best_rewards(toy: Toy) -> list[Quality]:
-    """Return the highest true reward of any policy for rising KL: reference * exp(reward / beta)."""
+    """Return the policies of the highest true reward at their KL, reference * exp(reward / beta), by rising
+    KL.
+    """
     return [quality(toy, best_policy(toy, beta)) for beta in np.geomspace(30.0, 0.05, 400)]
 
 
 def gain_curve(x: Specimen, start: float, best: Sequence[Quality]) -> tuple[list[float], list[float]]:
-    """Return the KL of a loss with several betas, and its gain over the reference in per cent of the most
-    that any policy can gain at that KL.
+    """Return (KLs, gains) for the values of beta with a KL from LEAST_KL to MOST_KL. A gain is in true reward
+    over `start`, the reference's, in per cent of the best policy's gain at that KL. best: of best_rewards.
     """
     reached = [q for _, q in x.by_beta if LEAST_KL <= q.kl <= MOST_KL]
     most = np.interp([q.kl for q in reached], [q.kl for q in best], [q.reward for q in best])
@@ -200,7 +203,7 @@ def gain_curve(x: Specimen, start: float, best: Sequence[Quality]) -> tuple[list
 
 
 class Line(NamedTuple):
-    """A curve of a picture. label: written beside its end, "" for none; name: shown where the mouse is."""
+    """A curve of a plot. label: text at its end, "" for none. name: its tooltip, "" for the plot's title."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -211,9 +214,9 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture of curves. levels: horizontal lines with a name. x_ticks: places and texts of the horizontal
-    axis, None for round numbers. y_range: limits of the vertical axis, None to fit the curves. wide: twice
-    the size.
+    """A plot of curves. levels: (y, name) of horizontal lines. x_ticks: (x, text) of the horizontal axis's
+    ticks, None for round numbers. y_range: limits of the vertical axis, None to fit the curves. wide: about
+    twice as wide.
     """
 
     title: str
@@ -228,9 +231,9 @@ class Plot:
 
 @dataclass(frozen=True)
 class Frame:
-    """The axes of a plot: maps data coordinates to pixels of a picture of `width` x `height`.
+    """The axes of a plot, which map data coordinates to pixels of a picture of `width` x `height`.
 
-    x, y: the ranges of the data. right: the margin for labels right of the curves.
+    x, y: (lowest, highest) value of the data. right: margin in pixels for labels right of the curves.
     """
 
     x: tuple[float, float]
@@ -240,14 +243,14 @@ class Frame:
     right: float = 10.0
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Return the coordinates of a point in the picture."""
+        """Return the pixel coordinates of a point in data coordinates."""
         (x0, x1), (y0, y1) = self.x, self.y
         across = LEFT + (self.width - LEFT - self.right) * (x - x0) / (x1 - x0)
         return across, TOP + (self.height - TOP - BOTTOM) * (y1 - y) / (y1 - y0)
 
 
 LEFT, BOTTOM, TOP = 46.0, 34.0, 8.0  # margins of a picture
-LABEL, LABEL_WIDTH = 11.0, 70.0  # room of a label
+LABEL, LABEL_WIDTH = 11.0, 70.0  # height and width of a label
 GRID = 'stroke="currentColor" stroke-opacity="0.15"'
 
 
@@ -263,7 +266,7 @@ def round_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def svg_plot(plot: Plot) -> str:
-    """Return a plot as an SVG picture with its title."""
+    """Return a plot as an HTML figure: an SVG picture with its title."""
     points = [(x, y) for line in plot.lines for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
     levels = [y for y, _ in plot.levels]
     xs = [x for x, _ in plot.x_ticks or ()] or [x for x, _ in points]
@@ -305,7 +308,7 @@ def _level(frame: Frame, y: float, name: str) -> str:
 
 
 def _labels(ends: Mapping[str, tuple[float, float]]) -> str:
-    """Texts right of the points, moved apart where they would overlap."""
+    """Return SVG texts right of points, moved down where they would overlap. ends: text -> point."""
     texts, placed = [], list[tuple[float, float]]()
     for text, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
         while any(abs(x - u) < LABEL_WIDTH and abs(y - v) < LABEL for u, v in placed):
@@ -316,7 +319,7 @@ def _labels(ends: Mapping[str, tuple[float, float]]) -> str:
 
 
 def svg_field(field: PushField) -> str:
-    """Return a vector field as arrows over the log-ratios of the chosen and the rejected response."""
+    """Return a figure of a vector field: arrows over the log-ratios of the chosen and rejected response."""
     half = (field.chosen[1] - field.chosen[0]) / 2
     reach = float(field.chosen[-1]) + half
     frame = Frame((-reach, reach), (-reach, reach))
@@ -335,7 +338,7 @@ def svg_field(field: PushField) -> str:
                 'marker-end="url(#head)"/>'
             )
     marked = f'<g stroke="{COLOURS[0]}" stroke-width="1.3">{"".join(arrows)}</g>'
-    title = "where a step moves the two log-ratios"
+    title = "direction in which a step moves the two log-ratios"
     plot = Plot(title, "log-ratio of chosen, nats", "log-ratio of rejected, nats", ())
     ticks = [(x, format_number(x)) for x in round_ticks(*frame.x)]
     return _figure(plot, frame, _axes(frame, ticks, plot) + marked)
@@ -349,7 +352,7 @@ ARROW_HEAD = (
 
 
 def _axes(frame: Frame, x_ticks: Sequence[tuple[float, str]], plot: Plot) -> str:
-    """The grid with its numbers, the frame, and the names of the axes."""
+    """Return the grid with its numbers, the axes and their names as SVG."""
     (left, bottom), (right, top) = frame.at(frame.x[0], frame.y[0]), frame.at(frame.x[1], frame.y[1])
     parts = [
         f'<path d="M{left},{top} V{bottom} H{right}" fill="none" stroke="currentColor" stroke-width="0.7"/>'
@@ -383,7 +386,7 @@ def _figure(plot: Plot, frame: Frame, content: str, wide: bool = False) -> str:
 
 
 def zoo_page(specimens: Sequence[Specimen]) -> str:
-    """Return an HTML page that plots and describes losses, with an overview."""
+    """Return the HTML page: an overview table and plot, then plots and checks of each loss."""
     toy = zoo_toy()
     parts = {
         "Overview": ("overview", section("overview", "Overview", _overview(specimens, toy))),
@@ -397,9 +400,10 @@ def zoo_page(specimens: Sequence[Specimen]) -> str:
 
 
 def write_zoo(losses: Sequence[NamedLoss], out: Path, report: Callable[[str], None]) -> int:
-    """Write an HTML page that plots and describes losses to `out`; return its size in bytes.
+    """Write the page of losses to `out`; return its size in bytes.
 
-    report: called with each label, and with the error of a loss that cannot be evaluated, which is left out.
+    report: called with each label, and with a line about each loss that is left out because it fails. Raises
+    ValueError if all do.
     """
     specimens = []
     for loss in losses:
@@ -409,7 +413,7 @@ def write_zoo(losses: Sequence[NamedLoss], out: Path, report: Callable[[str], No
         except ValueError as error:
             report(f"{loss.label} is left out: {error}")
     if not specimens:
-        raise ValueError("none of the losses can be evaluated; see the lines above")
+        raise ValueError("none of the losses can be evaluated; correct the errors above")
     page = zoo_page(specimens).encode()
     make_folder(out.parent)
     write_durably(out, page)
@@ -428,26 +432,24 @@ def _overview(specimens: Sequence[Specimen], toy: Toy) -> str:
         "<p>Six responses to one prompt have known rewards, from "
         f"{min(toy.reward):g} to {max(toy.reward):g}; the reference's expected reward is {start.reward:.3f}. "
         "Each loss is minimised exactly, with unlimited data whose labels follow Bradley and Terry.</p><ul>"
-        "<li><b>Needs</b>: what the loss reads in addition to a pair and the reference. The toy's ratings "
-        "are the true rewards, the batch is all of its pairs in their frequencies, a state is as at step 0. "
-        "Losses of rankings get two responses here.</li>"
-        "<li><b>Orders by reward</b>, <b>calibrated</b>, <b>finite optimum</b>: the policy that the loss "
-        "leads to on a second toy, of five responses, prefers responses by their true reward; its margins "
-        "are true log-odds, up to one factor; it is at finite log-probs. <b>Sign at start</b>: at the "
+        "<li><b>Needs</b>: inputs of the loss in addition to a pair and the reference. Ratings are the true "
+        "rewards, the batch has all pairs of the toy in their frequencies, a state is that of step 0. Losses "
+        "of rankings get two responses here.</li>"
+        "<li><b>Orders by reward</b>, <b>calibrated</b>, <b>finite optimum</b>: on a second toy, of five "
+        "responses, the policy of the lowest expected loss orders the responses by true reward; its margins "
+        "are the true log-odds times a constant; its log-ratios are finite. <b>Sign at start</b>: at the "
         "reference the gradient raises the margin.</li>"
-        "<li><b>Reward</b> and <b>KL</b> are the policy's that the loss leads to with its own knobs; "
-        f"{max(toy.reward):g} is a policy that always gives the best response. "
-        "<b>Reward, 20 % flipped</b>: if a fifth of the labels is wrong; <b>length bias</b>: if annotators "
-        f"add {LENGTH_BIASES[2]:g} per 10 tokens.</li>"
-        "<li><b>Gain at the same KL</b>: over the reference, with the beta that leads to a KL of "
-        f"{SAME_KL:g} nats, in per cent of the most that any policy can gain there; - if no beta leads to "
-        "that KL.</li>"
+        "<li><b>Reward</b> and <b>KL</b>: true reward of the policy that the loss reaches with its default "
+        f"knobs, and its KL to the reference in nats. Always giving the best response has reward "
+        f"{max(toy.reward):g}. <b>Reward, 20 % flipped</b>: if a fifth of the labels is wrong. <b>Reward, "
+        f"length bias</b>: if annotators add {LENGTH_BIASES[2]:g} to the reward per 10 tokens.</li>"
+        "<li><b>Gain at the same KL</b>: in true reward over the reference, at the beta that leads to a KL "
+        f"of {SAME_KL:g} nats, in per cent of the largest gain at that KL; - if no beta leads to it.</li>"
         "<li><b>Moves</b>: changes of the log-probs of a chosen and a rejected response that share 90 % of "
         "their features, while their margin grows by 1 nat; - if it does not. A chosen response that loses "
         "log-prob is marked.</li></ul>"
-        "<p>On real data a loss that is not calibrated, or whose optimum is not finite, may be the better "
-        "one: it is stopped early, and its labels are few. The toy shows what a loss asks for, not what it "
-        "gets.</p>"
+        "<p>On real data, with few labels and early stopping, a loss may be the better one although it is "
+        "not calibrated or has no finite optimum.</p>"
     )
     lines = []
     for n, x in enumerate(specimens):
@@ -459,10 +461,10 @@ def _overview(specimens: Sequence[Specimen], toy: Toy) -> str:
         lines.append(Line(kl, gains, colour, x.label if poor else "", x.label))
     ticks = [(x, f"{x:g}") for x in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5)]
     title = (
-        "gain in true reward against KL, for values of beta. Grey: losses that reach "
-        f"{LABELLED:g} % of the most possible everywhere"
+        "gain in true reward against KL, for values of beta. Grey: losses with at least "
+        f"{LABELLED:g} % of the largest possible gain everywhere"
     )
-    plot = Plot(title, "KL, nats", "% of the most possible", lines, x_ticks=ticks, wide=True)
+    plot = Plot(title, "KL, nats", "% of the largest gain", lines, x_ticks=ticks, wide=True)
     return text + html_table(head, rows, numeric=True) + (svg_plot(plot) if lines else "")
 
 
@@ -524,7 +526,7 @@ def _loss_html(x: Specimen, toy: Toy) -> str:
 
 
 def _plots(x: Specimen, toy: Toy) -> list[Plot]:
-    """The curves of a loss. Rewards have the same axis for all losses."""
+    """Return the plots of a loss. Plots of rewards have the same vertical axis for all losses."""
     margin, blue, red = x.curve.margin.tolist(), COLOURS[0], COLOURS[1]
     slopes = {kind: y.tolist() for kind, y in x.curve.gradient.items()}
     start, most = quality(toy, toy.reference).reward, float(toy.reward.max())
@@ -568,8 +570,8 @@ def _plots(x: Specimen, toy: Toy) -> list[Plot]:
             **rewards,
         ),
         Plot(
-            "true reward if annotators go in a circle",
-            "reward against the next response",
+            "true reward if preferences are circular",
+            "reward added against the next response",
             "true reward",
             [Line(CIRCLES, x.by_circle, COLOURS[2])],
             **rewards,

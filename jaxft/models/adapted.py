@@ -136,7 +136,7 @@ def with_heads(model: Model, heads: Mapping[str, HeadSettings]) -> Model:
 def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
     specs: dict[str, Any] = {}
     base = {name: spec for name, spec in model.specs.items() if name != "head"}
-    if settings.adapter:  # rows of tokens in a head mean nothing here
+    if settings.adapter:  # `base` has no head whose rows could be trained
         of_table = replace(settings.adapter, token_head=True)
         specs["adapter"] = adapter_specs(base, of_table, model.weight_names)
     if settings.weights is not None:
@@ -172,8 +172,8 @@ def view(params: Params, name: str) -> Params:
 
 
 def shares_base(head: Any) -> bool:
-    """Return whether an entry of Model.heads is a further model on the policy's base; not a scalar head of
-    the model itself, which is one spec, and not a model with its own base.
+    """Return whether an entry of Model.heads is a further model on the policy's base: not a scalar head of
+    the model itself, which is one spec, and not a model with a separate base.
     """
     return isinstance(head, dict) and "base" not in head
 

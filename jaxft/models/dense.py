@@ -4,7 +4,7 @@ A family (llama.py, qwen.py, ...) declares a `DecoderSpec`: its parameters, thei
 files, the attention settings of each layer, and the functions that compute the layers of its stacks; most
 have `one_stack` of layers that are all alike. `dense_model` builds the Model from it.
 
-To add mixture-of-experts layers, a family calls an MLP function of its own in its layer function and declares
+To add mixture-of-experts layers, a family calls its MLP function in its layer function and declares
 kernels [L, X, D, F] with axes ("layers", "experts", "width", "mlp"), with {x} for the expert in their names.
 Adapters, quantisation, files, optimizers and plans work on them as on other kernels. It also needs its own
 forward_flops: dense_flops counts every kernel as used.

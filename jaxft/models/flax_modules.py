@@ -65,7 +65,7 @@ class StaticModel:
 
 
 class NnxModel(nnx.Module):
-    """A module from tokens to logits, in the model's dtype.
+    """A module from Tokens to logits, computed in the model's dtype.
 
     params: the model's parameters; None initialises them in `param_dtype`, bit-equal to
     `init_params(model.specs, rngs.params(), param_dtype)`. rngs: a stream `dropout` (or a default stream)
@@ -135,7 +135,7 @@ def trainable(module: NnxModel, pattern: str) -> Callable[[tuple, Any], bool]:
 
 
 class FlaxModel(nn.Module):
-    """A module from tokens to logits, in the model's dtype. param_dtype: dtype of initialised parameters.
+    """A module from Tokens to logits, computed in the model's dtype. param_dtype: of initialised parameters.
 
     The leaves of `init(key, tokens)["params"]` are bit-equal to `init_params(model.specs, key, param_dtype)`.
     As a submodule of another Module it is initialised from the key that Flax derives from its path.

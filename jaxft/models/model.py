@@ -1,4 +1,4 @@
-"""The Model type: every file in models/ builds one, and the rest of jaxft uses nothing else.
+"""The Model type: model families build one, and code outside models/ uses models only through it.
 
 No code outside models/ and weights/ names an architecture. A variant of a model (with an adapter, a scalar
 head or a temperature) is made by `dataclasses.replace`.
@@ -79,7 +79,7 @@ class Model:
         of the layers). tokens: Tokens, Pairs or Rollout. key: for dropout and NEFTune's noise, whose alpha is
         neftune; None disables both. The outputs are {name: [L, B, ...]}, {} for dense models; observe(h
         before, h after a layer) -> {name: value} adds its values, [L, ...].
-    embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer.
+    embed(params, ids [B, T]) -> h [B, T, D], the residual stream before the first layer; params: of the base.
     head(params) -> the subtree of parameters that `logits` reads.
     logits(head, h [..., D]) -> [..., V] in float32 or wider.
     prefill(params, tokens, new) -> (h [P, T, D], PromptKeys) of left-padded prompts; new: the maximum number
@@ -178,8 +178,8 @@ def dense_flops(
 
 
 def mean_keys(window: int | None, context: float) -> float:
-    """Return the mean number of keys that a query attends to, causally and within the window, in a text of
-    `context` tokens.
+    """Return the approximate mean number of keys that a query attends to, causally and within the window, in
+    a text of `context` tokens: half of them without a window.
     """
     if window is None or window >= context:
         return context / 2

@@ -147,8 +147,8 @@ def has_classifier(config: ModelConfig) -> bool:
 
 
 def with_vocab(model: Model, vocab: int) -> Model:
-    """Return the Model of the same family and config, but with an embedding table of `vocab` rows. Only its
-    dtype is kept of the options of `model`.
+    """Return the Model of the same family and config, but with an embedding table of `vocab` rows. It has the
+    dtype of `model`, and the defaults of all other options.
     """
     family = next(family for family in FAMILIES.values() if type(model.config) is family.config)
     config: Any = model.config
@@ -207,7 +207,7 @@ LAYER_KINDS = re.compile(r"linear_attention|.*conv|mamba.*|recurrent|gated_delta
 
 def missing_parts(hf: Mapping[str, Any]) -> list[str]:
     """Return the parts that a model needs and jaxft lacks, such as "mixture-of-experts layers", by the
-    settings in its config.json; [] if they show none.
+    model_type and settings in its config.json; [] if these show none.
     """
     kind = str(hf.get("model_type"))
     shown = [name for name, value in _flat(hf) if value not in (None, False, 0, "", [], {})]

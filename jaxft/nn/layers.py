@@ -1,6 +1,4 @@
-"""The layers that families are made of: embedding, norm, gated MLP, language model head; names for remat
-policies.
-"""
+"""Layers that model families share: embedding, norm, gated MLP, language model head; remat's names."""
 
 from collections.abc import Callable
 from dataclasses import replace

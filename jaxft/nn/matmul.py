@@ -34,7 +34,7 @@ def accumulation_dtype(dtype: DTypeLike) -> Any:
     return np.promote_types(dtype, np.float32)  # jax's own raises under strict promotion
 
 
-MANY_ROWS = 64  # with 32 rows, converting a matrix takes as long as it saves, and a copy of it in memory
+MANY_ROWS = 64  # with 32, converting a matrix to float32 takes as long as it saves, and needs memory for it
 
 
 def wide_dot(x: Array, w: Array, dims: Any) -> Array:
@@ -92,7 +92,7 @@ def concat_bits(parts: Sequence[Array], axis: int) -> Array:
 # ---- matmuls with weights of any kind
 
 
-Weight = Any  # Array | QTensor | Adapted | InputTap
+Weight = Any  # Array | QTensor | Adapted | InputTap; an embedding or head also TokenRows or Replaced
 
 
 def dot(x: Array, w: Array, contract: tuple[int, int], out: DTypeLike) -> Array:
@@ -356,7 +356,7 @@ multi_lora_matmul.defvjp(_loras_fwd, _loras_bwd)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Set a fraction `rate` of x to 0 at random and divide the rest by 1 - rate; without a key return x."""
+    """Set elements of x to 0 with probability `rate`, divide others by 1 - rate; return x without a key."""
     if key is None or rate == 0.0:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -445,7 +445,7 @@ def with_taps(params: Params, paths: Collection[str]) -> tuple[Params, Tapped]:
 # Of cotangents. A scale per row makes E5M2's range unnecessary, and it rounds half as finely as E4M3:
 # in LoRA SFT of SmolLM2-135M, cotangents in E5M2 cost 0.013 nats of held-out loss (scripts/bench/README.md).
 COTANGENT = E4M3
-_SMALLEST_ROW = 2.0**-100  # of a row: a row of zeros has a finite inverse scale
+_SMALLEST_ROW = 2.0**-100  # lower bound of a row's largest magnitude: a row of zeros has a finite scale
 
 
 def _on_device() -> bool:
@@ -490,7 +490,8 @@ def _channel_scales(w: QTensor, like: Array) -> Array:
 def round_rows(x: Float[Array, "*N I"], dtype: DTypeLike) -> tuple[Array, Float[Array, "*N 1"]]:
     """Return x divided by a scale per row and rounded to an FP8 dtype, and the scales in float32 or wider.
 
-    A row's largest magnitude becomes the largest number of the dtype. Rows with NaN or infinity become NaN.
+    A row's largest magnitude becomes the largest number of the dtype. A row with NaN or infinity gives NaN
+    once it is multiplied by its scale.
     """
     x = x.astype(accumulation_dtype(x.dtype))
     largest = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), _SMALLEST_ROW)

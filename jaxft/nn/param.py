@@ -139,7 +139,8 @@ def spec_paths(specs: Specs) -> dict[str, ParamSpec]:
 
 
 def init_params(specs: Specs, key: jax.Array, dtype: DTypeLike = jnp.float32) -> Params:
-    """Initialise all parameters. The key of a leaf depends on its path only: adding one changes no other.
+    """Initialise all parameters. A parameter's random key depends only on `key` and its path, so that adding
+    a parameter changes no other.
 
     >>> specs = {"norm": ParamSpec((4,), ("width",), full(1.0))}
     >>> init_params(specs, jax.random.key(0))["norm"].tolist()

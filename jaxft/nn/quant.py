@@ -23,7 +23,8 @@ KINDS = tuple(FORMATS)
 CHECKPOINT = "checkpoint"
 QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
 QERA = "qera"
-# Initialisations of an adapter (nn.adapters.lora.Adapter) whose pairs at step 0 belong to the base.
+# Initialisations of an adapter (nn.adapters.lora.Adapter) that change the base at step 0, so that base and
+# adapter together have its original weights, or approximate them (quantised).
 RESIDUAL_INITS = ("pissa", "olora", "loftq", QERA)
 HOST_CHUNK = 1 << 18  # elements that a thread quantises at a time
 
@@ -66,10 +67,13 @@ class Quant:
             )
         if self.codes is not None and self.calibrate is None:
             raise ValueError(
-                f"quant.codes={self.codes} is set by runs with quant.calibrate alone; leave it out"
+                f"quant.codes={self.codes} is set only by runs with quant.calibrate; leave it out"
             )
         if self.fp8_matmul is not None and self.kind not in ("fp8", CHECKPOINT):
-            raise ValueError(f"quant.fp8_matmul is a setting of quant=fp8; omit it with quant={self.kind}")
+            raise ValueError(
+                f"quant.fp8_matmul={self.fp8_matmul} needs quant=fp8 or quant=checkpoint, got "
+                f"quant={self.kind}; leave it out"
+            )
 
     @classmethod
     def parse(cls, kind: QuantKind) -> "Quant | None":
@@ -100,7 +104,8 @@ def quant_setting(kind: QuantKind | None, record: dict[str, Any] | None) -> Quan
 def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[int | None, bool]:
     """Return (block, double), with None replaced by the kind's usual value.
 
-    Raises ValueError for an unknown kind, an odd block, and a block or double that the kind does not allow.
+    Raises ValueError for an unknown kind, a block that is odd or below 2, and a block or double that the kind
+    does not allow.
     """
     if kind == CHECKPOINT:
         if block is not None or double is not None:
@@ -113,11 +118,16 @@ def with_defaults(kind: str, block: int | None, double: bool | None) -> tuple[in
         raise ValueError(f"quant={kind}: this quantisation is not implemented; use one of {kinds}")
     format = FORMATS[kind]
     if format.block is None and block is not None:
-        raise ValueError(f"{kind} has one scale per channel, so block={block} has no use; set block=none")
+        raise ValueError(f"quant.block={block}: {kind} has one scale per channel; set quant.block=none")
     if block is not None and (block < 2 or block % 2):
-        raise ValueError(f"two codes share a byte, so a block must be even and at least 2; got block={block}")
+        raise ValueError(
+            f"quant.block={block} must be even and at least 2, because two {kind} codes share a byte"
+        )
     if double and format.double is None:
-        raise ValueError(f"the scales of {kind} cannot be quantised; use double=false, nf4 or fp4")
+        raise ValueError(
+            f"quant.double=true: the scales of {kind} cannot be quantised; use quant.double=false, or "
+            "quant=nf4 or fp4"
+        )
     return (format.block if block is None else block), bool(format.double if double is None else double)
 
 
@@ -126,10 +136,10 @@ class QTensor:
     """A frozen weight [..., I, O] that is dequantised where it is used.
 
     kind: "bits", or a name in quant_formats.FORMATS. "bits" is a 16-bit float stored as raw uint16, which
-    costs nothing to convert; XLA's CPU compiler would convert a whole scan-stacked bfloat16 weight to float32
-    (measured: 3.8 GB for SmolLM2-135M). In the other kinds the I inputs form N blocks of `block` (the last
-    may be shorter; None: one block), and the weight is `decode(code) * scale + offset`, computed in float32
-    and rounded to `dtype`.
+    costs nothing to convert; XLA's CPU compiler would convert a bfloat16 weight of all layers to float32 at
+    once (measured: 3.8 GB for SmolLM2-135M). In the other kinds the I inputs form N blocks of `block` (the
+    last may be shorter; None: one block), and the weight is `decode(code) * scale + offset`, computed in
+    float32 and rounded to `dtype`.
 
     codes: uint16 for "bits"; int8 or, for fp8, uint8 (the bits of E4M3 numbers), [..., I, O]; for 4-bit kinds
     uint8 [..., I/2, O], two codes per byte, the first in the high bits.
@@ -197,8 +207,8 @@ def quantize(
 
     kind: see QTensor. block, double: see Quant. scale: the scales to use; None computes them. If `weight` is
     a part of a larger weight, pass the result of `scales` for the larger one.
-    Raises ValueError for an unknown kind or a dtype that it cannot store, for an odd I with 4-bit codes, and
-    (outside jit) for NaN, infinities and magnitudes of 2^80 and above.
+    Raises ValueError for an unknown kind or a dtype that it cannot store, for a weight without the two axes,
+    for an odd I with 4-bit codes, and (outside jit) for NaN, infinities and magnitudes of 2^80 and above.
 
     >>> q = quantize(np.linspace(-1, 1, 128, dtype=np.float32).reshape(64, 2), "nf4")
     >>> q.codes.shape, q.codes.dtype, q.scale.shape

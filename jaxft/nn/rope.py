@@ -5,10 +5,10 @@ The types `dynamic` and `longrope` use other frequencies for texts longer than t
 - In training, the length is each example's (`example_lengths`), not its row's, so a packed example has
   the angles that transformers computes for it alone. A prompt with several responses is one example, as long
   as with its longest response; rows of preferences that may exceed the original length don't share prompts.
-- In generation, the final length is unknown, so the length is the capacity of a row's cache, prompt plus
-  most new tokens, just as vLLM decides by max_model_len. transformers decides again for each token, so it
-  changes frequencies in the middle of a text. Training on sampled completions takes the same length, so that
-  their log-probs equal the sampled ones.
+- In generation, the final length is unknown, so the length is the capacity of a row's cache: the prompt plus
+  the maximum number of new tokens, just as vLLM decides by max_model_len. transformers decides again for each
+  token, so it changes frequencies in the middle of a text. Training on sampled completions takes the same
+  length, so that their log-probs equal the sampled ones.
 """
 
 import math
@@ -56,7 +56,7 @@ class Rope:
       yarn: as llama3, by arXiv:2309.00071; beta_fast, beta_slow and truncate bound the transition;
       longrope: arXiv:2402.13753; frequency i divided by short_factor[i] or, for examples longer than
         original_max_positions, by long_factor[i];
-      proportional: frequencies of the full head, divided by `factor`; after the fraction `rotated` 0;
+      proportional: frequencies of the full head, divided by `factor`; 0 beyond the fraction `rotated`;
       none: no rotation.
     rotated: fraction of a head's dimensions that are rotated, starting with the first.
     attention_factor: factor on cos and sin (yarn, longrope); None computes it from factor, mscale and

@@ -162,8 +162,8 @@ REMAT: dict[RematPolicy, Remat] = {
     "offload": Remat((), offload=True),  # the least device memory; inputs go to the host and come back
     "pairs": Remat((), blocks=2),  # the input of every second block; one block more is recomputed at a time
     "full": Remat(()),  # a block's input only
-    "attention": Remat(("attn_out", "attn_lse")),  # and attention's residuals other than q, k, v
-    # and the output of every matmul: no matmul runs twice
+    "attention": Remat(("attn_out", "attn_lse")),  # also attention's output and log-sum-exp
+    # also the outputs of the projections that the backward pass needs: none of them is computed twice
     "projections": Remat(("q", "k", "v", "attn_out", "attn_lse", "o", "gate", "up")),
     "none": Remat(None),  # everything
 }

@@ -50,7 +50,7 @@ class TensorName(NamedTuple):
         return tuple(axis for axis in lead_axes(spec) if f"{{{NAME_FIELDS[axis]}}}" in self.template)
 
     def is_linear(self, spec: ParamSpec) -> bool:
-        """Return whether each matrix of the parameter is a tensor of its own in the files, the weight of one
+        """Return whether each matrix of the parameter is a separate tensor in the files, the weight of one
         linear layer: not a part of a fused tensor, nor one of several matrices in a tensor.
         """
         return self.transposed and self.part is None and self.axes(spec) == lead_axes(spec)
@@ -107,8 +107,8 @@ def numbers_at(spec: ParamSpec, axes: tuple[str, ...]) -> dict[tuple[int, ...], 
 
 
 def _path_template(path: str, spec: ParamSpec) -> str:
-    """Return the template of a name from a parameter's path, such as layers.{i}.mlp.{x}.gate: {i} follows the
-    stack's name, {x} stands before the last name.
+    """Return the template of a name from a parameter's path: {i} follows the stack's name, {x} precedes the
+    last name, as in layers.{i}.mlp.{x}.gate.
     """
     axes, (*above, last) = lead_axes(spec), path.split("/")
     stack = [*above[:1], *(["{i}"] if "layers" in axes else [])]

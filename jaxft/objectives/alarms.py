@@ -57,10 +57,10 @@ FALL_NATS, FALL_FRACTION = 2.0, 0.03
 STANDARD_ERRORS = 5  # by which a fall exceeds the noise of small batches
 REPEAT = 2  # an alarm is repeated when its quantity has grown by this factor
 ACCURACY_DROP = 0.07  # a drop in held-out accuracy that matters
-# Fractions of labels that look flipped: from the first on a robust loss is suggested, from the second on they
-# are not believed.
+# Fractions of labels that look flipped: from the first on a robust loss is suggested; from the second on the
+# estimate is not believed, because the model is trained too little.
 NOISY_LABELS, UNTRAINED = 0.1, 0.4
-MOST = 0.5  # fraction of the completions
+MOST = 0.5  # fraction of truncated completions
 IDLE_STEPS = 5  # consecutive logged steps without a training signal
 LOSSES = "jaxft.objectives.losses.preference_losses"
 
@@ -152,8 +152,8 @@ def check_first_loss(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_falling_logp(beta: float | None, memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Detect that the log-prob of chosen responses falls: on held-out pairs below its value at step 0, on
-    training pairs below the reference's log-prob. beta: see preference_alarms; with None only held-out pairs
+    """Detect a falling log-prob of chosen responses: on held-out pairs below its value at step 0, on training
+    pairs below the reference's log-prob. beta: see preference_alarms; with None only held-out pairs
     are checked.
     """
     memory, depths = {"reported": 0.0, **memory}, []
@@ -332,10 +332,8 @@ def check_zero_gradient(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
 
 
 def check_truncated_completions(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
-    """Report IDLE_STEPS consecutive logged rollouts, of which each has at least half of its completions
-    (MOST) truncated at data.max_new tokens.
-
-    A run with fewer logged rollouts is checked at its end.
+    """Report IDLE_STEPS consecutive logged rollouts in which at least half of the completions (MOST) are
+    truncated at data.max_new tokens. A run with fewer logged rollouts is checked at its end.
     """
     streak, due = memory.get("streak", 0), memory.get("next", IDLE_STEPS)
     if CLIPPED_RATIO in n:

@@ -111,9 +111,11 @@ def mean_interval(values: Sequence[float], weights: Sequence[float] | None = Non
 
 def interval_of(values: Sequence[float]) -> Interval:
     """Return the interval of the mean of a value per row: Wilson's if all are 0, 1 or 1/2, else Student's.
-    NaN values are left out.
+    NaN values are left out; [NaN, NaN] if none remains.
     """
     known = [x for x in values if not math.isnan(x)]
+    if not known:
+        return Interval(math.nan, math.nan)
     return wilson(float(np.mean(known)), len(known)) if _are_wins(known) else mean_interval(known)
 
 
@@ -124,9 +126,12 @@ def prompt_means(scores: Float[np.ndarray, "n G"]) -> list[float]:
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Paired:
     """Compare the values of two models on the same rows, in the same order: by paired_fractions if all are 0,
-    1 or 1/2, else by paired_means. Rows where either value is NaN are left out.
+    1 or 1/2, else by paired_means. Rows where either value is NaN are left out; without any other row the
+    difference is NaN, and its interval infinite.
     """
     pairs = [(x, y) for x, y in zip(first, second, strict=True) if not math.isnan(x + y)]
+    if not pairs:
+        return Paired(0, math.nan, Interval(-math.inf, math.inf), None)
     first, second = [x for x, _ in pairs], [y for _, y in pairs]
     compare = paired_fractions if _are_wins(first + second) else paired_means
     return compare(first, second)

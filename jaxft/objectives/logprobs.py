@@ -161,8 +161,8 @@ class LogProbs:
 
     lse: log-sum-exp of the logits. mean_logit: their mean over the vocabulary. entropy: in nats, of the
     distribution p over the vocabulary. top1: 1 if the target is the most likely token, else 0. log_sum_p2:
-    log sum_v p_v^2. A field has a gradient only if it is in the argument `graded`
-    of token_logps; top1 and log_sum_p2 never have one.
+    log sum_v p_v^2. A field has a gradient only if it is in the argument `graded` of token_logps; top1 and
+    log_sum_p2 never have one.
     """
 
     logp: Float[Array, "B M"]
@@ -235,7 +235,7 @@ class HeadPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """The static arguments of a pass over several heads, of which only the first one may be trained.
+    """The static arguments of a pass over several heads; only the first head may be trained.
 
     count: the number of chunks along M. graded: see token_logps. loss: read by weighted_loss only.
     """

@@ -15,8 +15,8 @@ LOSS, ENTROPY, KL, TOKEN_ACCURACY = "loss", "entropy", "kl", "mean_token_accurac
 GRAD_NORM, SKIPPED, LOSS_SPIKES = "grad_norm", "skipped", "loss_spikes"
 HELD_OUT = "eval_"  # prefix of metrics of held-out rows
 ROWS, WEIGHT = "rows/", "weight"  # prefix of values of single rows; of their weight among them
-PAIR_COUNT = "_pairs"  # ends the name of the number of pairs that an accuracy is of
-PROMPT_COUNT = "_prompts"  # of prompts that a mean reward is of, where every reward is 0 or 1
+PAIR_COUNT = "_pairs"  # suffix of an accuracy's name: the number of pairs that it is computed from
+PROMPT_COUNT = "_prompts"  # the same for prompts and a mean reward, if every reward is 0 or 1
 FloatMetrics: TypeAlias = dict[str, float]  # by name, after division
 IGNORED_FRACTION = 0.4  # fraction of pairs with the smallest |margin| that LabelNoise ignores
 
@@ -102,14 +102,14 @@ class PerLayer:
 
 @struct
 class Max:
-    """The largest of several values: `add` takes the larger one."""
+    """The largest of several values."""
 
     value: Stored
 
 
 @struct
 class Min:
-    """The smallest of several values: `add` takes the smaller one."""
+    """The smallest of several values."""
 
     value: Stored
 
@@ -252,7 +252,7 @@ def by_row(outputs: LayerOutputs) -> LayerOutputs:
 
 
 def layer_metrics(outputs: LayerOutputs) -> Metrics:
-    """Return a PerLayer for each LayerMean in `outputs` (see by_row), summed over rows; ignore the others."""
+    """Return a PerLayer for each LayerMean in `outputs` (see by_row), summed over rows, and nothing else."""
     means = {name: x for name, x in outputs.items() if isinstance(x, LayerMean)}
     return {name: PerLayer(jnp.sum(x.total, 0), jnp.sum(x.weight, 0), x.numbers) for name, x in means.items()}
 
@@ -379,7 +379,9 @@ def to_json(metrics: Metrics) -> dict[str, list[Any]]:
 
 
 def from_json(stored: dict[str, list[Any]]) -> Metrics:
-    """Return to_json's metrics, in float64 on the host. PerRow raises KeyError; PerLayer loses `numbers`."""
+    """Return the metrics that to_json stored, in float64 on the host; none of them may be a PerRow or a
+    PerLayer (see by_layer).
+    """
     kinds: dict[str, Any] = {kind.__name__: kind for kind in (*SUMS, Max, Min)}
     return {
         name: kinds[kind](*(np.asarray(x, np.float64) for x in arrays))

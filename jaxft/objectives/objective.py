@@ -38,7 +38,7 @@ class Facts:
     """Static properties of an objective, read when a run's programs are built.
 
     coupled: the loss of a row depends on other rows. Accumulation and evaluation then run all forward passes
-        first, and the outputs must have a field `logp`, the only one with a gradient.
+        first, and the outputs must have a field `logp`, the only field with a gradient.
     reference: the reference policy: "none"; "start", the policy at step 0; "moving", a copy in aux that
         follows the policy; "precomputed", the policy at step 0 with its log-probs in the batch; "teacher",
         the run's teacher.

@@ -64,13 +64,15 @@ def logistic(x: Float[Array, "..."], label_smoothing: float | Array = 0.0) -> Fl
 
 
 def log1mexp(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return log(1 - exp(x)) for x <= 0; constant above -1e-12, where the true value goes to minus infinity.
+    """Return log(1 - exp(x)) for x <= 0 without loss of digits; constant above -1e-12 (-6e-5 in float16),
+    where the true value goes to minus infinity.
 
-    Without loss of digits: it is log(-expm1(x)) from -log 2 on, log1p(-exp(x)) below. Each gets only
-    arguments in its range, so that gradients are finite.
+    It is log(-expm1(x)) above -log 2, and log1p(-exp(x)) below. Each gets only arguments in its range, so
+    that gradients are finite.
 
-    >>> round(float(log1mexp(jnp.log(jnp.asarray(0.25)))), 3) == round(float(jnp.log(jnp.asarray(0.75))), 3)
-    True
+    >>> x = jnp.float32(-1e-9)  # exp(x) rounds to 1
+    >>> float(jnp.log(1 - jnp.exp(x))), round(float(log1mexp(x)), 3)
+    (-inf, -20.723)
     """
     x = jnp.minimum(x, -max(1e-12, float(jnp.finfo(x.dtype).tiny)))
     near = x > -0.6931471805599453
@@ -94,7 +96,7 @@ class Response:
     """
 
     logp: Float[Array, "B P"]  # log pi(response | prompt), summed over its tokens
-    reference: Float[Array, "B P"] | None  # the same of the reference policy; None in a run without one
+    reference: Float[Array, "B P"] | None  # log pi_ref(response | prompt); None without a reference
     length: Float[Array, "B P"]  # tokens; 1 where the response is missing
     mean_length: Float[Array, "B P"]  # mean over the optimizer batch's responses of this kind
     present: Float[Array, "B P"]
@@ -117,8 +119,8 @@ class Response:
 
 @struct
 class PairTokens:
-    """The tokens of all responses. `response` and `position` say of which response, and of which token in it,
-    the other arrays have the value; a loss must not rely on the order of tokens in the arrays.
+    """The tokens of all responses. For each element of the arrays, `response` is the id of its response, and
+    `position` its index in that response; a loss must not rely on the order of tokens in the arrays.
 
     A response's id is slot * A + kind, with kind its index among the A kinds in PairBatch.responses.
     """
@@ -135,8 +137,8 @@ class PairBatch:
     """Log-probs of a batch of preference pairs. A loss is `(pair: PairBatch, ...) -> [B, P]`: a value per
     pair, never a mean.
 
-    A row has slots for P pairs; an empty slot has weight 0. The loss's values there are ignored, but they and
-    their gradients must be finite. responses: by kind, such as "chosen". columns: numeric columns of the rows
+    A row has slots for P pairs; an empty slot has weight 0. The loss of an empty slot is ignored, but it and
+    its gradient must be finite. responses: by kind, such as "chosen". columns: numeric columns of the rows
     by name, such as those in data.extras.
     """
 
@@ -217,7 +219,7 @@ def same_state(state: LossState, metrics: Metrics) -> LossState:
 @dataclass(frozen=True)
 class PreferenceLoss:
     """A preference loss, a function fn(pair, ...) -> [B, P], with facts that the objective must know. A plain
-    function as a loss counts as PreferenceLoss(function), with the defaults.
+    function is treated as PreferenceLoss(function).
 
     coupled: the value of a pair depends on the batch's other pairs (sorts, batch means, running statistics).
     Such a loss is fn(pair, state, ...). It is called once per optimizer step with the pairs of all
@@ -355,7 +357,7 @@ def check_knobs(loss: Callable[..., Array]) -> None:
         loss_signature(loss).bind("pair")
     except (TypeError, ValueError) as error:
         knobs = ", ".join(list(loss_signature(declaration(loss)).parameters)[1:]) or "none"
-        raise ValueError(f"loss {loss_name(loss)}: {error}. Its knobs: {knobs}") from error
+        raise ValueError(f"loss {loss_name(loss)}: {error}. Its parameters: {knobs}") from error
 
 
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"

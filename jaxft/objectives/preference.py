@@ -139,7 +139,7 @@ def preference(
     'none'
     >>> preference(model=None, loss=partial(dpo, betta=0.3))
     Traceback (most recent call last):
-    ValueError: loss dpo: got an unexpected keyword argument 'betta'. Its knobs: beta, score
+    ValueError: loss dpo: got an unexpected keyword argument 'betta'. Its parameters: beta, score
     """
     check_knobs(loss)
     declared = declaration(loss)
@@ -264,8 +264,8 @@ def reference_params(params: Params, aux: Aux) -> Params:
 
 
 def _reference_copy(kind: ReferenceKind, trainable: Params, at_base: bool) -> Aux:
-    """Return aux with a copy of the policy at step 0, if the reference needs one. at_base: it needs none,
-    because the frozen parameters are that policy.
+    """Return {"reference": a copy of the trainable leaves} if the reference is the policy at step 0; {} if it
+    is not, or if `at_base`: the frozen parameters alone are that policy.
     """
     return {"reference": jax.tree.map(jnp.copy, trainable)} if kind == "start" and not at_base else {}
 
@@ -354,9 +354,9 @@ def _update_reference(ema: EMAReference, aux: Aux, trainable: Params) -> Aux:
 
 
 # Weighted means of weights that are given as low-rank pairs: `alpha a b + (1 - alpha) a' b'` as one pair.
-# Blending a and b apart would be off by `alpha (1 - alpha) (a - a') (b - b')`. The mean of the products has
-# up to the sum of the two ranks. It is reduced to the nearest product of a fixed rank (Eckart & Young 1936),
-# and what that drops is returned.
+# Separate means of a and b would be off by `alpha (1 - alpha) (a - a') (b - b')`. The mean of the products
+# has up to the sum of the two ranks. It is reduced to the nearest product of a fixed rank (Eckart & Young
+# 1936), and the norm of the dropped part is returned.
 
 RANKS = 2  # rank of a blend, in ranks of the adapter
 

@@ -128,7 +128,7 @@ def read_scores(
     """Return the scalar head's output at read positions (indices of tokens), in float32 or wider."""
     if num_shards(("time",), (h_BTD.shape[1],)) > 1 and isinstance(params["score"], Several):
         raise ValueError(
-            "several heads in one forward pass are not supported on a mesh that shards time. Set "
+            "several heads in one forward pass are not supported with mesh.context above 1. Set "
             "mesh.context=1, or train one member at a time"
         )
     return read_numbers(partial(model.scores, params), h_BTD, read)

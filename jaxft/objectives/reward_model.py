@@ -192,7 +192,9 @@ def _column(batch: Pairs, name: str) -> Rewards:
 
 
 def _metrics(outputs: Outputs) -> Metrics:
-    """Return the metrics, over pairs of equal weight; a tie counts 1/2 in the accuracy, see WinRate."""
+    """Return the metrics of best and worst responses, over pairs of equal weight; in the accuracy a tie
+    counts 1/2, see WinRate.
+    """
     chosen, rejected, batch = outputs.chosen, outputs.rejected, outputs.batch
     used = batch.pair_weights > 0
     margin = chosen - rejected

@@ -197,7 +197,10 @@ def adamw_8bit(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> UpdateRule:
-    """AdamW with moments in 8 bits, in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861)."""
+    """AdamW with moments in 8 bits, in blocks of 256 (Dettmers et al. 2022, arXiv:2110.02861).
+
+    Leaves with fewer than 4096 values per layer have float32 moments, as in bitsandbytes.
+    """
     check_adam(b1, b2, eps)
     adam = scale_by_adam_8bit(Adam(b1, b2, eps), specs)
     return UpdateRule(with_decay(adam, schedule, specs, weight_decay), rowwise=True, replicated=("absmax",))

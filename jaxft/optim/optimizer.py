@@ -207,7 +207,7 @@ def _check_optimizer(o: Optim) -> None:
     except (TypeError, ValueError) as error:  # of bind, or a partial's arguments do not fit
         given = [f"optim.{name}={value}" for name, value in o._adam.items()]
         given += [f"optim.optimizer_kwargs={name}:{value}" for name, value in o.optimizer_kwargs]
-        several = "what it does not take of " if len(given) > 1 else ""
+        several = "those that it does not accept: " if len(given) > 1 else ""
         raise ValueError(
             f"optim.optimizer={name_of(o.optimizer)} can't be called as "
             f"(schedule{'' if of_optax else ', specs, weight_decay'}{', **hyper' if given else ''}): {error}"
@@ -220,10 +220,11 @@ def _check_optimizer(o: Optim) -> None:
         )
 
 
-def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
+def make_optimizer(o: Optim, specs: Specs, steps: int, all_specs: Specs | None = None) -> Optimizer:
     """Build the optimizer of the trainable leaves for a run of `steps` steps.
 
-    specs: ParamSpecs of the trainable leaves, None elsewhere.
+    specs: ParamSpecs of the trainable leaves, None elsewhere. all_specs: if `specs` has only some of the
+    trainable leaves (see freezable), the specs of all, among which each pattern of lr_groups must match one.
 
     >>> from jaxft.nn.param import full
     >>> specs = {"w": ParamSpec((2, 3), ("width", "mlp"), full(1.0))}
@@ -241,7 +242,7 @@ def make_optimizer(o: Optim, specs: Specs, steps: int) -> Optimizer:
     moves = rule.transform
     rates = rate_groups(o, rule_specs)
     if rates:
-        moves = optax.chain(moves, scale_groups(rates, rule_specs))
+        moves = optax.chain(moves, scale_groups(rates, specs if all_specs is None else all_specs))
     averaging = _averaging(o, rule)
     if averaging is not None:
         moves = averaging.wrap(moves)
@@ -292,8 +293,7 @@ def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
 
 
 def _averaging(o: Optim, rule: UpdateRule) -> Averaging | None:
-    """Return how the weights are averaged: by optim.ema, or as a schedule-free optimizer declares in `rule`;
-    None for neither.
+    """Return the weight averaging of optim.ema or of a schedule-free optimizer (`rule`); None without either.
 
     Raises ValueError if a schedule-free optimizer is used with optim.ema, or with another schedule than
     constant.

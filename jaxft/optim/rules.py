@@ -307,7 +307,11 @@ def stack_of(path: str) -> str:
 
 
 def scale_groups(groups: tuple[tuple[str, float], ...], specs: Specs) -> optax.GradientTransformation:
-    """Multiply each leaf's update by the factor of the first pattern that matches its path."""
+    """Multiply each leaf's update by the factor of the first pattern that matches its path, 1 without a
+    match.
+
+    Raises ValueError for a pattern that matches no path.
+    """
     factors = jax.tree.map(lambda _: 1.0, specs, is_leaf=is_spec)
     for pattern, factor in reversed(groups):
         mask = tree.mask_by_path(factors, pattern, "optim.lr_groups")
@@ -386,7 +390,7 @@ def muon(
 
 
 def _kind(spec: ParamSpec) -> str:
-    """Return "matrix" for parameters that Muon updates, the kernels of layers; "other" for the others."""
+    """Return "matrix" for parameters that Muon updates, the kernels of layers; "other" for all else."""
     return "matrix" if kernel(spec) and TABLE_AXES.isdisjoint(spec.axes) else "other"
 
 

@@ -42,7 +42,7 @@ def to_float32(x: Any) -> Any:
 
 
 def stochastically_rounded(x: Float[Array, "..."], key: Key[Array, ""]) -> Float[Array, "..."]:
-    """Round float32 at random to one of the two nearest bfloat16 values, so that the expected value is x.
+    """Round float32 to bfloat16, at random to one of the two nearest values, so that the expected value is x.
 
     Random bits are added to the 16 bits that are then dropped. Non-finite values are unchanged.
     """

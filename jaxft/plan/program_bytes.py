@@ -471,7 +471,8 @@ def largest_arrays(program: hlo.HloProgram, count: int = 5) -> dict[str, int]:
     """Return the bytes of the `count` largest arrays that a compiled program allocates, largest first.
 
     The keys are dtypes and shapes, such as "bf16[8,128]"; arrays of equal dtype and shape are one item.
-    Left out are arguments, values inside fusions, which are never in memory, and views such as bitcasts.
+    Left out are dtypes and shapes of arguments, views such as bitcasts, and values inside fusions, which are
+    never in memory.
     """
     made: dict[str, int] = {}
     arguments: set[str] = set()

@@ -173,7 +173,11 @@ def repetitions(results: Sequence[RankedRun]) -> dict[str, list[RankedRun]]:
         if result.seed in [other.seed for other in groups.get(key, ())]:
             key = f"{key} {result.label}"  # the same run again is no repetition
         groups.setdefault(key, []).append(result)
-    return {_group_label(group): group for group in groups.values()}
+    labelled: dict[str, list[RankedRun]] = {}
+    for group in groups.values():
+        label = _group_label(group)
+        labelled[", ".join(run.label for run in group) if label in labelled else label] = group
+    return labelled
 
 
 def _without_seeds(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,10 +76,7 @@ def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def sweep_members(folder: Path) -> dict[str, Path]:
-    """Return label -> folder of each run of a sweep, {} if the folder is not of a sweep.
-
-    Raises ValueError for a damaged config.json.
-    """
+    """Return label -> folder of each run of a sweep, {} if the folder is not of a sweep."""
     path = folder / "config.json"
     labels = read_saved_json(path).get("members", []) if path.is_file() else []
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):

@@ -54,7 +54,9 @@ def nonconstant_groups(scores: GroupScores) -> GroupMask:
 
 
 def missing_eos(scores: GroupScores, ended: GroupMask, penalty: float) -> GroupScores:
-    """Subtract `penalty` (at least 0) from scores of completions not in `ended`: missing_eos_penalty."""
+    """Subtract `penalty` from the scores of completions that have not `ended`: TRL's missing_eos_penalty.
+    Raises ValueError for a penalty below 0.
+    """
     if penalty < 0:
         raise ValueError(
             f"missing_eos={penalty} would reward a missing end token. Use a number of at least 0."
@@ -86,8 +88,11 @@ def clip_scores(scores: GroupScores, low: float, high: float) -> GroupScores:
 
 
 def update_moments(moments: Moments, scores: GroupScores) -> Moments:
-    """Return the moments (count, mean, sum of squared deviations from the mean) of earlier scores, whose
-    moments are `moments`, and of new ones without NaN (Chan et al. 1979).
+    """Add new scores to the running moments (count, mean, sum of squared deviations from the mean), without
+    NaN (Chan et al. 1979).
+
+    >>> update_moments(np.zeros(3), np.array([[1.0, 3.0, np.nan]]))
+    array([2., 2., 2.])
     """
     x = _float64(scores)[has_score(scores)]
     count, mean, squares = _float64(moments)
@@ -255,7 +260,7 @@ def gfpo(
     group = np.shape(scores)[1]
     retain = max(1, group // 2) if retain is None else retain
     if not 0 < retain < max(group, 2):
-        raise ValueError(f"gfpo: retain={retain} of a group of {group}. Use 1 to {max(1, group - 1)}.")
+        raise ValueError(f"gfpo: retain={retain} must be 1 to {max(1, group - 1)} in a group of {group}.")
     return advantage(_highest(scores, metric(scores, lengths), np.full(len(scores), retain)), lengths)
 
 
@@ -276,18 +281,20 @@ def adaptive_gfpo(
     """
     if not all(0 < fraction <= 1 for fraction in fractions):
         raise ValueError(
-            f"adaptive_gfpo: each of fractions must be above 0 and at most 1, got {fractions}."
-            " Use numbers such as 0.5."
+            f"adaptive_gfpo: fractions={fractions} must be four numbers above 0 and at most 1, such as "
+            "0.5,0.5,0.375,0.25."
         )
     valid = has_score(scores)
     means = np.nansum(_float64(scores), 1) / np.maximum(valid.sum(1), 1)
-    quarters = (means[:, None] > np.quantile(means[valid.any(1)], (0.25, 0.5, 0.75))).sum(1)
+    known = means[valid.any(1)]
+    limits = np.quantile(known, (0.25, 0.5, 0.75)) if len(known) else np.zeros(3)
+    quarters = (means[:, None] > limits).sum(1)
     retain = np.maximum(np.array(fractions)[quarters] * scores.shape[1], 1).astype(int)
     return advantage(_highest(scores, metric(scores, lengths), retain), lengths)
 
 
 def standardised(advantages: GroupScores, eps: float = 1e-4) -> GroupScores:
-    """`(A - mean) / (std + eps)` over the batch, 0 for NaN or if all are equal; RLOO normalize_advantages."""
+    """`(A - mean) / (std + eps)` over the batch, 0 for NaN or if all equal. TRL: normalize_advantages."""
     x = _float64(advantages)
     valid = x[~np.isnan(x)]
     if not len(valid) or valid.max() == valid.min():
@@ -309,8 +316,8 @@ def token_rewards(
     """Return `-kl_coef kl_t` with the score added at the last token (Ziegler et al. 2019, arXiv:1909.08593,
     eq. 2).
 
-    kl: KL of each token. A completion without a score has reward 0 at every token, so that all that is
-    computed from it is finite; its weight in the loss must be 0. TRL adds the score one position later if
+    kl: KL of each token. A completion without a score has reward 0 at every token, which keeps all results
+    finite; its weight in the loss must be 0. TRL adds the score one position later if
     padding follows the last token.
 
     >>> token_rewards(np.array([[0.1, 0.2, 0.0]]), np.array([1.0]), np.array([2]), kl_coef=0.5)
@@ -387,15 +394,15 @@ def _all_equal(scores: GroupScores) -> Bool[np.ndarray, "G 1"]:
 
 
 def _centred(scores: Shaped[np.ndarray, "G N"]) -> GroupScores:
-    """Return `r - mean of the group`, set to 0 if all are equal, as a mean may have a rounding error."""
+    """Return `r - mean of the group`; exactly 0 in a group of equal scores, whose mean may be rounded."""
     valid, x = has_score(scores), _float64(scores)
     mean = np.nansum(x, 1, keepdims=True) / np.maximum(valid.sum(1, keepdims=True), 1)
     return np.where(_all_equal(scores), x * 0, x - mean)
 
 
 def _highest(scores: GroupScores, ranks: GroupScores, retain: Int[np.ndarray, " G"]) -> GroupScores:
-    """Return the scores of the `retain` completions of each group with the highest ranks, NaN elsewhere. Of
-    completions with equal ranks the first is retained.
+    """Return the scores of the `retain` completions of each group that have the highest ranks, NaN for all
+    others. Of completions with equal ranks the first is retained.
     """
     order = np.argsort(-np.where(has_score(scores), ranks, -np.inf), axis=1, kind="stable")
     places = np.argsort(order, axis=1)
@@ -409,13 +416,13 @@ def _checked_weights(
     x, w = _float64(rewards), np.asarray(weights, np.float64)
     if x.shape[-1:] != w.shape:
         raise ValueError(
-            f"{x.shape[-1]} rewards need as many weights, got {len(w)}. Set reward_weights to as many."
+            f"reward_weights={w.tolist()} for {x.shape[-1]} reward(s). Set one weight for each reward."
         )
     return x, w
 
 
 def check_advantages(group: int, scores: GroupScores, advantages: PerToken) -> None:
-    """Raise ValueError if scores differ but all advantages are 0, as groups have one completion."""
+    """Raise ValueError if groups have one completion and all advantages are 0 although scores differ."""
     valid = scores[has_score(scores)]
     if group == 1 and valid.size and valid.max() > valid.min() and not advantages.any():
         raise ValueError(

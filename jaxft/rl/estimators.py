@@ -149,7 +149,9 @@ def by_each(rollout: RolloutScores) -> AdvantageEstimate:
 
 
 def group_whitened(rollout: RolloutScores) -> AdvantageEstimate:
-    """Whiten scores less their group's mean over all tokens: REINFORCE++ with a group baseline."""
+    """Subtract each group's mean from its scores, and whiten over all tokens: REINFORCE++ with a group
+    baseline. Raises ValueError for a KL penalty in the rewards.
+    """
     _require_no_kl(rollout, "group_whitened")
     centred = _per_token(rollout, adv.centred(rollout.scores))
     return AdvantageEstimate(adv.whiten(centred, rollout.token_mask), None, {})
@@ -178,8 +180,9 @@ def actor_critic(
 ) -> AdvantageEstimate:
     """Give every token its generalised advantage (GAE), whitened over all tokens: PPO.
 
-    A token's reward is `-kl_coef KL_t`, plus the score at the last token. Returns are not whitened. Raises
-    ValueError without a critic's values.
+    A token's reward is `-kl_coef KL_t`, plus the turn's reward at a turn's last token, plus the remaining
+    score at the last token of the episode. Returns are not whitened. Raises ValueError without a critic's
+    values, and for kl_coef without a reference.
 
     kl_coef: None for the coefficient of the objective's KLInReward(...), or 0 if the objective has none.
     gamma, lam: discount and lambda of GAE. whiten_rewards: whether to whiten the rewards first, with their
@@ -251,7 +254,9 @@ def _per_token(rollout: RolloutScores, x: GroupScores) -> PerToken:
 def _token_rewards(
     rollout: RolloutScores, coef: float, kl: KLEstimate | None
 ) -> tuple[PerToken, dict[str, float]]:
-    """Return (reward of each token; metrics of rewards, KL and entropy). kl: see actor_critic."""
+    """Return (reward of each token; metrics of rewards, KL and entropy). kl: see actor_critic. Raises
+    ValueError for a coefficient without a reference.
+    """
     mask, scores = rollout.token_mask, rollout.scores.ravel()
     if coef and rollout.reference is None:
         raise ValueError(
@@ -278,7 +283,7 @@ def _token_rewards(
 
 
 def _with_turn_rewards(rollout: RolloutScores, rewards: PerToken) -> PerToken:
-    """Add each turn's reward at its last token, and the remaining score at the episode's last token."""
+    """Add each turn's reward at the turn's last token, and the remaining score at the episode's last one."""
     of_turns = np.zeros(1) if rollout.turn_rewards is None else rollout.turn_rewards
     of_turns = np.where(rollout.token_mask, of_turns, 0)
     rest = rollout.scores.ravel() - of_turns.sum(1)

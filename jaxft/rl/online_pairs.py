@@ -116,6 +116,6 @@ class OnlinePairs(Rollouts):
         ignored = [x.name for x in fields(rules) if getattr(rules, x.name) != getattr(applied, x.name)]
         if ignored:
             raise ValueError(
-                "online pairs use the rules rewards, reward_weights, combine, shape and train_on_truncated. "
+                "online pairs use only rewards, reward_weights, combine, shape and train_on_truncated. "
                 f"Leave {', '.join(ignored)} unset."
             )

@@ -61,7 +61,7 @@ class EpisodeLimits:
     turns: turns of the model. turn_tokens: tokens sampled in a turn. tokens: tokens after the prompt, sampled
     ones and answers together; where the chat template rewrites earlier turns, the whole prompt of the next
     turn counts. prompt: tokens of a prompt. timeout: seconds of each call of an environment or a tool.
-    observation: characters of what reset, step or a tool returns. workers: calls at once.
+    observation: characters of what reset, step or a tool returns. workers: concurrent calls.
     """
 
     turns: Annotated[int, at_least(1)] = 8
@@ -81,8 +81,8 @@ class Play:
     """The environment and the limits of episodes.
 
     stop: token ids that end a turn. rewards: TRL's reward functions with an argument `environments`. Each is
-    called as an episode ends, with a list of one for each argument (environments, prompts, completions and
-    the dataset's columns), and returns a list of one number, or of None for no score.
+    called when an episode ends, with lists of one item (environments, prompts, completions and the dataset's
+    columns), and returns a list of one number, or [None] for no score.
     """
 
     environment: Environment
@@ -105,7 +105,7 @@ class Play:
 
     @cached_property
     def calls(self) -> Calls:
-        """The threads that call users' functions; those with objects to use again outlive a rollout."""
+        """The threads that call users' functions; threads with reusable objects outlive a rollout."""
         return Calls(self.limits.workers, self.limits.timeout)
 
     @property
@@ -137,7 +137,7 @@ class TurnSession(Protocol):
         """End an episode. Its row is free for another."""
 
     def wait(self) -> list[Sampled]:
-        """Sample until a turn has ended. Return the turns that have, [] if no episode is in progress."""
+        """Sample until a turn has ended; return all that have ended, [] if no episode is in progress."""
 
 
 Sampler = Callable[[jax.Array], TurnSession]  # of a key, from which the keys of all completions derive
@@ -156,7 +156,8 @@ def rollout(
     key: jax.Array,
     ended: Ended | None = None,
 ) -> list[Trajectory]:
-    """Play `group` episodes of each of the prompts `rows`, and return them, those of a prompt together.
+    """Play `group` episodes of each of the prompts `rows`; return them in the order of the prompts, the
+    `group` episodes of a prompt one after the other.
 
     ended: called with (number, trajectory) of each episode as soon as it has ended, for rewards that overlap
     with sampling. All processes of a run sample; the environment is called on the first.
@@ -433,7 +434,7 @@ class _Rollout:
         return self._start_group(episode.prompt)
 
     def _start_group(self, prompt: int) -> None:
-        """Start the first rows of a prompt's episodes, once all that have not ended know their prompt."""
+        """Start the first rows of a prompt's episodes, once each unfinished episode has its first prompt."""
         numbers = range(prompt * self.group, (prompt + 1) * self.group)
         waiting = self.ready.get(prompt, {})
         if not waiting or any(i in self.open and i not in waiting for i in numbers):
@@ -543,7 +544,7 @@ def _score_of(play: Play, state: EpisodeState, given: dict[str, Any], task: Task
         values = task.call(function, environments=[environment.owner(state)], **logs, **deepcopy(given))
         if not isinstance(values, list | tuple | np.ndarray) or len(values) != 1:
             name, got = name_of(function), repr(values)[:80]
-            raise WrongType(f"reward {name} returned {got}, expected a list of one number")
+            raise WrongType(f"reward {name} returned {got}, expected a list with one number")
         rewards[name_of(function)] = checked_reward(values[0])
     return _Scored(score, rewards)
 

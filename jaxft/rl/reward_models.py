@@ -66,8 +66,8 @@ def load_reward_model(
 ) -> LoadedRewardModel:
     """Load a reward model onto the mesh, its base in `dtype` or quantised, its head in float32.
 
-    ref: a classifier with one label or, with `adapter`, the base below it. adapter: a PEFT folder, or a
-    run's, with a head. Raises ValueError if it is no classifier, has several labels, or lacks its head.
+    ref: a classifier with one label or, with `adapter`, its base. adapter: a PEFT folder, or a run's, with a
+    head. Raises ValueError if `ref` is not a classifier, has several labels, or lacks its head.
     """
     with jax.set_mesh(mesh):
         model = _headless(ref, dtype)
@@ -150,11 +150,11 @@ def read_before_pad(batch: Pairs, pad: int) -> Pairs:
 
 
 def pad_token_of(ref: str, adapter: str | Path | None = None) -> int | None:
-    """Return the token at which a reward model is never read.
+    """Return the id of a reward model's padding token, at which no reward is read.
 
-    transformers reads a classifier at the last token that isn't pad_token_id of its configuration; an
-    adapter's tokenizer has it instead. None for an id that no text has, such as -1. Raises ValueError for
-    anything but an integer or null.
+    transformers reads a classifier at the last token that isn't pad_token_id of its configuration. The id of
+    an adapter is from its own tokenizer, if it has one. None without an id, and for one that no text has,
+    such as -1. Raises ValueError for a pad_token_id that is neither an integer nor null.
     """
     if adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file():
         return pretrained.load_tokenizer(str(adapter)).pad_token_id
@@ -209,8 +209,8 @@ class HeadReward(Reward):
     def prepare(self, programs: RolloutPrograms) -> ScoreEpisodes:
         """Compile the forward pass, and return the scoring function.
 
-        Raises ValueError if the run has no such model, or if its rope depends on the length of a text:
-        completions that share a prompt have the rope of the longest one.
+        Raises ValueError if the run has no model of this name, and if the model's rope depends on the length
+        of a text: completions that share a prompt would have the rope of the longest one.
         """
         model = programs.run.model
         if self.name not in model.heads:
@@ -386,7 +386,8 @@ def find_reward_model(
     read at a completion's last token, or at the one before if the last is the padding token of the adapter's
     own tokenizer. A classifier (a folder, a run with full=true, or org/name@revision on the hub) is a
     separate model, quantised as set by `quant`. longest: tokens of a prompt with its completion; a separate
-    model accepts up to twice as many of its own tokens, at least 1024.
+    model accepts up to twice as many of its own tokens, at least 1024. Raises ValueError if `ref` is not a
+    reward model, FileNotFoundError or ValueError for a run without usable weights.
     """
     if (Path(ref) / "metrics.jsonl").is_file():
         runfolder.trained_weights(Path(ref))  # raises an error that names a run which isn't finished

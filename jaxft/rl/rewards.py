@@ -129,7 +129,8 @@ class FunctionReward(Reward):
 
     def begin(self, prompt: Any, completion: str, columns: dict[str, Any]) -> Callable[[], Any]:
         """Prepare a call, with copies that the function may change; return a function that returns the call's
-        result. An async function starts now, a plain one when the result is asked for. columns: the row's.
+        result or raises its exception. An async function starts now, a plain one when the returned function
+        is called. columns: of the row. An async call raises TimeoutError after ASYNC_SECONDS.
         """
         given = copy.deepcopy(prompt), completion, copy.deepcopy(columns)
         if not self.is_async:
@@ -185,8 +186,8 @@ def _require_reward_signature(fn: Callable, name: str) -> None:
     takes = "is a function of (prompt, completion, row) that returns a number"
     if OBJECTS in signature.parameters:
         raise ValueError(
-            f"reward {name}{signature} reads the objects of an environment, which only a rollout has. Set "
-            "environment=my_env.py:Name, or leave this reward out."
+            f"reward {name}{signature} has the parameter environments, which only an environment can fill. "
+            "Set environment=my_env.py:Name, or leave this reward out."
         )
     if {"prompts", "completions"} & {*signature.parameters}:
         raise ValueError(
@@ -309,7 +310,9 @@ def call_reward(
 
 
 def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequence[str]) -> RewardScores:
-    """Count a reward's scores that are not finite, and set them to NaN. name: the reward's, for messages."""
+    """Return a reward's scores, NaN for those that are not finite, and their number as faults. name: of the
+    reward, for messages.
+    """
     numbers = [_finite_number(value, name, row) for value, row in zip(scores, row_names, strict=True)]
     return RewardScores(
         np.array([value for value, _ in numbers]), sum((fault for _, fault in numbers), Faults())
@@ -317,7 +320,7 @@ def check_scores(scores: Shaped[np.ndarray, "..."], name: str, row_names: Sequen
 
 
 def _finite_number(value: Any, name: str, row: str) -> tuple[float, Faults]:
-    """Convert what a reward returned to a score; NaN and a fault if it is no finite real number."""
+    """Convert the value that a reward returned to a score; NaN and a fault if it is no finite real number."""
     score = finite_number(value)
     if math.isfinite(score):
         return score, Faults()

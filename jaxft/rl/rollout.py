@@ -185,12 +185,12 @@ class Rollouts(Prompts):
         if self.played.schemas and self.max_turns == 1:
             raise ValueError(
                 "data.max_turns=1 with tools: after one turn an episode ends, and calls are not answered. "
-                "Set max_turns=3, for example: two turns that call tools, and the answer."
+                "Set, for example, data.max_turns=3: two turns with tool calls, and the answer."
             )
         if self.observations and self.max_turns == 1:
             raise ValueError(
-                "ECHO predicts what a policy is given between its turns, and data.max_turns=1 gives it "
-                "nothing. Set data.max_turns with an environment or tools, or leave echo out."
+                "ECHO trains on observations between turns, and data.max_turns=1 has none. Set, for "
+                "example, data.max_turns=3 with an environment or tools, or leave echo out."
             )
 
     @property
@@ -256,11 +256,11 @@ class Rollouts(Prompts):
         names = [reward.name for reward in self.object_rewards]
         if names and (self.environment is None or len({*names}) < len(names)):
             raise ValueError(
-                f"rewards {', '.join(names)} take the argument `environments`; "
+                f"rewards {', '.join(names)} have the parameter environments; "
                 + (
                     "set environment=my_env.py:Name"
                     if self.environment is None
-                    else "two have the same name, so rename one of the functions"
+                    else "rename one of the functions that have the same name"
                 )
             )
         self.play(tokenizer, ())  # raises ValueError for a tokenizer whose template shows no tools
@@ -346,7 +346,7 @@ class PromptSource:
         return self.given(step), {}
 
     def evaluate(self, state: TrainState) -> HeldOutMetrics:
-        """Return nothing: prompts alone have no metrics."""
+        """Return no metrics: without a sampler there are no episodes."""
         return HeldOutMetrics({}, {})
 
     def limit_evaluation(self, most: int | None) -> Any:
@@ -386,8 +386,7 @@ class RolloutSource(PromptSource):
     """Rollouts of a compiled run; see data.source.Source. A batch is a function of step, state and history.
 
     token_scores: the pass that recomputes log-probs, None to use the sampler's. row_shapes: shapes of packed
-    rows; each rollout uses the smallest that holds its episodes. current: the rollout in use, None before the
-    first.
+    rows; each rollout uses the smallest that fits. current: the rollout in use, None before the first.
     """
 
     run: BoundRun
@@ -449,7 +448,7 @@ class RolloutSource(PromptSource):
         scored, packed = self._scored(chosen, data.group, number, state)
         messages = fault_messages(scored)
         if not has_score(scored.scores).any():
-            reason = next(iter(messages.values()), "none has all of its rewards.")
+            reason = next(iter(messages.values()), "none has all of its rewards")
             text = f"no completion of rollout {number + 1} has a score: {reason.partition(';')[0]}."
             if not self.history.moments[0]:
                 raise ValueError(f"{text} Correct the rewards, the environment or the rows.")
@@ -582,7 +581,8 @@ def check_policy_run(data: Rollouts, run: BoundRun) -> None:
         )
     if target_kl is not None and data.steps_per_rollout == 1:
         raise ValueError(
-            f"target_kl={target_kl}: a rollout has no later steps to skip. Raise data.passes or omit it."
+            f"target_kl={target_kl} skips later steps of a rollout, but each rollout has one step. Raise "
+            "data.passes or data.minibatches, or omit target_kl."
         )
     example = example_rollout(data.group, data.rules.reward_weights, facts)
     check_advantages(data.group, example.scores, data.rules.estimate(example).advantages)

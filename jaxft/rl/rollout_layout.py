@@ -31,7 +31,7 @@ from jaxft.objectives.objective import Objective, Scores
 from jaxft.rl.advantages import PerToken
 from jaxft.rl.trajectory import Episodes, Trajectory
 
-ROW_FRACTIONS = (0.25, 0.5, 1.0)  # row shapes hold such a fraction of the longest episodes
+ROW_FRACTIONS = (0.25, 0.5, 1.0)  # of the longest episodes: the sizes of the row shapes
 
 
 def rollout_shapes(data: Prompts, longest: int, shards: int) -> dict[RowShape, Rollout]:
@@ -112,7 +112,7 @@ def pack_episodes(
     size: tuple[int, int] | None = None,
     reads_given: bool = False,
 ) -> PackedRows:
-    """Pack each prompt with its episodes into a row of the first of the shapes that holds them all.
+    """Pack each prompt with its episodes into a row, of the first of `shapes` into which all rows fit.
 
     size: (rows, episode slots of a row), more than needed stay empty; None for as many as needed.
     reads_given: whether tokens that an episode was given before its last turn have read positions too, after
@@ -239,9 +239,9 @@ class RolloutPrograms:
     max_length: int
 
     def compile(self, fn: Callable[[Params, Aux, Rollout], Any]) -> RolloutPass:
-        """Compile `fn(params, aux, batch)` of batches [micro, rows, ...] as a function of a whole rollout.
+        """Compile `fn(params, aux, batch)` of batches [micro, rows, ...] as a function of a rollout's rows.
 
-        It runs `fn` on batches of the size that the policy is trained on and returns arrays [R, ...].
+        It runs `fn` on batches of the size of a training step and returns arrays [R, ...].
         """
         run = self.run
         jitted = jax.jit(fn, out_shardings=sharding.replicated(run.mesh))

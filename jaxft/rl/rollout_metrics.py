@@ -86,7 +86,7 @@ def prompt_counts(
 
 
 def _means(names: Sequence[str], scored: ScoredEpisodes) -> MaybeMeans:
-    """The means that rollouts and evaluations log; None if too few completions have a score."""
+    """Return the means that rollouts and evaluations log; None where too few completions have a score."""
     episodes, faults, count = scored.episodes, scored.faults, scored.reward_scores.size
     lengths, ended = episodes.lengths[episodes.valid], episodes.ended[episodes.valid]
     means: MaybeMeans = {REWARD: None, REWARD_STD: None, **score_metrics(scored.scores)}

@@ -1,4 +1,4 @@
-"""Rules of a rollout: how completions are scored, which of them are trained on, with which advantages and
+"""Rules of a rollout: how completions are scored, which ones are trained on, and with which advantages and
 weights.
 """
 
@@ -80,8 +80,8 @@ class Rules:
         count, names = len(rewards), ", ".join(self.reward_names)
         if self.reward_weights and len(self.reward_weights) != count:
             raise ValueError(
-                f"reward_weights has {len(self.reward_weights)} entries for {count} rewards ({names}). "
-                "Set one for each."
+                f"reward_weights={list(self.reward_weights)} for the rewards {names}. Set one weight for "
+                "each reward."
             )
         if not np.isfinite(self.reward_weights).all():
             raise ValueError(f"reward_weights={self.reward_weights} must be finite. Set finite numbers.")
@@ -118,8 +118,8 @@ class Rules:
         return float(np.dot(is_environment, self.reward_weights))
 
     def score(self, episodes: Episodes, by_reward: Sequence[RewardScores]) -> ScoredEpisodes:
-        """Combine and shape the scores of each reward. Episodes with a fault get none; skipped rewards count
-        0.
+        """Combine and shape the scores of each reward. Episodes with a fault get no score. A reward that
+        skips an episode counts 0 in its score, unless all rewards skip it.
         """
         lengths, valid = episodes.lengths, episodes.valid
         each = np.stack([reward.scores for reward in by_reward], 1).astype(np.float64)

@@ -1,10 +1,10 @@
 """Sample the episodes of a rollout with the policy of a run, or read them from the record of an earlier one.
 
-All trajectories of a rollout are written to rollouts/NUMBER.npz in the run's folder, some of them as text to
-completions.jsonl. A run that was killed reads the rollouts that it had sampled with the same weights;
-data.replay=runs/NAME reads another run's. A rollout that is read is repeated to the bit: nothing is sampled
-for it and no environment is called. Held-out prompts are not recorded: an evaluation samples them, also in a
-replay.
+All trajectories of a rollout are written to rollouts/NUMBER.npz in the run's folder, and some of them as text
+to completions.jsonl. A run that was killed reads the rollouts that it had sampled with the same weights;
+data.replay=runs/NAME reads the rollouts of another run. A rollout that is read is repeated bit for bit:
+nothing is sampled and no environment is called. Episodes of held-out prompts are not recorded: every
+evaluation samples them, also in a replay.
 """
 
 import base64
@@ -85,13 +85,13 @@ def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
     """Yield the episodes of a run's recorded rollout, token by token: sampled tokens have weight 1, given
     ones 0.
 
-    Given tokens are labelled with their writer, such as "tool". Raises ValueError if the run has not recorded
-    the rollout.
+    Given tokens are labelled with their writer, such as "tool". Raises ValueError if the rollout is not
+    recorded, or its record is damaged.
     """
     path = folder / RECORDS / f"{number}.npz"
     if not path.is_file():
         raise ValueError(
-            f"{path} is missing; the run has not sampled rollout {number + 1}, use a smaller number"
+            f"{path} is missing: the run has not sampled rollout {number + 1}. Use a smaller number."
         )
     content = path.read_bytes()
     about_of(content, path)
@@ -111,7 +111,7 @@ def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
 
 
 def _writers(t: Trajectory) -> list[str]:
-    """Return who wrote the tokens after each sampled turn, such as "tool", or "given" if that is unknown."""
+    """Return the role of the messages after each sampled turn, such as "tool"; "given" if it is unknown."""
     roles = list[list[str]]()
     for message in t.turns:
         if message["role"] == "assistant":
@@ -153,8 +153,8 @@ class RolloutRecord:
         return trajectories
 
     def _stored(self, number: int) -> str | None:
-        """Return the file of rollout `number` in base64, as text for all processes; None if none is to be
-        used.
+        """Return the file of rollout `number` in base64, as text for all processes; None if the rollout is to
+        be sampled. Raises the errors of `read`.
         """
         if self.replay is not None:
             path = Path(self.replay) / RECORDS / f"{number}.npz"
@@ -203,7 +203,7 @@ def about_of(content: bytes, path: Path) -> tuple[int, str]:
             return int(arrays["weights"]), str(arrays["prompts"])
     except (ValueError, KeyError, TypeError, EOFError, OSError, BadZipFile, zlib.error) as error:
         raise ValueError(
-            f"{path} is damaged or of another version; remove it, so that its run samples it again"
+            f"{path} is damaged or of another version; remove it, and its run samples the rollout again"
         ) from error
 
 

@@ -312,7 +312,7 @@ def recorded_results(folder: Path) -> dict[Path, str] | None:
         return None
     recorded = read_saved_json(run / SUMMARY).get("files")
     if not isinstance(recorded, dict | None):
-        raise ValueError(f"{run / SUMMARY}: files has type {type(recorded).__name__}; restore the file")
+        raise ValueError(f"{run / SUMMARY}: files={recorded!r:.60} is not an object; restore the file")
     if recorded is None:
         return None
     paths = {run.resolve() / name: sha256 for name, sha256 in recorded.items()}
@@ -419,8 +419,8 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
         was, now = names if was_plain else names[::-1]
         remedy = "plain" if was_plain else "auto"
         return [
-            f"{ref} was trained on other prompts than this run's: strings were {was} there and are {now} "
-            f"here; data.format={remedy} continues with the same prompts"
+            f"{ref} was trained on other prompts than this run's: prompts that are strings were {was} there "
+            f"and are {now} here; data.format={remedy} continues with the same prompts"
         ]
     if is_plain:
         return []

@@ -148,7 +148,9 @@ class Mirror:
         try:
             index = json.loads(self.store.read(INDEX) or b"{}")
         except ValueError as error:
-            raise ValueError(f"{self.store.url}/{INDEX}: not JSON; delete it to send all again") from error
+            raise ValueError(
+                f"{self.store.url}/{INDEX}: not JSON; delete it, and all files are copied again"
+            ) from error
         parts = index if isinstance(index, dict) else {}
         return {key: part if isinstance(part := parts.get(key), dict) else {} for key in ("owner", "files")}
 
@@ -276,7 +278,7 @@ class Mirror:
         path = self.folder / name
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(
-                f"{self.store.url}: it has an object {name!r}, which is no file of a run; delete it"
+                f"{self.store.url}: the object {name!r} is not a file of a run; delete it"
             )
         return path
 

@@ -191,7 +191,7 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
     if kind is None:
         raise ValueError(
-            f"cannot rebuild the held-out rows of data of type {data.get('type')}; name rows with --file"
+            f"cannot rebuild the held-out rows of a run with data={data.get('type')}; name rows by --file"
         )
     known = {field.name for field in fields(kind)}
     data = {**data, **vars(decision_prompts(record))}

@@ -154,8 +154,8 @@ def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) 
         ]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{folder} has other leaves than the state of these settings ({'; '.join(lines)}{more}); "
-            "restore the settings, or use another name=..."
+            f"{folder} does not fit the parameters of these settings ({'; '.join(lines)}{more}); restore the "
+            "settings, or use another name=..."
         )
 
 

@@ -218,7 +218,7 @@ def joint_alarms(alarms: Mapping[str, Sequence[str]]) -> list[tuple[str, list[st
             by_text.setdefault(re.sub(r"\d[\d.,e+-]*", "#", alarm), []).append((alarm, name))
     joint = []
     for same in by_text.values():
-        text = same[0][0] + (" (the others with other numbers)" if len({x for x, _ in same}) > 1 else "")
+        text = same[0][0] + (" (with other numbers in other runs)" if len({x for x, _ in same}) > 1 else "")
         joint.append((text, list(dict.fromkeys(name for _, name in same))))
     return joint
 

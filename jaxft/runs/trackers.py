@@ -423,7 +423,7 @@ def check_trackers(trackers_or_names: tuple[str | Tracker, ...]) -> list[OpenTra
     for name in names:
         if name not in OPENERS and ":" not in name:
             known = ", ".join(sorted((*OPENERS, *OPEN)))
-            raise ValueError(f"trackers has {name!r}; use {known}, or file.py:name of your own")
+            raise ValueError(f"trackers has {name!r}; use {known}, or FILE.py:FUNCTION of your own")
         if name in OPENERS:
             import_package(name)
     return [OPENERS.get(name) or load_callable(name) for name in names]

@@ -67,7 +67,8 @@ def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Qu
     _check_fields(body, BODY_FIELDS, "")
     items = body.get("questions")
     if not isinstance(items, list) or not 1 <= len(items) <= MOST_QUESTIONS:
-        raise ApiError(400, f"questions must be a list of 1 to {MOST_QUESTIONS} questions", "questions")
+        shown = f"questions must be a list of 1 to {MOST_QUESTIONS} questions, got {items!r:.40}"
+        raise ApiError(400, shown, "questions")
     text = _input(body.get("input"))
     default = {
         "choices": [{"value": x} for x in known.labels],

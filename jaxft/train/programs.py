@@ -107,8 +107,8 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
             f"loop.watch={run.loop.watch} needs the gradients after the backward pass; set "
             "optim.fused_backward=false"
         )
-    make = partial(make_optimizer, run.optim, steps=steps)
     specs = parts.trainable_specs
+    make = partial(make_optimizer, run.optim, steps=steps, all_specs=specs)
     check_lora_plus(run, specs)
     optimizer = freezable(make, specs) if objective.facts.freezes_policy else make(specs)
     if run.optim.skip_spikes is not None:

@@ -91,9 +91,10 @@ def check_selection(job: Job, before: list[Evaluation]) -> None:
         loop, known = member.run.loop, [name for name in end["metrics"] if name.startswith(HELD_OUT)]
         metrics = list(dict.fromkeys(without_count(name) for name in known))
         if loop.best_metric and loop.best_metric not in metrics:
-            near = ", ".join(tree.nearest(loop.best_metric, metrics, 5) or metrics) or "none at all"
+            near = ", ".join(tree.nearest(loop.best_metric, metrics, 5) or metrics)
+            remedy = f"near: {near}" if near else "set data.held_out, without which there are none"
             raise processes.AgreedError(
-                f"loop.best_metric={loop.best_metric} is no metric of the evaluations; near: {near}"
+                f"loop.best_metric={loop.best_metric} is not a metric of the evaluations; {remedy}"
             )
         if selection_score(end["metrics"], loop) is None and loop.patience and not metrics:
             raise processes.AgreedError(

@@ -71,8 +71,8 @@ class Sweep:
                 )
             if run.adapter.replaces_weights and self.at_once > 1:
                 raise ValueError(
-                    "adapter.modules_to_save, bias and trainable_token_indices: the rows of several adapters "
-                    f"at once share these parameters of the base; use --at-once 1, got {self.at_once}"
+                    "adapter.modules_to_save, bias and trainable_token_indices are possible only for one "
+                    f"adapter at a time; use --at-once 1, got {self.at_once}"
                 )
             layered = adapter_specs(run.model.specs, run.adapter, run.model.weight_names)
             if self.at_once > 1 and {"embed", "head"} & layered.keys():
@@ -82,7 +82,7 @@ class Sweep:
                 )
             if run.adapter.dropout:
                 raise ValueError(
-                    f"adapter.dropout={run.adapter.dropout} is not possible in a sweep. Set it to 0."
+                    f"adapter.dropout={run.adapter.dropout} is not possible in a sweep; set adapter.dropout=0"
                 )
         adapters = [run.adapter for run in runs]
         if (

@@ -112,7 +112,11 @@ def test_responses_of_equal_ratings_stay_in_the_order_of_the_row():
 def test_pairs_in_a_ranking_have_their_ratings_or_their_ranks():
     pair = {"prompt": "q", "chosen": "x", "rejected": "y"}
     assert read(pair, responses=3)[1] == {"score_chosen": -1, "score_rejected": -2, "score_rank_2": 0}
+    ranks = {"score_chosen": -1, "score_rejected": -3, "score_rank_2": -2}
+    assert read({**pair, "rank_2": "z"}, responses=3)[1] == ranks
     rated = {**pair, "score_chosen": 8.5, "score_rejected": 3}
+    with pytest.raises(ValueError, match="'score_rank_2' is missing, .* rate all responses or none"):
+        read({**rated, "rank_2": "z"}, responses=3)
     assert read(rated, responses=3)[1] == {"score_chosen": 8.5, "score_rejected": 3, "score_rank_2": 0}
     assert read({**rated, "rank_2": "z", "score_rank_2": 4}, responses=3) == (
         {"chosen": "x", "rejected": "y", "rank_2": "z"},

@@ -135,3 +135,14 @@ def test_last_line_on_stderr(code, rc, stderr, tmp_path):
         time.sleep(0.02)  # the shell prints shortly after the process has ended
     time.sleep(0.1)
     assert (done.returncode, (tmp_path / "err").read_text()) == (rc, stderr)
+
+
+def test_a_missing_package_on_one_process_is_the_same_user_error_on_all(monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("No module named 'boto3'")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
+    monkeypatch.setattr(processes.sync, "gather_texts", lambda text: ['{"result": null}', text])
+    with pytest.raises(processes.AgreedError, match="process 1: No module named 'boto3'"):
+        processes._run_on_all(missing)

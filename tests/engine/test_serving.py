@@ -184,7 +184,7 @@ def test_a_full_queue_refuses_all_of_a_request_and_a_closed_one_everything():
     try:
         running = [tiny.Collected() for _ in range(6)]
         full.submit([(tiny.request(PROMPTS[0], max_new=24), gate(one)) for one in running])
-        with pytest.raises(QueueFull, match="queue of 2 places"):
+        with pytest.raises(QueueFull, match="queue of 2 requests"):
             full.submit([(tiny.request(PROMPTS[0]), print)] * 3)
         with pytest.raises(ValueError, match="7 completions at once"):  # which no waiting helps
             full.submit([(tiny.request(PROMPTS[0]), print)] * 7)

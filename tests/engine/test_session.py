@@ -115,13 +115,21 @@ def test_what_does_not_fit_into_a_row_is_one_line():
     session.wait()
     space = session.space(4)
     assert space == 128 + 24 - TURN
-    with pytest.raises(ValueError, match="4 has 7 of at most 152 tokens, so 145 given ones do not fit"):
+    with pytest.raises(ValueError, match="4 has 7 of at most 152 tokens, so 145 given ones and a sampled"):
         session.extend(4, [1] * space, 5)
     session.extend(4, [1] * (space - 1), 5)
     with pytest.raises(ValueError, match="episode 4 has no turn that has ended"):
         session.extend(4, [1], 5)
     (last,) = session.wait()
     assert len(last.tokens) == 1 and last.finish == "length"
+
+
+def test_a_prompt_longer_than_the_slots_is_refused_before_it_waits():
+    session = Session(tiny.chat_engine(), tiny.params())
+    longest = session.engine.slots.size
+    with pytest.raises(ValueError, match=f"{longest + 1} tokens, and this engine takes at most {longest}"):
+        session.start([1] * (longest + 1), [0])
+    assert not session.busy
 
 
 def test_prompts_wait_until_rows_are_dropped_where_rows_stay():

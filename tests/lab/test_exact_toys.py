@@ -146,7 +146,9 @@ def test_a_risk_that_is_not_a_number_ends_the_search():
     assert found.risk == 1.0 and np.allclose(found.logp, toy.reference)
 
 
-def test_a_toy_of_one_response_is_one_line():
+def test_a_toy_of_one_response_and_an_unknown_knob_are_one_line():
+    with pytest.raises(ValueError, match="^dpo has no knob 'bta'; its knobs: beta, score$"):
+        open_risk(probe("dpo", P.dpo), bradley_terry_toy([0.0, 1.0]), bta=0.5)
     with pytest.raises(ValueError, match="give the rewards of two or more"):
         bradley_terry_toy([1.0])
 

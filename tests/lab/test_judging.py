@@ -55,7 +55,7 @@ def test_answers_are_shown_in_both_orders():
 
 
 def test_a_judge_whose_replies_name_no_answer_is_refused():
-    with pytest.raises(ValueError, match=r"judge tiny: 4 of 4 replies name neither answer A nor B"):
+    with pytest.raises(ValueError, match=r"judge tiny: 4 of 4 replies have no verdict"):
         judging.values_of(["I cannot say"] * 4, "tiny")
     values = judging.values_of(["[[A]]", "hm", "[[A]]", "[[B]]"], "some")  # one reply of four
     np.testing.assert_array_equal(Judged("j", values, np.ones(2), np.ones(2)).by_prompt, [np.nan, 1.0])
@@ -97,7 +97,7 @@ def test_lengths_that_do_not_overlap_are_named():
     values = [1.0] * 9 + [0.0] * 3
     (*_, line) = judging.verdict_lines(judged(values, [20] * 12, range(12)), "a", "b")
     assert line == (
-        "  the answers of a are never the shorter ones, so that the rate at equal length is an extrapolation"
+        "  the answers of a are never the shorter ones, so the win rate at equal length is an extrapolation"
     )
     assert "extrapolation" not in "".join(
         judging.verdict_lines(judged(values, [5] * 12, range(12)), "a", "b")
@@ -203,7 +203,7 @@ def test_a_server_that_refuses_is_one_line():
         judges.ServerJudge(url, "m").compare(MATCHES)
     server = Server()
     server.reply = lambda body: "I like both"
-    with running(server) as url, pytest.raises(ValueError, match="judge m: 4 of 4 replies name neither"):
+    with running(server) as url, pytest.raises(ValueError, match="judge m: 4 of 4 replies have no verdict"):
         judges.ServerJudge(url, "m").compare(MATCHES)
 
 
@@ -253,8 +253,8 @@ def test_reward_bench_rows_are_right_only_if_every_chosen_answer_wins(tmp_path):
         ([{"prompt": "a"}, {"prompt": "b"}], [{"output": "x"}], "has 1 answers for 2 prompts"),
         ([{"id": 1, "prompt": "a"}], [{"id": 2, "output": "x"}], "1 of 1 prompts have no answer, such as 1"),
         ([{"id": 1, "prompt": "a"}, {"id": 1, "prompt": "b"}], [{"output": "x"}] * 2, "the same id '1' as"),
-        ([{"text": "a"}], [{"output": "x"}], "no prompt; expected prompt"),
-        ([{"prompt": "a"}], [{"output": 3}], "no answer; expected completion"),
+        ([{"text": "a"}], [{"output": "x"}], "no prompt in the columns prompt,"),
+        ([{"prompt": "a"}], [{"output": 3}], "no text in the columns completion,"),
     ],
     ids=["fewer answers", "another name", "a name twice", "no prompt", "no answer"],
 )
@@ -380,7 +380,7 @@ def test_a_judge_of_the_command_that_names_no_answer_is_one_line(tmp_path, monke
     with running(server) as url:
         code, _, error = call(monkeypatch, capsys, "judge", file, file, "--by", f"{url}#m")
     assert code == 1 and error.count("\n") == 1
-    assert "error: judge m: 6 of 6 replies name neither answer A nor B, such as 'Both are good.'" in error
+    assert "error: judge m: 6 of 6 replies have no verdict [[A]], [[B]] or [[C]], such as 'Both are" in error
 
 
 @pytest.mark.parametrize(

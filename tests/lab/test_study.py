@@ -227,11 +227,12 @@ def problems_of_a_study(folder):
         (manifest.parent / "state").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size
     )
     for path, change, message in (
-        (page, lambda x: x.replace(b"not distinguishable", b"better", 1), "is not what jaxft"),
-        (table, lambda x: x.replace(b"dpo", b"ipo", 1), "is not what jaxft"),
+        (page, lambda x: x.replace(b"not distinguishable", b"better", 1), "differs from what jaxft"),
+        (table, lambda x: x.replace(b"dpo", b"ipo", 1), "differs from what jaxft"),
         (trial, lambda x: x.replace(b"0.", b"1.", 1), "the file was changed after it was written"),
         (log, lambda x: x.replace(b"0.", b"1.", 1), "the line was changed after it was written"),
-        (folder / "declaration.json", lambda x: x.replace(b"  ", b" ", 1), "is not as jaxft writes it"),
+        (log, lambda x: x.replace(b"{", b"", 1), "study.jsonl:1: the line was changed"),  # no JSON
+        (folder / "declaration.json", lambda x: x.replace(b"  ", b" ", 1), "its spaces or the order"),
         (manifest, lambda x: x.replace(b'"step"', b'"stop"', 1), "checkpoints/9"),
         (stored, lambda x: x[:-9] + bytes([x[-9] ^ 1]) + x[-8:], "checkpoints/9"),
     ):

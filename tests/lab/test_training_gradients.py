@@ -121,7 +121,7 @@ def test_only_the_ratios_of_source_weights_matter(training):
     assert float(nothing.pair_weights.sum()) == 0.0
     with pytest.raises(ValueError, match="the batch has one source"):
         with_source_weights(replace(batch, sources=None), jnp.ones(2))
-    with pytest.raises(ValueError, match="1 weights of the 2 sources right, wrong"):
+    with pytest.raises(ValueError, match=r"1 weights for 2 sources \(right, wrong\)"):
         with_source_weights(batch, jnp.ones(1))  # jax would read the last weight for the second source
     one = training._replace(batches=replace(training.batches, sources=None, source_names=()))
     with pytest.raises(ValueError, match="the batches have one source"):
@@ -213,6 +213,8 @@ def test_a_recipe_that_cannot_be_differentiated_is_one_line(tmp_path, monkeypatc
         parts = jaxft.prepare("config.py", held_out=0.5)
         with pytest.raises(ValueError, match="no second derivative; set attention=reference"):
             short_training(parts, 2, 1e-3)
+        with pytest.raises(ValueError, match="knobs={'beta': 0.2} are parameters of loss="):
+            short_training(parts, 2, 1e-3, knobs={"beta": 0.2})
     monkeypatch.setenv(VARIABLE, "reference")
     with working_directory(tmp_path), jax.enable_x64(False):
         parts = jaxft.prepare("config.py", held_out=None)

@@ -155,10 +155,10 @@ def test_written_rows_are_the_rows(tmp_path):
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ({"noise": 0.6}, "world.noise=0.6 turns most labels around"),
+        ({"noise": 0.6}, "world.noise=0.6 flips most labels"),
         ({"pairs": 1}, "world.pairs=1"),
-        ({"duplicates": 1.0}, "world.duplicates=1.0 leaves no row of its own"),
-        ({"gap": 9.0, "pairs": 2}, "world.gap=9.0: no two of"),
+        ({"duplicates": 1.0}, "world.duplicates=1.0 leaves no rows to repeat"),
+        ({"gap": 9.0, "pairs": 2}, "world.gap=9.0: in 10000 sampled pairs"),
         ({"taste": Taste(0.0, 0.0, 0.0)}, "raise a weight of world.taste"),
         ({"source": "none.jsonl"}, "world.source=none.jsonl: no such file"),
         ({"source": "configs/data/general.jsonl"}, "general.jsonl:1: a world needs rows with texts"),

@@ -354,7 +354,7 @@ def test_the_kernel_is_chosen_from_the_described_device(device, head_dim, dtype,
     ("device", "head_dim", "dtype", "why"),
     [
         (H100, 64, jnp.float32, ": GPU kernels compute in bfloat16 or float16, not float32"),
-        (H100, 512, jnp.bfloat16, ": GPU kernels take heads of at most 256 numbers, not 512"),
+        (H100, 512, jnp.bfloat16, ": GPU kernels need a head_dim of at most 256, got 512"),
         (described("gpu", "Tesla T4"), 64, jnp.float16, ": Tesla T4 has a compute capability below 8.0"),
         (
             described("gpu", "AMD Instinct MI300X"),

@@ -516,22 +516,22 @@ def test_a_qtensor_has_no_gradient():
         (partial(Quant, "nf3"), "quant=nf3: this quantisation is not implemented; use one of int8"),
         (
             partial(Quant, "int8", 64),
-            "int8 has one scale per channel, so block=64 has no use; set block=none",
+            "quant.block=64: int8 has one scale per channel; set quant.block=none",
         ),
         (
             partial(Quant, "fp8", 128),
-            "fp8 has one scale per channel, so block=128 has no use; set block=none",
+            "quant.block=128: fp8 has one scale per channel; set quant.block=none",
         ),
         (
             partial(Quant, "int8", fp8_matmul=True),
-            "quant.fp8_matmul is a setting of quant=fp8; omit it with quant=int8",
+            "quant.fp8_matmul=True needs quant=fp8 or quant=checkpoint, got quant=int8; leave it out",
         ),
         (partial(Quant, "fp8", fp8_matmul="yes"), "quant.fp8_matmul='yes'; use one of true, false, none"),
-        (partial(Quant, "nf4", 63), "a block must be even and at least 2; got block=63"),
-        (partial(Quant, "int4", 0), "a block must be even and at least 2; got block=0"),
+        (partial(Quant, "nf4", 63), "quant.block=63 must be even and at least 2, because two nf4 codes"),
+        (partial(Quant, "int4", 0), "quant.block=0 must be even and at least 2, because two int4 codes"),
         (
             partial(Quant, "int4", None, True),
-            "the scales of int4 cannot be quantised; use double=false, nf4 or fp4",
+            "quant.double=true: the scales of int4 cannot be quantised; use quant.double=false, or quant=nf4",
         ),
     ],
     ids=lambda x: x[:20] if isinstance(x, str) else "",

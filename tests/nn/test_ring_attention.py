@@ -268,3 +268,11 @@ def test_a_model_attends_as_its_setting_asks(asked):
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="context_keys='rings'; use one of auto, gathered, ring"):
         AttentionSettings(context_keys="rings")
+
+
+def test_a_ring_with_the_reference_kernel_is_refused():
+    q = jax.ShapeDtypeStruct((1, 64, 6, 64), jnp.float32)
+    choice = AttentionSettings(context_keys="ring", kernel="reference")
+    refused = pytest.raises(ValueError, match="context_keys=ring .* attention=reference does not support")
+    with jax.set_mesh(make_mesh(MeshShape(1, context=8))), refused:
+        attention.attention_line(q, 2, settings=choice)

@@ -9,7 +9,9 @@ from scipy import stats
 
 from jaxft.objectives.intervals import (
     fraction_text,
+    interval_of,
     mean_interval,
+    paired,
     paired_fractions,
     paired_means,
     sign_test,
@@ -92,6 +94,12 @@ def test_the_paired_interval_covers_the_difference_in_95_percent_of_samples():
         drawn = RNG.choice(3, 40, p=[0.25, 0.15, 0.6])  # right by the second, by the first, by both alike
         hits += paired_fractions((drawn == 1).astype(float), (drawn == 0).astype(float)).interval.has(truth)
     assert 0.93 < hits / 2000 < 0.98
+
+
+def test_models_without_a_row_that_both_have_a_value_for_are_not_distinguishable():
+    none = paired([math.nan, 1.0], [0.0, math.nan])
+    assert none.rows == 0 and not none.distinguishable and "with 0 rows" in none.text()
+    assert all(map(math.isnan, interval_of([math.nan])))
 
 
 def test_a_tie_counts_half():

@@ -198,16 +198,16 @@ def test_a_widened_batch_gives_the_same_results(name):
     [
         (
             partial(P.nll, beta=0.1),
-            "loss nll: got an unexpected keyword argument 'beta'. Its knobs: none",
+            "loss nll: got an unexpected keyword argument 'beta'. Its parameters: none",
         ),
         (
             partial(F.kto, betta=0.1),
-            "loss kto: got an unexpected keyword argument 'betta'. Its knobs: beta, desirable_weight, "
+            "loss kto: got an unexpected keyword argument 'betta'. Its parameters: beta, desirable_weight, "
             "undesirable_weight",
         ),
         (
             lambda pair, scale: pair.chosen.ratio,
-            "loss <lambda>: missing a required argument: 'scale'. Its knobs: scale",
+            "loss <lambda>: missing a required argument: 'scale'. Its parameters: scale",
         ),
     ],
 )

@@ -1,6 +1,7 @@
 """The moving average and the schedule-free average of the weights, with every way to update them; LoRA+."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -144,6 +145,23 @@ def test_a_pattern_of_lr_groups_comes_before_lora_plus(x64):
 
     found = jax.tree.map(lambda a, b: a / b, moved(lr_groups=((".*/k/.*", 3.0),), lora_plus=16.0), moved())
     assert_close(found, {"adapter": {"k": {"a": 3.0, "b": 3.0}, "q": {"a": 1.0, "b": 16.0}}})
+
+
+def test_a_pattern_of_lr_groups_may_match_only_heads_or_only_the_policy():
+    def moved(**settings):
+        o = replace(PLAIN, optimizer=optax.sgd, weight_decay=0.0, warmup=0.0, **settings)
+        optimizer = freezable(lambda specs: make_optimizer(o, specs, STEPS, SPECS), SPECS)
+        params, info = random(0), StepInfo(jnp.float32(1), jnp.array(True))
+        new, _ = optimizer.update(params, optimizer.init(params), params, info)
+        return jax.tree.map(lambda a, b: float((a - b).ravel()[0]), new, params)
+
+    plain, factors = moved(), {"adapter/.*": 2.0, "score": 3.0}
+    scaled = moved(lr_groups=tuple(factors.items()))
+    ratios = {name: jax.tree.map(lambda a, b: a / b, scaled[name], plain[name]) for name in plain}
+    expected = {"adapter": {"layers": {"a": 2.0}}, "base": {"embed": 1.0, "layers": {"w": 1.0}}, "score": 3.0}
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), ratios, expected)
+    with pytest.raises(ValueError, match="optim.lr_groups: 'critic/.*' matches none of 4 parameters"):
+        moved(lr_groups=(("critic/.*", 2.0),))
 
 
 def test_lora_plus_is_pefts_optimizer(x64):

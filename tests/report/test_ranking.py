@@ -171,6 +171,16 @@ def test_runs_that_differ_in_seeds_alone_are_one_setting_with_mean_and_spread():
     assert ranking.repetition_table(results[::3]) == "" and ranking.ranking_lines(results[:1]) == []
 
 
+def test_settings_of_two_sweeps_with_the_same_labels_but_for_seeds_are_two_settings():
+    results = [
+        run(f"lr=1,seed={seed}", {LOSS: 0.5 + seed / 100}, seed=seed, loss="dpo" if seed < 2 else "ipo")
+        for seed in range(4)
+    ]
+    groups = ranking.repetitions(results)
+    assert [len(group) for group in groups.values()] == [2, 2]
+    assert [*groups] == ["lr=1", "lr=1,seed=2, lr=1,seed=3"]
+
+
 def test_settings_with_several_seeds_are_compared_over_seeds_and_rows():
     """Every seed gains the same pair of 20: no luck in training, but of the choice of the pairs."""
     base, better = [1.0, 0.0] * 10, [1.0, 0.0] * 9 + [1.0, 1.0]

@@ -496,4 +496,4 @@ def test_alarms_that_differ_in_numbers_alone_are_one():
         "alarm after step 6: accuracy is 0.5, chance is 0.55",
     )
     joint = joint_alarms({"a": [one, "x"], "b": [other], "c": [one]})
-    assert joint == [(f"{one} (the others with other numbers)", ["a", "b", "c"]), ("x", ["a"])]
+    assert joint == [(f"{one} (with other numbers in other runs)", ["a", "b", "c"]), ("x", ["a"])]

@@ -112,7 +112,7 @@ def test_gfpo_compares_the_retained_completions_only():
     unscored = np.array([[4.0, NAN, 1.0, 9.0]])
     close(A.gfpo(unscored, lengths, 2, advantage=A.centred), [[0, 0, -4, 4]])
     for retain in (0, 4, 9):
-        with pytest.raises(ValueError, match=f"gfpo: retain={retain} of a group of 4. Use 1 to 3."):
+        with pytest.raises(ValueError, match=f"gfpo: retain={retain} must be 1 to 3 in a group of 4"):
             A.gfpo(scores, lengths, retain)
 
 
@@ -132,9 +132,18 @@ def test_adaptive_gfpo_retains_more_completions_of_harder_prompts():
     same = A.adaptive_gfpo(scores, lengths, (0.5,) * 4)
     close(same, A.gfpo(scores, lengths))
     with pytest.raises(
-        ValueError, match="adaptive_gfpo: each of fractions must be above 0 and at most 1, got"
+        ValueError, match="adaptive_gfpo: fractions=.* must be four numbers above 0 and at most 1"
     ):
         A.adaptive_gfpo(scores, lengths, (0.5, 0.5, 0.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    "advantage",
+    [A.centred, A.grpo, A.grpo_batch, A.rloo, A.opo, A.maxrl, A.gfpo, A.adaptive_gfpo],
+    ids=lambda advantage: advantage.__name__,
+)
+def test_a_rollout_without_scores_has_advantages_of_0(advantage):
+    close(advantage(np.full((2, 4), NAN), np.full((2, 4), 5)), np.zeros((2, 4)))
 
 
 def test_rloo_is_the_centred_score_times_n_over_n_minus_1():
@@ -201,7 +210,7 @@ def test_weighted_sum_has_a_score_only_where_every_reward_has():
     assert np.isnan(total).sum() == 1 and np.isnan(total[1, 2])
     close(total[0, 1], 0.5 * rewards[0, 1, 1])
     close(total[2], scores[2])
-    with pytest.raises(ValueError, match="2 rewards need as many weights, got 1"):
+    with pytest.raises(ValueError, match=r"reward_weights=\[1.0\] for 2 reward\(s\)"):
         A.weighted_sum(rewards, (1.0,))
 
 

@@ -148,13 +148,13 @@ def guess(number: int) -> str:
 
 
 def test_tools_without_a_second_turn_are_refused_and_an_episode_has_a_length():
-    with pytest.raises(ValueError, match=r"data.max_turns=1 with tools: .*Set max_turns=3, for example"):
+    with pytest.raises(ValueError, match=r"data.max_turns=1 with tools: .*Set, for example, data.max"):
         data(environment=None, tools=(guess,), max_turns=1, max_episode=None)
     assert data(max_episode=None).episode_length == 3 * 4
 
 
 def test_echo_without_anything_given_is_refused():
-    with pytest.raises(ValueError, match="data.max_turns=1 gives it nothing. Set data.max_turns with an"):
+    with pytest.raises(ValueError, match="between turns, and data.max_turns=1 has none. Set"):
         data(environment=None, max_turns=1, max_episode=None, observations=True)
     for own, objective, value in ((data(), True, "false"), (data(observations=True), False, "true")):
         run = BoundRun(

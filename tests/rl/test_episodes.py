@@ -253,5 +253,5 @@ def test_an_episode_is_shown_turn_by_turn(tmp_path):
         "tool",
         "sampled",
     ]
-    with pytest.raises(ValueError, match=r"1.npz is missing; the run has not sampled rollout 2"):
+    with pytest.raises(ValueError, match=r"1.npz is missing: the run has not sampled rollout 2"):
         list(inspect_episodes(tmp_path, 1))

@@ -730,8 +730,8 @@ BAD = {
     "has no reset": type("Empty", (), {}),
     "missing a required argument: 'url', but jaxft makes its objects without arguments. Set": Game,
     "raised ZeroDivisionError: division by zero; fix that call": lambda: 1 / 0,
-    "is an object of Game, and episodes play at the same time": Game("here"),
-    "If step is no tool: Define reset(self, row) and step(self, state, text)": Gym,
+    "is an object of class Game, but concurrent episodes need one object each": Game("here"),
+    "If step is not a tool: Define reset(self, row) and step(self, state, text)": Gym,
 }
 
 

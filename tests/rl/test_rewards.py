@@ -169,7 +169,7 @@ def test_scores_are_clipped_before_missing_eos_is_subtracted():
 def test_rules_need_a_reward_and_one_weight_for_each():
     with pytest.raises(ValueError, match="needs a reward"):
         Rules(())
-    with pytest.raises(ValueError, match=r"reward_weights has 1 entries for 2 rewards \(number, exact\)"):
+    with pytest.raises(ValueError, match=r"reward_weights=\[.*\] for the rewards number, exact. Set one"):
         Rules((rewards.number, rewards.exact), reward_weights=(1.0,))
     with pytest.raises(ValueError, match="neither a function of .prompt, completion, row. nor a Reward"):
         Rules(("exact",))
@@ -188,7 +188,7 @@ def test_rules_wrap_plain_functions_once():
         ({"token_weights": advantages.centred}, "token_weights=centred can't be called with (lengths, mask"),
         ({"filter": advantages.opo}, "filter=opo can't be called with (scores)"),
         ({"reward_weights": (math.nan,)}, "reward_weights=(nan,) must be finite"),
-        ({"reward_weights": (1.0, 2.0)}, "reward_weights has 2 entries for 1 rewards (exact)"),
+        ({"reward_weights": (1.0, 2.0)}, "reward_weights=[1.0, 2.0] for the rewards exact. Set one"),
         ({"warm_up": -1}, "data.rules.warm_up=-1; expected at least 0"),
     ],
 )

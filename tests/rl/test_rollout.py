@@ -380,7 +380,7 @@ def test_a_run_that_does_not_fit_its_rollouts_is_refused():
     data = Rollouts("x", group=2, temperature=0.5, rules=Rules((number,)))
     with pytest.raises(ValueError, match="data.temperature=0.5 differs from the objective's 0.9"):
         rollouts.check_policy_run(data, bound_run(temperature=0.9))
-    with pytest.raises(ValueError, match="target_kl=.* a rollout has no later steps to skip"):
+    with pytest.raises(ValueError, match="target_kl=.* skips later steps of a rollout, but each"):
         rollouts.check_policy_run(data, bound_run(temperature=0.5, target_kl=0.1))
 
 

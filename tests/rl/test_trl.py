@@ -294,12 +294,12 @@ def test_a_fault_of_such_a_reward_excludes_the_episode(function, kind):
 
 def test_such_a_reward_without_an_environment_is_refused():
     with pytest.raises(
-        ValueError, match="rewards reward_score take the argument `environments`; set environment=my_env.py"
+        ValueError, match="rewards reward_score have the parameter environments; set environment=my_env.py"
     ):
         Rollouts("r.jsonl", rules=Rules((reward_score, exact))).open(None)
-    with pytest.raises(ValueError, match="reward_score.* reads the objects of an environment, which only a"):
+    with pytest.raises(ValueError, match="reward_score.* has the parameter environments, which only"):
         FunctionReward(reward_score)
-    with pytest.raises(ValueError, match="two have the same name, so rename one"):
+    with pytest.raises(ValueError, match="rename one of the functions that have the same name"):
         Rollouts("r.jsonl", rules=Rules((caught, caught)), environment=Merging, max_turns=2).open(None)
 
 

@@ -347,11 +347,11 @@ def test_a_value_of_a_section_names_a_field():
 def test_a_missing_config_names_those_there_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        FileNotFoundError, match=r"configs/sfd.py: no such file in .*there are: configs/sft.py"
+        FileNotFoundError, match=r"configs/sfd.py: no such file in .*near: configs/sft.py"
     ):
         load_config("configs/sfd.py", [])
     (tmp_path / "rew.py").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"rewz.py: no such file in .*there are: rew.py"):
+    with pytest.raises(FileNotFoundError, match=r"rewz.py: no such file in .*near: rew.py"):
         load_callable("rewz.py:correct")
 
 

@@ -218,7 +218,7 @@ def test_the_critic_of_ppo_begins_as_the_reward_model_where_that_shares_the_base
         (["kl_in=rewards"], "kl_in=rewards needs a beta above 0"),
         (
             ["reward_weights=0.5", "reward_model=runs/reward"],
-            r"reward_weights has 1 entries for 2 rewards \(exact, reward\)",
+            r"reward_weights=\[.*\] for the rewards exact, reward. Set one weight",
         ),
     ],
 )

@@ -133,7 +133,7 @@ def test_the_rows_that_a_run_held_out_are_those_of_its_recorded_settings(tmp_pat
         ):
             held_out_names(data, tokenizer, partial(check_recorded_rows, known))
     with pytest.raises(
-        ValueError, match="cannot rebuild the held-out rows of data of type my.py:Data; name rows"
+        ValueError, match="cannot rebuild the held-out rows of a run with data=my.py:Data; name rows"
     ):
         recorded_data(recorded(rows, "my.py:Data"))
 

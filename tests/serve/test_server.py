@@ -291,7 +291,7 @@ def test_a_full_queue_is_status_429_and_a_key_is_needed_where_there_is_one():
     started, gate = Running(queue=1, limits=ServerLimits(key="secret")), tiny.Gate()
     try:
         started.scheduler.submit([(tiny.request([1], max_new=2), gate(tiny.Collected())) for _ in range(5)])
-        with pytest.raises(openai.RateLimitError, match="queue of 1 places"):
+        with pytest.raises(openai.RateLimitError, match="queue of 1 requests"):
             started.client("secret").chat.completions.create(model="base", messages=MESSAGES)
         key = {"Authorization": "Bearer secret"}
         assert started.send("POST", CHAT, {"messages": MESSAGES}, key)[2]["Retry-After"] == "1"

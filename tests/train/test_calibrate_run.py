@@ -112,7 +112,7 @@ def test_a_second_start_takes_the_codes_from_the_cache_and_others_are_refused(pl
     assert file.read_bytes() == before
     record = place.folder / first.folder / "calibrated.json"
     record.write_text(record.read_text().replace('"sha256": "', '"sha256": "0'))
-    with pytest.raises(ValueError, match="is not the one that this run began with"):
+    with pytest.raises(ValueError, match="differs from the one that this run started with"):
         loaded(place, "quant.calibrate=run", "name=twice")
 
 
@@ -239,7 +239,7 @@ def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypa
         (["quant.calibrate=few.jsonl"], "quant.calibrate=few.jsonl|few.jsonl: its rows have .* too few"),
         (
             ["quant.calibrate=texts.jsonl", "quant.calibrate_tokens=8"],
-            "less than one row of 64 .*data.max_length",
+            "fewer than one row of 64 .*data.max_length",
         ),
     ],
 )

@@ -105,7 +105,7 @@ def test_special_tokens_and_a_template_are_knobs_of_a_recipe_and_completions_end
     for knobs, words in [
         (("chat_template=chatlm",), "no chat template is named 'chatlm'; use one of chatml"),
         (("chat_template=missing.jinja",), "missing.jinja: no such file"),
-        (("add_tokens=<a>", "add_special_tokens=<a>"), "'<a>' is there twice"),
+        (("add_tokens=<a>", "add_special_tokens=<a>"), "'<a>' is listed twice"),
     ]:
         with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
             load("sft", f"model={folder}", *knobs)
@@ -140,7 +140,7 @@ def test_tokens_that_exist_already_are_refused_in_one_line_and_nothing_is_writte
     folder = write_folder(tmp_path / "in", tiny_torch(num_hidden_layers=1))
     for knob, words in [
         ("add_tokens=<tool>,a", "new token 'a' is a token already"),
-        ("add_tokens=<tool>,<tool>", "'<tool>' is there twice"),
+        ("add_tokens=<tool>,<tool>", "'<tool>' is listed twice"),
     ]:
         with pytest.raises(ValueError, match=words) as caught:
             load("sft", f"model={folder}", knob)

@@ -76,8 +76,8 @@ def test_settings_that_select_nothing_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("loop", "metrics", "message"),
     [
-        (Loop(best_metric="eval_los"), METRICS, "no metric of the evaluations; near: eval_loss"),
-        (Loop(best_metric="general_loss"), {"general_loss": 1.0}, "no metric of the evaluations; near: none"),
+        (Loop(best_metric="eval_los"), METRICS, "not a metric of the evaluations; near: eval_loss"),
+        (Loop(best_metric="general_loss"), {"general_loss": 1.0}, "not a metric .*; set data.held_out"),
         (Loop(best_metric="eval_rewards/rejected"), METRICS, "set loop.greater_is_better=true or false"),
         (Loop(best_metric="eval_completions/clipped_ratio"), METRICS, "set loop.greater_is_better=true"),
         (Loop(patience=1, eval_every=1), {"general_loss": 1.0}, "loop.patience=1 needs held-out rows"),

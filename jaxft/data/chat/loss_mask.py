@@ -3,8 +3,8 @@
 Conversations and instruction rows are rendered by the tokenizer's chat template and tokenised without adding
 special tokens again, so there is one BOS. Plain prompts with completions, and documents, get the special
 tokens that the tokenizer adds, and EOS. A plain prompt is tokenised alone, as for generation, even where one
-token could contain its last and the next characters. The targets are first ranges of characters of the
-rendered text; a token is a target if it contains a character of such a range. Of an assistant turn, the range
+token could contain its last and the next characters. Loss masks follow from ranges of characters of the
+rendered text: a token is a target if it contains a character of such a range. The range of an assistant turn
 is the text that the template's {% generation %} markers enclose or, without markers, the text after the
 generation prompt. It includes the end-of-turn token, from which the model learns to stop, and must show all
 of the turn (see turns.py). Every token of a document is a target.
@@ -46,10 +46,10 @@ TEXT_PIECE = 1 << 18  # characters of a long text that are tokenised together
 OVERLAP = 1 << 10  # characters that one piece shares with the next
 TOO_LONG = "text that is too long to tokenise"
 TOO_MANY = "more tokens than are allowed"
-SPARE_TOKENS = 64  # at the end of the beginning of a text, which may change with what follows
+SPARE_TOKENS = 64  # the last tokens of a truncated text, which may be others in the full text
 HIDDEN_CALLS = "tool calls that the chat template hides"
 SHOW_TOOLS = "set chat_template=qwen, which shows tools and calls, or use a tokenizer whose template does"
-NOTHING = "nothing"  # a text that is only read, such as by a reward model: a template may hide parts of it
+NOTHING = "nothing"  # loss_on of texts without targets, such as a reward model's: turns may lack parts
 
 
 class WeightedTokens(NamedTuple):
@@ -241,8 +241,8 @@ def content_warnings(
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning for each role, except the assistant, of which the chat template drops a message's
-    content from a prompt. The warning names the first such message.
+    """Return warnings about messages of prompts, except assistant turns, whose content the chat template
+    drops: one for each role, which names the first such message.
     """
     template, warnings = template_of(tokenizer, settings), dict[str, str]()
     if template is None:
@@ -298,8 +298,8 @@ def prompt_warnings(
     tokenizer: Any,
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> tuple[str, ...]:
-    """Return a warning for the first conversation whose text does not begin with its prompt as text: a model
-    is then trained after other text than it generates the response after.
+    """Return a warning for the first conversation whose rendered text does not begin with its rendered
+    prompt, () without any: the model then learns responses after a text that it doesn't generate them after.
     """
     template = template_of(tokenizer, settings)
     if template is None:
@@ -343,7 +343,8 @@ def example_prompt_ids(
     InvalidRow with its error.
 
     most: a prompt that has far more tokens than this is an InvalidRow, and is not tokenised as a whole; None
-    for no limit. In SFT, the same prompt ids precede the response.
+    for no limit. In SFT, the ids of a plain prompt are the same; in a conversation, a token may span the end
+    of the prompt.
     """
     template = template_of(tokenizer, settings)
 

@@ -6,7 +6,7 @@ Only the text that the chat template writes after a turn is tokenised: the rende
 and its answers, without the text up to the end of the turn.
 
 Some templates change earlier text when messages follow, such as one that drops earlier reasoning. The next
-prompt is then rendered and tokenised as a whole, and begins a new training row.
+prompt is then rendered and tokenised in full, and begins a new training row.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.example import Chat, Message
 from jaxft.data.rows.invalid import InvalidRow, valid
 
-SOME_TEXT = "Qx7w"  # content in the place of a turn without any, whose place in a rendering cannot be found
+SOME_TEXT = "Qx7w"  # content for an empty turn, which could not be found in a rendered text
 
 
 class TurnWording(NamedTuple):

@@ -25,7 +25,7 @@ _STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 LONGEST_TEXT = 2 << 20  # characters of one text that is tokenised; each may take 500 bytes
 RENDER_SECONDS = 20.0  # that a template may take for one conversation
-Span = tuple[int, int]  # characters of a rendered text
+Span = tuple[int, int]  # a range of characters of a rendered text: first, one after the last
 PROBES = ("Qx7w", "Zk9y", "Jv5u")  # the contents of a question, a response and the next question
 PROBE_TOOLS = (
     {"type": "function", "function": {
@@ -54,7 +54,7 @@ class Template:
     "<|im_start|>assistant\\n". header: the text between a prompt and its response, if there is no generation
     prompt; else "". earlier_header: the text between a prompt and a response that another message follows;
     None if the text of the prompt changes when they follow. ends: the texts that end an assistant turn, such
-    as "<|im_end|>"; () if no special token does. last_ends: those of them that end a conversation's last
+    as "<|im_end|>"; () if no special token does. last_ends: the ones that end a conversation's last
     turn. arguments: further arguments that it is rendered with, by name. merges: whether a system message is
     put in front of the first user turn. failure: the error that it raises even for a simple question and
     response, "" for none. last_tokens: ids of the special tokens that end the last turn. tool_use: the
@@ -114,11 +114,12 @@ def name_of_template(tokenizer: Any) -> str:
 
 
 def template_of(tokenizer: Any, settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS) -> Template | None:
-    """Return the tokenizer's chat template, None if it has none. Where it prints today's date, it prints
-    settings.date.
+    """Return the tokenizer's chat template, None if it has none. It prints settings.date in place of today's
+    date.
 
     Raises ValueError for an argument (data.chat_template_kwargs) that the template does not read, and for a
-    date in another format than "26 Jul 2024"; UnusableTemplate if it does not render turns in their order.
+    date in another format than "26 Jul 2024"; UnusableTemplate if the template does not render turns in their
+    order, or takes too long.
     """
     unread = _unread_arguments(tokenizer, settings)
     if unread:
@@ -151,7 +152,9 @@ def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings
 
 
 def _sources(tokenizer: Any) -> list[str]:
-    """Return the Jinja texts of the tokenizer's template and, if another, its template for tools; or []."""
+    """Return the Jinja text of the tokenizer's template, and of its template for tools if that is another
+    one; [] without a template.
+    """
     if not tokenizer.chat_template:
         return []
     sources = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=list(PROBE_TOOLS)))
@@ -168,8 +171,8 @@ def _probed(tokenizer: Any, source: str, settings: TemplateSettings, tools: bool
     """Return a Template whose fields, such as `opening` and `ends`, are found by rendering short
     conversations.
 
-    source: its Jinja text. tools: whether the conversations have a tool. If the template fails for them, or
-    omits a content, `ends` is the EOS token. Raises UnusableTemplate.
+    source: the template's Jinja text. tools: whether the conversations have a tool. If the template fails for
+    them, or omits a content, `ends` is the EOS token. Raises UnusableTemplate.
     """
     added = (str(token) for token in tokenizer.added_tokens_decoder.values())
     bare = Template(
@@ -461,7 +464,7 @@ def rejection(
 ) -> str:
     """Return the text of an error for messages that a template rejects, with a remedy.
 
-    error: what the template raised. what: the text's noun for the messages, such as "row". Raises
+    error: the error that the template raised. what: a noun for the messages, such as "row". Raises
     UnusableTemplate if the template raises this error even for a simple question and response, unless the
     template itself raises it by a call of raise_exception.
     """

@@ -2,13 +2,13 @@
 
 Hermes (Qwen 2.5 and 3, SmolLM3, EXAONE 4), with JSON between tags:
     <tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>
-Llama 3.1 to 3.3, the whole completion or what follows a special token, several separated by semicolons:
+Llama 3.1 to 3.3, as the whole completion or after a special token; semicolons separate several calls:
     <|python_tag|>{"name": "f", "parameters": {"a": 1}}
 Mistral, after a special token, as a list (to 2024) or as a name with its arguments:
     [TOOL_CALLS] [{"name": "f", "arguments": {"a": 1}}]    [TOOL_CALLS]f[ARGS]{"a": 1}
 
-A mark within a JSON string, such as </tool_call> in an argument, does not end a call. A call with invalid
-JSON remains text. The last call of a completion need not be closed.
+A tag within a JSON string, such as </tool_call> in an argument, does not end a call. A malformed call, such
+as one with invalid JSON, remains text. The last call of a completion needs no closing tag.
 """
 
 import json
@@ -25,7 +25,9 @@ PYTHON_TAG = "<|python_tag|>"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A tool call. index: its number in the completion, from 0. arguments: the JSON text of an object."""
+    """A tool call. index: its number in the completion, from 0. id: a new random one, not the model's.
+    arguments: the JSON text of an object.
+    """
 
     index: int
     id: str
@@ -41,10 +43,10 @@ def _long_id() -> str:
 class CallFormat:
     """A format of tool calls.
 
-    opens: what begins a call. closes: what ends it; None if it ends at the next beginning or with the text.
-    parse: a call's text -> (name, arguments) of its calls; raises ValueError or RecursionError.
-    bare: whether text that begins with a brace is a call, to its end. tokens: special tokens that are part of
-    the format. make_id: makes an id that the template accepts.
+    opens: the tag before a call. closes: the tag after it; None if a call ends at the next opening tag or
+    with the text. parse: text between the tags -> (name, arguments) of each call in it; raises ValueError or
+    RecursionError. bare: whether a completion that begins with "{" is a call without an opening tag. tokens:
+    special tokens that are part of the format. make_id: returns a new id that the chat template accepts.
     """
 
     opens: str
@@ -58,7 +60,8 @@ class CallFormat:
 def template_tool_format(source: str) -> ToolFormat:
     """Return the format of the tool calls that a chat template renders, "none" if it is not a known one.
 
-    Qwen3-Coder and GLM 4.5 write XML between the tags of Hermes, which is not parsed.
+    source: the template's Jinja text. The templates of Qwen3-Coder and GLM 4.5, which write XML between the
+    tags of Hermes, have "none".
     """
     if "[TOOL_CALLS]" in source:
         return "mistral"
@@ -69,7 +72,7 @@ def template_tool_format(source: str) -> ToolFormat:
 
 
 def call_format(name: ToolFormat) -> CallFormat | None:
-    """Return a format by its name, None for "none"."""
+    """Return the CallFormat with a name, None for "none"."""
     if name == "hermes":
         return CallFormat("<tool_call>", "</tool_call>", _hermes, tokens=("<tool_call>", "</tool_call>"))
     if name == "llama3":
@@ -89,9 +92,9 @@ class CallStream:
     def __init__(self, format: CallFormat):
         self.format, self.count = format, 0
         self._waiting = ""  # text that is a part of a call, or may become one
-        self._searched = 0  # how much of it has been searched for the mark that ends the call
+        self._searched = 0  # how many of its characters have been searched for the tag that ends the call
         self._quoted: bool | None = False  # whether a JSON string is open there; None if it cannot be JSON
-        self._has_text = self._follows_call = False  # whether there was text before, and a call right before
+        self._has_text = self._follows_call = False  # of what was removed: any text; a call at the end
 
     def add(self, text: str, is_last: bool) -> tuple[str, tuple[ToolCall, ...]]:
         """Read the next piece of a response; return the text and the tool calls that are complete now.
@@ -126,8 +129,8 @@ class CallStream:
         return text
 
     def _opening(self) -> tuple[int, int | None]:
-        """Return where the next call begins in the waiting text, with the whitespace before it, and where its
-        opening mark ends; (0, None) without a call.
+        """Return where the next call begins in the waiting text, from the whitespace before it on, and where
+        its opening tag ends: (0, 0) for a call without this tag, (0, None) if there is no call.
         """
         text, opens = self._waiting, self.format.opens
         if self.format.bare and not self._has_text and text.lstrip().startswith("{"):
@@ -136,7 +139,9 @@ class CallStream:
         return (0, None) if at < 0 else (len(text[:at].rstrip()), at + len(opens))
 
     def _text_end(self, is_last: bool) -> int:
-        """Return how many characters of the waiting text, which has no call, cannot become part of one."""
+        """Return how many characters of the waiting text, which has no call, are certain to remain text:
+        whitespace at its end and the beginning of an opening tag may yet belong to a call.
+        """
         text, opens = self._waiting, self.format.opens
         if is_last:
             return len(text)
@@ -145,7 +150,7 @@ class CallStream:
 
     def _call_end(self, start: int, is_last: bool) -> int | None:
         """Return where the call at the beginning of the waiting text ends, None if it may go on. start: where
-        its opening mark ends.
+        its opening tag ends.
         """
         text, mark = self._waiting, self.format.closes or self.format.opens
         at = self._next_mark(mark, start)
@@ -159,8 +164,8 @@ class CallStream:
         return at + len(mark) if self.format.closes else len(text[:at].rstrip())
 
     def _next_mark(self, mark: str, start: int) -> int | None:
-        """Return where the mark is in the waiting text, from `start` on and outside of JSON strings, None if
-        it has not come.
+        """Return where the tag `mark` begins in the waiting text, at `start` or later and outside of JSON
+        strings. None if it is not there yet, or if a string is invalid; then `_quoted` is None.
         """
         text, at = self._waiting, max(start, self._searched)
         while self._quoted is not None and at < len(text):
@@ -181,7 +186,7 @@ class CallStream:
         return None
 
     def _parsed(self, text: str) -> list[ToolCall]:
-        """Return the calls in the text of a call, [] if it is malformed."""
+        """Return the calls in the text of a call with its tags, [] if any of them is malformed."""
         text = text.strip().removeprefix(self.format.opens).removesuffix(self.format.closes or "").strip()
         try:
             named = [(name, _as_json(arguments)) for name, arguments in self.format.parse(text)]
@@ -196,7 +201,9 @@ class CallStream:
 
 
 def _as_json(arguments: Any) -> str:
-    """Return arguments, an object or its JSON text, as JSON text. Raises ValueError."""
+    """Return a call's arguments, a dictionary or JSON text, as the JSON text of an object. Raises ValueError
+    for anything else, and for NaN, infinity and unpaired surrogates.
+    """
     value = json.loads(arguments) if isinstance(arguments, str) else arguments
     if not isinstance(value, dict):
         raise ValueError("the arguments are no object")
@@ -206,7 +213,9 @@ def _as_json(arguments: Any) -> str:
 
 
 def _named(item: Any) -> tuple[str, Any]:
-    """Return the name and the arguments of a call in JSON. Raises ValueError."""
+    """Return the name of a call in JSON and its arguments, None without any. Raises ValueError if it has no
+    name.
+    """
     if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not item["name"]:
         raise ValueError("a call needs a name")
     return item["name"], item.get("arguments", item.get("parameters"))
@@ -220,8 +229,8 @@ def _hermes(text: str) -> list[tuple[str, Any]]:
 
 
 def _llama3(text: str) -> list[tuple[str, Any]]:
-    """Return (name, arguments) of each call in a text. Arguments are None in JSON that is no call, as other
-    JSON may have a name too.
+    """Return (name, arguments) of each call in a text. Arguments are None if they are missing; the text is
+    then no call, since other JSON may have a name too.
     """
     calls, rest = list[tuple[str, Any]](), text
     while rest:
@@ -240,5 +249,5 @@ def _mistral(text: str) -> list[tuple[str, Any]]:
 
 
 def _nine_characters() -> str:
-    """Return an id as Mistral's templates require it."""
+    """Return a random id of 9 digits and letters, as Mistral's templates require it."""
     return secrets.token_hex(5)[:9]

@@ -1,8 +1,8 @@
-"""Find the assistant turns in a rendered conversation, as character ranges that show each turn in full: its
-content, reasoning and tool calls.
+"""Find the assistant turns in a rendered conversation, as character ranges, and check that each shows all of
+its turn: content, reasoning and tool calls.
 
-Chat templates silently drop what they don't support, such as tool calls or thinking blocks. A model trained
-on such text would learn to end its turn where it should call a tool.
+Chat templates silently drop parts that they don't support, such as tool calls or thinking blocks. A model
+trained on such text would learn to end its turn where it should call a tool.
 """
 
 import functools
@@ -29,20 +29,25 @@ _THOUGHT = re.compile(r"\s*(?:<think>)?(?P<thought>.*?)</think>(?P<content>.*)",
 
 
 class Part(NamedTuple):
-    """A part of an assistant turn, and the ways in which a template may write it."""
+    """A part of an assistant turn. name: for errors, such as "argument city of tool call 1". spellings: texts
+    of which a template writes one, such as "true" and "True".
+    """
 
     name: str
     spellings: tuple[str, ...]
 
 
 class HiddenPart(ValueError):
-    """The rendered text lacks a part of an assistant turn, or its end."""
+    """An assistant turn that the rendered text does not show exactly: a part or the turn's end is missing,
+    its range includes later text, or its null content is rendered as None. Also a malformed tool call.
+    """
 
 
 def parts_of(message: Message) -> list[Part]:
     """Return the parts that a rendered assistant turn must show: reasoning, content and tool calls.
 
-    A thinking block at the start of the content, up to </think>, is a part of its own.
+    A thinking block at the start of the content, up to </think>, is a separate part. Raises HiddenPart for a
+    malformed tool call.
     """
     parts = [Part(f"the {key}", (message[key],)) for key in REASONING if _is_text(message.get(key))]
     if _is_text(message["content"]):
@@ -59,8 +64,8 @@ def parts_of(message: Message) -> list[Part]:
 
 
 def find_parts(parts: Sequence[Part], text: str, start: int, end: int) -> tuple[Part | None, int]:
-    """Search text[start:end] for parts. Return the first missing one or None, and where the last one ends
-    (`start` if one is missing).
+    """Search text[start:end] for parts. Return the first missing part or None, and the end of the part that
+    ends last (`start` if a part is missing).
 
     Whitespace may differ, since templates strip it, or add it around thinking blocks.
     """
@@ -76,8 +81,8 @@ def find_parts(parts: Sequence[Part], text: str, start: int, end: int) -> tuple[
 
 
 def _last_end(parts: Sequence[Part], text: str) -> Part | int:
-    """Return where the last part ends, or the first missing part. Each is searched for after the previous
-    part, then from the beginning.
+    """Return the end of the part that ends last, 0 without parts, or the first missing part. Each part is
+    searched for after the previous one, then from the beginning.
     """
     at = last = 0
     for part in parts:
@@ -90,7 +95,9 @@ def _last_end(parts: Sequence[Part], text: str) -> Part | int:
 
 
 def _first(part: Part, text: str, at: int) -> Span | None:
-    """Return the first occurrence, at or after `at`, of a spelling, the longest if several begin there."""
+    """Return the first occurrence of a spelling of the part at or after `at`, the longest if several begin
+    there; None if no spelling occurs.
+    """
     matches = [(text.find(spelling, at), -len(spelling)) for spelling in part.spellings]
     start, length = min((pair for pair in matches if pair[0] >= 0), default=(-1, 0))
     return None if start < 0 else (start, start - length)
@@ -105,12 +112,10 @@ def shows_null(message: Message, text: str) -> bool:
 
 
 def with_markers(message: Message, first: int = 0) -> tuple[Message, dict[str, str]]:
-    """Return the turn with each text replaced by a unique word, and the name of the part for each word.
+    """Return the turn with each text replaced by a unique word, and a dict from words to names of parts.
 
-    first: the number of the first word, for words that are unique among several turns.
-
-    If a rendering lacks a word, the template hides that part, even if the part's text occurs elsewhere by
-    chance.
+    first: the number of the first word, for words that are unique among several turns. If a rendering lacks a
+    word, the template hides that part, even if the part's text occurs elsewhere by chance.
     """
     words: dict[str, str] = {}
 
@@ -154,7 +159,9 @@ def _is_text(value: Any) -> bool:
 
 
 def _function(call: Any) -> dict[str, Any]:
-    """Return the object with a tool call's name and arguments, which may be under the key "function"."""
+    """Return the dictionary with a tool call's name and arguments: its item "function" or, without one, the
+    call itself. Raises HiddenPart if that is no dictionary.
+    """
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict):
         raise HiddenPart(
@@ -164,7 +171,12 @@ def _function(call: Any) -> dict[str, Any]:
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the path and value of each key and each scalar in a call's arguments."""
+    """Yield (path, key or scalar) for each key and each scalar in a call's arguments, nothing for None. Items
+    of a list have the list's path; arguments that are a single scalar have the path "text".
+
+    >>> [*_leaves({"at": {"x": [1, 2]}})]
+    [('at', 'at'), ('at.x', 'x'), ('at.x', 1), ('at.x', 2)]
+    """
     match value:
         case dict():
             for key, item in value.items():
@@ -181,7 +193,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _spellings(value: Any) -> tuple[str, ...]:
-    """Return a value as written in JSON, Python and HTML, strings without quotes."""
+    """Return a value as written in JSON and Python, and a string also as in HTML; strings without quotes."""
     if value is None or isinstance(value, bool):
         return str(value), json.dumps(value), str(value).lower()
     if not isinstance(value, str):
@@ -192,19 +204,20 @@ def _spellings(value: Any) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-Hidden = Callable[[int], str | None]
+Hidden = Callable[[int], str | None]  # turn's index → name of a part that the template drops, or None
 MOST_WORK = 1 << 31  # of a row: turns times the size of a rendering; takes about 5 s
 MESSAGE_WORK = 256  # what a message costs in addition to its characters
 
 
 def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[str, list[Span]]:
-    """Return the rendered conversation and the range of each assistant turn with its end-of-turn token.
+    """Return the rendered conversation and the ranges of the assistant turns `learned`, each with its
+    end-of-turn token.
 
-    learned: indices of the messages to find, in ascending order. A turn's range is what the template's
-    {% generation %} markers enclose. Without markers, it follows the prompt from which the turn would be
-    generated. Raises HiddenPart if a range lacks a part or the end of the turn, or includes text after it,
-    and InvalidRow if the row has so many turns that this takes too long. Also raises what render_messages
-    raises.
+    learned: indices of these messages, in ascending order. A turn has one range, which follows the prompt
+    from which the turn would be generated. If the template has {% generation %} markers, a turn has the
+    ranges that they enclose, which may be several. Raises HiddenPart if the text does not show a turn
+    exactly, InvalidRow if the row has so many turns that this takes too long, and the errors of
+    render_messages.
     """
     _require_little_work(chat, learned)
     hidden = _make_hidden(template, chat, learned)
@@ -241,9 +254,10 @@ def is_closed(template: Template, text: str) -> bool:
 
 
 def _one_of_each(template: Template, chat: Chat, text: str, marked: list[Span]) -> dict[int, list[Span]]:
-    """Return the marked range of each assistant turn, or {} if only further renderings can assign them.
+    """Assign marked ranges to assistant turns by their order: return {message's index: [range]}.
 
-    No further rendering is needed if there is one range per turn and each begins after a generation prompt.
+    {} unless there is one range per turn, each range follows a generation prompt, and a special token ends
+    turns. `_inside` then assigns them, by further renderings.
     """
     turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
     opening = template.opening
@@ -255,7 +269,8 @@ def _one_of_each(template: Template, chat: Chat, text: str, marked: list[Span]) 
 
 
 def _inside(template: Template, chat: Chat, text: str, marked: list[Span], index: int) -> list[Span]:
-    """Return the marked ranges inside turn `index`, without the turn's header if it is marked too.
+    """Return the marked ranges inside turn `index`, without the turn's header if it is marked too. Raises
+    HiddenPart if there is none, or if the last one includes text after the turn.
 
     Templates may mark several ranges in a turn, and turns of other roles.
     """
@@ -275,7 +290,9 @@ def _inside(template: Template, chat: Chat, text: str, marked: list[Span], index
 def _marked_turn(
     template: Template, chat: Chat, text: str, index: int, spans: list[Span], hidden: Hidden
 ) -> list[Span]:
-    """Return the marked ranges of a turn and its end-of-turn token, from which the model learns to stop."""
+    """Return the marked ranges of a turn, the last one extended by the turn's end-of-turn token, from which
+    the model learns to stop. Raises HiddenPart if they do not show the turn exactly.
+    """
     start, end = spans[0][0], spans[-1][1]
     closing = template.closing.match(text, end) if template.closing else None
     if closing and not is_closed(template, text[start:end]):
@@ -308,8 +325,8 @@ def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
     """Return where turn `index` starts: after the previous messages and the generation prompt.
 
     With enable_thinking=false, Qwen 3's generation prompt ends with an empty thinking block. Earlier turns
-    lack it, so they start after their header. None if the template renders the previous messages differently
-    when a response follows.
+    lack it, so they start after their header. None for the first message, and if the template renders the
+    previous messages differently when a response follows.
     """
     if index == 0:
         return None
@@ -367,9 +384,10 @@ def _limit(template: Template, chat: Chat, text: str, index: int) -> int | None:
 
 
 def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
-    """Return the range in which the text differs when turn `index` has other content.
+    """Return the range of turn `index`, with its end-of-turn token, where `_start` or `_limit` is None: the
+    range in which the text changes if the turn is replaced by another one.
 
-    Two other contents are tried, which have no first or last character in common.
+    Two replacements are tried, which have no first or last character in common.
     """
     before, after = chat.messages[:index], chat.messages[index + 1 :]
     turns = [{"role": "assistant", "content": content} for content in ("Qx7w", "Zk9y")]
@@ -392,7 +410,9 @@ def _exchange(template: Template, chat: Chat, text: str, index: int) -> Span:
 
 
 def _checked_end(template: Template, chat: Chat, text: str, index: int, within: Span, hidden: Hidden) -> int:
-    """Return where turn `index` ends. Raises HiddenPart if text[within] lacks a part or the turn's end."""
+    """Return where turn `index` ends, after its end-of-turn token. Raises HiddenPart if the range `within` of
+    the text does not show the turn exactly, or if the turn is empty.
+    """
     message, (start, limit) = chat.messages[index], within
     parts = parts_of(message)
     if not parts:
@@ -414,8 +434,8 @@ def _checked_end(template: Template, chat: Chat, text: str, index: int, within: 
 def _make_hidden(template: Template, chat: Chat, learned: Sequence[int]) -> Hidden:
     """Return a function: turn's index → name of a part that the template drops, or None.
 
-    All turns are first rendered together with words in place of their texts; a turn is rendered alone only if
-    its words are missing there.
+    The conversation is rendered once with words in place of the texts of all learned turns. Only for a turn
+    whose words are missing there, it is rendered again with the words of this turn alone.
     """
 
     @functools.cache
@@ -434,7 +454,9 @@ def _make_hidden(template: Template, chat: Chat, learned: Sequence[int]) -> Hidd
 
 
 def _hidden_marker(template: Template, chat: Chat, index: int) -> str | None:
-    """Return the part of turn `index` that is missing if each part is replaced by a unique word."""
+    """Return the name of the first part of turn `index` that the template drops: a word in place of its text
+    is not rendered. None if there is none, or if the template rejects the words.
+    """
     marked, parts = with_markers(chat.messages[index])
     messages = [*chat.messages[:index], marked, *chat.messages[index + 1 :]]
     try:

@@ -1,6 +1,6 @@
 """Pack examples into rows and order the rows: a pure function of (lengths, seed, epoch); count steps.
 
-`pack_examples` keeps examples whole; `wrap_examples` concatenates documents and cuts them anywhere.
+`pack_examples` does not split examples; `wrap_examples` concatenates documents and cuts them anywhere.
 
 pack_examples is first-fit decreasing within windows of WINDOW examples. An example's window depends on the
 seed alone. From epoch to epoch, examples change places only with examples of the same length and the same
@@ -34,7 +34,7 @@ class RowPlan:
     """The examples of each row: row r consists of members[offsets[r]:offsets[r + 1]], in that order.
 
     starts, counts: the part of each member that is in the row: its first token, and the number of tokens.
-    None: members are whole.
+    None: each member is in its row in full.
     """
 
     members: Int[np.ndarray, " examples"]
@@ -93,9 +93,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
-    """Return the index of each example's row if each in turn goes into the first row, of `size` tokens, with
-    enough free tokens; lengths must not increase. Examples of one length are placed together: a row receives
-    free // length of them before the next row gets any. Raises ValueError for an example that fits no row.
+    """Return the index of each example's row: the first row of `size` tokens that has room for it. lengths:
+    number of tokens of each example, descending. Raises ValueError for an example that fits no row.
+
+    >>> first_fit(np.array([5, 4, 3, 2]), 8).tolist()
+    [0, 1, 0, 1]
     """
     if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
         raise ValueError(
@@ -155,8 +157,8 @@ def pack_in_order(
 ) -> RowPlan:
     """Pack the examples from small to large keys into rows of at most `size` tokens.
 
-    Examples that fill ORDER_WINDOW steps of `rows` rows are packed first-fit decreasing; the rows of such a
-    window go from small to large mean keys.
+    Examples that fill ORDER_WINDOW steps of `rows` rows are packed together, first-fit decreasing. The rows
+    of such a window go from small to large mean keys.
     """
     order = ascending(keys, seed)
     window = (np.cumsum(lengths[order]) - 1) // (size * rows * ORDER_WINDOW)
@@ -188,8 +190,8 @@ def wrap_examples(
 
     documents: the index of the document that each example is a part of; a document's parts follow one
     another. key: seed and epoch. order_by: sort documents by these numbers, and leave the rows in that order.
-    Every token is in one row. The end of the text may fill a shorter row; where that would have one token, it
-    takes another from the row before.
+    Every token is in one row. The last row may be shorter; if one token remained for it, it takes another
+    from the row before.
     """
     seed, epoch = key
     first = np.flatnonzero(np.diff(documents, prepend=documents[0] - 1))
@@ -237,6 +239,9 @@ def split_lengths(length: int, size: int) -> Int[np.ndarray, " pieces"]:
     """Return the lengths of the pieces that a document is split into: `size` tokens each but for the last.
 
     A last piece of one token, which would have no target, takes another from the one before. size: 3 or more.
+
+    >>> split_lengths(7, size=3).tolist()
+    [3, 2, 2]
     """
     pieces = np.full(-(-length // size), size)
     pieces[-1] = length - size * (len(pieces) - 1)
@@ -246,7 +251,11 @@ def split_lengths(length: int, size: int) -> Int[np.ndarray, " pieces"]:
 
 
 def ranges(starts: Int[np.ndarray, " n"], counts: Int[np.ndarray, " n"]) -> Int[np.ndarray, " total"]:
-    """Return the ranges start, start + 1, ..., start + count - 1 one after the other."""
+    """Return the ranges start, start + 1, ..., start + count - 1 one after the other.
+
+    >>> ranges(np.array([5, 9]), np.array([2, 3])).tolist()
+    [5, 6, 9, 10, 11]
+    """
     before = np.cumsum(counts) - counts
     return np.repeat(starts - before, counts) + np.arange(counts.sum())
 

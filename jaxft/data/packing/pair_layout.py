@@ -7,7 +7,7 @@ to the batches with the fewest tokens from the other strata.
 
 With branches a pair is one segment of its row: the prompt, then its responses one after the other, each
 continuing at the position after the prompt. Without branches every response is a separate segment that starts
-with the prompt. Everything but ids, segments, positions, branches and read is the same either way.
+with the prompt. For the same pairs in a row, only ids, segments, positions, branches, read and last differ.
 """
 
 import hashlib
@@ -115,11 +115,10 @@ def check_fit(
 def row_shape(
     tokens: Int[np.ndarray, " n"], reads: Int[np.ndarray, " n"], plans: Iterable[pack.RowPlan]
 ) -> pack.RowShape:
-    """Return a row shape that holds the fullest row of any batch, rounded up so that similar data share a
-    program.
+    """Return a row shape that fits the fullest row of any plan, and any pair alone, rounded up so that
+    similar data share a compiled program.
 
-    tokens, reads: numbers of tokens and targets of each pair. plans: the rows of each epoch. Any pair alone
-    fits as well.
+    tokens, reads: numbers of tokens and targets of each pair. plans: the rows of each epoch.
     """
     most_tokens, most_reads, slots = int(tokens.max()), int(reads.max()), 1
     for plan in plans:
@@ -136,9 +135,10 @@ def fit_rows(
     reads: Int[np.ndarray, " all"],
     shape: pack.RowShape,
 ) -> pack.RowPlan:
-    """Pack pairs, whatever their batch: from long to short, each into the first row that it fits.
+    """Pack pairs into rows of a shape, whatever their batch: from long to short, each into the first row that
+    it fits. Raises ValueError for a pair that fits no row.
 
-    pairs: their indices. tokens, reads: numbers of tokens and targets of all pairs.
+    pairs: indices of these pairs. tokens, reads: numbers of tokens and targets of all pairs.
     """
     pairs = pairs[np.argsort(-tokens[pairs], kind="stable")]
     left = np.empty((len(pairs), 3), np.int64)
@@ -167,9 +167,9 @@ def fit_rows(
 class PairLayout:
     """The shape and packing of the microbatches of pairs.
 
-    rows: rows of a microbatch. branches: whether responses share the tokens of their prompt. columns: names
-    of the columns of numbers. max_length: see Pairs. reference: the reference model's log-prob of each token
-    in TokenisedRows.ids; None before they are computed.
+    rows: rows of a microbatch. shape: the capacity of a row. branches: whether responses share the tokens of
+    their prompt. columns: names of the columns of numbers. max_length: see Pairs. reference: the reference
+    model's log-prob of each token in TokenisedRows.ids; None before they are computed.
     """
 
     rows: int
@@ -225,7 +225,7 @@ def batch_means(pairs: TokenisedRows, members: Int[np.ndarray, " n"], weighting:
 
 
 def fill_pairs(pairs: TokenisedRows, plan: pack.RowPlan, layout: PairLayout, means: BatchMeans) -> Pairs:
-    """Return the plan's rows as arrays [layout.rows, ...]; rows that the plan does not have stay empty."""
+    """Return the plan's rows as arrays [layout.rows, ...]; if the plan has fewer rows, the last are empty."""
     members = plan.members
     row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))  # of each pair
     slot = np.arange(len(members)) - np.repeat(plan.offsets[:-1], np.diff(plan.offsets))
@@ -289,7 +289,9 @@ def _runs(pairs: TokenisedRows, plan: pack.RowPlan, row: np.ndarray, branches: b
 
 
 def _sum_before(counts: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """For each value, return the sum of the counts before it in its row; rows must not decrease."""
+    """Return, for each count, the sum of the counts before it in the same row. row: the row of each count,
+    ascending.
+    """
     total = np.concatenate([[0], np.cumsum(counts)])
     return total[:-1] - total[np.searchsorted(row, row)]
 
@@ -304,7 +306,8 @@ def _read_arrays(
 ) -> dict[str, Any]:
     """Return the fields of Pairs of shape [rows, M]. row: the row of each target.
 
-    values: column, response id, position in the response, and index into pairs.ids of each target.
+    values: for each target the column that predicts it, its response id, its position in the response, and
+    its index in pairs.ids.
     """
     column, answer, place, where = values
     shape, at = (layout.rows, layout.shape.reads), (row, _count_within(row))
@@ -327,7 +330,9 @@ def _read_arrays(
 def _last_columns(
     runs: _Runs, layout: PairLayout, at: tuple[np.ndarray, np.ndarray], kinds: int
 ) -> Int[np.ndarray, "B P A"]:
-    """Return the column of the last token of each response, which is a target. at: each pair's row, slot."""
+    """Return the column of each response's last token, which is a target; 0 for a missing response. at: the
+    row and the slot of each pair.
+    """
     last = np.zeros((layout.rows, layout.shape.slots, kinds), np.int32)
     responses = runs.piece[0] > 0 if len(runs.piece) else np.zeros(0, bool)
     if responses.any():
@@ -393,9 +398,10 @@ def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Flo
 
 
 def with_sources(batch: Pairs, names: tuple[str, ...], numbers: np.ndarray | None = None) -> Pairs:
-    """Add the source of each pair to a batch (or, without numbers, to its shapes) if there are several.
+    """Add the source of each pair to a batch, or without numbers to its shapes; unchanged without names.
 
-    numbers: the index of each pair's source, for all pairs of the dataset.
+    names: the names of the sources, () for a single one. numbers: the index of each pair's source, for all
+    pairs of the dataset.
     """
     if not names:
         return batch
@@ -411,9 +417,10 @@ def with_sources(batch: Pairs, names: tuple[str, ...], numbers: np.ndarray | Non
 def mismatch_responses(
     pairs: TokenisedRows, sides: tuple[Int[np.ndarray, " _"], ...], seed: int, limit: int
 ) -> TokenisedRows:
-    """Add to each pair a response of another pair of the same split, if possible with another prompt.
-    Otherwise the other pair has the same prompt and other responses. sides: the training and the held-out
-    pairs. limit: the most tokens of the prompt with that response.
+    """Add to each pair a response of another pair on the same side of the split. The other pair has another
+    prompt or, if that is impossible for a side, other tokens. sides: the training and the held-out pairs.
+    limit: the most tokens of the prompt with that response. Raises ValueError if more than half of the pairs
+    on a side are equal.
     """
     donors = np.arange(len(pairs))
     prompts, everything = pairs.group_by(0), pairs.group_by(*range(1 + len(pairs.kinds)))
@@ -431,12 +438,11 @@ def mismatch_responses(
 
 
 def with_mismatched(pairs: TokenisedRows, donors: Int[np.ndarray, " pairs"], limit: int) -> TokenisedRows:
-    """Add a response "mismatched" to each pair: one of pair donors[i], truncated to `limit` tokens with the
-    prompt.
+    """Add a response "mismatched" to each pair i: a response of pair donors[i], truncated to `limit` tokens
+    with the prompt.
 
-    Of donors with both responses, every other one lends its chosen response and the rest their rejected one:
-    KTO's reference point is a mean over both kinds (arXiv:2402.01306, section 4.1), as in TRL, which makes
-    two rows of a pair.
+    Donors with both responses give the chosen and the rejected one in turn: KTO's reference point is a mean
+    over both kinds (arXiv:2402.01306, section 4.1), as in TRL, which makes two rows of a pair.
     """
     has_response = pairs.counts[donors, 1:3] > 0
     column = 1 + has_response.argmax(1)
@@ -470,7 +476,7 @@ def derangement(groups: Int[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n
     """Return the index of each member's partner, which is in another group; every member is a partner once.
     None if one group has more than half of the members. groups: the group of each member.
 
-    Members are sorted by group, so a shift by the size of the largest group leads out of every group.
+    Members are sorted by group, then shifted by the size of the largest group, which leads out of any group.
     """
     order = pack.permutation(len(groups), seed, 4)
     sizes = np.bincount(groups)

@@ -77,12 +77,12 @@ CheckExamples = Callable[[Sequence[Example], Any, TemplateSettings], tuple[str, 
 class RowTask(NamedTuple):
     """The purpose of reading rows, such as SFT: one object for each kind of data.
 
-    name: the task's key in formats.ROW_FORMATS; a task without formats reads each row by itself, with any
-    columns. version: to be increased when the same rows become other tokens. Name and version are part of the
-    cache key. limit: the setting that limits the tokens of a row. tokenise(rows, reader) yields the examples
-    of each row, [] if it is too long. extras(settings): the types of further columns of examples.
-    parse(format, rows, settings, task) yields the prompt and responses of each row. checks: functions that
-    return warnings about the first examples.
+    name: `task` of its formats in formats.ROW_FORMATS; a task without formats reads each row by itself, with
+    any columns. version: to be increased when the same rows become other tokens. Name and version are part of
+    the cache key. limit: the setting that limits the tokens of a row. tokenise(rows, reader) yields the
+    examples of each row, [] if it is too long. extras(settings): the types of further columns of examples.
+    parse(format, rows, settings, task) yields the prompt and responses of each row. Both yield an InvalidRow
+    for an invalid row. checks: functions that return warnings about the first examples.
     """
 
     name: str
@@ -96,7 +96,8 @@ class RowTask(NamedTuple):
 
 @dataclass(frozen=True)
 class Tokenising:
-    """Settings of tokenisation on this machine, such as workers and cache; the tokens do not depend on them.
+    """Settings of tokenisation on this machine, such as workers and cache; a row's tokens don't depend on
+    them.
 
     cache: the folder of the cache, None for the default. invalid_limit, names_first: see InvalidRows.
     workers: processes; None for one per CPU, or this process alone for a small dataset. progress: whether to
@@ -131,7 +132,7 @@ class Reader:
         the cache.
 
         Raises ValueError if more rows are invalid than how.invalid_limit allows, if all rows are too long,
-        and if the dataset has no rows.
+        and if the dataset has no rows; OSError for files that cannot be read.
         """
         settings, how = self.settings, self.how
         listing = list_chunks(ref, self.used, settings.sample_by).first(settings.max_samples)
@@ -171,7 +172,7 @@ class Reader:
 
     @property
     def formats(self) -> Formats:
-        """The formats that rows may have, {} if each is read by itself."""
+        """The formats that rows may have, by name; {} for a task without formats."""
         return formats_of(self.task.name, self.settings.numbers, self.settings.unlabelled)
 
     @property
@@ -187,7 +188,9 @@ class Reader:
         return format_choice.count_columns(rows, self.settings.columns, self.formats)
 
     def format_of(self, counts: ColumnCounts, ref: str) -> ChosenFormat:
-        """Return the format of a dataset with these columns."""
+        """Return the format of a dataset with these columns. ref: the dataset, for errors. Raises ValueError
+        if no row fits a format, or the labels of a classifier cannot be choices.
+        """
         settings = self.settings
         if not self.formats:
             return ChosenFormat(settings.format)
@@ -197,12 +200,12 @@ class Reader:
         return chosen._replace(labels=labels_as_choices(counts.labels, ref))
 
     def labels_of(self, format: ChosenFormat) -> tuple[str, ...]:
-        """Return data.labels if the rows have no choices of their own, () otherwise."""
+        """Return data.labels if rows of this format choose from common labels, () otherwise."""
         known = self.formats.get(format.name)
         return self.settings.labels if known is not None and known.labelled else ()
 
     def parse(self, rows: Iterable[Row], format: ChosenFormat) -> list[ParsedRow | InvalidRow]:
-        """Return the content of each row, or the error that makes it invalid."""
+        """Return each row's prompt and responses, or the error that makes it invalid."""
         return [*self.task.parse(format, rows, self.settings, self.task.name)]
 
     def _all_too_long(self, ref: str, dropped: int) -> str:
@@ -281,7 +284,7 @@ def _format_of(
     The chunks of a small dataset contain its rows, so that the files are read once.
     """
     settings = reader.settings
-    fixed = settings.format not in ("auto", PLAIN, DECISION)  # answers decide how they are read
+    fixed = settings.format not in ("auto", PLAIN, DECISION)  # DECISION: all answers decide their reading
     if fixed and settings.format in reader.formats and reader.formats[settings.format].labelled:
         fixed = bool(settings.labels)
     if not reader.formats or (fixed and listing.size > ROW_CHUNK_BYTES):
@@ -328,7 +331,7 @@ def _tallies(stored: list[list], folder: str) -> dict[str, Tally]:
 
 
 class CountedChunk(NamedTuple):
-    """A chunk after its first pass: the number of readable rows, their columns, and the unreadable rows."""
+    """A chunk after a first pass: the number of its readable rows, their columns, and the unreadable rows."""
 
     rows: int
     columns: ColumnCounts
@@ -338,9 +341,9 @@ class CountedChunk(NamedTuple):
 class TokenisedChunk(NamedTuple):
     """The result of tokenising a chunk.
 
-    part: the columns of its examples. labels: prefixes of its rows' names, such as file names. rows,
-    unreadable: numbers of rows that can and cannot be read. left: number of rows that have examples.
-    examples: see first_rows.
+    labels: for each example, the file in its row's name. part: the columns of the examples. rows, unreadable:
+    numbers of rows that can and cannot be read. left: number of rows that have examples. invalid: invalid
+    rows by reason. examples: see first_rows.
     """
 
     labels: list[str]
@@ -466,14 +469,14 @@ def _last_targets(
     ends: Int[np.ndarray, " sequences"],
     tokenizer: Any,
 ) -> Int[np.ndarray, " sequences"]:
-    """Return, for each sequence, the token id of its last target; up to two targets of whitespace at the end
-    are skipped. ends: index after the last token of each sequence.
+    """Return the token id of each sequence's last target, skipping at most two targets of whitespace at the
+    end. ends: index after the last token of each sequence.
     """
     if not len(ends):
         return np.zeros(0, np.int32)
     targets = np.flatnonzero(learned)
     last = np.searchsorted(targets, ends) - 1
-    for _ in range(2):  # a template that ends turns with a line break learns it
+    for _ in range(2):  # the line break with which some templates end turns is a target too
         last_ids = ids[targets[last]]
         blank = [int(i) for i in np.unique(last_ids) if not tokenizer.decode([int(i)]).strip()]
         last = np.maximum(last - np.isin(last_ids, blank), 0)

@@ -184,7 +184,7 @@ def _tokenise_pairs(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> C
         yield attempt(_pair_of, row, next(prompts), responses, reader)
 
 
-PAIR_TASK = RowTask(formats.PAIRS, 12, "max_length", _tokenise_pairs, _pair_columns)
+PAIR_TASK = RowTask(formats.PAIRS, 13, "max_length", _tokenise_pairs, _pair_columns)
 
 
 def _pair_of(
@@ -193,8 +193,8 @@ def _pair_of(
     outcomes: dict[str, MaskedTokens | InvalidRow],
     reader: Reader,
 ) -> list[TokenisedRow]:
-    """Return the pair as an example, [] if it is left out as too long. outcomes: the tokens of each response
-    with the prompt.
+    """Return the pair as an example, [] if it is left out as too long, or if its responses are equal when
+    truncated. outcomes: the tokens of each response with the prompt.
     """
     name, settings, alone = row.name, reader.settings, valid(prompt)
     responses = {kind: valid(outcome) for kind, outcome in outcomes.items()}
@@ -233,7 +233,8 @@ def _border(
     """Return how many tokens of the prompt all sequences share, and whether a token spans the end of the
     prompt, or the loss mask of loss_mask.tokenise_examples begins elsewhere.
 
-    prompt: tokens of the prompt alone. responses: tokens of the prompt with each response.
+    prompt: tokens of the prompt alone. responses: tokens of the prompt with each response. Raises InvalidRow
+    if a response changes more than the prompt's last token.
     """
     alone = np.asarray(prompt, np.int32)
     border = min(_common_length(alone, ids) for ids, _ in responses.values())
@@ -280,7 +281,7 @@ def _shortened(
 ) -> dict[str, MaskedTokens] | None:
     """Return the truncated sequences of a pair that is too long, None to leave the pair out: with
     data.too_long=drop, or if its prompt leaves no room for a response. longest: tokens of its longest
-    sequence.
+    sequence. Raises ValueError with data.too_long=error.
     """
     limit = settings.max_length
     if settings.too_long == "error":
@@ -302,15 +303,15 @@ def _are_equal(border: int, responses: dict[str, MaskedTokens]) -> bool:
 # ---- prompts
 
 
-ENVIRONMENT, EVERY_ROW = "environment", ""  # the column that names a row's environment, of several
+ENVIRONMENT, EVERY_ROW = "environment", ""  # column that names a row's environment; name of one for all rows
 
 
 @dataclass(frozen=True)
 class TokenisedPrompts:
     """Prompts as token ids, with the names and columns of their rows.
 
-    prompts: the messages or texts before tokenising. template: how they were rendered. sources: for each
-    prompt, the index of its source in source_names; both are () for a single source.
+    prompts: the messages or texts before tokenising. template: the settings by which they were rendered.
+    sources: for each prompt, the index of its source in source_names; both are () for a single source.
     """
 
     ids: tuple[tuple[int, ...], ...]

@@ -1,7 +1,7 @@
 """Tokenised rows in a memory-mapped file: a prompt and its continuations as token ids with a loss mask.
 
-A row has one continuation for SFT, two or three in a pair, and none if it is a prompt of a rollout. Further
-contents of rows, such as weights of tokens or the columns that rewards read, are extra columns.
+A row has one continuation for SFT, two or three in a pair, more in a ranking, and none if it is a prompt of a
+rollout. Further contents of rows, such as weights of tokens or columns that rewards read, are extra columns.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from jaxft.data.packing.pack import number_groups, ranges
 from jaxft.data.rows.invalid import InvalidCount, add_counts
 
 MASS, TOKEN_WEIGHTS = "mass", "token_weights"  # extras of SFT rows
-LABELS = "labels"  # of the targets of solutions in steps, which are read at the targets themselves
+LABELS = "labels"  # of solutions in steps: a label for each target, predicted at the target's position
 NUMBERS, PROMPT_END_MOVED = "numbers", "prompt_end_moved"  # of pairs
 ROW_FIELDS = "fields"  # of prompts
 PROBABILITIES = "probabilities"  # of decisions
@@ -184,7 +184,9 @@ class TokenisedRows:
         return ends[ends >= 0]
 
     def group_by(self, *pieces: int) -> Int[np.ndarray, " examples"]:
-        """Return each example's group number. A group has the same tokens in `pieces` (0: the prompt)."""
+        """Return each example's group number. Examples with the same tokens in all `pieces` (0: the prompt)
+        are in one group.
+        """
         return number_groups(np.asarray(self.hashes)[:, list(pieces)])
 
     def content_hashes(self) -> UInt64[np.ndarray, " rows"]:

@@ -1,7 +1,8 @@
-"""Columns of a row by their names, and as text, messages and tools.
+"""Find the columns of a row by their names, and read them as text, messages and tools.
 
 Formats of public datasets are accepted: messages, tools or arguments of a tool call as a JSON string,
-ShareGPT's "from" and "value", LLaMA-Factory's "function_call" and "observation" turns. Errors name the row.
+ShareGPT's "from" and "value", LLaMA-Factory's "function_call" and "observation" turns. A column that cannot
+be read raises InvalidRow, which names the row.
 """
 
 import difflib
@@ -32,7 +33,7 @@ SET_BY_JAXFT = (
     "generation_indices", "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler",
     "joiner", "loop", "self",
 )  # fmt: skip
-# Other names of columns in public datasets, which are read where a row lacks a format's own.
+# Other names of columns in public datasets, which are read where a row lacks the format's column.
 COLUMN_SYNONYMS = {
     "prompt": ("question", "query", "problem", "input"),
     "instruction": ("question", "query", "problem"),  # of rows with an input, see format_choice
@@ -48,12 +49,12 @@ COLUMN_SYNONYMS = {
 }
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 FURTHER = ("system", "input")  # columns with synonyms that a row may lack
-# Names that are proposed and not read, as only a convention says which response is the better one.
+# Names that errors propose: they are not read, as only a convention says which response is the better one.
 PROPOSED_SYNONYMS = {
     "chosen": ("response_j", "chosen_response", "better", "preferred", "accepted", "good", "winner"),
     "rejected": ("response_k", "rejected_response", "worse", "dispreferred", "bad", "loser"),
 }
-# Columns for which only a name that means the same is proposed: another would be read as something else.
+# Columns for which errors propose only a name that means the same: other columns would be misread.
 PROPOSED_BY_NAME = ("query", "document", "choices", "answer", "completions", "labels")
 LABEL_NAMES = ("label", "labels", "task", "category", "premise", "hypothesis")  # that are never proposed
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -172,7 +173,7 @@ def _is_proposed(column: str, name: str) -> bool:
 def text_of(row: Row, column: str, empty: bool = False) -> str:
     """Return the column's text. empty: whether blank text is accepted.
 
-    Raises InvalidRow if it is not a string, or blank.
+    Raises InvalidRow if it is not a string, or blank, or not valid Unicode.
     """
     value = row.fields[column]
     if value is None:
@@ -203,9 +204,8 @@ def _encodable(row: Row, column: str, text: str) -> None:
 
 
 def json_of(row: Row, column: str) -> Any:
-    """Return the column, parsed if it is a list of messages as a JSON string.
-
-    Other JSON, such as a list of function calls, is returned as text.
+    """Return the column's value; a JSON string of a list of messages is parsed. Other JSON, such as a list of
+    function calls, is returned as text.
     """
     value = row.fields[column]
     if not (isinstance(value, str) and value.lstrip()[:1] == "["):
@@ -268,8 +268,8 @@ def require_text_alone(row: Row) -> None:
 def messages_of(row: Row, column: str) -> list[Message]:
     """Return the column's messages with roles in KNOWN_ROLES.
 
-    A message in the row has "role" and "content", or ShareGPT's "from" and "value". Errors name the row and
-    the message.
+    A message in the row has "role" and "content", or ShareGPT's "from" and "value". Raises InvalidRow, which
+    names the message.
     """
     value = row.fields[column]
     value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
@@ -410,7 +410,9 @@ def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
 
 
 def dialogue_of(row: Row, column: str, text: str) -> list[Message]:
-    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns. row, column: for errors."""
+    """Parse "\\n\\nHuman: ...\\n\\nAssistant: ..." (hh-rlhf) into turns. row, column: for errors. Raises
+    InvalidRow for another text.
+    """
     before, *parts = _TURN.split("\n\n" + text.lstrip())
     if before.strip() or not parts or parts[0] != "Human":
         raise row.invalid(
@@ -438,7 +440,9 @@ def is_open_dialogue(text: str) -> bool:
 
 
 def with_system(row: Row, turns: list[Message]) -> list[Message]:
-    """Return the turns, with the row's column `system` in front unless they begin with a system message."""
+    """Return the turns, with the row's column `system` in front unless they begin with the same system
+    message. Raises InvalidRow if they begin with another one.
+    """
     if not row.fields.get("system"):
         return turns
     system = {"role": "system", "content": text_of(row, "system")}

@@ -388,7 +388,9 @@ def _turns(row: Row, column: str) -> Turns:
 
 
 def _after(row: Row, column: str, prompt: Turns) -> Turns:
-    """Return the turns after the prompt. The column has only these or the full conversation."""
+    """Return the turns after the prompt. The column has only these or the full conversation. Raises
+    InvalidRow if it has neither.
+    """
     turns = _turns(row, column)
     if turns[0]["role"] != "system" and prompt and prompt[0]["role"] == "system":
         prompt = prompt[1:]  # the column `system` is not repeated in the responses

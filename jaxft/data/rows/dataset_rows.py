@@ -38,7 +38,7 @@ ROW_SUFFIXES = (".jsonl", ".json", *CSV_SUFFIXES, ".parquet")
 SUFFIXES = (*ROW_SUFFIXES, *TEXT_SUFFIXES)
 SPLITS = "dataset_dict.json"  # of a folder with a dataset for each split, as DatasetDict.save_to_disk writes
 SAVED = ("dataset_info.json", "state.json")  # of a folder that Dataset.save_to_disk has written
-LEAST_PARTS = 32  # chunks that a sample is spread over, if there are as many
+LEAST_PARTS = 32  # the fewest chunks that a sample is taken from, if there are as many
 _EVALUATION_SPLITS = ("validation", "valid", "dev", "test", "eval")
 
 
@@ -127,8 +127,8 @@ def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
     """Return all rows of a file, a folder (its files by name) or `org/name[/config][:split]` on the hub.
 
     invalid: receives the rows that cannot be read; without it the first of them is raised as InvalidRow,
-    which names file and line. Raises FileNotFoundError if `ref` is none of these, and ValueError if a file
-    cannot be read, too many rows are invalid, or the dataset is empty.
+    which names file and line. Raises FileNotFoundError if `ref` is none of these, ValueError or OSError if a
+    file cannot be read, and ValueError if too many rows are invalid or the dataset is empty.
     """
     rows: list[Row] = []
     for row in chain.from_iterable(chunk.rows() for chunk in list_chunks(ref).chunks()):

@@ -126,7 +126,9 @@ class ParsedRow:
 
 
 def as_given(prompt: Chat | Completion) -> str | list[Message]:
-    """Return a prompt as reward functions read it: one instruction as a string, else the messages."""
+    """Return a prompt as reward functions read it: plain text or one instruction as a string, a conversation
+    as its messages.
+    """
     if isinstance(prompt, Completion):
         return prompt.prompt
     is_string = prompt.plain and len(prompt.messages) == 1
@@ -173,7 +175,7 @@ def has_placeholder(example: Example) -> bool:
 
 
 def row_weight(row: Row) -> float:
-    """Return the factor of a row's loss weights: its column `weight`, or 1 where that is missing or null.
+    """Return the factor of a row's loss weights: its column `weight`, 1 if that is missing, null or "".
 
     Raises InvalidRow for anything but a finite number of at least 0.
     """
@@ -192,7 +194,8 @@ def row_weight(row: Row) -> float:
 
 def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | None:
     """Return the loss weight of a message's tokens, None if it has neither `train` (Axolotl: true or false)
-    nor `weight` (OpenAI: 0 or 1; here any number from 0 on). where: the message as errors name it.
+    nor `weight` (OpenAI: 0 or 1; here any number from 0 on). where: the message as errors name it. Raises
+    InvalidRow for other values, and if the two contradict each other.
     """
     train, value = message.get("train"), message.get("weight")
     if train not in (None, True, False):

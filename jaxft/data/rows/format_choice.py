@@ -2,7 +2,8 @@
 
 `columns=("prompt=question", "completion=answer")` renames columns: left jaxft's name, right the dataset's. In
 this file the former is called `ours`, the latter `theirs`. Names may have upper case and spaces around them.
-Rows that fit no format are read by COLUMN_SYNONYMS of missing columns, such as "question", if one fits then.
+If no row fits a format, synonyms are tried: columns such as "question" in place of "prompt"
+(COLUMN_SYNONYMS).
 """
 
 import re
@@ -104,7 +105,7 @@ def _as_item(stored: Any) -> Any:
 def parse_rows(
     format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
 ) -> Iterator[ParsedRow | InvalidRow]:
-    """Yield the contents of each row, or its error. Errors use the file's names of renamed columns."""
+    """Yield each row's prompt and responses, or its error, which has the file's names of renamed columns."""
     formats = formats_of(task, settings.numbers, settings.unlabelled)
     chosen, order_by = formats[format.name], settings.order_by
     settings = replace(settings, labels=format.labels or settings.labels, reading=format.reading)
@@ -133,8 +134,8 @@ def parse_rows(
 def parse_dataset(
     rows: Sequence[Row], task: str, settings: RowSettings = DEFAULT_ROW_SETTINGS
 ) -> list[ParsedRow | InvalidRow]:
-    """Return the content of each row, or the error that makes it invalid. All have one format, by default the
-    one that most rows fit. task: see RowFormat. Raises the first row's InvalidRow if no row fits any format.
+    """Return each row's prompt and responses, or the error that makes it invalid. All rows have one format,
+    by default the one that most of them fit. task: see RowFormat. Raises the errors of choose_format.
     """
     formats = formats_of(task, settings.numbers, settings.unlabelled)
     counts = count_columns(rows, settings.columns, formats)
@@ -256,7 +257,7 @@ def choose_format(
     """Return the format of a dataset. format, columns: the settings data.format, where "auto" chooses the
     format that most rows fit, and data.columns.
 
-    Raises the first row's InvalidRow if no row fits any format.
+    Raises the first row's InvalidRow if no row fits any format, and ValueError for wrong settings.
     """
     mapping, plain = _column_mapping(columns, formats), format == PLAIN
     chosen, others = format, tuple[tuple[str, str], ...]()
@@ -485,7 +486,7 @@ def _detect(row: Row, mapped: set[str], formats: Formats) -> str:
     def fitting(fields: dict) -> list[str]:  # a format without a column of data.columns is not meant
         fits = [x.name for x in formats.values() if _has(fields, x.required) and mapped <= x.columns]
         fits = [name for name in fits if not any(set(needed[name]) < set(needed[other]) for other in fits)]
-        return [name for name in fits if name != TEXT] or fits  # a text beside them is often made of them
+        return [name for name in fits if name != TEXT] or fits  # `text` often repeats the other columns
 
     fits = fitting(row.fields)
     if len(fits) > 1:

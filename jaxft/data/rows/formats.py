@@ -446,7 +446,7 @@ ROW_FORMATS = (
         "social_iqa", ("context", "question"), ("answerA", "answerB", "answerC"), "label", INDEX, first=1
     ),
 )  # fmt: skip
-# A name for rows of a task, for errors where another one reads them.
+# Names of the rows of each task, for errors about rows that another task reads.
 TASKS = {
     SFT: "SFT; train on them with the recipe sft",
     PAIRS: "preference pairs; train on pairs with the recipe dpo",

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 FEW, ERROR, DROP = INVALID = ("few", "error", "drop")
 LINE_BYTES = 64 << 20  # of a row, such as a line of a file; larger ones are invalid
-FEW_ROWS = 0.01  # the fraction of a dataset's rows that FEW leaves out
+FEW_ROWS = 0.01  # the largest fraction of a dataset's rows that FEW leaves out
 HINT = "data.invalid=drop leaves invalid rows out"
 
 Value = TypeVar("Value")

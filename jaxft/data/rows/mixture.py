@@ -229,8 +229,8 @@ def make_mixture(
     """Return the mixture of sources with weights, None if no source has a weight. rows: the indices of each
     source's rows.
 
-    The counts of an epoch are the shares of all rows, rounded so that they add up (largest remainders).
-    Raises ValueError for a source that would get no row.
+    The counts of an epoch are the sources' fractions of all rows, rounded so that they add up (largest
+    remainders). Raises ValueError for a source that would get no row, or has none.
     """
     shares = [source.share for source in sources if source.share is not None]
     if not shares:
@@ -261,8 +261,8 @@ class SplitRows:
 
     sources: for each example, the index of its source in data.train or, if data.held_out names files, in
     data.held_out. train_names, held_names: the names of several sources, for their metrics; () for one.
-    left_out: a clause with the number of rows that data.drop has left out, "" for none. warnings: lines for a
-    run's start.
+    mixture: the sources of an epoch if they have weights, else None. left_out: a clause with the number of
+    rows that data.drop has left out, "" for none. warnings: lines for a run's start.
     """
 
     rows: TokenisedRows

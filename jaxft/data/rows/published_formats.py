@@ -3,7 +3,7 @@ comparisons of two responses, and transcripts, as public datasets have them.
 
 A ranking becomes "prompt", "chosen" (the best response), "rejected" (the worst) and "rank_2", "rank_3", ...
 (those between, in order), with the ratings "score_chosen", "score_rejected", "score_rank_2", ...: higher is
-better, and a rank is counted as minus the rank. So a loss reads pairs with ratings and rankings alike.
+better, and rank 2 is the rating -2. So a loss reads pairs with ratings and rankings alike.
 """
 
 import json
@@ -78,13 +78,20 @@ def rating_columns(responses: int) -> tuple[str, ...]:
 
 
 def with_ratings(row: Row, settings: RowSettings) -> Row:
-    """Return a ranking's row with a number in each of its columns of ratings: the row's rating, or minus the
-    rank if it has no ratings; 0 where the response is missing.
+    """Return a ranking's row with the ratings of its responses: its own or, if it rates none of them, minus
+    the ranks. The rating of a missing rank_2, rank_3, ... is 0. Raises InvalidRow if it rates only some.
     """
     further = [kind for kind in settings.kinds if kind.startswith("rank_")]
-    fields = {_RATING + kind: 0.0 for kind in further}
-    if all(row.fields.get(_RATING + kind) is None for kind in ("chosen", "rejected")):
-        fields |= {_RATING + kind: -float(n + 1) for n, kind in enumerate(("chosen", "rejected"))}
+    fields = {_RATING + kind: 0.0 for kind in further if row.fields.get(kind) is None}
+    names = [_RATING + kind for kind in best_first(settings.kinds) if _RATING + kind not in fields]
+    unrated = [name for name in names if row.fields.get(name) is None]
+    if len(unrated) == len(names):
+        fields |= {name: -float(rank) for rank, name in enumerate(names, 1)}
+    elif unrated:
+        raise row.invalid(
+            "response without a rating",
+            f"column {unrated[0]!r} is missing, and other responses have ratings; rate all responses or none",
+        )
     present = {name: value for name, value in row.fields.items() if value is not None or name not in fields}
     return Row(row.name, {**fields, **present})
 
@@ -166,7 +173,7 @@ def ranking_note(settings: RowSettings) -> str:
 
 
 def _first(row: Row, names: Sequence[str]) -> str:
-    """Return the first of the columns that is not null; if all are null, the first that the row has."""
+    """Return the first of these columns that is not null; if all are null, the first that the row has."""
     there = [name for name in names if name in row.fields]
     return next((name for name in there if row.fields[name] is not None), there[0])
 

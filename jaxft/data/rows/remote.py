@@ -238,7 +238,9 @@ def _tag(headers: Any) -> str:
 
 
 def remote_files(ref: str) -> list[RemoteFile]:
-    """Return the Parquet files of a URL or of a hub dataset. Raises ValueError if there are none."""
+    """Return the Parquet files of a URL or of a hub dataset. Raises ValueError if there are none, or `ref` is
+    not such a URL.
+    """
     if "@" in ref.split("/")[2]:
         raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
     if not ref.startswith("hf://"):

@@ -187,7 +187,7 @@ def _load(text: bytes | str) -> Any:
 
 def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -> Any:
     """Parse JSON. name: the row in errors. line: number of the text's first line. encoding: None to detect
-    UTF-16 and UTF-32, whose lines cannot be parsed one by one.
+    UTF-16 and UTF-32, whose lines cannot be parsed one by one. Raises InvalidRow.
     """
     try:
         return _load(text if encoding is None else text.decode(encoding))
@@ -331,7 +331,7 @@ def read_json(path: Path) -> Iterator[Outcome]:
         try:
             value = _load(text)
         except _DuplicateKey:
-            value = _parse(text, f"{path}:1")  # raises what it is
+            value = _parse(text, f"{path}:1")  # raises InvalidRow with the key
         except (ValueError, RecursionError):
             yield from chain.from_iterable(chunk.rows() for chunk in scan_lines(path, len))
             return
@@ -437,7 +437,7 @@ def read_table(table: Any, rows: range, where: str, label: str) -> Iterator[Outc
 def without_added_nulls(item: dict[str, Any]) -> dict[str, Any]:
     """Return a row of a table without nulls in nested objects: Arrow adds them for keys that other rows have.
 
-    Nulls of whole columns stay.
+    Columns that are null remain.
     """
     return {column: _without_nulls(value) for column, value in item.items()}
 

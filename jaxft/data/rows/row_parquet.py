@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 from jaxft.data.rows.invalid import LINE_BYTES
 
 BATCH_ROWS = 1 << 13
-RATIO = 500  # more than text compresses without a dictionary
-ONCE_BYTES = 6 * LINE_BYTES  # that a batch may take, with RATIO
-TOTAL_BYTES = 8 << 30  # of all rows of a file, with RATIO
-EXPANDED_BYTES = 1 << 30  # of a group's column that Arrow always expands, with RATIO
+RATIO = 500  # bytes in memory for one in the file; text without a dictionary compresses less
+# Limits for what exceeds RATIO: of a batch, of all rows of a file, of a group's column that Arrow expands.
+ONCE_BYTES = 6 * LINE_BYTES
+TOTAL_BYTES = 8 << 30
+EXPANDED_BYTES = 1 << 30
 VALUE_BYTES = 64  # of a Python object
 _LEVEL_BYTES = 16  # of a value's definition, repetition and index
 

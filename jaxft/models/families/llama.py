@@ -356,7 +356,9 @@ def _rope_layers(hf: dict[str, Any], count: int) -> tuple[bool, ...]:
 
 
 def _sliding(hf: dict[str, Any], has_rope: Sequence[bool]) -> dict[str, Any]:
-    """Return the fields `window` and `layer_types`. By default, layers without rope have the window."""
+    """Return the fields `window` and `layer_types`, {} if no layer has a window. Without layer_types in
+    config.json, the layers without rope have the window, if use_sliding_window is true.
+    """
     window, used = window_from_hf(hf), bool(hf.get("use_sliding_window", False))
     default = [SLIDING if used and window and not rotated else FULL for rotated in has_rope]
     types = read_layer_types(hf, default)

@@ -36,7 +36,7 @@ from jaxft.nn.tree import Params, static, struct
 FUSED_PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 
 ADAPTERS = "adapters"  # the axis over several adapters, behind the lead axes of their base
-# The number of axes behind the lead axes, of the leaves that several adapters have.
+# By the name of a leaf: its number of axes after the axis over adapters.
 OWN_AXES = {"a": 2, "b": 2, "scale": 0, "magnitude": 1, "gain": 1, "score": 2}
 EVA = "eva"
 INITIAL_ADAPTER = "initial_adapter"  # in a run's parameters: its policy's adapter at step 0, for heads
@@ -406,8 +406,8 @@ def merge_node(
 # DoRA (Liu et al. 2024, arXiv:2402.09353): a learned norm for each output of an adapted weight, `W' = m (W +
 # s A B) / ||W + s A B||`. As in PEFT (use_dora), the norm is a constant for gradients (section 4.3 of the
 # paper). It is computed from `||W||^2 + 2 s <W, A B> + s^2 ||A B||^2`, so that no sum `W + s A B` is stored.
-# The leaf `magnitude` [L, O] is m; 0 stands for an output without one, whose factor is 1: of layers that an
-# adapter from a file leaves out, and of outputs whose weights are all 0.
+# The leaf `magnitude` [L, O] is m. 0 marks an output without magnitude, whose factor is 1: in layers that an
+# adapter's file leaves out, and where all weights of the output are 0.
 
 
 def output_norms(

@@ -109,9 +109,10 @@ class AttentionSettings:
     """Attention settings that all layers of a model share.
 
     softcap: see dense. context_keys: how devices get the keys of a row that mesh.context shards: "gathered",
-    or "ring" (passed around a ring). "auto" shards heads instead if devices can share them evenly; else it
-    passes keys around a ring if a device has at least RING_LEAST tokens of a row, and gathers them otherwise.
-    kernel: the kernel that each device runs; "auto" takes the fastest.
+    or "ring" (passed around a ring; not with the reference kernel). "auto" shards heads instead if devices
+    can share them evenly; else it passes keys around a ring if a device has at least RING_LEAST tokens of a
+    row and the kernel supports it, and gathers them otherwise. kernel: the kernel that each device runs;
+    "auto" takes the fastest.
     """
 
     softcap: float | None = None
@@ -168,7 +169,7 @@ def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
         return f"{kind} is not an NVIDIA GPU"
     if dtype.itemsize != 2:
         return f"GPU kernels compute in bfloat16 or float16, not {dtype}"
-    return "" if head_dim <= 256 else f"GPU kernels take heads of at most 256 numbers, not {head_dim}"
+    return "" if head_dim <= 256 else f"GPU kernels need a head_dim of at most 256, got {head_dim}"
 
 
 def needed_window(window: int | None, length: int) -> int | None:
@@ -272,21 +273,27 @@ def chosen_kernel(
     q_BTHE: jax.Array | jax.ShapeDtypeStruct, kv_heads: int, rows: AttentionNeeds, settings: AttentionSettings
 ) -> tuple[Layout, Kernel]:
     """Return how `attention` is divided over the ambient mesh (see attention_by), and the kernel that each
-    device runs. q_BTHE: only its shape and dtype are used.
+    device runs. q_BTHE: only its shape and dtype are used. Raises ValueError for a ring with the reference
+    kernel.
     """
     mesh, (_, T, heads, head_dim) = jax.sharding.get_abstract_mesh(), q_BTHE.shape
-    context_keys, ways = settings.context_keys, _head_shards()
-    # whether each device can have whole query heads and the keys of one or more of them
+    context_keys, ways, asked = settings.context_keys, _head_shards(), asked_for(settings)
+    # whether each device can have complete query heads and the keys of one or more of them
     divides = heads % ways == 0 and (kv_heads % ways == 0 or ways % kv_heads == 0)
     layout: Layout = "heads"
     if dict(mesh.shape).get("context", 1) == 1 or num_shards(("time",), (T,)) == 1:
         layout = "rows"
     elif context_keys != "auto" or not divides:
-        is_long = T // mesh_size("context") >= RING_LEAST
-        long: Layout = "ring" if is_long and not asked_for(settings).endswith("=reference") else "gathered"
+        is_long, is_reference = T // mesh_size("context") >= RING_LEAST, asked.endswith("=reference")
+        if context_keys == "ring" and is_reference:
+            raise ValueError(
+                f"context_keys=ring passes keys around in blocks, which {asked} does not support; use "
+                "context_keys=gathered, or attention=flash"
+            )
+        long: Layout = "ring" if is_long and not is_reference else "gathered"
         layout = long if context_keys == "auto" else context_keys
         rows = replace(rows, part=True)
-    if asked := asked_for(settings):
+    if asked:
         return layout, KERNELS[asked.partition("=")[2]]
     if mesh.empty:
         return layout, flash

@@ -1,4 +1,4 @@
-"""Attention as the Mixer of layers: over rows, and in generation with a cache (cache.py)."""
+"""Attention as the Mixer of layers (nn/stack.py): over rows, and in generation with a cache (cache.py)."""
 
 from collections.abc import Callable
 from functools import partial

@@ -281,8 +281,8 @@ SLOTS_PER_READ = 64  # steps that read fewer slots than all read a multiple of t
 
 
 def row_slots(tokens: int) -> int:
-    """Return how many slots to store for this many tokens: `tokens` up to 64, above that the next multiple of
-    64.
+    """Return how many slots to store for this many tokens: `tokens` up to 64, otherwise rounded up to a
+    multiple of 64.
 
     XLA's CPU compiler sums 64, 128 or more slots in the same order if the additional slots are 0, so the
     result of attention does not depend on how many slots a step reads, or how long other prompts are.
@@ -311,7 +311,7 @@ def empty_keys(
     return LayerKeys(of(len(a.layout) - windows, slots), of(windows, min(slots, row_slots(a.longest_window))))
 
 
-# E4M3 as its bits: XLA's CPU compiler widens every other float8 array, a whole cache in each decoding step
+# E4M3 as its bits: XLA's CPU compiler would widen float8 arrays, the full cache in each decoding step
 STORED_DTYPES: dict[str, Any] = {"int8": jnp.int8, "fp8": jnp.uint8}
 LARGEST = {"int8": 127.0, "uint8": 448.0}
 
@@ -416,8 +416,8 @@ def select_rows(layers: CacheParts, rows: Array) -> CacheParts:
 
 
 def clear_values(layers: CacheParts, rows: Array) -> CacheParts:
-    """Set the cached values (v) of rows and their scales to 0, before the rows are used again: a NaN of an
-    earlier completion would remain NaN when attention multiplies it by a weight of 0.
+    """Set the cached values (v) of rows, and their scales, to 0 before the rows are used again: a NaN of an
+    earlier completion times an attention weight of 0 would be NaN.
     """
 
     def cleared(x: Array) -> Array:
@@ -494,7 +494,7 @@ def append_chunk(keys: Keys, new: Keys, chunk: GivenChunk) -> Keys:
 
 @struct
 class Step:
-    """The arrays that the layers of a decoding step share. at: the token of each row. visible: as in
+    """The arrays that all layers of a decoding step use. at: the token of each row. visible: as in
     PromptKeys. group_counts [P, G]: `at.counts`, grouped by prompt.
     """
 
@@ -551,7 +551,7 @@ def attend_chunk(
     def numbers(count: int) -> Array:
         return jnp.arange(count, dtype=counts.dtype)[None]
 
-    # places in the text, counted from the first token of the completion
+    # positions in the text, relative to the first token of the completion
     nowhere = jnp.asarray(EVERY_KEY, counts.dtype)
     of_prompts = jnp.where(visible[chunk.prompts, -used:], numbers(used) - used, nowhere)
     of_rows = counts - 1 - (counts - 1 - numbers(size)) % jnp.asarray(size, counts.dtype)

@@ -137,7 +137,7 @@ def in_parts(ranges: KeyRanges, parts: tuple[tuple[Any, Any], tuple[Any, Any]]) 
     parts: (start, length) of each part in the row; the first part is before the second one.
     """
 
-    def before(at: Any) -> Any:  # keys of the block before a position of the row
+    def before(at: Any) -> Any:  # how many keys of the two parts are before a position of the row
         return sum(jnp.clip(at - start, 0, length) for start, length in parts)
 
     inside = [(before(start), before(end)) for start, end in ranges.pairs]
@@ -262,8 +262,8 @@ def pad_time(x_BT: jax.Array, extra: int) -> jax.Array:
 # Below, a block is N storage positions of a row. All blocks of all rows form one list: C = B * T / N of
 # queries, D = B * S / N of keys. Query heads that share a key head are folded into the rows of a matmul, M =
 # G * N. The shapes follow from XLA:CPU: it runs 16-bit matmuls on its fast path only if no transpose can be
-# folded into their operands, so keys are transposed once outside the loops; and it widens every other 16-bit
-# operation to float32, whole loop-carried buffers included, so loops carry 16-bit floats as uint16.
+# folded into their operands, so keys are transposed once outside the loops; and it widens all other 16-bit
+# operations to float32, including full loop-carried buffers, so loops carry 16-bit floats as uint16.
 
 
 def _floats(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -58,8 +58,8 @@ class AttentionRule:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """Rope and sliding window that some layers share. window: the number of last keys that a query attends
-    to, including its own; None for all keys up to its own.
+    """Rope and sliding window of some layers. window: how many of the most recent keys a query attends to,
+    its own key included; None for all.
     """
 
     rope: Rope
@@ -226,8 +226,8 @@ def attend_rows(
 
 
 def query_factor(a: AttentionLayers) -> float:
-    """Return by what to multiply queries for a kernel that divides scores by sqrt(E), so that scores get the
-    model's scale: cached_attention, and all kernels but those in OF_SCALED_QUERIES.
+    """Return the factor on queries that gives scores the model's scale, for a kernel that divides scores by
+    sqrt(E): cached_attention, and all kernels but those in OF_SCALED_QUERIES.
     """
     return 1.0 if a.scale is None else a.scale * a.head_dim**0.5
 

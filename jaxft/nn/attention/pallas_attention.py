@@ -5,7 +5,7 @@ the shared prompts' blocks, then the queries' own ranges. (For the gradients of 
 program computes a block of keys and visits blocks of queries.) Keys are not copied for the query heads that
 share them. The size of a block is a power of two, and a head is padded to a power of two in the kernel.
 
-The functions that use Pallas import it, since the import takes a fifth of a second.
+Pallas is imported only inside the functions that use it, since the import takes 0.2 s.
 """
 
 import math
@@ -64,7 +64,7 @@ class KernelOptions:
 
 @dataclass(frozen=True)
 class _Settings:
-    """The static arguments of a compiled kernel. wide: return float32 results, not the dtype of q."""
+    """The static arguments of a compiled kernel."""
 
     tiles: Tiles
     softcap: float | None
@@ -162,7 +162,7 @@ def _rows_of(ranges: KeyRanges) -> Int[Array, "B R T"]:
     return jnp.stack(jax.tree.leaves(ranges), axis=1)
 
 
-LEAST_CONTRACTED = 16  # numbers over which Triton's matmuls of 16-bit numbers sum
+LEAST_CONTRACTED = 16  # the smallest contracted axis of Triton's 16-bit matmuls
 
 
 def _padded(head_dim: int) -> int:

@@ -1,5 +1,5 @@
-"""Attention on devices that each store a part of every row, with the same work on each; keys gathered or in a
-ring.
+"""Attention over rows whose tokens are sharded over devices, with equal work on each device. Keys are
+gathered, or passed around a ring.
 
 A query sees the keys before it, so the last part of a row has many times the work of the first one. Of 2 n
 parts of a row, device i stores parts 2 i and 2 i + 1 and computes the queries of parts 2 i and 2 n - 1 - 2 i,
@@ -7,12 +7,12 @@ an early and a late one, which together see as many keys on every device. It swa
 n - 1 - i for that, and swaps the outputs back. (Llama 3, arXiv 2407.21783, and
 ring-flash-attention pair parts i and 2 n - 1 - i, which would move twice as many parts.)
 
-The swap is inside attention, so that everything else that depends on the place of a token (dropout, noise,
+The swap is inside attention, so that everything else that depends on a token's position (dropout, noise,
 read positions, other attention layouts) is the same as on one device, and gathered keys are in order. The
 swap moves half of a device's queries and outputs; attention moves the keys of all other devices.
 
-In ring attention (Liu et al. 2023, arXiv 2310.01889) each device holds one block of keys and values at a
-time and passes it on while it attends to it, so that no device holds all keys. Outputs are merged by their
+In ring attention (Liu et al. 2023, arXiv 2310.01889) each device stores one block of keys and values at a
+time and passes it on while it attends to it, so that no device stores all keys. Outputs are merged by their
 log-sum-exps; the backward pass takes the merged output and log-sum-exp, and the gradients of a block travel
 with it, in float32: sums of 16-bit floats would be rounded once per device.
 """
@@ -196,7 +196,7 @@ def _ring_backward(settings, saved, do):
         ranges_here = _ranges_in_block(ranges, step, devices, q.shape[1])
         part, *parts = kernel.gradients((q, *keys), ranges_here, (o, lse, do), softcap)
         sums = tuple(x + y for x, y in zip(sums, parts, strict=True))
-        return _next_device(sums, devices), dq + part  # after the last block they are home again
+        return _next_device(sums, devices), dq + part  # after the last block, sums are on their first device
 
     def pass_on(step, carry):
         keys, *results = carry

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxft.nn.attention.flash_attention import KeyRanges, pad_queries, pad_time
 
-# The backward pass of splash attention, which has no public name, takes these.
+# The parameters of splash attention's backward pass, a private function of jax.
 BACKWARD = (
     "save_residuals", "mask_value", "is_mqa", "block_sizes", "residual_checkpoint_name", "mask_function",
     "attn_logits_soft_cap", "interpret", "res", "do",

@@ -1,9 +1,9 @@
 """Preference losses over rankings: K responses to one prompt, each with a rating of its quality.
 
-A pair is the ranking of K = 2, so every loss of this file takes pairs as well. The best response is the
-kind "chosen", the worst "rejected", and those between are "rank_2", "rank_3", ... in order. Ratings are the
-columns score_chosen, score_rejected, score_rank_2, ... of the pairs (higher is better); without them the
-order alone counts, as numbers K - 1, ..., 1, 0. In the docstrings c_i is the log-ratio log pi(y_i|x) -
+A pair is the ranking of K = 2, so every loss of this file takes pairs as well. The best response has the
+kind "chosen", the worst "rejected", and the responses between them "rank_2", "rank_3", ... in order. Ratings
+are the columns score_chosen, score_rejected, score_rank_2, ... of the pairs (higher is better); without them
+the order alone counts, as ratings K - 1, ..., 1, 0. In the docstrings c_i is the log-ratio log pi(y_i|x) -
 log pi_ref(y_i|x) of response i, and s_i its rating. Sums run over the responses that a row has.
 
 Three responses in the order of their log-ratios:
@@ -125,7 +125,7 @@ def info_nca(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss
 
 def nca(pair: PairBatch, beta: float = 0.1, alpha: float = 1.0) -> PairLoss:
     """`-sum_i (softmax(s / alpha)_i LS(beta c_i) + LS(-beta c_i) / K)`, LS = log sigmoid: like info_nca, but
-    each c_i counts by itself, not its differences to the others, so the best response does not lose log-prob.
+    of each c_i itself instead of differences between them, so that the best response does not lose log-prob.
 
     NCA (Chen et al. 2024, arXiv:2402.05369, eq. 9). For K = 2 and alpha towards 0 it is nca_pair.
     """

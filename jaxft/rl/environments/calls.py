@@ -1,11 +1,11 @@
 """Calls of users' functions in threads, each with a time-out: environments, tools and rewards.
 
-An episode has a thread while it runs, which makes all of its calls: objects of sqlite3 or of Playwright
-belong to the thread that made them. Its async functions run on an event loop of that episode alone, so that
-one that blocks holds up no other. After its time-out a call is given up, with its thread, its loop and their
-objects: coroutines are cancelled, Python code is interrupted, and what hangs elsewhere is left to itself. A
-call that ends the process (os._exit, a crash in C) cannot be caught; code of a model runs in
-jaxft.rl.environments.shipped_environments.
+One thread makes all calls of an episode, because objects of sqlite3 or Playwright may only be used in the
+thread that made them. Async functions run on an event loop of this episode alone, so that a blocking one
+delays no other episode. After its time-out a call is given up, with its thread, its loop and their objects:
+coroutines are cancelled, Python code is interrupted, and a call that hangs in C code is left running. A call
+that ends the process (os._exit, a crash in C) cannot be caught; the sandbox for code that a model wrote is
+run_python in shipped_environments.py.
 """
 
 import asyncio
@@ -44,8 +44,8 @@ class Task:
     """Work of an episode, which its thread does in several calls; each may take `timeout` seconds.
 
     number: the episode's number. began: time at which the current call began, None before the first. awaited:
-    the future of an async function's result. has_slot: whether it counts as one of the calls at once. result:
-    the work's result, or its exception.
+    the future of an async function's result. has_slot: whether it is one of the concurrent calls, whose
+    number is limited. result: the work's result, or its exception.
     """
 
     number: int
@@ -61,8 +61,8 @@ class Task:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def call(self, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        """Call function(*args, **named), await its result if it is async, and return it. Each call has the
-        whole time-out.
+        """Call function(*args, **named), await its result if it is async, and return it. The time-out begins
+        with each call. Raises NeedsMainThread, and the function's exceptions.
         """
         self.began = time.monotonic()
         try:
@@ -142,8 +142,8 @@ def shared_loop() -> EventLoop:
 class _Worker:
     """A thread that makes the calls of an episode, with its objects and its event loop.
 
-    slots: limits how many workers call at once. closing: functions that close the objects. episode: number of
-    the episode that started the thread.
+    slots: limits the concurrent calls of all workers. closing: functions that close the objects. episode:
+    number of the episode that started the thread.
     """
 
     def __init__(self, episode: int, slots: threading.Semaphore, results: "queue.SimpleQueue[Task]"):
@@ -218,10 +218,10 @@ class _Worker:
 
 
 class Calls:
-    """The threads of the episodes of rollouts: `submit` work of an episode, collect it by `finished`, and
+    """A thread for each episode in progress: `submit` work of an episode, collect results by `finished`, and
     `release` an episode that is over. As a context manager, it abandons unfinished calls at the end.
 
-    workers: the most calls at once.
+    workers: the most concurrent calls. timeout: seconds of each call.
 
     Example:
 
@@ -257,8 +257,8 @@ class Calls:
         worker.tasks.put(task)
 
     def finished(self, wait: bool) -> list[tuple[int, Any]]:
-        """Return (number, result or exception) of work that has ended since the last call, in the order of
-        numbers. wait: whether to wait until some has ended. [] if nothing is in progress.
+        """Return (episode's number, result or exception) of work that has ended since the last call, sorted
+        by number. wait: whether to wait until some has ended. [] if nothing is in progress.
         """
         results = list[tuple[int, Any]]()
         while True:
@@ -297,8 +297,8 @@ class Calls:
             return _Worker(episode, self.slots, self.results)
         except RuntimeError as error:
             raise ValueError(
-                f"{error}: each episode in progress has a thread, and {len(self.workers)} have begun. "
-                "Raise the system's limit of threads, or lower data.batch or data.group."
+                f"{error}: each concurrent episode needs a thread, and {len(self.workers)} have started. "
+                "Raise the system's limit of threads (ulimit -u), or lower data.batch or data.group."
             ) from None
 
 

@@ -164,8 +164,8 @@ def environment_of(given: Any, tools: Sequence[Tool] = ()) -> Environment:
     elif "reset" in dir(given):
         name = type(given).__name__
         raise ValueError(
-            f"environment: it is an object of {name}, and episodes play at the same time: each needs its own "
-            f"object. Set environment= to {name} or to a function without arguments that makes one."
+            f"environment is an object of class {name}, but concurrent episodes need one object each. Set "
+            f"environment= to the class {name}, or to a function without arguments that makes an object."
         )
     else:
         raise ValueError(
@@ -291,7 +291,7 @@ def _of_class(given: type, make: Callable[[], Any]) -> Environment:
         return of_kind(name, make, members)
     except ValueError as error:
         if "step" in members and not native:  # such as a class for gym
-            raise ValueError(f"environment {name}: {error} If step is no tool: {CLASS_SHAPES}") from error
+            raise ValueError(f"environment {name}: {error} If step is not a tool: {CLASS_SHAPES}") from error
         raise
 
 
@@ -460,7 +460,11 @@ def finite_number(value: Any) -> float:
 
 
 def short_repr(value: Any) -> str:
-    """Return the type and repr of a value of any type."""
+    """Return the type and repr of any value, at most 80 characters.
+
+    >>> short_repr(3)
+    'int 3'
+    """
     try:
         return f"{type(value).__name__} {value!r}"[:80]
     except Exception:  # its repr may raise

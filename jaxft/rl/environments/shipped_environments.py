@@ -4,15 +4,15 @@ and search over a small corpus.
 Search is by words, BM25: Robertson and Zaragoza 2009, The Probabilistic Relevance Framework, equation 3.15:
 score(d) = sum over words w of the query of idf(w) tf (k1 + 1) / (tf + k1 (1 - b + b |d| / mean)).
 
-`run_python` runs code that a model wrote in a process of its own, with limits on its time, memory, files and
-output, an empty working directory, and no environment variables. Where the system permits user namespaces, as
-most of Linux does, it has no network, writes nowhere else, and no process outlives it. Elsewhere (`isolated`
-is false) it has the network, writes and deletes whatever the user of the run may, and a process that it
-started may go on.
+`run_python` runs code that a model wrote in a separate process, with limits on its time, memory, files and
+output, an empty working directory, and no environment variables of the run. Where the system permits user
+namespaces, as most Linux systems do, the code has no network, can write only to its working directory, and
+leaves no process running. Elsewhere (`isolated` is false) it has the network, can write and delete whatever
+the user of the run may, and processes that it started may go on.
 
-It is not a security boundary: it reads all files that the user of the run may read, `memory` is of each of
-its processes, the number of processes is not limited for root, and code can use a fault of the kernel.
-For code that is meant to do harm, use a container or a machine of its own.
+It is not a security boundary: the code can read all files that the user of the run may read and can exploit
+bugs of the kernel, `memory` limits each process and not their sum, and root may start any number of
+processes. For code that is meant to do harm, use a container or a separate machine.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ class Calculator:
 
 
 def calculator_rows(count: int, seed: int) -> list[RowColumns]:
-    """Return questions with answers, which take a call of each tool, one after the other.
+    """Return questions with answers that need one call of each tool.
 
     Example: calculator_rows(1, 0) is [{"prompt": "What is (62 + 67) * 94?", "answer": "12126"}] or similar.
     """
@@ -116,7 +116,9 @@ def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> li
 
 
 def _question(rng: random.Random, names: Sequence[str]) -> tuple[RowColumns, list[tuple[str, int, int, int]]]:
-    """Return (a row whose answer takes calls of these tools in turn, the calls (tool, a, b, result))."""
+    """Return (a row whose answer needs a call of each of these tools, in order; the calls (tool, a, b,
+    result)).
+    """
     value, calls = rng.randint(11, 99), list[tuple[str, int, int, int]]()
     text = str(value)
     for name in names:
@@ -162,10 +164,10 @@ def guess_rows(count: int, seed: int, most: int = 20) -> list[RowColumns]:
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """Limits of a run of code. seconds: wall-clock and processor time. memory: bytes of address space of each
-    process. files: bytes of all files together, or of each file where the run is not isolated. processes:
-    processes and threads at once, where the run is isolated and the user is not root. output: the most
-    characters that are returned.
+    """Limits of a run of code. seconds: processor and wall-clock time; 2 s more of the latter, in which the
+    process starts. memory: bytes of address space of each process. files: bytes of all files together, or of
+    each file where the run is not isolated. processes: concurrent processes and threads, where the run is
+    isolated and the user is not root. output: the most characters that are returned.
     """
 
     seconds: Annotated[float, above(0)] = 5.0
@@ -209,8 +211,8 @@ def run_python(code: str, limits: SandboxLimits = SandboxLimits()) -> SandboxRes
 
 
 def _run(folder: Path, output: Any, limits: SandboxLimits) -> tuple[int | None, bool]:
-    """Run the code of a folder, with stdout and stderr in `output`. Return its exit code, None if it took too
-    long, and its `isolated`.
+    """Run program.py of a folder, with stdout and stderr in `output`. Return (exit code, None if it took too
+    long; whether it was isolated).
     """
     seconds, memory, files, processes, _ = astuple(limits)
     numbers = [str(x) for x in (max(1, round(seconds + 0.5)), memory, files, processes)]
@@ -324,7 +326,9 @@ def best_passages(corpus: Passages, query: str, count: int) -> list[str]:
 
 @functools.cache
 def _index(corpus: Passages) -> tuple[list[Counter[str]], Counter[str], float]:
-    """Return the words of each passage, in how many passages each word is, and the mean length."""
+    """Return (word counts of each passage, number of passages that contain each word, mean length in words,
+    at least 1).
+    """
     counts = [Counter(_words(passage)) for passage in corpus]
     frequency = Counter(word for of_passage in counts for word in of_passage)
     return counts, frequency, max(1.0, sum(c.total() for c in counts) / max(1, len(counts)))

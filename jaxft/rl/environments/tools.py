@@ -62,8 +62,8 @@ def by_name(tools: Sequence[Tool]) -> dict[str, Tool]:
 
 
 def parse_turn(text: str, format: CallFormat | None, number: int) -> ParsedTurn:
-    """Take the tool calls out of a turn's text. number: number of the turn; calls have ids made from it, the
-    same in each run.
+    """Parse the tool calls in the text of a turn. number: the turn's number, from which the ids of its calls
+    are made, so that they are the same in each run.
 
     >>> from jaxft.data.chat.tool_calls import call_format
     >>> text = '<tool_call>\\n{"name": "add", "arguments": {"a": 1, "b": 2}}\\n</tool_call>'
@@ -116,7 +116,8 @@ def answer_calls(
     longest: int,
     errors: tuple[type[Exception], ...] = MODELS_ERRORS,
 ) -> tuple[list[Message], list[Fault]]:
-    """Call the tools that a turn names, one after the other. Return a message for each call, and the faults.
+    """Call the tools that a turn names, one after the other. Return (a message for each call, also for each
+    malformed one; the faults).
 
     longest: the most characters of a result. errors: exceptions that are returned to the model; any other is
     raised, and excludes the episode.
@@ -142,7 +143,7 @@ def error_text(text: str) -> str:
 
 
 def valid_text(text: str) -> str:
-    """Return text with U+FFFD in place of unpaired surrogates, which no tokenizer takes."""
+    """Return text with U+FFFD in place of unpaired surrogates, which no tokenizer accepts."""
     is_valid = text.isascii()  # most texts are, which takes no copy
     return text if is_valid else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -190,7 +191,9 @@ def _check_types(arguments: Mapping[str, Any], properties: Mapping[str, Any]) ->
 
 
 def _is_of(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Return whether a value of JSON has the type of a schema, which has one type, several, or any."""
+    """Return whether a JSON value fits a schema's `type` (one, a list, or none for any), `enum`, `nullable`
+    and, for a list, `items`.
+    """
     if value is None:
         return bool(schema.get("nullable")) or "type" not in schema
     if "enum" in schema:

@@ -205,7 +205,7 @@ def _knobs(fn: Callable) -> dict[str, Knob]:
             }
         twice = sorted(members.keys() & knobs.keys())
         if twice:
-            raise ValueError(f"{fn.__qualname__} has two knobs called {twice[0]}; rename one")
+            raise ValueError(f"{fn.__module__}:{fn.__qualname__} has two knobs called {twice[0]}; rename one")
         knobs |= members
     return knobs
 

@@ -221,7 +221,7 @@ def find_file(path: str) -> Path:
     beside = sorted((folder / p.name).as_posix() for p in folder.glob("*.py"))
     configs = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").glob("*.py"))
     near = list(dict.fromkeys([*difflib.get_close_matches(path, beside, 3, 0.5), *nearest(path, configs, 5)]))
-    hint = f"; there are: {', '.join(near[:5])}" if near else "; correct the path"
+    hint = f"; near: {', '.join(near[:5])}" if near else "; correct the path"
     folders = " or ".join(dict.fromkeys(map(str, (Path.cwd(), ROOT))))
     raise FileNotFoundError(f"{path}: no such file in {folders}{hint}")
 

@@ -71,7 +71,7 @@ class Calibration:
     def __post_init__(self):
         if self.tokens < self.max_length:
             raise ValueError(
-                f"{self.tokens} calibration tokens (--tokens, quant.calibrate_tokens) are less than one row "
+                f"{self.tokens} calibration tokens (--tokens, quant.calibrate_tokens) are fewer than one row "
                 f"of {self.max_length} (--max-length, data.max_length); raise or lower one of them"
             )
 
@@ -281,15 +281,16 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
     path = folder / CALIBRATED_JSON
     calibrated_codes(plan, progress)
     record = {"codes": plan.name, "sha256": codes_sha256(plan.name)}
-    again = f"remove the folder {plan.name} from the cache of every machine whose base differs"
+    again = f"remove the cache folder {codes_folder(plan.name)} on every machine whose base differs"
     if not processes.all_equal(record):
         raise ValueError(f"the processes have different calibrated bases; {again}, and start again")
     with processes.agreement():
         before = read_model_json(path) if path.is_file() else record
         if before["codes"] == plan.name and before != record:
             raise ValueError(
-                f"{path}: the calibrated base in the cache is not the one that this run began with, perhaps "
-                f"of another device or version of jax; copy the cache of that machine, or {again}"
+                f"{path}: the calibrated base in the cache differs from the one that this run started with, "
+                "perhaps computed on another device or by another version of jax; copy the cache of that "
+                f"machine, or {again}"
             )
         if processes.is_first():
             write_durable_json(path, record)

@@ -123,7 +123,7 @@ def check_output(out: Path, ref: str) -> None:
     the model `ref`, or another folder that is not empty.
     """
     if out.resolve() == hub.locate(ref).path.resolve():
-        raise ValueError(f"--out {out} is the folder that is read; choose another folder")
+        raise ValueError(f"--out {out} is the model's folder; choose another folder")
     check_new_folder(out)
 
 
@@ -337,7 +337,7 @@ def check_gguf_output(out: Path, ref: str) -> None:
     if out.suffix != ".gguf" or out.is_dir():
         raise ValueError(f"--out {out} is not the name of a GGUF file; choose NAME.gguf, or leave --gguf out")
     if out.exists() and out.resolve() == hub.locate(ref).path.resolve():
-        raise ValueError(f"--out {out} is the file that is read; choose another name")
+        raise ValueError(f"--out {out} is the model's file; choose another name")
     if out.exists():
         raise ValueError(f"--out {out} exists; choose another name")
 

@@ -117,7 +117,7 @@ def _folder(folder: Path, repo: str) -> Push:
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     unfinished = [name for name in names if name.endswith(UNFINISHED)]
     if unfinished:
-        raise ValueError(f"{folder / unfinished[0]}: left by an export that did not finish; export again")
+        raise ValueError(f"{folder / unfinished[0]}: left by an unfinished export; export again")
     what = _complete(folder)
     recorded = recorded_results(folder)
     written = names if recorded is None else [CARD, *(p.relative_to(folder).as_posix() for p in recorded)]

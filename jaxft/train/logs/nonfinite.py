@@ -206,7 +206,7 @@ def first_of_model(
             outputs(state.trainable, frozen, sharding.shard_batch(p.mesh, batch), state.aux)
         )
         text = text or first_output(*norms)[0]
-    return text or "all parameters and all outputs of layers are finite, so it is the loss itself"
+    return text or "all parameters and all outputs of layers are finite, so only the loss itself is not"
 
 
 def write_diagnosis(folder: Path, diagnosis: Diagnosis, batch: Batch, names: list[str]) -> None:
@@ -248,7 +248,8 @@ def first_nonfinite(diagnosis: Diagnosis, batch: Batch, names: list[str]) -> str
             f"the first gradient that is not belongs to layer {last} ({paths})"
         )
     return (
-        "all outputs of layers and their gradients are finite: it is the loss, or a parameter without layers"
+        "all outputs of layers and their gradients are finite, so only the loss is not, or the gradient of a "
+        "parameter outside of the layers"
     )
 
 

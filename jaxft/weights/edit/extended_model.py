@@ -66,11 +66,12 @@ class Extension:
             )
         if self.multiple < 1:
             raise ValueError(
-                f"padding the table to a multiple of {self.multiple} rows (--multiple); use at least 1"
+                f"multiple={self.multiple} (--multiple) must be at least 1: the rows of the embedding table "
+                "are padded to a multiple of it"
             )
         twice = next((x for i, x in enumerate(self.named) if x in self.named[:i]), None)
         if twice is not None:
-            raise ValueError(f"new tokens: {twice!r} is there twice; list each token once")
+            raise ValueError(f"new tokens: {twice!r} is listed twice; list each token once")
 
     @property
     def named(self) -> tuple[str, ...]:

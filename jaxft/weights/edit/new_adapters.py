@@ -420,7 +420,7 @@ def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> Non
             shape = after.get(name)
             got = "is missing" if shape is None else f"has shape {shape}"
             raise ValueError(
-                f"{tuned.where}: tensor {name} {got}, and the base in {base.where} has {ours}: {advice}"
+                f"{tuned.where}: tensor {name} {got}, but {ours} in the base {base.where}; {advice}"
             )
 
 

@@ -429,7 +429,7 @@ def _common_weights(where: str, settings: ff.QuantConfig) -> dict[str, Any]:
             raise not_read(where, f"{_COMPRESSED} with calibrated scales of activations", "dynamic ones")
     first, *others = ({key: scheme["weights"].get(key) for key in _COMPRESSED_DEFAULTS} for scheme in schemes)
     if any(other != first for other in others):
-        stated = f"{_COMPRESSED} with {len(schemes)} groups of layers whose weights differ in their format"
+        stated = f"{_COMPRESSED} with {len(schemes)} groups of layers whose weights have different formats"
         raise not_read(where, stated, "one")
     return {key: _COMPRESSED_DEFAULTS[key] if value is None else value for key, value in first.items()}
 
