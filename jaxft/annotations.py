@@ -83,7 +83,7 @@ ZERO_TO_ONE = Bounds(0.0, 1.0)
 BELOW_ONE = Bounds(0.0, 1.0, open_most=True)
 ABOVE_ZERO_TO_ONE = Bounds(0.0, 1.0, open_least=True)
 INSIDE_ZERO_AND_ONE = Bounds(0.0, 1.0, open_least=True, open_most=True)
-POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # XLA rounds smaller float32 numbers to 0
+POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # XLA may round subnormal numbers to 0
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def owned(path: Path) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Lock a file or folder until the block ends; on a file system without locks, do nothing.
+    """Lock a file or folder until the block ends. If locking fails, as on a file system without locks, the
+    block runs without a lock.
 
     how: flags of fcntl.flock. The default waits for an exclusive lock.
     """

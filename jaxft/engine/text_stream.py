@@ -58,7 +58,7 @@ class TokenDecoder:
 
 @lru_cache(maxsize=32)
 def token_decoder(tokenizer: Any, shown: tuple[str, ...] = ()) -> TokenDecoder:
-    """Return the decoder of a tokenizer, without special tokens other than those `shown`.
+    """Return the decoder of a tokenizer, which skips special tokens except `shown`.
 
     Spaces are not cleaned up: older transformers would remove a space before "." that has been sent.
     """

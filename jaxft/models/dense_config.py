@@ -330,9 +330,9 @@ def rope_from_hf(hf: Settings, max_positions: int, theta: float = 10000.0) -> Ro
     """Return the Rope that transformers uses for a config.json.
 
     max_positions: its max_position_embeddings; also the original length (see Rope) if no setting states it.
-    theta: the family's default of rope_theta. If a setting is in several places, the first of these counts:
-    rope_scaling, rope_parameters, the top level, the defaults. Raises ValueError for missing or unsupported
-    settings, and if places contradict each other, since it is unknown which one the model was trained with.
+    theta: the family's default of rope_theta. Settings are from rope_scaling or, if that is empty, from
+    rope_parameters, then from the top level, then defaults. Raises ValueError for missing or unsupported
+    settings, and if another place contradicts the result: it is unknown which one the model was trained with.
     """
     groups = {name: _group(hf.get(name), name) for name in ROPE_GROUPS}
     groups["config.json"] = {name: hf[name] for name in TOP_LEVEL_ROPE if hf.get(name) is not None}

@@ -17,8 +17,8 @@ from jaxft.batch import TrainState
 from jaxft.distributed import processes
 from jaxft.nn import tree
 from jaxft.nn.tree import Batch, Params
+from jaxft.objectives.alarms import GENERAL_LOSS
 from jaxft.objectives.metrics import HELD_OUT, LOSS, PAIR_COUNT, FloatMetrics, without_count
-from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.metrics_log import METRICS
 from jaxft.runs.run_texts import Evaluation
 from jaxft.train.compiled import Compiled, States
