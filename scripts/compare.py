@@ -31,10 +31,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main() -> int:
     """Read the metrics of all runs, print the table, and plot the curves."""
+    from jaxft.objectives.metrics import HELD_OUT
     from jaxft.report import charts, ranking
     from jaxft.report.run_files import folders_of_runs, runs_among
     from jaxft.runs.folder_copies import local_folder
-    from jaxft.runs.metric_names import HELD_OUT
     from jaxft.runs.metrics_log import read_entries
 
     args = make_parser().parse_args()

@@ -129,8 +129,9 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
     """Return the prompts of --prompt and --file as training reads them: a conversation, or plain text."""
     from jaxft.data.packing.row_tasks import rename_columns
     from jaxft.data.rows.conversation import PLAIN
-    from jaxft.data.rows.dataset_rows import Row, find_data, read_rows
+    from jaxft.data.rows.dataset_rows import find_data, read_rows
     from jaxft.data.rows.format_choice import prompt_of, split_column
+    from jaxft.data.rows.row_files import Row
 
     is_plain = args.raw or (source.record and source.record["data"].get("format") == PLAIN)
     if is_plain and (args.chat_template_kwargs or args.system):

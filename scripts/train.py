@@ -53,6 +53,7 @@ def main() -> int:
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
 
     from jaxft.distributed import processes
+    from jaxft.distributed.sync import is_first
     from jaxft.runs import terminal
     from jaxft.train import loop
     from jaxft.train.logs.clock import Clock
@@ -78,7 +79,7 @@ def main() -> int:
     clock, settings = Clock(), open_settings.resolve(recipe, overrides)
     with processes.started(settings.value.hosts, terminal.print_error):
         settings, lines = open_settings.fitted(settings)
-        for line in lines if processes.is_first() else ():
+        for line in lines if is_first() else ():
             print(line, flush=True)
         return loop.run(settings.value, settings.describe(), clock=clock)
 

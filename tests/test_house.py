@@ -159,6 +159,27 @@ def test_imports_follow_the_layers():
     assert not wrong
 
 
+def is_read(name):
+    return isinstance(name.ctx, ast.Load)
+
+
+def test_a_name_is_imported_from_the_module_that_defines_it():
+    """A module passes on no name that it only imports; `import jaxft` (jaxft/__init__.py) is the one door."""
+    imported = {}  # module -> names that it only imports from another module of jaxft
+    for file in MODULES:
+        body = parsed(file).body
+        names = {a.asname or a.name for n in body if isinstance(n, ast.ImportFrom) for a in n.names}
+        stored = {n.id for n in ast.walk(parsed(file)) if isinstance(n, ast.Name) and not is_read(n)}
+        imported[module_of(file)] = names - stored
+    passed_on = [
+        f"{name_of(file)} imports {name}"
+        for file in [*MODULES, *SCRIPTS, *CONFIGS]
+        for name in imports(file)
+        if name not in module_names() and name.rpartition(".")[2] in imported.get(name.rpartition(".")[0], ())
+    ]
+    assert not passed_on
+
+
 def test_there_is_no_import_cycle():
     assert not import_cycles({module_of(file): {*own_imports(file)} - {module_of(file)} for file in MODULES})
 

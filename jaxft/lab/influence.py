@@ -46,11 +46,10 @@ from jaxft.nn import tree
 from jaxft.nn.tree import Aux, Metrics, Params
 from jaxft.objectives.intervals import Paired, paired_means
 from jaxft.objectives.logprobs import LanguageModel, weighted_loss
-from jaxft.objectives.metrics import WEIGHT
+from jaxft.objectives.metrics import LOSS, WEIGHT
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.read_positions import gather_read
 from jaxft.report.ranking import read_held_out
-from jaxft.runs.metric_names import LOSS
 from jaxft.train.loop import train_sweep
 from jaxft.train.python_api import Prepared
 from jaxft.train.settings import Run

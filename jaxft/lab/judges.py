@@ -18,17 +18,18 @@ from urllib.parse import urlsplit
 import jax
 import numpy as np
 
-from jaxft.data.rows.dataset_rows import Row, read_rows
+from jaxft.data.rows.dataset_rows import read_rows
 from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.remote import without_secrets
+from jaxft.data.rows.row_files import Row
 from jaxft.distributed import sharding
 from jaxft.lab.judging import Judge, Match, Verdicts, in_both_orders, values_of, values_of_scores
 from jaxft.rl.reward_models import is_classifier, load_reward_model, make_text_scorer
-from jaxft.runs.loaded_weights import named_weights
+from jaxft.runs.loaded_weights import named_weights, source_options
 from jaxft.runs.settings.setting_values import load_callable
 from jaxft.runs.terminal import printable_line
 from jaxft.train.evaluate.scored_completions import score_texts
-from jaxft.train.python_api import load_model, source_options
+from jaxft.train.python_api import load_model
 from jaxft.weights.peft.peft_config import read_adapter_config
 from jaxft.weights.peft.peft_read import SEQ_CLS
 

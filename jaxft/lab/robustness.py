@@ -22,19 +22,19 @@ from jaxtyping import Float
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.lab.appendix import PaperTable, is_wide, picture_html
+from jaxft.lab.studies.appendix import PaperTable, is_wide, picture_html
 from jaxft.lab.worlds import World, proxy_reward, true_reward
 from jaxft.objectives.intervals import LEVEL
-from jaxft.objectives.metrics import HELD_OUT
+from jaxft.objectives.metrics import HELD_OUT, KL
 from jaxft.report.charts import Panel, Points
 from jaxft.report.document import html_page
 from jaxft.report.html_elements import escaped, record_table, section
 from jaxft.report.ranking import read_held_out
 from jaxft.report.statistics import Adjusted, Difference, holm, paired_difference
-from jaxft.runs import metric_names as names
+from jaxft.runs.metric_names import SCORES
 from jaxft.runs.metrics_log import METRICS, read_entries
 
-TRUE, PROXY = (names.SCORES + fn.__name__ for fn in (true_reward, proxy_reward))  # metrics' names
+TRUE, PROXY = (SCORES + fn.__name__ for fn in (true_reward, proxy_reward))  # metrics' names
 FAULTS = ("pairs", "temperature", "noise", "length_bias", "circle", "duplicates")  # of a World
 ROBUSTNESS_PAGE = "index.html"
 
@@ -99,7 +99,7 @@ def read_world_run(folder: Path) -> WorldRun:
 
     Raises ValueError for a run without scores.
     """
-    keys = [HELD_OUT + name for name in (names.KL, TRUE, PROXY)]
+    keys = [HELD_OUT + name for name in (KL, TRUE, PROXY)]
     entries = [entry for entry in read_entries(folder / METRICS) if keys[1] in entry]
     if not entries:
         raise ValueError(

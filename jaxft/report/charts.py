@@ -13,9 +13,24 @@ from typing import Any
 import numpy as np
 
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.objectives.alarms import Entry
+from jaxft.objectives.alarms import CLIPPED_RATIO, GENERAL_LOSS, REWARD_STD, Entry
+from jaxft.objectives.decision import BRIER, ECE
 from jaxft.objectives.intervals import Interval, wilson
-from jaxft.runs import metric_names as names
+from jaxft.objectives.metrics import ENTROPY, GRAD_NORM, HELD_OUT, KL, LOSS, SKIPPED, TOKEN_ACCURACY, count_of
+from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, CHOSEN_REWARD, MARGIN, REJECTED_LOGP, REJECTED_REWARD
+from jaxft.objectives.policy import VALUE_LOSS
+from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
+from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
+from jaxft.runs.metric_names import (
+    COMPLETION_KL,
+    COMPLETION_LENGTH,
+    LEARNING_RATE,
+    MEMORY,
+    MFU,
+    REWARD,
+    SCORES,
+    SPEED,
+)
 from jaxft.runs.metrics_log import read_entries
 
 Points = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -113,7 +128,7 @@ def _panel(ax: Any, panel: Panel, labels: list[str]) -> None:
     ax.grid(alpha=0.25, linewidth=0.5)
 
 
-X_AXIS, LOSS = "optimizer step", "Loss"  # titles of an axis and of a chart
+X_AXIS, LOSS_TITLE = "optimizer step", "Loss"  # titles of an axis and of a chart
 FEWEST_TO_SMOOTH = 16  # points of a curve
 NOISE, SHORTEST_PART = 0.06, 8  # of smoothing_factor: noise left, over the curve's change; parts
 TRAINING, HELD_OUT_ROWS = "training rows", "held-out rows"
@@ -167,75 +182,75 @@ def single_chart(title: str, unit: str, metric: str, about: str = "") -> ChartKi
     return ChartKind(title, unit, (ChartLine(metric),), about)
 
 
-MARGINS = {names.MARGIN, names.REWARD_MARGIN}
-RESPONSES = {names.CHOSEN_REWARD, names.REJECTED_REWARD}
+MARGINS = {MARGIN, REWARD_MARGIN}
+RESPONSES = {CHOSEN_REWARD, REJECTED_REWARD}
 PAIR_CHARTS = (
     ChartKind(
         "Accuracy of the rewards",
         "fraction of pairs",
-        (ChartLine(names.ACCURACY), ChartLine(names.REWARD_ACCURACY)),
+        (ChartLine(ACCURACY), ChartLine(REWARD_ACCURACY)),
         "Pairs whose chosen response has the higher reward; 0.5 is chance. Bars: 95 % intervals on held-out "
         "pairs; nothing is drawn where all pairs are ties.",
     ),
     ChartKind(
         "Margin of the rewards",
         "chosen minus rejected reward",
-        (ChartLine(names.MARGIN), ChartLine(names.REWARD_MARGIN)),
+        (ChartLine(MARGIN), ChartLine(REWARD_MARGIN)),
     ),
     ChartKind(
         "Log-probability of the responses",
         "nats per response",
-        (ChartLine(names.CHOSEN_LOGP, "chosen"), ChartLine(names.REJECTED_LOGP, "rejected")),
+        (ChartLine(CHOSEN_LOGP, "chosen"), ChartLine(REJECTED_LOGP, "rejected")),
         "If chosen falls along with rejected, probability moves to responses in no pair.",
     ),
     ChartKind(
         "Rewards of the responses",
         "reward per response",
-        (ChartLine(names.CHOSEN_REWARD, "chosen"), ChartLine(names.REJECTED_REWARD, "rejected")),
+        (ChartLine(CHOSEN_REWARD, "chosen"), ChartLine(REJECTED_REWARD, "rejected")),
     ),
 )
 DECISION_CHARTS = (
-    single_chart("Accuracy of the decisions", "fraction of decisions", names.REWARD_ACCURACY),
+    single_chart("Accuracy of the decisions", "fraction of decisions", REWARD_ACCURACY),
     single_chart(
         "Calibration error (ECE)",
         "mean difference to the accuracy",
-        names.ECE,
+        ECE,
         "How far confidences are from accuracies, over 15 bins of equal width; of a few decisions, such as "
         "a training step's, it is mostly noise.",
     ),
-    single_chart("Brier score", "squared difference of probabilities", names.BRIER),
-    single_chart("Entropy of the choices", "nats per decision", names.ENTROPY),
+    single_chart("Brier score", "squared difference of probabilities", BRIER),
+    single_chart("Entropy of the choices", "nats per decision", ENTROPY),
 )
 ROLLOUT_CHARTS = (
-    single_chart("Reward", "reward per completion", names.REWARD),
-    single_chart("Spread of the rewards", "standard deviation", names.REWARD_STD),
-    single_chart("KL to the reference", "nats per completion", names.COMPLETION_KL),
-    single_chart("Length of completions", "tokens per completion", names.COMPLETION_LENGTH),
-    single_chart("Completions truncated at the limit", "fraction of completions", names.CLIPPED_RATIO),
-    single_chart("Loss of the value function", "squared error per token", names.VALUE_LOSS),
+    single_chart("Reward", "reward per completion", REWARD),
+    single_chart("Spread of the rewards", "standard deviation", REWARD_STD),
+    single_chart("KL to the reference", "nats per completion", COMPLETION_KL),
+    single_chart("Length of completions", "tokens per completion", COMPLETION_LENGTH),
+    single_chart("Completions truncated at the limit", "fraction of completions", CLIPPED_RATIO),
+    single_chart("Loss of the value function", "squared error per token", VALUE_LOSS),
 )
 TOKEN_CHARTS = (
-    single_chart("Token accuracy", "fraction of tokens", names.TOKEN_ACCURACY),
-    single_chart("Entropy of the next token", "nats per token", names.ENTROPY),
+    single_chart("Token accuracy", "fraction of tokens", TOKEN_ACCURACY),
+    single_chart("Entropy of the next token", "nats per token", ENTROPY),
     single_chart(
         "Loss on general text",
         "nats per token",
-        names.GENERAL_LOSS,
+        GENERAL_LOSS,
         "On a text about other subjects; it rises where the model forgets.",
     ),
 )
 STEP_CHARTS = (
-    single_chart("Learning rate", "learning rate", names.LEARNING_RATE),
-    single_chart("Gradient norm", "norm before clipping", names.GRAD_NORM),
+    single_chart("Learning rate", "learning rate", LEARNING_RATE),
+    single_chart("Gradient norm", "norm before clipping", GRAD_NORM),
     single_chart(
         "Skipped steps",
         "steps since the last entry",
-        names.SKIPPED,
+        SKIPPED,
         "Steps whose loss, gradient or update was not finite; they changed nothing.",
     ),
-    single_chart("Speed", "tokens per second", names.SPEED),
-    single_chart("Use of the hardware", "fraction of the peak FLOP/s", names.MFU),
-    single_chart("Memory", "GiB, highest so far", names.MEMORY),
+    single_chart("Speed", "tokens per second", SPEED),
+    single_chart("Use of the hardware", "fraction of the peak FLOP/s", MFU),
+    single_chart("Memory", "GiB, highest so far", MEMORY),
 )
 
 
@@ -247,11 +262,11 @@ def loss_unit(known: Set[str]) -> str:
     """
     if known & MARGINS:
         return "loss per pair"
-    if names.ECE in known:
+    if ECE in known:
         return "loss per decision"
     if known & RESPONSES:
         return "loss per response"
-    return "policy loss per token" if names.REWARD in known else "nats per token"
+    return "policy loss per token" if REWARD in known else "nats per token"
 
 
 def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
@@ -263,31 +278,31 @@ def learning_kinds(runs: Mapping[str, Sequence[Entry]]) -> list[ChartKind]:
     known = _metric_names(entries)
     units = {loss_unit(_metric_names(run_entries)) for run_entries in runs.values() if run_entries}
     unit = units.pop() if len(units) == 1 else "loss (units differ between the runs)"
-    has_rollouts = names.REWARD in known
+    has_rollouts = REWARD in known
     kinds = [
-        single_chart(f"Score of held-out completions: {name.removeprefix(names.SCORES)}", "mean score", name)
+        single_chart(f"Score of held-out completions: {name.removeprefix(SCORES)}", "mean score", name)
         for name in known
-        if name.startswith(names.SCORES)
+        if name.startswith(SCORES)
     ]
-    kinds.append(single_chart(LOSS, unit, names.LOSS))
+    kinds.append(single_chart(LOSS_TITLE, unit, LOSS))
     functions = [name for name in known if name.startswith("rewards/") and name.endswith("/mean")]
     rewards = tuple(ChartLine(name, name.split("/", 1)[1].removesuffix("/mean")) for name in functions)
     if has_rollouts:
         kinds += ROLLOUT_CHARTS
         if len(rewards) > 1:
             kinds.insert(2, ChartKind("Reward by function", "score per completion", rewards))
-    if names.ECE in known and not known & MARGINS:
-        general = [kind for kind in TOKEN_CHARTS if kind.lines[0].metric == names.GENERAL_LOSS]
+    if ECE in known and not known & MARGINS:
+        general = [kind for kind in TOKEN_CHARTS if kind.lines[0].metric == GENERAL_LOSS]
         return [*kinds, *DECISION_CHARTS, *general]
     kinds += PAIR_CHARTS
     if not has_rollouts:
-        kinds.append(single_chart("KL to the reference", "nats per token", names.KL))
+        kinds.append(single_chart("KL to the reference", "nats per token", KL))
     return [*kinds, *TOKEN_CHARTS]
 
 
 def _metric_names(entries: Iterable[Entry]) -> Set[str]:
     """Return the names of metrics in the order of the entries, without the prefix of held-out rows."""
-    return dict.fromkeys(name.removeprefix(names.HELD_OUT) for entry in entries for name in entry).keys()
+    return dict.fromkeys(name.removeprefix(HELD_OUT) for entry in entries for name in entry).keys()
 
 
 def make_charts(runs: Mapping[str, Sequence[Entry]], kinds: Iterable[ChartKind]) -> list[Chart]:
@@ -299,20 +314,20 @@ def make_charts(runs: Mapping[str, Sequence[Entry]], kinds: Iterable[ChartKind])
     charts = []
     for kind in kinds:
         curves = {name: run_curves(entries, kind) for name, entries in runs.items()}
-        if any(curves.values()) and not (kind.lines[0].metric == names.SKIPPED and not _any_skipped(runs)):
+        if any(curves.values()) and not (kind.lines[0].metric == SKIPPED and not _any_skipped(runs)):
             charts.append(Chart(kind, curves))
     return charts
 
 
 def _any_skipped(runs: Mapping[str, Sequence[Entry]]) -> bool:
-    return any(entry.get(names.SKIPPED) for entries in runs.values() for entry in entries)
+    return any(entry.get(SKIPPED) for entries in runs.values() for entry in entries)
 
 
 def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...]:
     """Return the curves of a run in a chart, except curves without any finite value."""
     curves = []
     for line in kind.lines:
-        for metric, held_out in ((line.metric, False), (names.HELD_OUT + line.metric, True)):
+        for metric, held_out in ((line.metric, False), (HELD_OUT + line.metric, True)):
             points = [
                 (entry["step"], value, _interval(entry, metric))
                 for entry in entries
@@ -320,7 +335,7 @@ def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...
             ]
             if any(value is not None for _, value, _ in points):
                 steps, values, intervals = zip(*points, strict=True)
-                is_text = metric == names.GENERAL_LOSS  # no run trains on the general text
+                is_text = metric == GENERAL_LOSS  # no run trains on the general text
                 intervals = intervals if any(intervals) else ()
                 curves.append(RunCurve(line.label, held_out or is_text, steps, values, intervals))
     return tuple(curves)
@@ -330,7 +345,7 @@ def _interval(entry: Entry, metric: str) -> Interval | None:
     """Return the 95 % interval of a metric that is a fraction of pairs or prompts, if the entry has their
     number; else None.
     """
-    value, count = entry.get(metric), names.count_of(entry, metric)
+    value, count = entry.get(metric), count_of(entry, metric)
     if not isinstance(value, int | float) or count is None or not isinstance(count.number, int | float):
         return None
     return wilson(value, count.number) if count.number > 0 and 0 <= value <= 1 else None
@@ -424,7 +439,8 @@ def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
             ]  # fmt: skip
             title, unit = ", ".join(filter(None, (chart.kind.title, label))), chart.kind.unit
             starts = {run: y[0] for run, (_, y) in sides[0].items()}
-            if chart.kind.title == LOSS and starts and max(starts.values()) > 3 * min(starts.values()) > 0:
+            is_loss = chart.kind.title == LOSS_TITLE
+            if is_loss and starts and max(starts.values()) > 3 * min(starts.values()) > 0:
                 title, unit = f"{title} over its value at the start", "ratio"
                 sides = [
                     {run: (x, [v / starts[run] for v in y]) for run, (x, y) in side.items() if run in starts}

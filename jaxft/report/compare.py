@@ -10,11 +10,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from jaxft.objectives.alarms import Entry
+from jaxft.objectives.alarms import GENERAL_LOSS, REWARD_STD, Entry
 from jaxft.objectives.intervals import Interval, wilson
+from jaxft.objectives.metrics import HELD_OUT, KL, LOSS, PAIR_COUNT, SKIPPED, TOKEN_ACCURACY
+from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, MARGIN, REJECTED_LOGP
+from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
+from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
 from jaxft.report.charts import comparison_panels, draw
-from jaxft.runs import metric_names as names
 from jaxft.runs.folder import CARD
+from jaxft.runs.metric_names import COMPLETION_KL, COMPLETION_LENGTH, REWARD, SCORES
 from jaxft.runs.terminal import markdown_table
 
 Logged = Mapping[str, float]  # metrics by name
@@ -25,7 +29,7 @@ Column = Callable[
 
 def held_out(name: str) -> str:
     """Return the name of a metric on held-out rows: "eval_loss" for "loss"."""
-    return names.HELD_OUT + name
+    return HELD_OUT + name
 
 
 def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
@@ -39,10 +43,10 @@ def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
     evaluated: int | None = None
     for entry in entries:
         numbers = {k: x for k, x in entry.items() if isinstance(x, int | float) and k != "step"}
-        if any(name.startswith(names.HELD_OUT) for name in entry):
+        if any(name.startswith(HELD_OUT) for name in entry):
             evaluations.append(numbers)
             evaluated = entry["step"]
-        elif names.LOSS in entry:
+        elif LOSS in entry:
             step = numbers
     return evaluations[:2][-1], {**step, **({} if evaluated == 0 else evaluations[-1])}
 
@@ -89,7 +93,7 @@ def _gained(name: str, minus: str | None = None) -> Column:
 
 def _reward_in_deviations(before: Logged, after: Logged) -> float | None:
     """Return the growth of the held-out reward divided by its standard deviation at step 0."""
-    return _growth(before, after, held_out(names.REWARD), held_out(names.REWARD_STD))
+    return _growth(before, after, held_out(REWARD), held_out(REWARD_STD))
 
 
 def _scores_in_deviations(before: Logged, after: Logged) -> float | None:
@@ -98,7 +102,7 @@ def _scores_in_deviations(before: Logged, after: Logged) -> float | None:
     """
     prefix, suffix = held_out("rewards/"), "/mean"
     means = [name for name in after if name.startswith(prefix) and name.endswith(suffix)]
-    reward = held_out(names.REWARD)
+    reward = held_out(REWARD)
     if len(means) != 1 or all(side.get(means[0]) == side.get(reward) for side in (before, after)):
         return None
     return _growth(before, after, means[0], means[0].removesuffix(suffix) + "/std")
@@ -112,12 +116,12 @@ def _growth(before: Logged, after: Logged, name: str, deviation: str) -> float |
 
 def score_names(metrics: Logged) -> list[str]:
     """Return the names of the metrics that are mean scores of held-out completions."""
-    return [name for name in metrics if name.startswith(held_out(names.SCORES))]
+    return [name for name in metrics if name.startswith(held_out(SCORES))]
 
 
 def score_title(name: str) -> str:
     """Return the title of a metric that score_names returns, such as "score json_match"."""
-    return f"score {name.removeprefix(held_out(names.SCORES))}"
+    return f"score {name.removeprefix(held_out(SCORES))}"
 
 
 def _score(before: Logged, after: Logged) -> float | None:
@@ -127,47 +131,55 @@ def _score(before: Logged, after: Logged) -> float | None:
 
 ARROW = " → "  # from the value before training to that after it
 TIES = "ties"  # an accuracy where all pairs are ties
-REWARD, SCORE = "held-out reward", "score"
-LOSS, RELATIVE_LOSS, ACCURACY, PAIRS = "held-out loss", "loss over step 0", "accuracy", "pairs"
+HELD_OUT_REWARD, HELD_OUT_LOSS, HELD_OUT_ACCURACY = "held-out reward", "held-out loss", "accuracy"
+SCORE, RELATIVE_LOSS, PAIRS = "score", "loss over step 0", "pairs"
 # Title -> column. The held-out rows of all runs of a sweep are the same, so that sums of log-probs compare.
 COLUMNS: dict[str, Column] = {
-    REWARD: _last(held_out(names.REWARD)),
-    "reward gained": _gained(held_out(names.REWARD)),
+    HELD_OUT_REWARD: _last(held_out(REWARD)),
+    "reward gained": _gained(held_out(REWARD)),
     "in deviations": _reward_in_deviations,
     "scores alone": _scores_in_deviations,
     SCORE: _score,
-    "KL per completion": _last(held_out(names.COMPLETION_KL)),
-    "tokens per completion": _last(held_out(names.COMPLETION_LENGTH)),
-    LOSS: _last(held_out(names.LOSS)),
-    RELATIVE_LOSS: _over_start(held_out(names.LOSS)),
-    ACCURACY: _last(held_out(names.ACCURACY), held_out(names.REWARD_ACCURACY)),
-    PAIRS: _last(*(held_out(name) + names.PAIR_COUNT for name in (names.ACCURACY, names.REWARD_ACCURACY))),
-    "token accuracy": _last(held_out(names.TOKEN_ACCURACY)),
-    "margin": _last(held_out(names.REWARD_MARGIN)),
-    "margin, nats": _gained(held_out(names.CHOSEN_LOGP), held_out(names.REJECTED_LOGP)),
-    "chosen, nats": _gained(held_out(names.CHOSEN_LOGP)),
-    "KL per token": _last(held_out(names.KL)),
-    "general loss": _last(names.GENERAL_LOSS),
-    "last step's loss": _last(names.LOSS),
-    "last step's accuracy": _last(names.ACCURACY, names.REWARD_ACCURACY),
-    "last step's margin": _last(names.MARGIN, names.REWARD_MARGIN),
-    "skipped steps": _last(names.SKIPPED),
+    "KL per completion": _last(held_out(COMPLETION_KL)),
+    "tokens per completion": _last(held_out(COMPLETION_LENGTH)),
+    HELD_OUT_LOSS: _last(held_out(LOSS)),
+    RELATIVE_LOSS: _over_start(held_out(LOSS)),
+    HELD_OUT_ACCURACY: _last(held_out(ACCURACY), held_out(REWARD_ACCURACY)),
+    PAIRS: _last(*(held_out(name) + PAIR_COUNT for name in (ACCURACY, REWARD_ACCURACY))),
+    "token accuracy": _last(held_out(TOKEN_ACCURACY)),
+    "margin": _last(held_out(REWARD_MARGIN)),
+    "margin, nats": _gained(held_out(CHOSEN_LOGP), held_out(REJECTED_LOGP)),
+    "chosen, nats": _gained(held_out(CHOSEN_LOGP)),
+    "KL per token": _last(held_out(KL)),
+    "general loss": _last(GENERAL_LOSS),
+    "last step's loss": _last(LOSS),
+    "last step's accuracy": _last(ACCURACY, REWARD_ACCURACY),
+    "last step's margin": _last(MARGIN, REWARD_MARGIN),
+    "skipped steps": _last(SKIPPED),
 }
 # Columns whose cells have the value at step 0 too.
-WITH_START = (LOSS, ACCURACY, REWARD, SCORE, "token accuracy", "margin", "general loss")
+WITH_START = (
+    HELD_OUT_LOSS,
+    HELD_OUT_ACCURACY,
+    HELD_OUT_REWARD,
+    SCORE,
+    "token accuracy",
+    "margin",
+    "general loss",
+)
 # Metrics of the last training step, which the table shows if no run holds out rows.
-TRAINED = (names.LOSS, names.ACCURACY, names.MARGIN, names.REWARD_ACCURACY, names.REWARD_MARGIN)
+TRAINED = (LOSS, ACCURACY, MARGIN, REWARD_ACCURACY, REWARD_MARGIN)
 NOTES = {
-    ACCURACY: "accuracy: fraction of held-out pairs whose chosen completion has the higher reward; a tie "
-    "counts 1/2; in brackets its 95 % interval",
+    HELD_OUT_ACCURACY: "accuracy: fraction of held-out pairs whose chosen completion has the higher reward; "
+    "a tie counts 1/2; in brackets its 95 % interval",
     RELATIVE_LOSS: "loss over step 0: losses of different functions, held-out rows or tokenizers "
     "don't compare with one another",
     "margin": "margin: chosen reward minus rejected reward, mean over held-out pairs",
     "margin, nats": "margin: growth of the log-prob difference of a pair's completions since step 0, mean",
     "KL per token": "KL per token: to the reference, estimated on the tokens of chosen completions",
     "skipped steps": "skipped steps: loss, gradient or update was not finite, so the step changed nothing",
-    REWARD: "held-out reward: of completions that are sampled with the same keys every time; in brackets the "
-    "95 % interval over the prompts",
+    HELD_OUT_REWARD: "held-out reward: of completions that are sampled with the same keys every time; "
+    "in brackets the 95 % interval over the prompts",
     "in deviations": "in deviations: reward gained over the standard deviation of rewards at step 0",
     "scores alone": "scores alone: as in deviations, for the scores before penalties such as missing_eos",
     SCORE: "score: mean over completions of held-out prompts, by the first function of scoring.by; in "
@@ -206,9 +218,9 @@ class Table:
         """
         sides = list(zip(before, after, strict=True))
         columns = {title: [column(*side) for side in sides] for title, column in COLUMNS.items()}
-        if any(x is not None for x in columns[ACCURACY]):
+        if any(x is not None for x in columns[HELD_OUT_ACCURACY]):
             del columns["token accuracy"]
-        if any(x is not None for x in columns[LOSS]):
+        if any(x is not None for x in columns[HELD_OUT_LOSS]):
             columns = {t: values for t, values in columns.items() if not t.startswith("last step")}
         if not any(columns["skipped steps"]):
             del columns["skipped steps"]
@@ -264,7 +276,7 @@ def _cell(title: str, start: Mapping[str, float | None], row: Mapping[str, float
     first, value, pairs = start[title], row[title], row.get(PAIRS)
     if title == PAIRS:
         return "-" if value is None else f"{value:,.0f}"
-    if title == ACCURACY and pairs:
+    if title == HELD_OUT_ACCURACY and pairs:
         after = TIES if value is None else f"{short_number(value)} {wilson(value, pairs).text(2)}"
         return f"{TIES if first is None else short_number(first)}{ARROW}{after}"
     return (

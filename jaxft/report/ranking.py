@@ -24,15 +24,17 @@ from jaxft.objectives.intervals import (
     paired_means,
     wilson,
 )
-from jaxft.objectives.metrics import WEIGHT
+from jaxft.objectives.metrics import HELD_OUT, KL, LOSS, PAIR_COUNT, WEIGHT, count_of
+from jaxft.objectives.pair import ACCURACY
+from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
 from jaxft.report import compare
 from jaxft.report.compare import Logged, first_and_last, held_out
 from jaxft.report.statistics import paired_difference
-from jaxft.runs import metric_names as names
 from jaxft.runs.folder import part_of, read_saved_json
+from jaxft.runs.metric_names import REWARD, SCORES
 from jaxft.runs.metrics_log import HELD_OUT_ROWS, METRICS, read_entries
 
-ACCURACIES = (names.ACCURACY, names.REWARD_ACCURACY)
+ACCURACIES = (ACCURACY, REWARD_ACCURACY)
 SEEDS = ("seed", "data.seed")  # settings of which every value is a repetition
 # Parts of config.json that follow from other settings, or that do not change a run's computation.
 NOT_SETTINGS = ("name", "seed", "command", "data_fingerprint", "loop", "samples", "trackers", "tracking")
@@ -70,7 +72,7 @@ class Criterion(NamedTuple):
     @property
     def of_prompts(self) -> bool:
         """Whether a row is a prompt, whose value is the mean over its completions (rewards and scores)."""
-        return self.key == names.REWARD or self.key.startswith(names.SCORES)
+        return self.key == REWARD or self.key.startswith(SCORES)
 
 
 def read_result(label: str, folder: Path) -> RankedRun:
@@ -118,11 +120,11 @@ def criterion(results: Sequence[RankedRun]) -> Criterion | None:
     have; None if they have none in common.
     """
     scores = [(compare.score_title(name), name) for name in compare.score_names(results[0].after)]
-    choices = [Criterion(title, name, True, name.removeprefix(names.HELD_OUT)) for title, name in scores]
-    choices.append(Criterion(compare.REWARD, held_out(names.REWARD), True, names.REWARD))
+    choices = [Criterion(title, name, True, name.removeprefix(HELD_OUT)) for title, name in scores]
+    choices.append(Criterion(compare.HELD_OUT_REWARD, held_out(REWARD), True, REWARD))
     if have_same_loss(results):
-        choices.append(Criterion(compare.LOSS, held_out(names.LOSS), False, names.LOSS))
-    choices += [Criterion(compare.ACCURACY, held_out(name), True, name) for name in ACCURACIES]
+        choices.append(Criterion(compare.HELD_OUT_LOSS, held_out(LOSS), False, LOSS))
+    choices += [Criterion(compare.HELD_OUT_ACCURACY, held_out(name), True, name) for name in ACCURACIES]
     finite = [c for c in choices if all(_is_finite(r.after.get(c.metric)) for r in results)]
     telling = [c for c in finite if len({r.after[c.metric] for r in results}) > 1]
     return next(iter((*telling, *finite[-1:])), None)
@@ -132,7 +134,7 @@ def have_last_evaluation(results: Sequence[RankedRun]) -> list[RankedRun]:
     """Return the runs that were evaluated after training or never (they hold out no rows)."""
 
     def evaluated(metrics: Logged) -> bool:
-        return any(name.startswith(names.HELD_OUT) for name in metrics)
+        return any(name.startswith(HELD_OUT) for name in metrics)
 
     return [result for result in results if evaluated(result.after) or not evaluated(result.before)]
 
@@ -206,7 +208,7 @@ def table_of(results: Sequence[RankedRun]) -> compare.Table:
 def intervals_of(result: RankedRun) -> dict[str, Interval]:
     """Return title of a column -> 95 % interval over prompts, for a run's held-out reward and first score."""
     score = next(iter(compare.score_names(result.after)), None)
-    keys = {compare.REWARD: names.REWARD, compare.SCORE: (score or "").removeprefix(names.HELD_OUT)}
+    keys = {compare.HELD_OUT_REWARD: REWARD, compare.SCORE: (score or "").removeprefix(HELD_OUT)}
     values = {title: [row[key] for row in result.rows.values() if key in row] for title, key in keys.items()}
     return {title: interval_of(known) for title, known in values.items() if len(known) > 1}
 
@@ -317,7 +319,7 @@ def baseline_lines(results: Sequence[RankedRun], baseline: str) -> list[str]:
     groups = repetitions(results)
     if name is None or baseline not in groups:
         return []
-    by = Criterion(compare.ACCURACY, held_out(name), True, name)
+    by = Criterion(compare.HELD_OUT_ACCURACY, held_out(name), True, name)
     return [
         f"{label} against {baseline}, {by.title}: {difference_text(groups[baseline], group, by)}"
         for label, group in groups.items()
@@ -347,10 +349,10 @@ def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
 
 def _accuracy_by_kl(entries: Sequence[Entry]) -> list[tuple[float, float]]:
     """Return (KL, accuracy) of each evaluation of a run, sorted. If all pairs are ties, accuracy is 1/2."""
-    name, points = held_out(names.ACCURACY), []
+    name, points = held_out(ACCURACY), []
     for entry in entries:
-        kl, accuracy = entry.get(held_out(names.KL)), entry.get(name)
-        if name not in entry and entry.get(name + names.PAIR_COUNT):
+        kl, accuracy = entry.get(held_out(KL)), entry.get(name)
+        if name not in entry and entry.get(name + PAIR_COUNT):
             accuracy = 0.5
         if kl is not None and accuracy is not None:  # null stands for a value that was not finite
             points.append((float(kl), float(accuracy)))
@@ -369,7 +371,7 @@ def value_of_setting(results: Sequence[RankedRun], by: Criterion) -> str:
     if len(values) > 1:
         return _mean_text(values, by)
     (result,), (value,) = results, values
-    count = names.count_of(result.after, by.metric)
+    count = count_of(result.after, by.metric)
     if count:
         return f"{value:.3f} {wilson(value, count.number).text()} of {count.number:,.0f} {count.unit}"
     rows = [row for row in result.rows.values() if by.key in row]
@@ -384,7 +386,7 @@ def value_of_setting(results: Sequence[RankedRun], by: Criterion) -> str:
 
 def _mean_text(values: Sequence[float], by: Criterion) -> str:
     mean, interval = float(np.mean(values)), mean_interval(values)
-    if by.title == compare.ACCURACY:
+    if by.title == compare.HELD_OUT_ACCURACY:
         interval = Interval(max(0.0, interval.low), min(1.0, interval.high))
     spread = float(np.std(values, ddof=1))
     return f"{mean:.3f} {interval.text()}, standard deviation {spread:.3f} over {len(values)} seeds"
@@ -394,7 +396,7 @@ def difference_text(best: Sequence[RankedRun], other: Sequence[RankedRun], by: C
     """Return the difference `other` - `best` of two settings as text, with its interval and a verdict whether
     it may be chance. It is paired by held-out rows, and by seeds if a setting has several.
     """
-    unit = "pairs" if by.title == compare.ACCURACY else "prompts" if by.of_prompts else "rows"
+    unit = "pairs" if by.title == compare.HELD_OUT_ACCURACY else "prompts" if by.of_prompts else "rows"
     if max(len(best), len(other)) > 1:
         return _difference_over_seeds(best, other, by, unit)
     over_rows = paired_rows(best, other, by)

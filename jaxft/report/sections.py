@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.data.progress import clock_time
+from jaxft.objectives.decision import CONFIDENCE, CORRECT, ECE
 from jaxft.objectives.intervals import wilson
-from jaxft.objectives.metrics import CALIBRATION_BINS, CalibrationError
+from jaxft.objectives.metrics import CALIBRATION_BINS, HELD_OUT, CalibrationError, count_of, without_count
 from jaxft.report import compare, ranking
 from jaxft.report.compare import first_and_last
 from jaxft.report.html_elements import (
@@ -29,11 +30,10 @@ from jaxft.report.html_elements import (
     value_text,
 )
 from jaxft.report.run_files import RunFiles
-from jaxft.runs import metric_names
 from jaxft.runs.console import TOTAL, time_by_phase
 from jaxft.runs.environment import device_counts
 from jaxft.runs.folder import part_of
-from jaxft.runs.metric_names import CONFIDENCE, CORRECT, ECE, HELD_OUT
+from jaxft.runs.metric_names import SECONDS, TOKENS
 from jaxft.runs.run_texts import joint_alarms, same_prompts
 
 SAMPLES = 24  # prompts in all
@@ -52,7 +52,7 @@ def overview_section(runs: Runs) -> str:
     details = []
     for run, result in zip(runs, results, strict=True):
         before, after = result.before, result.after
-        known = dict.fromkeys(metric_names.without_count(name) for name in {**before, **after})
+        known = dict.fromkeys(without_count(name) for name in {**before, **after})
         held = [name for name in known if name.startswith("eval_") or name == "general_loss"]
         cells = [[escaped(name), *(_number(end, name) for end in (before, after))] for name in held]
         notes = "".join(f"<li>{escaped(note)}</li>" for note in run.notes)
@@ -125,7 +125,7 @@ def _number(metrics: Mapping[str, float], name: str) -> str:
     """Return a metric as text, "-" if it is missing. A fraction has its interval and its count of pairs or
     prompts.
     """
-    value, count = metrics.get(name), metric_names.count_of(metrics, name)
+    value, count = metrics.get(name), count_of(metrics, name)
     if value is None:
         return compare.TIES if count else "-"
     if count and 0 <= value <= 1:
@@ -162,9 +162,9 @@ def run_facts(run: RunFiles) -> dict[str, Any]:
 
 def effort(run: RunFiles) -> dict[str, Any]:
     """Return the cost of a run: tokens, time in total and of its steps, speed, hardware."""
-    perf = [part_of(entry, "perf").get(metric_names.SECONDS) for entry in run.entries]
+    perf = [part_of(entry, "perf").get(SECONDS) for entry in run.entries]
     seconds = sum(x for x in perf if isinstance(x, int | float))
-    counts = [entry[metric_names.TOKENS] for entry in run.entries if metric_names.TOKENS in entry]
+    counts = [entry[TOKENS] for entry in run.entries if TOKENS in entry]
     tokens, devices = (counts or [None])[-1], run.environment.get("devices")
     facts: dict[str, Any] = {}
     if isinstance(tokens, int | float):

@@ -32,6 +32,7 @@ from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.example import Chat, Completion, Message
 from jaxft.data.rows.invalid import InvalidRow
 from jaxft.distributed import processes
+from jaxft.distributed.sync import is_first
 from jaxft.engine.sampling import NONFINITE, without_stop
 from jaxft.engine.session import Sampled
 from jaxft.engine.text_stream import token_decoder
@@ -297,7 +298,7 @@ class _Rollout:
         return deepcopy({"prompt": given, **self.rows.fields[episode.prompt]})
 
     def _submit(self, episode: _Episode, work: Callable[[Task], Any]) -> None:
-        if processes.is_first():
+        if is_first():
             self.calls.submit(episode.number, work)
 
     def _decisions(self, wait: bool) -> list[_Decision]:
@@ -477,7 +478,7 @@ class _Rollout:
             turn = {"role": "assistant", "content": self._text(episode)}
             self._apply(_Decision(episode.number, "end", done=True, messages=[turn]))
             return
-        if processes.is_first():
+        if is_first():
             episode.sampled = parse_turn(self._text(episode, True), self.format, len(episode.turns))
             asked = partial(_answer, self.play, episode.state, episode.sampled, self._text(episode))
             self._submit(episode, asked)

@@ -33,6 +33,7 @@ from jaxft.annotations import name_of
 from jaxft.batch import TrainState
 from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.distributed import processes
+from jaxft.distributed.sync import is_first
 from jaxft.nn import tree
 from jaxft.nn.tree import Params
 from jaxft.rl.environments.calls import shared_loop
@@ -272,7 +273,7 @@ def begin_async(
     chosen = [r for r in rewards if isinstance(r, FunctionReward) and r.is_async]
 
     def ended(number: int, t: Trajectory) -> None:
-        for reward in chosen if processes.is_first() and not t.fault else ():
+        for reward in chosen if is_first() and not t.fault else ():
             call = reward.begin(prompts.as_given(t.prompt), t.text, prompts.fields[t.prompt])
             begun[reward, number] = call
 

@@ -27,7 +27,7 @@ from jaxft.data.packing.pack import RowShape, round_up
 from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.prompts import PromptRows, Prompts
 from jaxft.data.source import HeldOutMetrics, Prompt, SourceInfo, SourceStats, spread
-from jaxft.distributed import processes
+from jaxft.distributed.sync import is_first
 from jaxft.nn.attention.layer_attention import AttentionLayers, varies_with_length
 from jaxft.nn.tree import Batch, Metrics
 from jaxft.objectives.intervals import prompt_means
@@ -452,10 +452,10 @@ class RolloutSource(PromptSource):
             text = f"no completion of rollout {number + 1} has a score: {reason.partition(';')[0]}."
             if not self.history.moments[0]:
                 raise ValueError(f"{text} Correct the rewards, the environment or the rows.")
-            if processes.is_first():
+            if is_first():
                 print(f"{text} It is left out of training.", flush=True)
         new = [kind for kind in messages if kind not in self.history.reported]
-        if processes.is_first():
+        if is_first():
             for kind in new:
                 print(f"rollout {number + 1}: {messages[kind]}", flush=True)
             first_step = number * data.steps_per_rollout + 1

@@ -30,6 +30,7 @@ from jaxft.data.inspection import ShownExample, ShownPart
 from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import make_folder, write_durably
+from jaxft.distributed.sync import is_first
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session
@@ -146,7 +147,7 @@ class RolloutRecord:
 
     def write(self, number: int, trajectories: list[Trajectory]) -> list[Trajectory]:
         """Record a rollout, and return it."""
-        if processes.is_first():
+        if is_first():
             make_folder(self.folder)
             content = to_bytes(trajectories, self.weights, self.prompts)
             write_durably(self.folder / f"{number}.npz", content)

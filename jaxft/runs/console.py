@@ -14,35 +14,60 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxft.data.progress import clock_time, time_in_words
+from jaxft.objectives.alarms import CLIPPED_RATIO, GENERAL_LOSS, REWARD_STD, ZERO_STD
 from jaxft.objectives.intervals import fraction_text
-from jaxft.runs import metric_names as names
+from jaxft.objectives.metrics import (
+    GRAD_NORM,
+    HELD_OUT,
+    KL,
+    LOSS,
+    SKIPPED,
+    TOKEN_ACCURACY,
+    count_of,
+    without_count,
+)
+from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, CHOSEN_REWARD, MARGIN, REJECTED_REWARD
+from jaxft.runs.metric_names import (
+    COMPLETION_KL,
+    COMPLETION_LENGTH,
+    EPOCH,
+    EVALUATION_SECONDS,
+    LEARNING_RATE,
+    MEMORY,
+    MFU,
+    REWARD,
+    SAMPLING_SECONDS,
+    SECONDS,
+    SPEED,
+    TOKENS,
+)
 from jaxft.runs.run_texts import ROW_TEXTS
 from jaxft.runs.terminal import printable_message, printable_text
 
 SHORT_NAMES = {
-    names.LEARNING_RATE: "lr",
-    names.GRAD_NORM: "grad",
-    names.TOKEN_ACCURACY: "accuracy",
-    names.GENERAL_LOSS: "general loss",
-    names.HELD_OUT + names.LOSS: "eval loss",
-    names.REWARD_STD: "reward std",
-    names.COMPLETION_LENGTH: "length",
-    names.CLIPPED_RATIO: "truncated",
-    names.ZERO_STD: "equal groups",
-    names.EVALUATION_SECONDS: "evaluated in",
-    names.SAMPLING_SECONDS: "sampled in",
+    LEARNING_RATE: "lr",
+    GRAD_NORM: "grad",
+    TOKEN_ACCURACY: "accuracy",
+    GENERAL_LOSS: "general loss",
+    HELD_OUT + LOSS: "eval loss",
+    REWARD_STD: "reward std",
+    COMPLETION_LENGTH: "length",
+    CLIPPED_RATIO: "truncated",
+    ZERO_STD: "equal groups",
+    EVALUATION_SECONDS: "evaluated in",
+    SAMPLING_SECONDS: "sampled in",
 }
 # These come first, the others in the order that they are logged in. A held-out metric counts by its name
 # without eval_.
 FIRST = (
-    names.LOSS, names.GENERAL_LOSS, names.REWARD, names.REWARD_STD, names.COMPLETION_LENGTH,
-    names.CLIPPED_RATIO, names.ZERO_STD, names.COMPLETION_KL, names.ACCURACY, names.MARGIN,
-    names.CHOSEN_REWARD, names.REJECTED_REWARD, names.CHOSEN_LOGP, names.KL, names.LEARNING_RATE,
-    names.GRAD_NORM,
+    LOSS, GENERAL_LOSS, REWARD, REWARD_STD, COMPLETION_LENGTH,
+    CLIPPED_RATIO, ZERO_STD, COMPLETION_KL, ACCURACY, MARGIN,
+    CHOSEN_REWARD, REJECTED_REWARD, CHOSEN_LOGP, KL, LEARNING_RATE,
+    GRAD_NORM,
 )  # fmt: skip
 # Shown by the progress bar already, or of interest only if unusual.
-HIDDEN = (names.EPOCH, names.TOKENS, names.SKIPPED, names.SECONDS)
-PERCENTAGES = (names.CLIPPED_RATIO, names.ZERO_STD)
+HIDDEN = (EPOCH, TOKENS, SKIPPED, SECONDS)
+PERCENTAGES = (CLIPPED_RATIO, ZERO_STD)
 CLIPPED_STEPS = "clip_ratio"  # metrics of a policy loss that are 0 in a run with one update per rollout
 MOST, MOST_OF_ROLLOUTS = 8, 10  # metrics of a line
 FIRST_PROGRESS, EVERY_PROGRESS = 3.0, 10.0  # seconds before the first line about a phase, and between two
@@ -77,14 +102,14 @@ class ConsoleView:
         """Update the live view, or print a line. perf: speed, memory and timings by metric name."""
         if step > self._step:
             now = time.monotonic()
-            if not self._pace and names.SECONDS in perf:
-                self._pace.append((self._step, now - perf[names.SECONDS]))
+            if not self._pace and SECONDS in perf:
+                self._pace.append((self._step, now - perf[SECONDS]))
             self._pace.append((step, now))
         self._step = step
         self._metrics = {**self._metrics, **metrics}
-        self._perf = perf if names.SPEED in perf else self._perf
-        if names.LOSS in metrics:
-            self._losses.append(float(metrics[names.LOSS]))
+        self._perf = perf if SPEED in perf else self._perf
+        if LOSS in metrics:
+            self._losses.append(float(metrics[LOSS]))
         if self._live is None:
             self.message(self._line(step, metrics, perf))
 
@@ -133,10 +158,10 @@ class ConsoleView:
         return clock_time((self._total_steps - self._step) * (now - begin) / (last - first))
 
     def _line(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> str:
-        most = MOST_OF_ROLLOUTS if names.REWARD in metrics else MOST
+        most = MOST_OF_ROLLOUTS if REWARD in metrics else MOST
         values = [_with_interval(n, metrics) for n in _displayed(metrics, most)]
         rates = _rates(perf)
-        eta = [f"eta {self._eta()}"] if names.SPEED in perf and step < self._total_steps else []
+        eta = [f"eta {self._eta()}"] if SPEED in perf and step < self._total_steps else []
         if self._columns:
             return "\n".join(self._rows(step, metrics, [*rates, *eta]))
         return "  ".join([f"step {step}/{self._total_steps}", *values, *rates, *eta, *remarks(metrics)])
@@ -186,24 +211,24 @@ class ConsoleView:
 
 def remarks(metrics: dict[str, float]) -> list[str]:
     """Return one remark if a step had zero gradient because all rewards in each group are equal, else []."""
-    equal = metrics.get(names.ZERO_STD) == 1 and not metrics.get(names.GRAD_NORM)
+    equal = metrics.get(ZERO_STD) == 1 and not metrics.get(GRAD_NORM)
     return ["(nothing learned: the rewards of every group are equal)"] if equal else []
 
 
 def format_metric(name: str, value: float) -> str:
     """Return a metric as text for the terminal: a short name and few digits, such as "MFU 41.3%"."""
     label = SHORT_NAMES.get(name, name)
-    if name == names.MFU:
+    if name == MFU:
         return f"MFU {100 * value:.1f}%"
-    if name == names.SPEED:
+    if name == SPEED:
         return f"{value:,.0f} tok/s"
-    if name == names.MEMORY:
+    if name == MEMORY:
         return f"{value:.2f} GiB"
     if name in PERCENTAGES:
         return f"{label} {100 * value:.0f}%"
-    if name in (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS):
+    if name in (EVALUATION_SECONDS, SAMPLING_SECONDS):
         return f"{label} {time_in_words(value)}"
-    if name == names.LEARNING_RATE:
+    if name == LEARNING_RATE:
         return f"{label} {value:.2e}"
     small = value != 0 and abs(value) < 1e-3
     return f"{label} {value:.2e}" if small or abs(value) >= 1e6 else f"{label} {value:.4g}"
@@ -213,7 +238,7 @@ def _with_interval(name: str, metrics: dict[str, float]) -> str:
     """Return a metric as text for the terminal. If `metrics` has the number of pairs or prompts behind an
     accuracy, or behind a mean of rewards that are 0 or 1, add that number and the 95 % interval.
     """
-    value, count = metrics[name], names.count_of(metrics, name)
+    value, count = metrics[name], count_of(metrics, name)
     if count is None or not 0 <= value <= 1:
         return format_metric(name, value)
     return f"{SHORT_NAMES.get(name, name)} {fraction_text(value, count.number, unit=count.unit)}"
@@ -221,23 +246,23 @@ def _with_interval(name: str, metrics: dict[str, float]) -> str:
 
 def _rates(perf: dict[str, float]) -> list[str]:
     """Return speed and memory as texts, and the seconds of evaluation and sampling if 1 s or more."""
-    times = (names.EVALUATION_SECONDS, names.SAMPLING_SECONDS)
+    times = (EVALUATION_SECONDS, SAMPLING_SECONDS)
     shown = {name: x for name, x in perf.items() if name not in HIDDEN and not (name in times and x < 1)}
     return [format_metric(name, value) for name, value in shown.items()]
 
 
 def _displayed(metrics: dict[str, float], most: int) -> list[str]:
     """Return at most `most` names of metrics in display order, then SKIPPED if steps were skipped."""
-    trained = {name: name.removeprefix(names.HELD_OUT) for name in metrics}
+    trained = {name: name.removeprefix(HELD_OUT) for name in metrics}
     first = [name for name in metrics if trained[name] in FIRST]
     first.sort(key=lambda name: (FIRST.index(trained[name]), name != trained[name]))
     others = [
         name
         for name in metrics
-        if trained[name] not in FIRST and name not in HIDDEN and names.without_count(name) == name
+        if trained[name] not in FIRST and name not in HIDDEN and without_count(name) == name
     ]
     others = [name for name in others if metrics[name] or not trained[name].startswith(CLIPPED_STEPS)]
-    return (first + others)[:most] + ([names.SKIPPED] if metrics.get(names.SKIPPED) else [])
+    return (first + others)[:most] + ([SKIPPED] if metrics.get(SKIPPED) else [])
 
 
 def sparkline(values: list[float]) -> str:

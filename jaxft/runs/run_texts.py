@@ -9,22 +9,26 @@ from typing import Literal, NotRequired, TypedDict
 
 from jaxft.data.rows.shipped import script_command
 from jaxft.nn.adapters.lora import Adapter
+from jaxft.objectives.alarms import GENERAL_LOSS
+from jaxft.objectives.decision import BRIER, ECE, LOG_LOSS
 from jaxft.objectives.intervals import Interval, wilson
-from jaxft.runs import metric_names as names
-from jaxft.runs.metric_names import HELD_OUT, SCORES, count_of, without_count
+from jaxft.objectives.metrics import HELD_OUT, LOSS, count_of, without_count
+from jaxft.objectives.pair import ACCURACY
+from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
+from jaxft.runs.metric_names import REWARD, SCORES
 from jaxft.runs.metrics_log import COMPLETIONS, read_entries
 from jaxft.runs.terminal import markdown_table
 from jaxft.weights.hf.model_card import NO_CLASSIFIER, USE_SECTION
 
 HEADLINES = {  # metrics that the result lines show, in this order
-    HELD_OUT + names.LOSS: "loss on held-out rows",
-    HELD_OUT + names.ACCURACY: "accuracy on held-out pairs",
-    HELD_OUT + names.REWARD_ACCURACY: "accuracy on held-out pairs",
-    HELD_OUT + names.LOG_LOSS: "log loss of held-out decisions",
-    HELD_OUT + names.BRIER: "Brier score of held-out decisions",
-    HELD_OUT + names.ECE: "calibration error (ECE) of held-out decisions",
-    HELD_OUT + names.REWARD: "reward of held-out prompts",
-    names.GENERAL_LOSS: "loss on general text",
+    HELD_OUT + LOSS: "loss on held-out rows",
+    HELD_OUT + ACCURACY: "accuracy on held-out pairs",
+    HELD_OUT + REWARD_ACCURACY: "accuracy on held-out pairs",
+    HELD_OUT + LOG_LOSS: "log loss of held-out decisions",
+    HELD_OUT + BRIER: "Brier score of held-out decisions",
+    HELD_OUT + ECE: "calibration error (ECE) of held-out decisions",
+    HELD_OUT + REWARD: "reward of held-out prompts",
+    GENERAL_LOSS: "loss on general text",
 }
 FIRST_ROW = "first row as the model reads it:"
 ROW_TEXTS = (FIRST_ROW, "\nprompt: ", "after: ", "expected: ")  # how messages with the text of rows begin
@@ -233,10 +237,10 @@ def headlines(evaluation: Evaluation) -> dict[str, str]:
     }
     known = {without_count(name) for name in metrics}  # without a value if all pairs are ties
     labels = {name: label for name, label in HEADLINES.items() if name in known}
-    if HELD_OUT + names.ECE in labels:
-        labels[HELD_OUT + names.REWARD_ACCURACY] = "accuracy of held-out decisions"
-    if HELD_OUT + names.LOSS in labels and "part" in evaluation:
-        labels[HELD_OUT + names.LOSS] = f"loss on {evaluation['part']}"
+    if HELD_OUT + ECE in labels:
+        labels[HELD_OUT + REWARD_ACCURACY] = "accuracy of held-out decisions"
+    if HELD_OUT + LOSS in labels and "part" in evaluation:
+        labels[HELD_OUT + LOSS] = f"loss on {evaluation['part']}"
     return scores | labels
 
 

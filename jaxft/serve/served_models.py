@@ -18,10 +18,10 @@ from jaxft.data.decisions import DecisionPrompts, answer_tokens
 from jaxft.data.row_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, TURN, TemplateSettings
 from jaxft.data.rows.columns import messages_of
 from jaxft.data.rows.conversation import PLAIN
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat, Completion, Decision
 from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.invalid import InvalidRow, valid
+from jaxft.data.rows.row_files import Row
 from jaxft.distributed import sharding
 from jaxft.engine.programs import Engine
 from jaxft.engine.scheduler import ServeSizes, compile_server

@@ -39,6 +39,7 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import temporary_file
 from jaxft.distributed.exit import signal_name
+from jaxft.distributed.sync import is_first
 from jaxft.engine.programs import compile_engine
 from jaxft.engine.sampling import Sampling, without_stop
 from jaxft.engine.session import Session, generate
@@ -160,7 +161,7 @@ def fit_to_rows(settings: Resolved, root: str = "runs") -> Resolved:
     root: the folder of runs; a run that has a checkpoint keeps its lengths and batches.
     """
     fitted, lines = open_settings.fitted(settings, root=Path(root))
-    for line in lines if processes.is_first() else ():
+    for line in lines if is_first() else ():
         print(line, flush=True)
     return fitted
 
@@ -379,7 +380,7 @@ class LoadedModel:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts={prompts!r}; give a list of prompts")
         if all(isinstance(prompt, Mapping) and "role" in prompt for prompt in prompts):
-            raise ValueError("prompts is one conversation, but several are expected; give [prompts]")
+            raise ValueError("prompts is one conversation, but a list of prompts is expected; give [prompts]")
         ids = self._encode(prompts)
         longest = max(map(len, ids))
         if longest + sampling.max_new > limit:

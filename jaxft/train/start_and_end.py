@@ -1,4 +1,4 @@
-"""Checks at the start and the end of a run: its losses and its steps must be finite.
+"""Evaluations before, during and after training, early ends, and faults that keep a run from finishing.
 
 A run whose loss or logits are not finite before the first step stops there. A run is not finished if its last
 steps or more than half of all steps were not finite. It is not finished either if a loss after the last step
@@ -17,8 +17,8 @@ from jaxft.batch import TrainState
 from jaxft.distributed import processes
 from jaxft.nn import tree
 from jaxft.nn.tree import Batch, Params
+from jaxft.objectives.alarms import GENERAL_LOSS
 from jaxft.objectives.metrics import HELD_OUT, LOSS, PAIR_COUNT, FloatMetrics, without_count
-from jaxft.runs.metric_names import GENERAL_LOSS
 from jaxft.runs.metrics_log import METRICS
 from jaxft.runs.run_texts import Evaluation
 from jaxft.train.compiled import Compiled, States

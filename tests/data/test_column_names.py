@@ -10,9 +10,9 @@ from tiny_tokenizers import tiny
 
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.format_choice import choose_format, count_columns, prompt_of
 from jaxft.data.rows.formats import SFT, formats_of
+from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import Rows
 
 

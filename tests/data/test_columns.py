@@ -12,9 +12,9 @@ from tiny_tokenizers import tiny
 
 from jaxft.data.chat import loss_mask
 from jaxft.data.rows import columns
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.invalid import InvalidRow
+from jaxft.data.rows.row_files import Row
 
 CALLS = json.dumps([{"name": "get_weather", "arguments": {"city": "Rome"}}])
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

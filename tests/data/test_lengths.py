@@ -10,10 +10,9 @@ from tiny_tokenizers import tiny
 
 from jaxft.data import inspection
 from jaxft.data.inspection import limit_alarms, limit_costs, measure, percentile
-from jaxft.data.packing.reader import sampled
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, split_prompts
-from jaxft.data.rows.dataset_rows import list_chunks
+from jaxft.data.rows.dataset_rows import list_chunks, sampled
 from jaxft.data.rows.row_files import ROW_CHUNK_BYTES
 from jaxft.data.sft import Rows
 from jaxft.data.source import SourceStats

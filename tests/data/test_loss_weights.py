@@ -8,8 +8,8 @@ import pytest
 from tiny_tokenizers import tiny
 
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.format_choice import prompt_of
+from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import Rows
 
 ENDS = {"chatml": "<|im_end|>", "marked": "<|im_end|>", "plain": "\n"}

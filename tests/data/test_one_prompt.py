@@ -19,9 +19,9 @@ from jaxft.data.chat import loss_mask
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.row_settings import DATE
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat, Completion
 from jaxft.data.rows.format_choice import prompt_of
+from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import Rows
 from jaxft.rl.reward_models import with_response
 from jaxft.runs.loaded_weights import prompt_settings

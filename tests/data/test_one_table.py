@@ -9,10 +9,10 @@ from tiny_tokenizers import tiny
 
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.rows.conversation import PLAIN
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.format_choice import parse_dataset, prompt_of, task_of
 from jaxft.data.rows.formats import DECISIONS, PAIRS, SFT
 from jaxft.data.rows.invalid import InvalidRow, valid
+from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import Rows
 
 USER = [{"role": "user", "content": "q"}]

@@ -10,8 +10,9 @@ from parsed_rows import pairs
 from tiny_tokenizers import tiny
 
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows.dataset_rows import Row, read_rows
+from jaxft.data.rows.dataset_rows import read_rows
 from jaxft.data.rows.example import Chat, Completion
+from jaxft.data.rows.row_files import Row
 
 
 def turn(role, content):

@@ -16,8 +16,8 @@ from tiny_tokenizers import KINDS, tiny
 from jaxft.batch import Tokens
 from jaxft.data.chat import loss_mask
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat
+from jaxft.data.rows.row_files import Row
 from jaxft.models.families.llama import llama
 from jaxft.nn import param
 from jaxft.objectives.losses.preference_losses import dpo

@@ -15,9 +15,9 @@ from jaxft.data import prompts
 from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.packing.pack import permutation
 from jaxft.data.prompts import Prompts
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import as_given
 from jaxft.data.rows.format_choice import prompt_of
+from jaxft.data.rows.row_files import Row
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from parsed_rows import examples, pairs
 from tiny_pairs import seen, source, write
 
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.row_files import Row
 
 SYNTHETIC = ["d", "a", "c", "b", "e"]  # responses of a row in its order; "a" is the best
 RANKS = [4, 1, 3, 2, 5]

@@ -9,9 +9,10 @@ import pytest
 from parsed_rows import examples
 from tiny_tokenizers import tiny
 
-from jaxft.data.rows.dataset_rows import Row, read_rows
+from jaxft.data.rows.dataset_rows import read_rows
 from jaxft.data.rows.example import Chat, Completion, Text
 from jaxft.data.rows.invalid import InvalidRow, InvalidRows
+from jaxft.data.rows.row_files import Row
 from jaxft.data.rows.shipped import ROOT
 from jaxft.data.sft import Rows
 

@@ -13,8 +13,8 @@ from stock_turns import HIDDEN, Rejected, Turn, messages_of
 
 from jaxft.data.chat import loss_mask
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat
+from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import Rows
 
 

@@ -13,8 +13,8 @@ from jaxft.data.chat.template import settings_for
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts
 from jaxft.data.row_settings import TemplateSettings
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat
+from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import Rows
 from jaxft.rl.reward_models import with_response
 from jaxft.runs.folder import permitted_changes

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from jaxft.data.chat import loss_mask
 from jaxft.data.chat.tool_calls import template_tool_format
 from jaxft.data.row_settings import TemplateSettings
-from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.row_files import Row
 from jaxft.serve.served_models import ServedModel, chat_prompt
 from jaxft.train.export.push import files_to_push
 from jaxft.weights import pretrained

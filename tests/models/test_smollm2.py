@@ -9,8 +9,8 @@ from smollm2 import REF, reference
 from test_llama import tokens_of
 
 from jaxft.data.chat.loss_mask import example_prompt_ids
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.format_choice import prompt_of
+from jaxft.data.rows.row_files import Row
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session, generate

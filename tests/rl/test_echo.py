@@ -8,6 +8,7 @@ import pytest
 import tiny_model
 from rl_completions import random_prompts
 
+from jaxft.data.packing.pack import RowShape
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.objective import Facts
@@ -15,7 +16,7 @@ from jaxft.objectives.policy import policy
 from jaxft.rl import rollout as rollouts
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts, TrainingRollout
-from jaxft.rl.rollout_layout import BoundRun, RowShape, pack_episodes
+from jaxft.rl.rollout_layout import BoundRun, pack_episodes
 from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.trajectory import Segment, Trajectory, collect
 

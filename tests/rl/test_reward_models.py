@@ -21,8 +21,8 @@ from tiny_run import Place
 
 from jaxft.data.chat import loss_mask
 from jaxft.data.packing.pack import RowShape
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.format_choice import prompt_of
+from jaxft.data.rows.row_files import Row
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import left_pad
 from jaxft.models.adapted import HeadSettings, adapted, view, with_heads

@@ -9,7 +9,7 @@ from running_server import Running
 from jaxft.batch import Tokens
 from jaxft.data.decisions import DecisionPrompts, parse
 from jaxft.data.row_settings import RowSettings
-from jaxft.data.rows.dataset_rows import Row
+from jaxft.data.rows.row_files import Row
 from jaxft.serve.decisions_api import parse_decisions, parse_rerank, ranked
 from jaxft.serve.openai_api import ApiError
 

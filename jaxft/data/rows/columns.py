@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Message, message_weight
 from jaxft.data.rows.invalid import json_type
+from jaxft.data.rows.row_files import Row
 
 KNOWN_ROLES = ("user", "assistant", "system", "developer", "tool")
 ROLES = {  # other accepted names; upper and lower case are the same

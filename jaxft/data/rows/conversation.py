@@ -28,8 +28,8 @@ from jaxft.data.rows.columns import (
     tools_of,
     with_system,
 )
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat, Completion, Message, split_weights, without_weights
+from jaxft.data.rows.row_files import Row
 
 PLAIN = "plain"  # the value of data.format for which strings are plain text
 NO_PROMPT = "no prompt"  # the reason of an invalid row

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.invalid import InvalidRow
+from jaxft.data.rows.row_files import Row
 
 Message = dict[str, Any]
 

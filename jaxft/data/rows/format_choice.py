@@ -37,7 +37,6 @@ from jaxft.data.rows.columns import (
     suggested_columns,
 )
 from jaxft.data.rows.conversation import PLAIN, prompt_in_columns
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Chat, Completion, ParsedRow
 from jaxft.data.rows.formats import (
     DECISIONS,
@@ -51,6 +50,7 @@ from jaxft.data.rows.formats import (
 )
 from jaxft.data.rows.invalid import InvalidRow, attempt, similar_names, valid
 from jaxft.data.rows.published_formats import with_ratings
+from jaxft.data.rows.row_files import Row
 
 Formats = Mapping[str, RowFormat]
 TEXT = "text"  # the format, and its column

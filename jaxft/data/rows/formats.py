@@ -30,7 +30,6 @@ from jaxft.data.rows.conversation import (
     response_index,
     split_row,
 )
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import RESPONSE, Example, Solution, Text, row_weight
 from jaxft.data.rows.published_formats import (
     PROMPT,
@@ -48,6 +47,7 @@ from jaxft.data.rows.published_formats import (
     with_openai_prompt,
     with_ranked_prompt,
 )
+from jaxft.data.rows.row_files import Row
 
 SFT, PAIRS, PROMPTS, DECISIONS, STEPS = "sft", "pairs", "prompts", "decisions", "steps"
 RATED = "rated"  # the format of responses in a list

@@ -39,9 +39,9 @@ import numpy as np
 from jaxft.annotations import ENVIRONMENTS, ShortNames, name_of
 from jaxft.data.packing.row_tasks import ENVIRONMENT, EVERY_ROW
 from jaxft.data.rows.columns import messages_of, tool_schema
-from jaxft.data.rows.dataset_rows import Row
 from jaxft.data.rows.example import Message
 from jaxft.data.rows.invalid import InvalidRow
+from jaxft.data.rows.row_files import Row
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, valid_text
 

@@ -26,26 +26,16 @@ from jaxft.nn import tree
 from jaxft.nn.tree import Aux, Batch, Metrics, Params
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.decision import ACCURACY as DECISION_ACCURACY
-from jaxft.objectives.decision import decision
-from jaxft.objectives.metrics import HELD_OUT, LOSS, PerRow, add, as_floats, row_values
+from jaxft.objectives.decision import BRIER, ECE, decision
+from jaxft.objectives.metrics import HELD_OUT, LOSS, TOKEN_ACCURACY, PerRow, add, as_floats, row_values
 from jaxft.objectives.objective import Objective, Outputs
-from jaxft.objectives.pair import TIE_ROUNDING, response_sums
+from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, CHOSEN_REWARD, MARGIN, TIE_ROUNDING, response_sums
 from jaxft.objectives.read_positions import read_logps
+from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
+from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
 from jaxft.objectives.sft import sft
 from jaxft.runs.loaded_weights import FingerprintCheck, LoadedWeights, any_rows
-from jaxft.runs.metric_names import (
-    ACCURACY,
-    BRIER,
-    CHOSEN_LOGP,
-    CHOSEN_REWARD,
-    ECE,
-    MARGIN,
-    REWARD,
-    REWARD_ACCURACY,
-    REWARD_MARGIN,
-    SCORES,
-    TOKEN_ACCURACY,
-)
+from jaxft.runs.metric_names import REWARD, SCORES
 from jaxft.train.settings import Loop, Run, steps_between
 from jaxft.weights.pretrained import check_token_id
 

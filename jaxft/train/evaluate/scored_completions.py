@@ -34,11 +34,12 @@ from jaxft.engine.session import Session, complete
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.nn.attention.cache import CacheFormat
 from jaxft.nn.tree import Params
+from jaxft.objectives.alarms import CLIPPED_RATIO
 from jaxft.objectives.intervals import Interval, interval_of, prompt_means
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
-from jaxft.runs.metric_names import CLIPPED_RATIO, COMPLETION_LENGTH, SCORES
+from jaxft.runs.metric_names import COMPLETION_LENGTH, SCORES
 from jaxft.runs.run_texts import Sample
 from jaxft.train.evaluate.evaluate import Evaluated
 from jaxft.train.logs.clock import Clock

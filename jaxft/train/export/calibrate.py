@@ -24,6 +24,7 @@ from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.sft import Rows
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
+from jaxft.distributed.sync import is_first
 from jaxft.models.model import Model
 from jaxft.nn.matmul import with_taps
 from jaxft.nn.quant import QERA, Quant
@@ -228,7 +229,7 @@ def _as_in_run(run: Run, quant: Quant) -> Calibration:
 
 def print_line(line: str) -> None:
     """Print a line on process 0."""
-    if processes.is_first():
+    if is_first():
         print(line, flush=True)
 
 
@@ -244,7 +245,7 @@ def calibrated_codes(plan: CalibrationPlan, progress: Progress) -> None:
     if damage is not None:
         progress(f"the calibrated base in the cache cannot be used: {damage}; it is computed again")
     for turn in (True, False):
-        mine = processes.is_first() is turn
+        mine = is_first() is turn
         for line in processes.in_step(_coded_layers(plan) if mine else iter(())):
             progress(line)
     how = "from the cache" if known else f"computed in {time.perf_counter() - begin:.0f} s"
@@ -292,7 +293,7 @@ def calibrate_base(plan: CalibrationPlan | None, folder: Path, progress: Progres
                 "perhaps computed on another device or by another version of jax; copy the cache of that "
                 f"machine, or {again}"
             )
-        if processes.is_first():
+        if is_first():
             write_durable_json(path, record)
 
 

@@ -15,6 +15,7 @@ from jaxft.data.decisions import paths_of_decisions
 from jaxft.data.rows.mixture import source_names
 from jaxft.distributed import devices, processes, sync
 from jaxft.distributed.disk import write_durably
+from jaxft.distributed.sync import is_first
 from jaxft.models import model_types
 from jaxft.nn import tree
 from jaxft.nn.tree import Params
@@ -46,7 +47,7 @@ def report_finished(job: Job, steps: int) -> int:
     """Print where the results of a finished run are; return the exit code."""
     calibrate_base(job.calibration, job.folder, print_line)  # commands that use the run need its codes
     failed = processes.from_first_process(lambda: runfolder.failed_members(job.folder))
-    if not processes.is_first():
+    if not is_first():
         return int(bool(failed))
     card, name = job.folder / runfolder.CARD, "name=..." if job.sweep is None else "--name"
     if job.sweep is not None:
@@ -75,7 +76,7 @@ def write_held_out(job: Job, values: list[HeldOutValues]) -> None:
     from which `jaxft compare` takes differences on the same rows. A member without any has no such file. If
     two files of one name hold out rows, a repeated row name gets a number: "a.jsonl:1 (2)".
     """
-    if not processes.is_first():
+    if not is_first():
         return
     name = job.sources[0].held_out_name  # a sweep's members have the same held-out rows
     for member, (rows, prompts) in zip(job.members, values, strict=True):
@@ -142,7 +143,7 @@ def write_reports(
         for m, folder, log, end in zip(job.members, weights, logs.members, after, strict=True)
     ]
     table, perf = "", [_perf(logs, number) for number in range(len(job.members))]
-    if processes.is_first():
+    if is_first():
         for number, member in enumerate(job.members):
             folder = weights[number]
             if folder is not None:

@@ -9,8 +9,9 @@ import jax
 from jaxft.data.inspection import Inspected, data_summary, inspect_prompts, inspect_source, limit_alarms
 from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.source import RowSource, Source
-from jaxft.distributed import processes, sharding
+from jaxft.distributed import sharding
 from jaxft.distributed.processes import Watchdog
+from jaxft.distributed.sync import is_first
 from jaxft.objectives.intervals import interval_of, mean_interval
 from jaxft.objectives.metrics import LOSS, WEIGHT, FloatMetrics
 from jaxft.rl.rollout import PromptSource
@@ -156,7 +157,7 @@ def open_logs(
             for line in runfolder.permitted_changes(m.folder, old, m.record, recorded_defaults(m.run))
         ]
     checked = check_attention(job.lead.programs, job.abstract_batch)
-    if not processes.is_first():
+    if not is_first():
         return Logs([NullLog() for _ in job.members], clock=clock)
     logs, moved = [], []
     starts_again = not first and (job.folder / "config.json").is_file()

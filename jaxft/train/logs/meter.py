@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxft.batch import count_reads
 from jaxft.data.source import Source
-from jaxft.distributed import devices, processes
+from jaxft.distributed import devices
+from jaxft.distributed.sync import is_first
 from jaxft.nn.tree import Batch, Metrics
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import FloatMetrics
@@ -202,7 +203,7 @@ class Trace:
     """A profiler trace of the steps from first to last, counted from 1, on process 0; no trace for None."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path):
-        self._steps = steps if processes.is_first() else None
+        self._steps = steps if is_first() else None
         self._folder, self._is_on = folder, False
 
     def before(self, step: int) -> None:

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from jaxft.batch import TrainState
 from jaxft.distributed import processes, sharding
+from jaxft.distributed.sync import is_first
 from jaxft.models.model import Model
 from jaxft.nn import tree
 from jaxft.nn.matmul import accumulation_dtype
@@ -93,7 +94,7 @@ class NonfiniteRecorder:
             names = self._job.source_of(number).row_names(step)
             diagnosis = diagnose(member, step, states[number], frozen[number], batch)
             folder = member.folder / "nonfinite" / f"step-{step + 1}"
-            if processes.is_first():
+            if is_first():
                 write_diagnosis(folder, diagnosis, batch, names)
             label = f"{member.label}: " if member.label else ""
             text = first_nonfinite(diagnosis, batch, names)

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding, sync
+from jaxft.distributed.sync import is_first
 from jaxft.models.model import Model
 from jaxft.nn import tree
 from jaxft.nn.adapters.lora import EVA, FUSED_PARTS, Adapter, pairs_by_path
@@ -110,7 +111,7 @@ def eva_adapter(
             if end == shapes[source][-2]:
                 complete = parts.pop(source)
                 with processes.agreement():
-                    if processes.is_first():
+                    if is_first():
                         directions[source] = [
                             principal_directions(
                                 np.concatenate(of_layer), counts[source], f"{source}, layer {i}"
@@ -118,7 +119,7 @@ def eva_adapter(
                             for i, of_layer in enumerate(zip(*complete, strict=True))
                         ]
     first = {path: np.zeros(shapes[path], np.float32) for path in paths}
-    if processes.is_first():
+    if is_first():
         explained = {source: [one.explained for one in of_layers] for source, of_layers in directions.items()}
         ranks = redistributed_ranks(layouts, explained, settings.eva_rho)
         rows.report(_summary(ranks, explained, int(statistics.count)))

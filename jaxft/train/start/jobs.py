@@ -15,6 +15,7 @@ from jaxft.batch import TrainState, widened
 from jaxft.data.packing.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
+from jaxft.distributed.sync import is_first
 from jaxft.models.adapted import HeadSettings
 from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.rl.rollout_layout import BoundRun, Counter, uncounted
@@ -309,7 +310,7 @@ def open_checkpoints(job: Job) -> Iterator[tuple[Checkpoints, Copies]]:
     Raises ValueError if the store has a run with other settings, OSError if it fails.
     """
     loop, name = job.lead.run.loop, job.sweep.name if job.sweep else job.lead.run.name
-    url = f"{loop.store.rstrip('/')}/{name}" if loop.store and processes.is_first() else None
+    url = f"{loop.store.rstrip('/')}/{name}" if loop.store and is_first() else None
     records = {f"{m.label}/config.json" if m.label else "config.json": m.record for m in job.members}
     if job.sweep is not None:
         records = {"config.json": {"members": [member.label for member in job.members]}, **records}

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxft.data.packing import cache as data_cache
 from jaxft.distributed import processes, sharding
+from jaxft.distributed.sync import is_first
 from jaxft.nn import tree
 from jaxft.nn.tree import Batch
 from jaxft.runs.settings.setting_values import describe
@@ -146,7 +147,7 @@ def add_cached_logps(
         for batch, batch_logps in zip(batches, compute(batches), strict=True):
             values = source.values(batch, batch_logps)
             known.update({source.keys[i]: value.astype(np.float32) for i, value in values.items()})
-        failure = write_logps(path, known) if processes.is_first() else None
+        failure = write_logps(path, known) if is_first() else None
         if failure:
             report(failure)
     return source.with_reference({i: known[key] for i, key in enumerate(source.keys)})

@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxft.nn import quant_formats as qf
-from jaxft.nn.quant import FORMATS, QTensor, dequantize, grid, is_paired, quantize, with_defaults
+from jaxft.nn.quant import QTensor, dequantize, grid, is_paired, quantize, with_defaults
+from jaxft.nn.quant_formats import FORMATS
 
 FRACTIONS = np.linspace(0.7, 1.05, 15, dtype=np.float32)  # tried, of the plain scale of a block
 DAMPING = 0.01  # of the mean squared input, added to every input's own

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxft.nn.quant import FORMATS, QTensor, Quant, is_paired, quantize
+from jaxft.nn.quant import QTensor, Quant, is_paired, quantize
+from jaxft.nn.quant_formats import FORMATS
 from jaxft.weights.hf.safetensors import SafetensorsFiles, required
 from jaxft.weights.tensors import Index, QuantisedTensor, full_index
 

@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.nn.quant import FORMATS, KINDS, QTensor, Quant, dequantize, is_paired
+from jaxft.nn.quant import KINDS, QTensor, Quant, dequantize, is_paired
+from jaxft.nn.quant_formats import FORMATS
 from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_stored, read_tensor
 from jaxft.weights.quantised import file_format as ff
 from jaxft.weights.quantised.bitsandbytes import BITSANDBYTES

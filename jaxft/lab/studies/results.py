@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxft.lab.halving import (
+from jaxft.lab.studies.halving import (
     DECLARATION,
     EVALUATIONS,
     LEDGER,
@@ -29,10 +29,9 @@ from jaxft.lab.halving import (
     read_evaluations,
     trial_folder,
 )
-from jaxft.objectives.metrics import HELD_OUT
+from jaxft.objectives.metrics import HELD_OUT, KL
 from jaxft.objectives.pair import ACCURACY, MARGIN
 from jaxft.report.statistics import Adjusted, Difference, equivalence, holm, paired_difference
-from jaxft.runs import metric_names as names
 from jaxft.runs.folder import CHECKPOINTS, read_saved_json
 from jaxft.runs.metrics_log import check_chain, whole_lines
 from jaxft.weights.hf.complete_folders import files_sha256
@@ -313,7 +312,7 @@ def final_curve(evaluations: Sequence[PairsEvaluation], metric: str, pairs: Held
     """Return the curve of a run: step 0, where the policy is the reference, and then its evaluations."""
     values = [pairs.by_prompt(e.rows[metric], tuning=False) for e in evaluations]
     first = np.full_like(values[0], START.get(metric, 0.0))
-    kl = [0.0, *(e.metrics[HELD_OUT + names.KL] for e in evaluations)]
+    kl = [0.0, *(e.metrics[HELD_OUT + KL] for e in evaluations)]
     steps = (0, *(e.step for e in evaluations))
     slopes = np.array([0.0, *(margin_per_token(e.rows[MARGIN], pairs) for e in evaluations)])
     metrics = {}, *(e.metrics for e in evaluations)

@@ -19,14 +19,13 @@ import numpy as np
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.lab.results import Duel, FinalCurve, LossOutcome, StudyResult
-from jaxft.objectives.metrics import HELD_OUT
-from jaxft.objectives.pair import ACCURACY, MARGIN
+from jaxft.lab.studies.results import Duel, FinalCurve, LossOutcome, StudyResult
+from jaxft.objectives.metrics import HELD_OUT, KL
+from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, MARGIN
 from jaxft.report.charts import Panel, draw
 from jaxft.report.document import html_page
 from jaxft.report.html_elements import escaped, flat_values, folded, html_table, record_table, section
 from jaxft.report.statistics import paired_difference
-from jaxft.runs import metric_names as names
 
 REPORT, TABLES = "report.html", "tables"
 PICTURE = "curves.png"
@@ -124,8 +123,8 @@ def losses_table(study: StudyResult) -> PaperTable:
                 f"{loss.mean:.4f} {interval}" if finite else "diverged",
                 ", ".join(each),
                 _mean_metric(loss, MARGIN),
-                _mean_metric(loss, names.KL),
-                _mean_metric(loss, names.CHOSEN_LOGP),
+                _mean_metric(loss, KL),
+                _mean_metric(loss, CHOSEN_LOGP),
                 f"{np.mean([curve.per_token[-1] for curve in loss.curves]):+.3f}",
                 loss.winner,
             )
@@ -310,7 +309,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
         )
         slopes = np.mean([curve.per_token for curve in curves], 0)
         length[loss.label] = (kl[order].tolist(), slopes[order].tolist())
-        chosen[loss.label] = (x[1:], _means_by_step(curves, names.CHOSEN_LOGP))
+        chosen[loss.label] = (x[1:], _means_by_step(curves, CHOSEN_LOGP))
         margin[loss.label] = (x, [0.0, *_means_by_step(curves, MARGIN)])
     ends = [max(kl) for kl, _ in against_kl.values()]
     log_kl = is_wide(ends)
