@@ -26,7 +26,7 @@ def config(
     beta: float = 0.1,  # a smaller one lets the policy move further from the reference
     reference: ReferenceSetting | None = None,  # start, or precomputed with full=true
 ) -> Run:
-    """DPO of an 8B model."""
+    """DPO of Llama 3.1 8B."""
     source = choose_reference(reference, dpo, base.full)
     objective = partial(preference, loss=partial(dpo, beta=beta), beta=beta, reference=source)
     return Run(name=name, objective=objective, **base.sharded_run(every=50), **rows.source(PairRows))

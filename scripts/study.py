@@ -4,8 +4,8 @@
     python scripts/study.py study.py --dry-run          # check the declaration and print the plan
     python scripts/study.py runs/four-losses --report   # write page and tables of a finished study again
 
-The file has a function `study() -> Study` (jaxft/lab/study.py has an example): losses with the values of
-their knobs to search, a recipe, learning rates, seeds. Before anything is trained, it is written to
+The file has a function `study() -> Study` (jaxft/lab/studies/study.py has an example): losses with the
+values of their knobs to search, a recipe, learning rates, seeds. Before anything is trained, it is written to
 runs/<name>/declaration.json with hashes of the rows, the losses and the versions; a study that has changed
 since then is refused. Each loss has the same number of trials, of which successive halving trains the best
 longer; the best setting is trained with every seed. Losses are compared on held-out prompts that selected
@@ -37,8 +37,8 @@ def main() -> int:
     """Load the study, and run or continue it."""
     args = make_parser().parse_args()
     from jaxft.distributed import processes
-    from jaxft.lab.halving import run_study
-    from jaxft.lab.study import load_study
+    from jaxft.lab.studies.halving import run_study
+    from jaxft.lab.studies.study import load_study
     from jaxft.train.logs.clock import Clock
 
     processes.require_single_process("a study")
@@ -59,8 +59,8 @@ def main() -> int:
 
 def show_results(folder: Path) -> int:
     """Print the conclusions of a finished study, and write its page and tables."""
-    from jaxft.lab.appendix import REPORT, TABLES, write_appendix
-    from jaxft.lab.results import read_study
+    from jaxft.lab.studies.appendix import REPORT, TABLES, write_appendix
+    from jaxft.lab.studies.results import read_study
 
     study = read_study(folder)
     write_appendix(study)

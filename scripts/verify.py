@@ -30,8 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Check the record, then the step."""
     args = make_parser().parse_args()
-    from jaxft.lab.halving import LEDGER
-    from jaxft.lab.verify import recompute_step, record_problems
+    from jaxft.lab.studies.halving import LEDGER
+    from jaxft.lab.studies.verify import recompute_step, record_problems
     from jaxft.runs.metrics_log import METRICS, check_chain
 
     problems = list(record_problems(args.run))

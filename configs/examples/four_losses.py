@@ -5,7 +5,7 @@ best setting. 40 % of the 60 held-out prompts select settings, the others compar
 reference; the other losses share one. 32 minutes and 2.3 GB on two AMD Zen 4 cores.
 """
 
-from jaxft.lab.study import LogRange, SearchedLoss, Study, study_recipe
+from jaxft.lab.studies.study import LogRange, SearchedLoss, Study, study_recipe
 from jaxft.objectives.losses.preference_losses import dpo, dpop, ipo
 from jaxft.objectives.losses.reference_free_losses import simpo
 

@@ -22,7 +22,7 @@ from jaxtyping import Float
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.lab.appendix import PaperTable, is_wide, picture_html
+from jaxft.lab.studies.appendix import PaperTable, is_wide, picture_html
 from jaxft.lab.worlds import World, proxy_reward, true_reward
 from jaxft.objectives.intervals import LEVEL
 from jaxft.objectives.metrics import HELD_OUT, KL

@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxft.batch import Pairs
-from jaxft.lab.trial_arrays import reading_knobs
+from jaxft.lab.studies.trial_arrays import reading_knobs
 from jaxft.nn.attention.attention import asked_for
 from jaxft.nn.tree import Aux, Metrics, Params, combine
 from jaxft.objectives.objective import Objective
@@ -43,9 +43,9 @@ class ShortTraining(NamedTuple):
 
     objective, held_out_objective: the objectives of training and of evaluation. Their model must have
     attention=reference, as the other kernels have no second derivative. If knobs are differentiated,
-    `objective` must read them from aux["knobs"] (see lab/trial_arrays.py). The held-out objective uses the
-    knobs in `aux`, so that derivatives are those of training alone. batches, held_out: stacked batches, with
-    a leading axis of training steps and of held-out batches. rule: the optimizer. Its update must be
+    `objective` must read them from aux["knobs"] (see lab/studies/trial_arrays.py). The held-out objective
+    uses the knobs in `aux`, so that derivatives are of training alone. batches, held_out: stacked batches,
+    with a leading axis of training steps and of held-out batches. rule: the optimizer. Its update must be
     differentiable; Adam's is not where a gradient is 0, unless it has an eps_root.
     """
 

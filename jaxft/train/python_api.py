@@ -380,7 +380,7 @@ class LoadedModel:
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts={prompts!r}; give a list of prompts")
         if all(isinstance(prompt, Mapping) and "role" in prompt for prompt in prompts):
-            raise ValueError("prompts is one conversation, but several are expected; give [prompts]")
+            raise ValueError("prompts is one conversation, but a list of prompts is expected; give [prompts]")
         ids = self._encode(prompts)
         longest = max(map(len, ids))
         if longest + sampling.max_new > limit:

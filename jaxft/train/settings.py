@@ -108,8 +108,8 @@ class Loop:
             )
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise ValueError(
-                f"loop.profile={self.profile}: expected the first and the last step of a trace, counted from "
-                "1, such as 10:15"
+                f"loop.profile={self.profile[0]}:{self.profile[1]}; expected the first and the last step of "
+                "a trace, counted from 1, such as 10:15"
             )
 
 

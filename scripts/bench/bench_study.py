@@ -142,7 +142,7 @@ def write_model(folder: Path, seed: int) -> None:
 
 def world_study(name: str, steps: int, trials: int) -> Any:
     """Return the study of a world whose model and rows are in the working directory."""
-    from jaxft.lab.study import LogRange, SearchedLoss, Study, study_recipe
+    from jaxft.lab.studies.study import LogRange, SearchedLoss, Study, study_recipe
     from jaxft.objectives.losses.preference_losses import rdpo
 
     recipe = study_recipe(
@@ -172,7 +172,7 @@ def timed(fn: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 def full_grid(lab: Any, folder: Path) -> list[dict[str, Any]]:
     """Train every trial with every seed to the end; return the log."""
-    from jaxft.lab.halving import Wave, train_wave
+    from jaxft.lab.studies.halving import Wave, train_wave
 
     steps, done = lab.study.recipe.loop.steps, list[dict[str, Any]]()
     trials = {label: lab.study.trials_of(label) for label in lab.study.losses}
@@ -187,7 +187,7 @@ def best_of_grid(lab: Any, folder: Path, log: Sequence[dict[str, Any]]) -> str:
     """Return the loss that the full grid finds best. A loss's best trial is chosen by its mean over seeds on
     the tuning prompts; losses are then compared on the other prompts.
     """
-    from jaxft.lab.halving import EVALUATIONS, read_evaluations, trial_folder
+    from jaxft.lab.studies.halving import EVALUATIONS, read_evaluations, trial_folder
 
     study, means = lab.study, dict[str, float]()
     for label in study.losses:
@@ -212,8 +212,8 @@ def run_world(seed: int, steps: int, trials: int, with_grid: bool) -> dict[str, 
 
     from jaxft.distributed import sharding
     from jaxft.distributed.exit import Interrupt
-    from jaxft.lab.halving import declared_lab, train_waves
-    from jaxft.lab.results import read_study
+    from jaxft.lab.studies.halving import declared_lab, train_waves
+    from jaxft.lab.studies.results import read_study
     from jaxft.runs import folder as runfolder
     from jaxft.train.logs.clock import Clock
 

@@ -16,11 +16,11 @@ import pytest
 from dpo_place import write_pair_place
 from prepared import working_directory
 
-from jaxft.lab import halving, trial_arrays
-from jaxft.lab.appendix import REPORT, write_appendix
-from jaxft.lab.results import read_study
-from jaxft.lab.study import LogRange, LossTrial, SearchedLoss, Study, load_study
-from jaxft.lab.verify import record_problems
+from jaxft.lab.studies import halving, trial_arrays
+from jaxft.lab.studies.appendix import REPORT, write_appendix
+from jaxft.lab.studies.results import read_study
+from jaxft.lab.studies.study import LogRange, LossTrial, SearchedLoss, Study, load_study
+from jaxft.lab.studies.verify import record_problems
 from jaxft.objectives.losses.preference_losses import cdpo, dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
 from jaxft.objectives.metrics import Sum
@@ -34,7 +34,7 @@ from jaxft.train.export.results import write_held_out
 EXAMPLE = Path(__file__).parents[2] / "configs/examples/four_losses.py"
 FILE = '''"""A study of two losses."""
 
-from jaxft.lab.study import LogRange, SearchedLoss, Study
+from jaxft.lab.studies.study import LogRange, SearchedLoss, Study
 from jaxft.objectives.losses.preference_losses import dpo, ipo
 from jaxft.runs.metrics_log import read_unfinished
 from jaxft.runs.settings.config import load_config

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jaxft.lab.appendix import PaperTable, curve_panels, study_page, tables_of
-from jaxft.lab.halving import HeldOutPairs, PairsEvaluation
-from jaxft.lab.results import (
+from jaxft.lab.studies.appendix import PaperTable, curve_panels, study_page, tables_of
+from jaxft.lab.studies.halving import HeldOutPairs, PairsEvaluation
+from jaxft.lab.studies.results import (
     FinalCurve,
     LossOutcome,
     Sensitivity,

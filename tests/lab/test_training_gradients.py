@@ -13,7 +13,8 @@ from prepared import working_directory
 from tiny_model import tiny
 
 import jaxft
-from jaxft.lab.study import LogRange, LossTrial, SearchedLoss
+from jaxft.lab.studies.study import LogRange, LossTrial, SearchedLoss
+from jaxft.lab.studies.trial_arrays import searched
 from jaxft.lab.training_gradients import (
     ShortTraining,
     TrainingNumbers,
@@ -24,7 +25,6 @@ from jaxft.lab.training_gradients import (
     short_training,
     with_source_weights,
 )
-from jaxft.lab.trial_arrays import searched
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.attention import VARIABLE
 from jaxft.nn.tree import combine, mask_by_path, partition

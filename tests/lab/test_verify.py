@@ -7,7 +7,7 @@ from prepared import finished_run, working_directory
 from scripts_in_process import call
 from tiny_run import write_place
 
-from jaxft.lab.verify import record_problems
+from jaxft.lab.studies.verify import record_problems
 from jaxft.runs.metrics_log import Jsonl, add_files, check_chain, digests_path
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jaxft.batch import TrainState
 from jaxft.lab.loss_evaluation import loss_knobs
-from jaxft.lab.study import LossTrial, SearchedLoss, Study
+from jaxft.lab.studies.study import LossTrial, SearchedLoss, Study
 from jaxft.nn.param import Specs
 from jaxft.nn.tree import Aux, Metrics, Params
 from jaxft.objectives.logprobs import LanguageModel

@@ -3,7 +3,7 @@ before training.
 
 `jaxft study FILE` runs it. FILE has a function `study() -> Study`; knobs are a loss's hyperparameters:
 
-    from jaxft.lab.study import LogRange, SearchedLoss, Study, study_recipe
+    from jaxft.lab.studies.study import LogRange, SearchedLoss, Study, study_recipe
     from jaxft.objectives.losses.preference_losses import dpo, ipo
 
     def study() -> Study:

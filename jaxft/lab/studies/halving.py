@@ -28,8 +28,8 @@ from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import write_durably
 from jaxft.distributed.exit import Interrupt, signal_name
-from jaxft.lab.study import LossTrial, Study, check_declared, declare, digest_of
-from jaxft.lab.trial_arrays import make_set_trial, plain_run, run_of
+from jaxft.lab.studies.study import LossTrial, Study, check_declared, declare, digest_of
+from jaxft.lab.studies.trial_arrays import make_set_trial, plain_run, run_of
 from jaxft.nn import tree
 from jaxft.nn.tree import Params
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics

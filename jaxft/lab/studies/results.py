@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxft.lab.halving import (
+from jaxft.lab.studies.halving import (
     DECLARATION,
     EVALUATIONS,
     LEDGER,

@@ -14,10 +14,10 @@ import numpy as np
 from jaxft import __version__
 from jaxft.distributed import sharding
 from jaxft.distributed.processes import Watchdog
-from jaxft.lab.appendix import REPORT, appendix_files
-from jaxft.lab.halving import DECLARATION, LEDGER, TRIALS
-from jaxft.lab.results import check_study, read_study
-from jaxft.lab.study import check_declared
+from jaxft.lab.studies.appendix import REPORT, appendix_files
+from jaxft.lab.studies.halving import DECLARATION, LEDGER, TRIALS
+from jaxft.lab.studies.results import check_study, read_study
+from jaxft.lab.studies.study import check_declared
 from jaxft.report.run_files import sweep_members
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints, verify

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.lab.results import Duel, FinalCurve, LossOutcome, StudyResult
+from jaxft.lab.studies.results import Duel, FinalCurve, LossOutcome, StudyResult
 from jaxft.objectives.metrics import HELD_OUT, KL
 from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, MARGIN
 from jaxft.report.charts import Panel, draw
