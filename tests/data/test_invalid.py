@@ -242,6 +242,19 @@ def test_the_limit_is_a_fraction_of_all_rows_of_a_dataset(count, tmp_path):
             data.open(tiny("chatml"), cache=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("total", "end"),
+    [(3, "correct data.format or data.columns, or raise data.invalid_limit"),
+     (2, "none is left: 2 x b (first r:1: no b). Fix them, or correct data.format or data.columns")],
+)  # fmt: skip
+def test_another_limit_is_advised_only_if_valid_rows_are_left(total, end):
+    rows = InvalidRows(0.1)
+    for number in (1, 2):
+        rows.add(InvalidRow(f"r:{number}", "b", "no b"))
+    with pytest.raises(ValueError, match=f"{re.escape(end)}$"):
+        rows.check("r", total)
+
+
 # ---- what is printed
 
 
