@@ -347,8 +347,7 @@ def test_the_remedy_of_the_rows_comes_first_and_is_not_cut_in_a_word():
     found.add(InvalidRow("r:1", "hidden call", f"the template misrenders a turn: {'x' * 300}; {remedy}"))
     with pytest.raises(ValueError) as error:
         found.check("r", 1)
-    assert str(error.value).endswith(f"{remedy}). Fix them, or correct data.format or data.columns, or raise "
-                                     "data.invalid_limit")  # fmt: skip
+    assert str(error.value).endswith(f"{remedy}). Fix them, or correct data.format or data.columns")
     words = " ".join(f"word{number}" for number in range(80))
     short = shortened(words, 300)
     assert short.endswith(" ...") and len(short) < 310 and words.startswith(f"{short[:-4]} ")
