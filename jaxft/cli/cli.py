@@ -76,19 +76,11 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 
 
 def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error if --run is given with --model or --adapter, --batch is below 1, or --top-k, --top-p
-    or --min-p is given without a temperature.
-    """
+    """End with an error if --run is given with --model or --adapter, or --batch is below 1."""
     if args.run and (args.model or args.adapter):
         parser.error("--run sets model and adapter; omit --model and --adapter")
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
-    for name in ("top_k", "top_p", "min_p"):
-        if vars(args)[name] is not None and not args.temperature:
-            parser.error(
-                f"--{name.replace('_', '-')} has no effect on greedy completions; remove it, or use "
-                "--temperature 1"
-            )
 
 
 def usage_error(message: str, prog: str) -> str:

@@ -325,56 +325,39 @@ class LoadedWeights(NamedTuple):
     notes: list[str]
 
 
-def load_named(
-    named: NamedWeights, mesh: Mesh, dtype: str | None = None, kind: QuantKind | None = None
-) -> LoadedWeights:
-    """Load named weights onto a mesh.
-
-    dtype: the compute dtype; None for the run's, or bfloat16 without a run. kind: how the base is quantised;
-    None quantises the base of an adapter as in its run, and nothing else. Raises ValueError for an adapter
-    that doesn't fit the base.
-    """
-    record = named.record
-    chosen = dtype or (record["model"]["dtype"] if record else "bfloat16")
-    residual = None if dtype or not record else record["model"].get("residual")
-    model = pretrained.model_for(named.ref, dtype=jnp.dtype(chosen), residual=residual)
-    storage = quant_setting(kind, record if named.adapter else None)
-    params, settings = {"base": pretrained.load_frozen(named.ref, model, mesh, storage)}, None
-    if named.adapter:
-        pretrained.check_adapter_base(named.adapter, named.ref)
-        params["adapter"], settings = adapter_folders.load_adapter(named.adapter, model, mesh, named.ref)
-    tokenizer = pretrained.load_tokenizer(named.tokenizer)
-    notes = pretrained.file_notes(named.ref, model)
-    stop = stop_tokens(named.ref, model, tokenizer)
-    return LoadedWeights(mesh, adapted(model, settings), params, tokenizer, stop, notes)
-
-
 def load_each(
     named: Mapping[str, NamedWeights],
     mesh: Mesh,
     dtype: str | None = None,
     kind: QuantKind | None = None,
 ) -> dict[str, LoadedWeights]:
-    """Load weights by name. Several weights must be adapters on one base. Their arrays get equal shapes, so
-    that one compiled program takes each of them.
+    """Load weights by name onto a mesh. Several weights must be adapters on one base. Their arrays get equal
+    shapes, so that one compiled program takes each of them.
 
-    named: see named_adapters. dtype, kind: as in load_named; if None, all runs must have the same setting.
-    Raises ValueError for adapters that cannot share a base or a program.
+    named: see named_adapters. dtype: the compute dtype; None for the runs', or bfloat16 without a run. kind:
+    how the base is quantised; None quantises the base of adapters as in their runs, and nothing else. If
+    None, all runs must have the same setting. Raises ValueError for an adapter that doesn't fit the base, and
+    for adapters that cannot share a base or a program.
     """
-    if len(named) == 1:
-        return {name: load_named(weights, mesh, dtype, kind) for name, weights in named.items()}
-    weights, ref = dict(named), next(iter(named.values())).ref
-    chosen, residual = common_dtype(weights, dtype), common_residual(weights, dtype)
+    weights, (first, *_) = dict(named), named.values()
+    ref, chosen, residual = first.ref, common_dtype(weights, dtype), common_residual(weights, dtype)
     base = pretrained.model_for(ref, dtype=jnp.dtype(chosen), residual=residual)
     frozen = pretrained.load_frozen(ref, base, mesh, common_quant(weights, kind))
     folders = {name: item.adapter for name, item in named.items() if item.adapter is not None}
-    trees = load_equal_adapters(folders, ref, base, frozen, mesh)
-    model, notes = adapted_like(base, next(iter(trees.values()))), pretrained.file_notes(ref, base)
-    loaded = {}
-    for name, tree in trees.items():
-        tokenizer = pretrained.load_tokenizer(named[name].tokenizer)
+    trees, model = dict[str, Params](), base
+    if len(folders) > 1:
+        trees = load_equal_adapters(folders, ref, base, frozen, mesh)
+        model = adapted_like(base, next(iter(trees.values())))
+    for name, folder in folders.items() if len(folders) == 1 else ():
+        pretrained.check_adapter_base(folder, ref)
+        trees[name], settings = adapter_folders.load_adapter(folder, base, mesh, ref)
+        model = adapted(base, settings)
+    loaded, notes = {}, pretrained.file_notes(ref, base)
+    for name, item in named.items():
+        tokenizer = pretrained.load_tokenizer(item.tokenizer)
+        params = {"base": frozen, **({"adapter": trees[name]} if name in trees else {})}
         stop = stop_tokens(ref, base, tokenizer)
-        loaded[name] = LoadedWeights(mesh, model, {"base": frozen, "adapter": tree}, tokenizer, stop, notes)
+        loaded[name] = LoadedWeights(mesh, model, params, tokenizer, stop, notes)
         notes = []  # once
     return loaded
 
