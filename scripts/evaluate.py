@@ -19,7 +19,6 @@ results as JSON. Reward models: score.py.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser, add_adapters, add_compute_options
+    from jaxft.cli.cli import CommandParser, add_adapters, add_compute_options, add_sampling_options
 
     parser = CommandParser(__doc__)
     parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
@@ -57,12 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--max-new", type=int, help="most tokens of a completion (default 256)")
     group.add_argument("--samples", type=int, help="completions of each prompt (default 1)")
     group.add_argument("--pass-at", help="numbers k of pass@k, such as 1,10")
-    group.add_argument("--temperature", type=float, help="0 (the default) is greedy")
-    group.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
-    group.add_argument("--top-p", type=float, help="sample from the most likely tokens of this probability")
-    group.add_argument(
-        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
-    )
+    add_sampling_options(group)
     group.add_argument("--seed", type=int, help="random seed of sampling (default 0)")
     group.add_argument("--limit", type=int, help="use the first LIMIT rows only, or examples of a task")
     group = parser.add_argument_group(
@@ -83,7 +77,6 @@ def make_parser() -> argparse.ArgumentParser:
 def arguments() -> tuple[argparse.Namespace, Any, Any]:
     """Parse and check the command line; return it with the EvaluatedModels and the way to evaluate them."""
     from jaxft.cli.cli import check_weights_options
-    from jaxft.runs.folder_copies import local_folder
     from jaxft.train.evaluate.evaluate_models import requested
 
     parser = make_parser()
@@ -99,8 +92,6 @@ def arguments() -> tuple[argparse.Namespace, Any, Any]:
     if out is not None and (out.is_dir() or not out.parent.is_dir()):
         problem = "is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         parser.error(f"--out {out}: {problem}; name a file in an existing folder")
-    if models.run is not None:
-        models = dataclasses.replace(models, run=local_folder(args.run))
     return args, models, way
 
 
@@ -158,13 +149,15 @@ def comparison_lines(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def write_tasks(path: Path | None, run: Path | None, results: dict[str, Any]) -> None:
+def write_tasks(path: Path | None, run: str | None, results: dict[str, Any]) -> None:
     """Write the results of tasks to `path` or, if None, into the run's folder. Without both, do nothing."""
+    from jaxft.runs.folder_copies import local_folder
     from jaxft.train.evaluate import harness
 
     if path is None and run is not None:
-        (run / "lm_eval").mkdir(exist_ok=True)
-        path = run / "lm_eval" / harness.report_name()
+        folder = local_folder(run) / "lm_eval"
+        folder.mkdir(exist_ok=True)
+        path = folder / harness.report_name()
     if path is None:
         return
     for name, result in results.items():
@@ -191,7 +184,7 @@ def main() -> int:
         if len(results) > 1:
             print_metrics(results, False)
     if has_tasks:
-        write_tasks(args.out, models.run, results)
+        write_tasks(args.out, args.run, results)
     elif args.out:  # last: a disk that is full costs no metrics
         rows = [
             {"adapter": name, **row} if len(results) > 1 else row

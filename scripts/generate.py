@@ -29,7 +29,13 @@ SYSTEM = ("turn", "merge")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import DEFAULT_MODEL, CommandParser, add_adapters, add_compute_options
+    from jaxft.cli.cli import (
+        DEFAULT_MODEL,
+        CommandParser,
+        add_adapters,
+        add_compute_options,
+        add_sampling_options,
+    )
 
     parser = CommandParser(__doc__)
     parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT_MODEL})")
@@ -46,14 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-new", type=int, default=128, help="maximum tokens of a completion (default 128)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
-    parser.add_argument(
-        "--top-p", type=float, help="sample from the most likely tokens with this total probability"
-    )
-    parser.add_argument(
-        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
-    )
+    add_sampling_options(parser)
     parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
     parser.add_argument(
         "--batch", type=int, default=8, help="prompts that are completed at the same time (default 8)"
@@ -84,10 +83,6 @@ def arguments() -> argparse.Namespace:
         parser.error("--raw uses no chat template; omit --chat-template-kwargs and --system")
     if args.columns and (not args.file or args.file.endswith(".txt")):
         parser.error("--columns renames columns of a --file that has columns, such as rows.jsonl")
-    if args.run is not None:
-        from jaxft.runs.folder_copies import local_folder
-
-        args.run = local_folder(args.run)
     return args
 
 

@@ -59,6 +59,18 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sampling_options(parser: Any) -> None:
+    """Add --temperature, --top-k, --top-p and --min-p. parser: an ArgumentParser or a group of one."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="sample from the most likely tokens with this total probability"
+    )
+    parser.add_argument(
+        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
+    )
+
+
 def add_served_models(parser: argparse.ArgumentParser) -> None:
     """Add --run, --model and --adapter. The first and the last can be repeated: the command then loads
     several models that share one base; see loaded_weights.named_models.

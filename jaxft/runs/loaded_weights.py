@@ -61,14 +61,16 @@ class NamedWeights(NamedTuple):
 
 
 def named_weights(
-    run: Path | None, model: str | None, adapter: Path | None, default: str = ""
+    run: str | Path | None, model: str | None, adapter: Path | None, default: str = ""
 ) -> NamedWeights:
     """Resolve the options --run, --model and --adapter to files. An adapter without a model is used on the
-    base that it was trained on. If all three are None, the model is `default`.
+    base that it was trained on. A run in an object store is fetched. If all three are None, the model is
+    `default`.
 
     Raises FileNotFoundError or ValueError for folders without weights and for an adapter without a base.
     """
     if run is not None:
+        run = local_folder(str(run))
         ref, trained, record = trained_weights(run)
         return NamedWeights(ref, trained, record, earlier_end_notes(run) + tools_notes(record))
     if adapter is None:
@@ -277,7 +279,7 @@ def named_models(
 
 
 def named_adapters(
-    run: Path | None, model: str | None, items: Sequence[str], default: str
+    run: str | Path | None, model: str | None, items: Sequence[str], default: str
 ) -> dict[str, NamedWeights]:
     """Resolve --run, or --model and its --adapter options [NAME=]FOLDER (`items`), to {name: weights}.
 

@@ -68,7 +68,6 @@ from jaxft.train.step import TrainStep
 GivenRows = Iterable[Mapping[str, Any]]
 ROW_SETTINGS = ("data", "held_out", "data.train", "data.held_out")  # which take rows in memory
 OTHER_ROWS = ("dataset", "train_dataset", "rows", "train", "examples")  # names of these in other libraries
-PROMPTS_AT_ONCE = 8  # that `generate` completes at the same time
 PLAIN_VALUES = bool | int | float | str | Path | None
 
 
@@ -376,7 +375,7 @@ class LoadedModel:
         named, sampling = prompts_of_rows(rows, data), Sampling(max_new, temperature, top_k, top_p)
         ids = encode_prompts(self.weights, named, template_settings(data), max_new)
         with jax.set_mesh(self.weights.mesh):
-            tokens = Completer(PROMPTS_AT_ONCE, seed).complete(self.weights, ids, sampling)
+            tokens = Completer(seed=seed).complete(self.weights, ids, sampling)
         return [completion_text(self.weights, row) for row in tokens[:, 0]]
 
 

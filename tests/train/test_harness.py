@@ -171,7 +171,7 @@ def test_a_run_keeps_the_results_and_those_of_several_adapters_are_separate(tmp_
     script = load("evaluate")
     report = {"results": {"t": {"acc,none": 0.5}}, "samples": {"a/b": [{"doc_id": 0}, {"doc_id": 1}]}}
     one = HarnessResult({"t/acc": 0.5}, "table", report, [])
-    script.write_tasks(None, tmp_path, {"": one})
+    script.write_tasks(None, str(tmp_path), {"": one})
     (results,) = (tmp_path / "lm_eval").glob("results_*.json")
     (samples,) = (tmp_path / "lm_eval").glob("samples_a_b_results_*.jsonl")
     assert json.loads(results.read_text()) == {"results": report["results"]}

@@ -63,7 +63,7 @@ Results = dict[str, Any]  # adapter -> Evaluated, of tasks HarnessResult
 class EvaluatedModels:
     """The models to evaluate, as --run, --model and --adapter name them. batch: rows at a time."""
 
-    run: Path | None = None
+    run: str | Path | None = None
     model: str | None = None
     adapter: Sequence[str] = ()
     dtype: Annotated[str | None, one_of(("bfloat16", "float16", "float32", None))] = None
@@ -230,7 +230,7 @@ def evaluate_models(models: EvaluatedModels, way: Way, needs_rows: bool = False)
 
 
 def rows_to_evaluate(
-    way: RowEvaluation | CompletionEvaluation, run: Path | None, record: dict[str, Any] | None
+    way: RowEvaluation | CompletionEvaluation, run: str | Path | None, record: dict[str, Any] | None
 ) -> tuple[str, Any]:
     """Return (dataset, settings). Without settings (None), all rows of the dataset are evaluated: way.file,
     or the run's data.held_out. With settings, the rows that they hold out of the run's training rows.
@@ -286,7 +286,8 @@ def file_settings(
     if length > limit:
         raise ValueError(f"--max-length {length} exceeds the model's {limit} positions; use at most {limit}")
     row = next(iter(read_rows(held_out_sources(file)[0].ref)))
-    shared: dict[str, Any] = {"batch": models.batch, "max_length": length, "too_long": way.too_long or "error"}
+    shared: dict[str, Any] = {"batch": models.batch, "max_length": length}
+    shared["too_long"] = way.too_long or "error"
     data = {name: prompt_settings(item.record, way.columns) for name, item in named.items()}
     recorded = recorded_data(record) if record else None
     is_decision, best_first = isinstance(recorded, DecisionRows), False
@@ -323,7 +324,8 @@ def row_scores(
 ) -> Results:
     """Return adapter -> Evaluated: the loss of SFT rows, accuracy on pairs, or probabilities of decisions.
 
-    rows: adapter -> Rows, PairRows or DecisionRows. needs_rows: as in evaluate_models. check: as in make_row_loss.
+    rows: adapter -> Rows, PairRows or DecisionRows. needs_rows: see evaluate_models. check: see
+    make_row_loss.
     """
     kind, model = next(iter(rows.values())), next(iter(loaded.values())).model
     scores: Callable[[LoadedWeights, Any], Evaluated]
