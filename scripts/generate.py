@@ -169,9 +169,9 @@ def completions(args: argparse.Namespace) -> list[dict[str, Any]]:
     from jaxft.data.rows.example import Chat
     from jaxft.distributed import sharding
     from jaxft.engine.sampling import requested_sampling
-    from jaxft.runs.loaded_weights import load_each, named_adapters
+    from jaxft.runs.loaded_weights import load_each, named_adapters, template_settings
     from jaxft.serve.constraint import compile_grammar
-    from jaxft.train.evaluate.completer import Completer, encode_prompts, template_settings
+    from jaxft.train.evaluate.completer import Completer, encode_prompts
 
     check_seed(args.seed, "--seed")
     sampling, grammar = requested_sampling(args), grammar_of(args)

@@ -14,6 +14,7 @@ from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.decisions import DecisionPrompts
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
+from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.sft import Rows
 from jaxft.distributed.exit import shorten_error
 from jaxft.models.adapted import adapted, adapted_like
@@ -179,6 +180,11 @@ def prompt_settings(record: dict[str, Any] | None, columns: str | None = None) -
     return {**format, **recorded, "columns": tuple(item.strip() for item in items if item.strip())}
 
 
+def template_settings(data: Mapping[str, Any]) -> TemplateSettings:
+    """Return the TemplateSettings with the fields that `data` has, see prompt_settings."""
+    return TemplateSettings(**{key: x for key, x in data.items() if key in vars(TemplateSettings())})
+
+
 def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     """Return the data settings with which a run divided its rows into training and held-out ones.
 
@@ -341,12 +347,9 @@ def load_each(
     None, all runs must have the same setting. Raises ValueError for an adapter that doesn't fit the base, and
     for adapters that cannot share a base or a program.
     """
-    weights, (first, *_) = dict(named), named.values()
-    ref, chosen, residual = first.ref, common_dtype(weights, dtype), common_residual(weights, dtype)
-    base = pretrained.model_for(ref, dtype=jnp.dtype(chosen), residual=residual)
-    frozen = pretrained.load_frozen(ref, base, mesh, common_quant(weights, kind))
+    ref, (base, frozen) = next(iter(named.values())).ref, load_shared_base(named, mesh, dtype, kind)
     folders = {name: item.adapter for name, item in named.items() if item.adapter is not None}
-    trees, model = dict[str, Params](), base
+    trees, model = dict[str, Params](), adapted(base, None)
     if len(folders) > 1:
         trees = load_equal_adapters(folders, ref, base, frozen, mesh)
         model = adapted_like(base, next(iter(trees.values())))
@@ -364,7 +367,18 @@ def load_each(
     return loaded
 
 
-def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:
+def load_shared_base(
+    named: Mapping[str, NamedWeights], mesh: Mesh, dtype: str | None, kind: QuantKind | None
+) -> tuple[Model, Params]:
+    """Return (the model without adapters, its parameters) of weights on one base. Arguments and errors: as in
+    load_each.
+    """
+    ref, chosen = next(iter(named.values())).ref, jnp.dtype(common_dtype(named, dtype))
+    base = pretrained.model_for(ref, dtype=chosen, residual=common_residual(named, dtype))
+    return base, pretrained.load_frozen(ref, base, mesh, common_quant(named, kind))
+
+
+def common_dtype(named: Mapping[str, NamedWeights], dtype: str | None) -> str:
     """Return `dtype` or, if None, the runs' compute dtype. Raises ValueError if it is not the same in all."""
     dtypes = {n.record["model"]["dtype"]: name for name, n in named.items() if n.record}
     if dtype is None and len(dtypes) > 1:
@@ -372,7 +386,7 @@ def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:
     return dtype or next(iter(dtypes), "bfloat16")
 
 
-def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | None:
+def common_residual(named: Mapping[str, NamedWeights], dtype: str | None) -> str | None:
     """Return the runs' dtype of the residual stream. Return None, for the model's default, if the runs set no
     such dtype or if `dtype` is given. Raises ValueError if the runs differ.
     """
@@ -385,7 +399,7 @@ def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | 
     return next(iter(dtypes), None)
 
 
-def common_quant(named: dict[str, NamedWeights], kind: QuantKind | None) -> Quant | None:
+def common_quant(named: Mapping[str, NamedWeights], kind: QuantKind | None) -> Quant | None:
     """Return how the base is quantised: `kind`, or if None the setting of the adapters' runs. Raises
     ValueError if the runs have different settings.
     """

@@ -43,6 +43,7 @@ from jaxft.runs.loaded_weights import (
     named_weights,
     prompt_settings,
     source_options,
+    template_settings,
 )
 from jaxft.runs.metrics_log import METRICS, read_entries
 from jaxft.runs.run_texts import same_prompts
@@ -56,7 +57,6 @@ from jaxft.train.evaluate.completer import (
     completion_text,
     encode_prompts,
     prompts_of_rows,
-    template_settings,
 )
 from jaxft.train.evaluate.evaluate_models import evaluate_models, requested
 from jaxft.train.logs.clock import Clock

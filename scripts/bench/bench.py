@@ -296,7 +296,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli.cli import one_line_errors
+    from jaxft.runs.terminal import one_line_errors
     from jaxft.distributed import xla_flags
 
     xla_flags.restart()  # as a run does

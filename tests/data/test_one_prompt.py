@@ -24,8 +24,7 @@ from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import Rows
 from jaxft.rl.reward_models import with_response
-from jaxft.runs.loaded_weights import prompt_settings
-from jaxft.train.evaluate.completer import template_settings
+from jaxft.runs.loaded_weights import prompt_settings, template_settings
 
 SHOWS_ALL = (  # a template that renders the system message, tools, tool calls and an argument of its own
     "{% if mood is defined %}{{ '<|im_start|>mood\n' + mood + '<|im_end|>\n' }}{% endif %}"

@@ -25,11 +25,6 @@ from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.weights.pretrained import check_token_id
 
 
-def template_settings(data: Mapping[str, Any]) -> TemplateSettings:
-    """Return the TemplateSettings with the fields that `data` has, see prompt_settings."""
-    return TemplateSettings(**{key: x for key, x in data.items() if key in vars(TemplateSettings())})
-
-
 def renamed_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
     """Return rows with the columns that they have renamed. columns: as data.columns."""
     return [

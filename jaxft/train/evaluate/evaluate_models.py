@@ -40,11 +40,12 @@ from jaxft.runs.loaded_weights import (
     named_adapters,
     prompt_settings,
     recorded_data,
+    template_settings,
 )
 from jaxft.runs.settings.setting_names import advice
 from jaxft.runs.settings.setting_values import load_callable
 from jaxft.train.evaluate import harness
-from jaxft.train.evaluate.completer import Completer, template_settings
+from jaxft.train.evaluate.completer import Completer
 from jaxft.train.evaluate.evaluate import (
     Evaluated,
     make_decision_scores,
