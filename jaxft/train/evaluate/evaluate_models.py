@@ -4,7 +4,8 @@ lm-evaluation-harness. `jaxft evaluate` and `jaxft.evaluate` call it.
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,7 @@ from typing import Annotated, Any
 
 import jax
 
-from jaxft.annotations import REWARDS, at_least, check_bounds, one_of
-from jaxft.data.data_settings import check_seed
+from jaxft.annotations import REWARDS, at_least, between, check_bounds, one_of
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.pairs import PairRows
 from jaxft.data.row_settings import RowSettings
@@ -30,7 +30,6 @@ from jaxft.nn.quant import QuantKind
 from jaxft.nn.tree import nearest, regex
 from jaxft.rl import rewards
 from jaxft.runs.loaded_weights import (
-    FingerprintCheck,
     LoadedWeights,
     NamedWeights,
     any_rows,
@@ -46,17 +45,11 @@ from jaxft.runs.settings.setting_names import advice
 from jaxft.runs.settings.setting_values import load_callable
 from jaxft.train.evaluate import harness
 from jaxft.train.evaluate.completer import Completer
-from jaxft.train.evaluate.evaluate import (
-    Evaluated,
-    make_decision_scores,
-    make_pair_preferences,
-    make_row_loss,
-)
-from jaxft.train.evaluate.harness import HarnessFlags, HarnessResult, HarnessSettings
+from jaxft.train.evaluate.evaluate import make_decision_scores, make_pair_preferences, make_row_loss
+from jaxft.train.evaluate.harness import HarnessFlags, HarnessSettings
 from jaxft.train.evaluate.scored_completions import CompletionScorer, scored_prompts
 
 Named = Mapping[str, NamedWeights]
-Loaded = Mapping[str, LoadedWeights]
 Results = dict[str, Any]  # adapter -> Evaluated, of tasks HarnessResult
 
 
@@ -108,13 +101,12 @@ class CompletionEvaluation:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: int = 0
+    seed: Annotated[int, between(0, 2**63 - 1)] = 0
     limit: Annotated[int | None, at_least(1)] = None
     kv_cache: CacheFormat = "compute"
 
     def __post_init__(self):
         check_bounds(self)
-        check_seed(self.seed, "--seed")
         requested_sampling(self)
         if (most := max(self.passes, default=0)) > self.samples:
             raise ValueError(f"--pass-at {most} needs --samples of at least {most}, got {self.samples}")
@@ -145,12 +137,11 @@ class TaskEvaluation:
     system_instruction: str | None = None
     gen_kwargs: str = ""
     unsafe_code: bool = False
-    seed: int = 0
+    seed: Annotated[int, between(0, 2**63 - 1)] = 0
     kv_cache: CacheFormat = "compute"
 
     def __post_init__(self):
         check_bounds(self)
-        check_seed(self.seed, "--seed")
         if not self.names:
             raise ValueError("--tasks names no task; use names such as arc_easy,mmlu")
         self.generation()
@@ -217,17 +208,20 @@ def evaluate_models(models: EvaluatedModels, way: Way, needs_rows: bool = False)
     """
     named = named_adapters(models.run, models.model, models.adapter, "")
     if isinstance(way, TaskEvaluation):
-        evaluate = make_task_evaluation(models, way, named)
-    elif isinstance(way, CompletionEvaluation):
-        evaluate = make_completion_evaluation(models, way, named)
-    else:
-        evaluate = make_row_evaluation(models, way, named, needs_rows)
-    mesh = sharding.make_mesh(sharding.MeshShape())
-    with jax.set_mesh(mesh):
+        return evaluate_on_tasks(models, way, named)
+    if isinstance(way, CompletionEvaluation):
+        return evaluate_completions(models, way, named)
+    return evaluate_rows(models, way, named, needs_rows)
+
+
+@contextmanager
+def loaded_models(models: EvaluatedModels, named: Named) -> Iterator[dict[str, LoadedWeights]]:
+    """Load the models, print notes about them, and set their mesh within this context."""
+    with jax.set_mesh(mesh := sharding.make_mesh(sharding.MeshShape())):
         loaded = load_each(named, mesh, models.dtype, models.quant)
         for line in [line for name, item in loaded.items() for line in (*named[name].notes, *item.notes)]:
             print(line, file=sys.stderr)
-        return evaluate(loaded)
+        yield loaded
 
 
 def rows_to_evaluate(
@@ -258,24 +252,33 @@ def rows_to_evaluate(
 # ---- Loss of rows, accuracy on pairs, probabilities of decisions
 
 
-def make_row_evaluation(
-    models: EvaluatedModels, way: RowEvaluation, named: Named, needs_rows: bool
-) -> Callable[[Loaded], Results]:
-    """Return `evaluate(loaded)`, the evaluation of rows. Raises ValueError for rows that cannot be read."""
+def evaluate_rows(
+    models: EvaluatedModels, way: RowEvaluation, named: Named, needs_rows: bool = False
+) -> Results:
+    """Return adapter -> Evaluated: the loss of SFT rows, accuracy on pairs, or probabilities of decisions."""
     record = next(iter(named.values())).record
     file, split = rows_to_evaluate(way, models.run, record)
-    if split is None:
-        for source in held_out_sources(file):
-            next(iter(read_rows(source.ref)))
-        return lambda loaded: row_scores(
-            loaded, file_settings(models, way, named, file, next(iter(loaded.values())).model), needs_rows
-        )
-    if not isinstance(split, Rows | PairRows):
+    if split is not None and not isinstance(split, Rows | PairRows):
         raise ValueError(
             f"{models.run}: its held-out rows are prompts without responses; score completions by --by"
         )
-    check = partial(check_recorded_rows, record)
-    return lambda loaded: row_scores(loaded, dict.fromkeys(loaded, split), needs_rows, check)
+    for source in held_out_sources(file) if split is None else ():
+        next(iter(read_rows(source.ref)))  # raises for what cannot be read, before weights are loaded
+    check = any_rows if split is None else partial(check_recorded_rows, record)
+    with loaded_models(models, named) as loaded:
+        model = next(iter(loaded.values())).model
+        rows = dict.fromkeys(loaded, split)
+        if split is None:
+            rows = file_settings(models, way, named, file, model)
+        kind = next(iter(rows.values()))
+        if needs_rows and not isinstance(kind, DecisionRows | PairRows):
+            raise ValueError(
+                "--out writes results of pairs, decisions or completions; these rows only have a loss; omit "
+                "--out"
+            )
+        make: Callable[..., Any] = make_pair_preferences if isinstance(kind, PairRows) else make_row_loss
+        scores = (make_decision_scores if isinstance(kind, DecisionRows) else make)(model, check)
+        return {name: scores(item, rows[name]) for name, item in loaded.items()}
 
 
 def file_settings(
@@ -317,63 +320,29 @@ def file_settings(
     return {name: DecisionRows(file, **x, **shared, unlabelled=True) for name, x in data.items()}
 
 
-def row_scores(
-    loaded: Loaded,
-    rows: Mapping[str, Any],
-    needs_rows: bool = False,
-    check: FingerprintCheck = any_rows,
-) -> Results:
-    """Return adapter -> Evaluated: the loss of SFT rows, accuracy on pairs, or probabilities of decisions.
-
-    rows: adapter -> Rows, PairRows or DecisionRows. needs_rows: see evaluate_models. check: see
-    make_row_loss.
-    """
-    kind, model = next(iter(rows.values())), next(iter(loaded.values())).model
-    scores: Callable[[LoadedWeights, Any], Evaluated]
-    if isinstance(kind, DecisionRows):
-        scores = make_decision_scores(model, check)
-    elif isinstance(kind, PairRows):
-        scores = make_pair_preferences(model, check)
-    elif needs_rows:
-        raise ValueError(
-            "--out writes results of pairs, decisions or completions; these rows only have a loss; omit --out"
-        )
-    else:
-        scores = make_row_loss(model, check)
-    return {name: scores(item, rows[name]) for name, item in loaded.items()}
-
-
 # ---- Scores of completions
 
 
-def make_completion_evaluation(
-    models: EvaluatedModels, way: CompletionEvaluation, named: Named
-) -> Callable[[Loaded], Results]:
-    """Return `evaluate(loaded)`, which completes prompts and scores the completions. Raises ValueError for an
-    unknown score, and for rows that cannot be read.
-    """
+def evaluate_completions(models: EvaluatedModels, way: CompletionEvaluation, named: Named) -> Results:
+    """Complete the prompts of rows, and score the completions; return adapter -> Evaluated."""
     functions, record = score_functions(way), next(iter(named.values())).record
     file, split = rows_to_evaluate(way, models.run, record)
     sources = held_out_sources(file) if split is None else parse_sources(file)
     rows = [row for source in sources for row in read_rows(source.ref)]
-
-    def evaluate(loaded: Loaded) -> Results:
-        chosen, results = rows, {}
+    sampling, completer = requested_sampling(way), Completer(models.batch, way.seed, way.kv_cache)
+    results = {}
+    with loaded_models(models, named) as loaded:
         if split is not None:
             check, tokenizer = partial(check_recorded_rows, record), next(iter(loaded.values())).tokenizer
             names = held_out_names(split, tokenizer, check)
-            chosen = [row for row in rows if row.name in names]
-        sampling, completer = requested_sampling(way), Completer(models.batch, way.seed, way.kv_cache)
+            rows = [row for row in rows if row.name in names]
         for name, item in loaded.items():
             data = prompt_settings(named[name].record, way.columns)
-            scorer = CompletionScorer(
-                functions, completer, sampling, way.samples, way.passes, template_settings(data)
-            )
-            prompts = scored_prompts(chosen[: way.limit], data.get("format", "auto"), data["columns"])
+            template = template_settings(data)
+            scorer = CompletionScorer(functions, completer, sampling, way.samples, way.passes, template)
+            prompts = scored_prompts(rows[: way.limit], data.get("format", "auto"), data["columns"])
             results[name] = scorer.evaluate(item, prompts)
-        return results
-
-    return evaluate
+    return results
 
 
 def score_functions(way: CompletionEvaluation) -> list[Callable[..., float]]:
@@ -399,30 +368,22 @@ def score_functions(way: CompletionEvaluation) -> list[Callable[..., float]]:
 # ---- Tasks
 
 
-def make_task_evaluation(
-    models: EvaluatedModels, way: TaskEvaluation, named: Named
-) -> Callable[[Loaded], Results]:
-    """Return `evaluate(loaded)`, the evaluation on tasks. Raises ValueError for tasks that cannot be loaded,
-    and ImportError without lm-evaluation-harness.
-    """
+def evaluate_on_tasks(models: EvaluatedModels, way: TaskEvaluation, named: Named) -> Results:
+    """Return adapter -> HarnessResult. Raises ImportError without lm-evaluation-harness."""
     harness.require_harness()
-    tasks = harness.load_tasks(way.names, way.include_path)
+    tasks, results = harness.load_tasks(way.names, way.include_path), {}
     flags = HarnessFlags(
         way.num_fewshot, way.limit, way.system_instruction, way.generation(), way.unsafe_code
     )
-
-    def evaluate_one(name: str, item: LoadedWeights) -> HarnessResult:
-        template = template_settings(prompt_settings(named[name].record))
-        settings = HarnessSettings(
-            way.max_length, models.batch, way.seed, way.kv_cache, way.chat, template
-        )
-        about = {"model": named[name].ref, "adapter": str(named[name].adapter or "") or None}
-        about |= {"dtype": str(item.model.dtype.name), "quant": models.quant}
-        return harness.evaluate_tasks(item, tasks, flags, settings, about)
-
-    def evaluate(loaded: Loaded) -> Results:
+    with loaded_models(models, named) as loaded:
         for line in harness.generation_config_notes(next(iter(named.values())).ref):  # they share a base
             print(line, file=sys.stderr)
-        return {name: evaluate_one(name, item) for name, item in loaded.items()}
-
-    return evaluate
+        for name, item in loaded.items():
+            template = template_settings(prompt_settings(named[name].record))
+            settings = HarnessSettings(
+                way.max_length, models.batch, way.seed, way.kv_cache, way.chat, template
+            )
+            about = {"model": named[name].ref, "adapter": str(named[name].adapter or "") or None}
+            about |= {"dtype": str(item.model.dtype.name), "quant": models.quant}
+            results[name] = harness.evaluate_tasks(item, tasks, flags, settings, about)
+    return results
