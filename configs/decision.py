@@ -18,7 +18,7 @@ from functools import partial
 
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.objectives.decision import cross_entropy, decision
-from jaxft.train.recipes import DECISIONS, DecisionLossFunction, LoraOrFullKnobs, RowKnobs
+from jaxft.train.recipes import DECISIONS, DecisionLossFunction, LearningRate, LoraOrFullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -26,7 +26,7 @@ def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(),
     rows: RowKnobs = RowKnobs(DECISIONS, batch=2),
     name: str = "decision",
-    lr: float = 1e-3,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 1e-3,
     loss: DecisionLossFunction = cross_entropy,  # the loss of the probabilities of the choices
     labels: tuple[str, ...] = (),
 ) -> Run:

@@ -23,10 +23,13 @@ from functools import partial
 
 from jaxft.data.pairs import PairRows
 from jaxft.objectives.losses.preference_losses import dpo
-from jaxft.objectives.preference import EMAReference, implicit_reward, mean_logp, preference
+from jaxft.objectives.preference import EMAReference, implicit_reward, mean_logp, preference, with_beta
 from jaxft.train.recipes import (
     EXTRACTION_PAIRS,
+    LearningRate,
     LoraOrFullKnobs,
+    MovingReference,
+    PairBeta,
     PairLossFunction,
     ReferenceKnobs,
     ReferenceSetting,
@@ -40,11 +43,11 @@ def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(),
     rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION_PAIRS),
     name: str = "dpo",
-    lr: float = 5e-5,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 5e-5,
     loss: PairLossFunction = dpo,  # the loss of a pair
-    beta: float = 0.1,  # a smaller one lets the policy move further from the reference
-    reference: ReferenceSetting | None = None,  # start, or precomputed (default with full=true)
-    moving: tuple[float, int] | None = None,  # TR-DPO: alpha,every; 0.6,512 in the paper
+    beta: PairBeta = 0.1,
+    reference: ReferenceSetting | None = None,
+    moving: MovingReference | None = None,  # TR-DPO: alpha,every of a reference that follows, as 0.6,512
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Direct preference optimisation."""
@@ -60,8 +63,7 @@ def config(
         **base.sections(),
         objective=partial(
             preference,
-            loss=partial(loss, beta=beta),
-            beta=beta,
+            **with_beta(loss, beta),
             reference=other.reference(source),
             reward=mean_logp if source is None else implicit_reward,
         ),

@@ -20,6 +20,7 @@ Advantages, token weights and losses combine freely. Named methods, and what to 
 from functools import partial
 from typing import Any, Literal
 
+from jaxft.annotations import FiniteFloat, Fraction, NonNegativeFloat, PositiveFloat
 from jaxft.objectives.losses.policy_losses import FixedKL, KLInReward, clipped, k1, policy_gradient
 from jaxft.objectives.policy import policy
 from jaxft.rl.advantages import grpo, maxrl, weighted_sum
@@ -33,9 +34,13 @@ from jaxft.train.recipes import (
     AdvantageFunction,
     CombineFunction,
     CorrectionFunction,
+    EosPenalty,
     EstimatorFunction,
     FilterFunction,
+    KLFactor,
+    LearningRate,
     LoraKnobs,
+    Overlong,
     PolicyLossFunction,
     ReferenceKnobs,
     RewardFunction,
@@ -67,25 +72,25 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     prompts: RolloutKnobs = RolloutKnobs(OPINIONS, epochs=0.6),
     name: str = "grpo",
-    lr: float = 5e-4,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 5e-4,
     rewards: tuple[RewardFunction, ...] = (),  # exact by default; in addition to an environment's score
-    reward_weights: tuple[float, ...] = (),  # of rewards, then of reward_model; 1 each by default
-    combine: CombineFunction = weighted_sum,  # adds several rewards; sum_of_known only those with a score
+    reward_weights: tuple[FiniteFloat, ...] = (),  # data.rules.reward_weights; the last of reward_model
+    combine: CombineFunction = weighted_sum,  # data.rules.combine; sum_of_known skips those without a score
     reward_model: str | None = None,  # an additional reward, named as in configs/ppo.py
-    missing_eos: float = 0.0,  # subtracted from the score of a completion without an end token
-    overlong: int | None = None,  # DAPO's penalty: from 0 to -1 over the last so many tokens of an episode
+    missing_eos: EosPenalty = 0.0,
+    overlong: Overlong | None = None,
     advantage: AdvantageFunction | None = None,  # grpo by default
-    estimate: EstimatorFunction | None = None,  # an advantage estimator, instead of advantage
+    estimate: EstimatorFunction | None = None,  # data.rules.estimate; instead of advantage
     token_weights: TokenWeightsFunction = token_mean,
     filter: FilterFunction | None = None,
     train_on_truncated: bool = True,
     loss: PolicyLossFunction = clipped,  # the loss of a sampled token
-    eps_low: float | None = None,  # the lower clipping bound; the loss's default if unset
-    eps_high: float | None = None,  # the upper clipping bound, such as DAPO's 0.28
-    beta: float = 0.0,  # factor of a KL penalty; 0 runs no reference
+    eps_low: Fraction | None = None,  # the lower clipping bound; the loss's default if unset
+    eps_high: NonNegativeFloat | None = None,  # the upper clipping bound, such as DAPO's 0.28
+    beta: KLFactor = 0.0,
     kl_in: Literal["loss", "rewards"] = "loss",  # where the KL penalty is added
     correction: CorrectionFunction | None = None,
-    correction_bounds: tuple[float, float] | None = None,  # least and most weight; the function's if unset
+    correction_bounds: tuple[NonNegativeFloat, PositiveFloat] | None = None,  # least,most; else its own
     ratio_to_sampler: bool = False,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
@@ -118,14 +123,13 @@ def config(
     elif other.reference_model:
         penalty = FixedKL(beta, reference=other.penalty_reference)
     least_most = dict(zip(("least", "most"), correction_bounds or (), strict=False))
-    taper = None if overlong is None else (prompts.most_sampled, overlong)
     rules = Rules(
         all_rewards,
         estimate or partial(by_group, advantage=advantage or grpo),
         token_weights,
         reward_weights,
         combine,
-        partial(shape_scores, missing_eos=missing_eos, overlong=taper),
+        partial(shape_scores, missing_eos=missing_eos, overlong=prompts.overlong(overlong)),
         filter=filter,
         train_on_truncated=train_on_truncated,
         correction=partial(correction, **least_most) if correction and least_most else correction,

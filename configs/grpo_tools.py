@@ -36,7 +36,10 @@ from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import (
     CALCULATOR,
+    EchoWeight,
     EstimatorFunction,
+    KLFactor,
+    LearningRate,
     LoraKnobs,
     PolicyLossFunction,
     RewardFunction,
@@ -61,14 +64,14 @@ def config(
         epochs=0.175,
     ),
     name: str = "grpo_tools",
-    lr: float = 2.5e-4,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 2.5e-4,
     rewards: tuple[RewardFunction, ...] = (),  # in addition to the environment's score; number without one
     estimate: EstimatorFunction | None = None,  # by_turn for rewards of single turns; by_group by default
     token_weights: TokenWeightsFunction = token_mean,
     train_on_truncated: bool = True,  # whether to train on episodes that a limit has ended
     loss: PolicyLossFunction = clipped,  # the loss of a sampled token
-    beta: float = 0.0,  # factor of a KL penalty in the loss; 0 runs no reference
-    echo: float | None = None,  # ECHO: weight of the cross-entropy of given tokens, such as 0.1
+    beta: KLFactor = 0.0,
+    echo: EchoWeight | None = None,
 ) -> Run:
     """Group-relative policy optimisation of episodes with tools."""
     rules = Rules(

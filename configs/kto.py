@@ -13,10 +13,11 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 
 from functools import partial
 
+from jaxft.annotations import NonNegativeFloat
 from jaxft.data.pairs import PairRows
 from jaxft.objectives.losses.reference_free_losses import kto, kto_metrics
-from jaxft.objectives.preference import preference
-from jaxft.train.recipes import PAIRS, LoraKnobs, ReferenceKnobs, RowKnobs
+from jaxft.objectives.preference import preference, with_beta
+from jaxft.train.recipes import PAIRS, LearningRate, LoraKnobs, PairBeta, ReferenceKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -24,23 +25,21 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "kto",
-    lr: float = 1e-4,  # auto: by the model's width, and the default with another model
-    beta: float = 0.1,  # a smaller one lets the policy move further from the reference
-    desirable_weight: float = 1.0,  # of good completions
-    undesirable_weight: float = 1.0,  # of bad completions
+    lr: LearningRate = 1e-4,
+    beta: PairBeta = 0.1,
+    desirable_weight: NonNegativeFloat = 1.0,  # of good completions
+    undesirable_weight: NonNegativeFloat = 1.0,  # of bad completions
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Kahneman-Tversky optimisation."""
     weights = {"desirable_weight": desirable_weight, "undesirable_weight": undesirable_weight}
-    loss = partial(kto, beta=beta, **weights)
     return Run(
         name=name,
         **base.sections(),
         objective=partial(
             preference,
-            loss=loss,
+            **with_beta(kto, beta, **weights),
             reference=other.reference(),
-            beta=beta,
             extra=kto_metrics,
         ),
         data=PairRows(**rows.settings(), third="mismatched", unpaired=True),

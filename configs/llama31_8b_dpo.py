@@ -14,8 +14,16 @@ from functools import partial
 
 from jaxft.data.pairs import PairRows
 from jaxft.objectives.losses.preference_losses import dpo
-from jaxft.objectives.preference import preference
-from jaxft.train.recipes import LLAMA_8B, PAIRS, GpuKnobs, ReferenceSetting, RowKnobs, choose_reference
+from jaxft.objectives.preference import preference, with_beta
+from jaxft.train.recipes import (
+    LLAMA_8B,
+    PAIRS,
+    GpuKnobs,
+    PairBeta,
+    ReferenceSetting,
+    RowKnobs,
+    choose_reference,
+)
 from jaxft.train.settings import Run
 
 
@@ -23,10 +31,10 @@ def config(
     base: GpuKnobs = GpuKnobs(LLAMA_8B, lr=5e-6),
     rows: RowKnobs = RowKnobs(PAIRS, batch=32, micro=8, max_length=2048),
     name: str = "llama31_8b_dpo",
-    beta: float = 0.1,  # a smaller one lets the policy move further from the reference
-    reference: ReferenceSetting | None = None,  # start, or precomputed with full=true
+    beta: PairBeta = 0.1,
+    reference: ReferenceSetting | None = None,
 ) -> Run:
-    """DPO of an 8B model."""
+    """DPO of Llama 3.1 8B."""
     source = choose_reference(reference, dpo, base.full)
-    objective = partial(preference, loss=partial(dpo, beta=beta), beta=beta, reference=source)
+    objective = partial(preference, **with_beta(dpo, beta), reference=source)
     return Run(name=name, objective=objective, **base.sharded_run(every=50), **rows.source(PairRows))

@@ -16,13 +16,15 @@ Hardware: 2 CPU cores, 3 GB; 14 minutes.
 from functools import partial
 
 from jaxft.objectives.losses.preference_losses import dpo
-from jaxft.objectives.preference import preference
+from jaxft.objectives.preference import preference, with_beta
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.rewards import exact
 from jaxft.rl.rollout_rules import Rules
 from jaxft.train.recipes import (
     OPINIONS,
+    LearningRate,
     LoraKnobs,
+    PairBeta,
     PairLossFunction,
     PromptKnobs,
     ReferenceKnobs,
@@ -35,10 +37,10 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     prompts: PromptKnobs = PromptKnobs(OPINIONS, batch=16, group=4, epochs=2.0),
     name: str = "online_dpo",
-    lr: float = 1e-4,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 1e-4,
     reward: str | RewardFunction = exact,  # a run, a classifier or a function
     loss: PairLossFunction = dpo,  # the loss of a pair
-    beta: float = 0.1,  # a smaller one lets the policy move further from the reference
+    beta: PairBeta = 0.1,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Direct preference optimisation on the policy's own completions."""
@@ -46,7 +48,7 @@ def config(
     return Run(
         name=name,
         **base.sections(),
-        objective=partial(preference, loss=partial(loss, beta=beta), beta=beta, reference=other.reference()),
+        objective=partial(preference, **with_beta(loss, beta), reference=other.reference()),
         data=OnlinePairs(**prompts.settings(), rules=Rules(rewards)),
         heads=heads,
         optim=base.optim(lr),

@@ -13,10 +13,11 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 
 from functools import partial
 
+from jaxft.annotations import NonNegativeFloat
 from jaxft.data.pairs import PairRows
 from jaxft.objectives.losses.reference_free_losses import orpo, orpo_metrics
-from jaxft.objectives.preference import mean_logp, preference
-from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs
+from jaxft.objectives.preference import mean_logp, preference, with_beta
+from jaxft.train.recipes import PAIRS, LearningRate, LoraKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -24,16 +25,15 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "orpo",
-    lr: float = 1e-3,  # auto: by the model's width, and the default with another model
-    beta: float = 0.1,  # weight of the log odds ratio
+    lr: LearningRate = 1e-3,
+    beta: NonNegativeFloat = 0.1,  # weight of the log odds ratio
 ) -> Run:
     """Odds ratio preference optimisation."""
-    loss = partial(orpo, beta=beta)
     return Run(
         name=name,
         **base.sections(),
         objective=partial(
-            preference, loss=loss, reference=None, beta=beta, reward=mean_logp, extra=orpo_metrics
+            preference, **with_beta(orpo, beta), reference=None, reward=mean_logp, extra=orpo_metrics
         ),
         data=PairRows(**rows.settings()),
         optim=base.optim(lr),

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxft.annotations import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from jaxft.models.adapted import HeadSettings, scores, view
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import Adapter
@@ -42,7 +43,9 @@ from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_rules import Rules, shape_scores
 from jaxft.train.recipes import (
     PAIRS,
+    EosPenalty,
     KLFunction,
+    LearningRate,
     LoraKnobs,
     PolicyLossFunction,
     ReferenceKnobs,
@@ -99,27 +102,26 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     prompts: RolloutKnobs = RolloutKnobs(PAIRS, epochs=0.75, group=4, max_prompt=256, max_new=32, passes=2),
     name: str = "ppo",
-    lr: float = 3e-4,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 3e-4,
     reward: str | RewardFunction = "runs/reward",  # a run, a folder or org/name of a classifier, a function
     critic: Literal["fresh", "reward", "shared", "full"]
     | None = None,  # reward (default on its base): starts from it; shared (default otherwise): a head
     loss: PolicyLossFunction = clipped,  # the loss of a sampled token
     kl: KLFunction = k1,  # estimator of the KL in the rewards
-    kl_coef: float = 0.05,  # factor of the KL in the rewards
-    kl_target: float | None = None,  # nats per completion, which an adaptive coefficient aims for
-    target_kl: float
-    | None = None,  # ends the passes over a rollout once the policy is this far from the sampler's
-    missing_eos: float = 1.0,  # subtracted from the score of a completion without an end token
-    limit: float | None = None,  # clips scores to +-limit
+    kl_coef: NonNegativeFloat = 0.05,  # factor of the KL in the rewards
+    kl_target: PositiveFloat | None = None,  # nats per completion, which an adaptive coefficient aims for
+    target_kl: PositiveFloat | None = None,  # nats per token that end the passes over a rollout
+    missing_eos: EosPenalty = 1.0,
+    limit: PositiveFloat | None = None,  # clips scores to +-limit
     scale: bool = False,  # divides scores by the standard deviation of all scores so far
     whiten_rewards: bool = False,  # divides rewards of tokens by their standard deviation
-    gamma: float = 1.0,  # discount of GAE
-    lam: float = 0.95,  # lambda of GAE
-    eps: float | None = None,  # clipping bound of the ratio, the loss's own by default
-    value_coef: float = 0.1,  # weight of the critic's loss
-    value_clip: float | None = 0.2,  # largest change of a value since sampling
-    entropy: float = 0.0,  # weight of a bonus for the policy's entropy
-    warm_up: int = 0,
+    gamma: Fraction = 1.0,  # discount of GAE
+    lam: Fraction = 0.95,  # lambda of GAE
+    eps: Fraction | None = None,  # clipping bound of the ratio, the loss's own by default
+    value_coef: PositiveFloat = 0.1,  # weight of the critic's loss
+    value_clip: PositiveFloat | None = 0.2,  # largest change of a value since sampling
+    entropy: NonNegativeFloat = 0.0,  # weight of a bonus for the policy's entropy
+    warm_up: NonNegativeInt = 0,
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Proximal policy optimisation."""

@@ -1,4 +1,4 @@
-"""Continued pre-training on text with LoRA or in full: every token of your documents is learned.
+"""Continued pre-training on text with LoRA or in full: every token of your documents has a loss.
 
     python scripts/train.py --config configs/pretrain.py data=docs/                  # Markdown and text files
     python scripts/train.py --config configs/pretrain.py data=books.jsonl full=true  # rows {"text"}
@@ -17,7 +17,7 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 
 from jaxft.data.sft import Rows
 from jaxft.objectives.sft import sft
-from jaxft.train.recipes import FINETUNING, LoraOrFullKnobs, RowKnobs
+from jaxft.train.recipes import FINETUNING, LearningRate, LoraOrFullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -25,7 +25,7 @@ def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(),
     rows: RowKnobs = RowKnobs(f"{FINETUNING}:text=response", batch=1, epochs=3.0),
     name: str = "pretrain",
-    lr: float | None = None,  # none: 5e-4 for LoRA, 2e-5 in full
+    lr: LearningRate | None = None,  # optim.lr; none: 5e-4 for LoRA, 2e-5 in full
 ) -> Run:
     """Continued pre-training."""
     return Run(

@@ -20,7 +20,7 @@ Hardware: 2 CPU cores, 2 GB; about 4 minutes, not measured on an idle machine.
 from jaxft.data.sft import SolutionRows
 from jaxft.models.adapted import with_scalar_head
 from jaxft.objectives.reward_model import process_reward
-from jaxft.train.recipes import CALCULATOR_STEPS, LoraOrFullKnobs, RowKnobs
+from jaxft.train.recipes import CALCULATOR_STEPS, LearningRate, LoraOrFullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -28,7 +28,7 @@ def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(general=None),
     rows: RowKnobs = RowKnobs(CALCULATOR_STEPS, batch=16, epochs=3.0),
     name: str = "process_reward",
-    lr: float = 5e-4,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 5e-4,
 ) -> Run:
     """Process reward modelling."""
     return Run(

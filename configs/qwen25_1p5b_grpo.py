@@ -19,6 +19,7 @@ Hardware: a GPU of 40 GB; 35 minutes plus sampling on an H100 (planned).
 
 from functools import partial
 
+from jaxft.annotations import NonNegativeFloat
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import policy
 from jaxft.rl.advantages import grpo, nonconstant_groups
@@ -30,6 +31,8 @@ from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import (
     AdvantageFunction,
     GpuKnobs,
+    KLFactor,
+    Overlong,
     RewardFunction,
     RolloutKnobs,
     TokenWeightsFunction,
@@ -53,13 +56,12 @@ def config(
     rewards: tuple[RewardFunction, ...] = (number,),  # each scores a completion
     advantage: AdvantageFunction = grpo,  # of a completion within its group
     token_weights: TokenWeightsFunction = token_mean,
-    eps_high: float = 0.28,  # the upper clipping bound
-    overlong: int | None = 128,  # the penalty falls to -1 over the last so many tokens of an episode, or none
-    beta: float = 0.0,  # coefficient of a KL penalty in the loss; with 0 there is no reference
+    eps_high: NonNegativeFloat = 0.28,  # the upper clipping bound
+    overlong: Overlong | None = 128,
+    beta: KLFactor = 0.0,
 ) -> Run:
     """GRPO of Qwen2.5-1.5B on GSM8K."""
-    taper = None if overlong is None else (prompts.most_sampled, overlong)
-    shape = partial(shape_scores, overlong=taper)
+    shape = partial(shape_scores, overlong=prompts.overlong(overlong))
     estimate = partial(by_group, advantage=advantage)
     scored = prompts.rewards(rewards, number)
     rules = Rules(scored, estimate, token_weights, shape=shape, filter=nonconstant_groups)

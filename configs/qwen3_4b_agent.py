@@ -18,6 +18,7 @@ Hardware: a GPU of 80 GB; 79 s a step plus sampling on an H100 (planned).
 
 from functools import partial
 
+from jaxft.annotations import NonNegativeFloat
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import echo as with_echo
 from jaxft.objectives.policy import policy
@@ -28,7 +29,7 @@ from jaxft.rl.rewards import number
 from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.token_weights import token_mean
-from jaxft.train.recipes import QWEN3_4B, GpuKnobs, RewardFunction, RolloutKnobs
+from jaxft.train.recipes import QWEN3_4B, EchoWeight, GpuKnobs, RewardFunction, RolloutKnobs
 from jaxft.train.settings import Run
 
 
@@ -50,8 +51,8 @@ def config(
     ),
     name: str = "qwen3_4b_agent",
     rewards: tuple[RewardFunction, ...] = (),  # in addition to the environment's score; number without one
-    eps_high: float = 0.28,  # the upper clipping bound
-    echo: float | None = None,  # ECHO: weight of the cross-entropy of given tokens, such as 0.1
+    eps_high: NonNegativeFloat = 0.28,  # the upper clipping bound
+    echo: EchoWeight | None = None,
 ) -> Run:
     """GRPO of an agent with search and code."""
     estimate = partial(by_group, advantage=grpo)

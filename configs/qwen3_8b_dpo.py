@@ -16,8 +16,8 @@ from functools import partial
 
 from jaxft.data.pairs import PairRows
 from jaxft.objectives.losses.preference_losses import dpo
-from jaxft.objectives.preference import preference
-from jaxft.train.recipes import PAIRS, GpuKnobs, RowKnobs
+from jaxft.objectives.preference import preference, with_beta
+from jaxft.train.recipes import PAIRS, GpuKnobs, PairBeta, RowKnobs
 from jaxft.train.settings import Run
 
 
@@ -25,11 +25,11 @@ def config(
     base: GpuKnobs = GpuKnobs("Qwen/Qwen3-8B", lr=5e-6),
     rows: RowKnobs = RowKnobs(PAIRS, batch=32, micro=8, max_length=2048),
     name: str = "qwen3_8b_dpo",
-    beta: float = 0.1,  # a smaller one lets the policy move further from the reference
+    beta: PairBeta = 0.1,
     thinking: bool = False,  # enable_thinking of the chat template; false for responses without reasoning
 ) -> Run:
     """DPO of Qwen3-8B."""
-    objective = partial(preference, loss=partial(dpo, beta=beta), beta=beta)
+    objective = partial(preference, **with_beta(dpo, beta))
     template = (f"enable_thinking={str(thinking).lower()}",)
     source = rows.source(PairRows, chat_template_kwargs=template)
     return Run(name=name, objective=objective, **base.sharded_run(every=50), **source)

@@ -16,10 +16,11 @@ Hardware: 2 CPU cores, 2 GB; 5 minutes.
 
 from functools import partial
 
+from jaxft.annotations import NonNegativeFloat
 from jaxft.data.pairs import PairRows
 from jaxft.models.adapted import with_scalar_head
 from jaxft.objectives.reward_model import margin_columns, reward
-from jaxft.train.recipes import PAIRS, LoraOrFullKnobs, RowKnobs
+from jaxft.train.recipes import PAIRS, LearningRate, LoraOrFullKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -27,9 +28,9 @@ def config(
     base: LoraOrFullKnobs = LoraOrFullKnobs(general=None),
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "reward",
-    lr: float = 2e-4,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 2e-4,
     margin: str | None = None,  # margin of the loss: a column, or score for score_chosen - score_rejected
-    center: float = 0.01,  # weight of the term that keeps rewards around 0
+    center: NonNegativeFloat = 0.01,  # weight of the term that keeps rewards around 0
 ) -> Run:
     """Reward modelling."""
     return Run(

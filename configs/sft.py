@@ -13,7 +13,7 @@ Hardware: 2 CPU cores with AVX512-BF16, 2 GB; 4 minutes.
 
 from jaxft.data.sft import Rows
 from jaxft.engine.sampling import Sampling
-from jaxft.train.recipes import EXTRACTION, LoraKnobs, ScoredRowKnobs, SftKnobs
+from jaxft.train.recipes import EXTRACTION, LearningRate, LoraKnobs, ScoredRowKnobs, SftKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -22,7 +22,7 @@ def config(
     rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION, batch=1, epochs=1.0),
     loss: SftKnobs = SftKnobs(),
     name: str = "sft",
-    lr: float = 1.5e-3,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 1.5e-3,
 ) -> Run:
     """LoRA supervised fine-tuning."""
     return Run(

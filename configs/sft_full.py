@@ -13,7 +13,7 @@ Hardware: 2 CPU cores, 8 GB; 5 minutes.
 
 from jaxft.data.sft import Rows
 from jaxft.optim.optimizer import Optim
-from jaxft.train.recipes import EXTRACTION, GENERAL, FullKnobs, ScoredRowKnobs, SftKnobs
+from jaxft.train.recipes import EXTRACTION, GENERAL, FullKnobs, LearningRate, ScoredRowKnobs, SftKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -22,7 +22,7 @@ def config(
     rows: ScoredRowKnobs = ScoredRowKnobs(EXTRACTION, batch=2, epochs=1.0),
     loss: SftKnobs = SftKnobs(),
     name: str = "sft_full",
-    lr: float = 5e-5,  # auto: by the model's width, and the default with another model
+    lr: LearningRate = 5e-5,
     train: str = "base/.*",  # a path pattern; base/layers/.* freezes the embedding table and the last norm
 ) -> Run:
     """Full fine-tuning."""

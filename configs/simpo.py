@@ -12,10 +12,11 @@ Hardware: 2 CPU cores, 2 GB; 3 minutes.
 
 from functools import partial
 
+from jaxft.annotations import NonNegativeFloat, PositiveFloat
 from jaxft.data.pairs import PairRows
 from jaxft.objectives.losses.reference_free_losses import simpo
-from jaxft.objectives.preference import mean_logp, preference
-from jaxft.train.recipes import PAIRS, LoraKnobs, RowKnobs
+from jaxft.objectives.preference import mean_logp, preference, with_beta
+from jaxft.train.recipes import PAIRS, LearningRate, LoraKnobs, RowKnobs
 from jaxft.train.settings import Loop, Run
 
 
@@ -23,16 +24,16 @@ def config(
     base: LoraKnobs = LoraKnobs(),
     rows: RowKnobs = RowKnobs(PAIRS),
     name: str = "simpo",
-    lr: float = 5e-4,  # auto: by the model's width, and the default with another model
-    beta: float = 2.0,  # factor of the mean log-probs
-    gamma: float = 1.0,  # margin between chosen and rejected
+    lr: LearningRate = 5e-4,
+    beta: PositiveFloat = 2.0,  # factor of the mean log-probs
+    gamma: NonNegativeFloat = 1.0,  # margin between chosen and rejected
 ) -> Run:
     """Simple preference optimisation."""
-    loss = partial(simpo, beta=beta, gamma=gamma)
+    loss = with_beta(simpo, beta, gamma=gamma)
     return Run(
         name=name,
         **base.sections(),
-        objective=partial(preference, loss=loss, reference=None, beta=beta, reward=mean_logp),
+        objective=partial(preference, **loss, reference=None, reward=mean_logp),
         data=PairRows(**rows.settings()),
         optim=base.optim(lr),
         loop=Loop(eval_every=10, save_every=10),

@@ -1,13 +1,15 @@
-"""Annotations of settings: bounds of numbers, choices of texts, and short names of functions.
+"""Annotations of settings: bounds of numbers, choices of texts, descriptions, and short names of functions.
 
 `batch: Annotated[int, at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`,
-`optimizer: Annotated[Callable, ShortNames.of(OPTIMIZERS)]` for `optim.optimizer=muon`.
+`optimizer: Annotated[Callable, ShortNames.of(OPTIMIZERS)]` for `optim.optimizer=muon`. Usual bounds have
+names: `batch: PositiveInt = 8`, `beta: PositiveFloat | None = None`.
 
-A string in Annotated[...] is the setting's name in a file, such as "rms_norm_eps".
+A string in Annotated[...] is the setting's name in a file, such as "rms_norm_eps"; About("...") describes a
+knob that several recipes have.
 
 A dataclass of settings calls `check_bounds` when it is constructed, which checks types, bounds and choices;
-`jaxft settings` and `--help` show them. This file imports neither jax nor the functions that have short
-names, so that the shell's tab completion can import it quickly.
+`check_values` does the same for a recipe's knobs. `jaxft settings` and `--help` show them. This file imports
+neither jax nor the functions that have short names, so that the shell's tab completion can import it quickly.
 """
 
 import functools
@@ -17,7 +19,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 INT32 = 2**31 - 1  # the largest number of 32 bits, in which steps and seconds are counted
 
@@ -43,6 +45,8 @@ class Bounds:
         )
 
     def __str__(self) -> str:
+        if self.least == -math.inf and self.most == math.inf:
+            return "finite"
         low, high = _short(self.least), _short(self.most)
         if self.most == math.inf:
             return f"above {low}" if self.open_least else f"at least {low}"
@@ -54,7 +58,7 @@ class Bounds:
 
 def _short(number: float) -> str:
     """Format a number for a message: 16777215 as 2^24 - 1, 0.5 as 0.5."""
-    power = round(math.log2(number + 1)) if 2**10 < number < 2**53 else 0
+    power = round(math.log2(number + 1)) if 2**10 < number < 2**64 else 0
     return f"2^{power} - 1" if power and number == 2**power - 1 else f"{number:g}"
 
 
@@ -78,12 +82,28 @@ def count_from(least: int) -> Bounds:
     return Bounds(least, INT32)
 
 
+FINITE = Bounds()
 ABOVE_ZERO = Bounds(0.0, INT32, open_least=True)
 ZERO_TO_ONE = Bounds(0.0, 1.0)
 BELOW_ONE = Bounds(0.0, 1.0, open_most=True)
 ABOVE_ZERO_TO_ONE = Bounds(0.0, 1.0, open_least=True)
 INSIDE_ZERO_AND_ONE = Bounds(0.0, 1.0, open_least=True, open_most=True)
 POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # XLA may round subnormal numbers to 0
+
+PositiveInt = Annotated[int, at_least(1)]
+Seed = Annotated[int, Bounds(0, 2**63 - 1)]  # that JAX can make a random key of
+NonNegativeInt = Annotated[int, at_least(0)]
+FiniteFloat = Annotated[float, FINITE]
+PositiveFloat = Annotated[float, above(0)]
+NonNegativeFloat = Annotated[float, at_least(0)]
+Fraction = Annotated[float, ZERO_TO_ONE]
+
+
+@dataclass(frozen=True)
+class About:
+    """A description of a knob, in the annotation that several recipes share: About("factor of the KL")."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -98,17 +118,36 @@ def one_of(known: Iterable[str | None]) -> Choices:
     return Choices(tuple(known))
 
 
+def types_and_marks(kind: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return (the types that an annotation allows, the marks of its Annotated[...]), also in a union.
+
+    >>> types_and_marks(Annotated[int, "rows"] | None)
+    ((<class 'int'>, <class 'NoneType'>), ('rows',))
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        types_of, marks = types_and_marks(args[0])
+        return types_of, (*args[1:], *marks)
+    if origin in (typing.Union, types.UnionType):
+        inner = [types_and_marks(member) for member in args]
+        return tuple(t for some, _ in inner for t in some), tuple(m for _, some in inner for m in some)
+    return (kind,), ()
+
+
 def choices_of(kind: Any) -> tuple[str, ...]:
     """Return the texts that an annotation allows by `one_of`; () if it has no `one_of`."""
-    marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
-    texts = next((mark.known for mark in marks if isinstance(mark, Choices)), ())
+    texts = next((mark.known for mark in types_and_marks(kind)[1] if isinstance(mark, Choices)), ())
     return tuple("none" if text is None else text for text in texts)
 
 
 def bounds_of(kind: Any) -> Bounds | None:
     """Return the bounds in an annotation such as Annotated[int, at_least(1)]; None if it has none."""
-    marks = typing.get_args(kind)[1:] if typing.get_origin(kind) is typing.Annotated else ()
-    return next((mark for mark in marks if isinstance(mark, Bounds)), None)
+    return next((mark for mark in types_and_marks(kind)[1] if isinstance(mark, Bounds)), None)
+
+
+def about(kind: Any) -> str:
+    """Return the description in an annotation, "" if it has none."""
+    return next((mark.text for mark in types_and_marks(kind)[1] if isinstance(mark, About)), "")
 
 
 TYPE_TEXTS = {
@@ -127,26 +166,27 @@ class _Kind:
     """The parsed annotation of a setting.
 
     name: the setting's name, as users write it. members: the types that it allows, such as (int, NoneType)
-    for int | None. choices: all allowed values; None if the annotation does not list them.
+    for int | None. choices: all allowed values; None if the annotation does not list them. items: of a tuple,
+    the annotations of its items, as in tuple[int, ...] or tuple[float, int]; () for none.
     """
 
     name: str
     members: tuple[Any, ...]
     choices: tuple[Any, ...] | None
     bounds: Bounds | None
+    items: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, field: str, kind: Any) -> "_Kind":
-        inner, *marks = typing.get_args(kind) if typing.get_origin(kind) is typing.Annotated else (kind,)
-        is_union = typing.get_origin(inner) in (typing.Union, types.UnionType)
-        members = typing.get_args(inner) if is_union else (inner,)
+        members, marks = types_and_marks(kind)
         marked = (mark.known for mark in marks if isinstance(mark, Choices))
         choices: tuple[Any, ...] | None = next(marked, None)
         literals = [typing.get_args(m) if typing.get_origin(m) is Literal else FEW.get(m) for m in members]
         if choices is None and None not in literals:
             choices = tuple(value for values in literals if values for value in values)
         name = next((mark for mark in marks if isinstance(mark, str)), field)
-        return cls(name, members, choices, bounds_of(kind))
+        items = next((typing.get_args(m) for m in members if typing.get_origin(m) is tuple), ())
+        return cls(name, members, choices, bounds_of(kind), items)
 
     def expected(self, value: Any) -> str:
         """Return the end of the error about a value, such as "expected at least 1"; "" if it is allowed."""
@@ -155,17 +195,34 @@ class _Kind:
             known_types = {type(choice) for choice in self.choices}  # 1 == True
             is_known = type(value) in known_types and value in self.choices
             return "" if is_known else f"use one of {', '.join(known)}"
+        if self.items and isinstance(value, tuple):
+            return self._expected_items(value)
         is_checked = isinstance(value, CHECKED_TYPES) and TYPE_TEXTS.keys() >= {*self.members}
         is_wrong = is_checked and not any(_has_type(value, member) for member in self.members)
         is_number = isinstance(value, int | float)
         if not is_wrong and (self.bounds is None or not is_number or self.bounds.contain(value)):
             return ""
-        names = [TYPE_TEXTS[m] for m in self.members if m is not int or float not in self.members]
+        names = [TYPE_TEXTS[m] for m in self.members if m not in (int, float) or m is self._number]
         if self.bounds is None:
             return "expected " + " or ".join(", ".join(names).rsplit(", ", 1))
+        others = "".join(f", or {TYPE_TEXTS[m]}" for m in self.members if m not in (int, float))
+        if self.bounds == FINITE:
+            return f"expected a finite number{others}"
         finite = "a finite number " if is_number and not math.isfinite(value) else ""
-        number = f"{names[0]} " if is_wrong else finite
-        return f"expected {number}{self.bounds}{', or none' if types.NoneType in self.members else ''}"
+        number = f"{TYPE_TEXTS[self._number]} " if is_wrong else finite
+        return f"expected {number}{self.bounds}{others}"
+
+    @property
+    def _number(self) -> type:
+        return float if float in self.members else int
+
+    def _expected_items(self, value: tuple[Any, ...]) -> str:
+        kinds = self.items[:1] * len(value) if Ellipsis in self.items else self.items
+        if len(kinds) != len(value):
+            return f"expected {len(kinds)} values"
+        numbered = enumerate(zip(value, kinds, strict=True), 1)
+        texts = ((place, _Kind.of("", kind).expected(item)) for place, (item, kind) in numbered)
+        return next((f"{text} as value {place}" for place, text in texts if text), "")
 
 
 def _has_type(value: Any, member: Any) -> bool:
@@ -188,7 +245,7 @@ def check_bounds(settings: Any, section: str = "") -> None:
 
     >>> @dataclass(frozen=True)
     ... class Batches:
-    ...     rows: typing.Annotated[int, at_least(1)] = 8
+    ...     rows: PositiveInt = 8
     ...     def __post_init__(self):
     ...         check_bounds(self, "data")
     >>> Batches(rows=0)
@@ -196,11 +253,25 @@ def check_bounds(settings: Any, section: str = "") -> None:
     ValueError: data.rows=0; expected at least 1
     """
     for field, kind in _kinds(settings.__class__).items():
-        value = getattr(settings, field)
-        if expected := kind.expected(value):
-            setting = f"{section}{' ' if section.endswith(':') else '.'}{kind.name}" if section else kind.name
-            text = repr(value) if isinstance(value, str) else str(value)
-            raise ValueError(f"{setting}={text:.60}; {expected}")
+        _check(kind, getattr(settings, field), section)
+
+
+def check_values(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first value that its annotation does not allow. kinds: annotations by name.
+
+    >>> check_values({"beta": PositiveFloat}, {"beta": -1.0})
+    Traceback (most recent call last):
+    ValueError: beta=-1.0; expected above 0
+    """
+    for name, value in values.items():
+        _check(_Kind.of(name, kinds[name]), value)
+
+
+def _check(kind: _Kind, value: Any, section: str = "") -> None:
+    if expected := kind.expected(value):
+        setting = f"{section}{' ' if section.endswith(':') else '.'}{kind.name}" if section else kind.name
+        text = repr(value) if isinstance(value, str) else str(value)
+        raise ValueError(f"{setting}={text:.60}; {expected}")
 
 
 def name_of(fn: Callable) -> str:

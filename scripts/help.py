@@ -3,7 +3,7 @@
     python scripts/help.py                     # all topics
     python scripts/help.py rows-for-sft        # a topic
     python scripts/help.py llama.cpp           # the topics with these words
-    python scripts/help.py warmup              # a setting, a knob, or a function such as ipo
+    python scripts/help.py warmup              # a setting, a section such as optim, or a function such as ipo
     python scripts/help.py train               # a command's arguments
     python scripts/help.py --all               # the whole reference: commands, recipes, settings, functions
 
@@ -63,13 +63,20 @@ def show(text: str) -> None:
 
 
 def is_in_reference(word: str) -> bool:
-    """Return whether a word is a setting, a knob, or a function with a short name; without loading jax."""
+    """Return whether a word is a recipe, a setting, a section, a function with a short name, or an option of
+    another tool; without loading jax.
+    """
     from jaxft import annotations
-    from jaxft.runs.settings.setting_names import settings_called
-    from jaxft.runs.settings.setting_values import recipe_names
+    from jaxft.data.rows.shipped import ROOT
+    from jaxft.runs.settings.setting_names import advice, setting_names
 
-    return any(word in table for table in annotations.FUNCTION_TABLES.values()) or any(
-        settings_called(word, r) for r in recipe_names()
+    recipes = [file.stem for file in (ROOT / "configs").glob("*.py")]
+    names = {name for recipe in recipes for name in setting_names(recipe)}
+    return (
+        word in recipes
+        or any(word in table for table in annotations.FUNCTION_TABLES.values())
+        or any(word in (name, name.rpartition(".")[2]) or name.startswith(f"{word}.") for name in names)
+        or advice(word) is not None
     )
 
 
@@ -101,9 +108,18 @@ def main() -> int:
             print(f"\nTopics: {', '.join(topic.name for topic in topics[:3])}")
         return 0
     if not topics:
-        raise ValueError(f"no topic has {' '.join(words)!r}; scripts/help.py lists them all")
+        from jaxft.cli import help_page
+
+        near = ", ".join(help_page.near_names(" ".join(words)))
+        raise ValueError(
+            f"no topic has {' '.join(words)!r}{f'; near: {near}' if near else ''}; scripts/help.py lists all"
+        )
     if len(topics) == 1:
         show(topics[0].text)
+        if len(words) == 1 and is_in_reference(words[0]):  # a topic has the name of a setting
+            from jaxft.cli import help_page
+
+            print(f"\n{help_page.described(words[0])}")
         return 0
     shown = topics[:MOST]
     width = max(len(topic.name) for topic in shown)

@@ -185,6 +185,10 @@ def command_parser(command: str) -> argparse.ArgumentParser:
             completer = topics_settings_and_commands
         elif action.dest == "words":
             completer = names_of_settings
+        elif action.dest == "over":
+            completer = knobs_to_sweep
+        elif action.dest == "source":
+            completer = recipe_files
         else:
             continue
         vars(action)["completer"] = completer  # argcomplete's interface
@@ -212,8 +216,23 @@ def run_folders(prefix: str, **_: Any) -> list[str]:
 
 
 def topics_settings_and_commands(**_: Any) -> list[str]:
-    """Return the words that `jaxft help` accepts: commands, topics, and settings of the recipe sft."""
-    return [*COMMANDS, *(topic.name for topic in topics()), *setting_names("sft")]
+    """Return the words that `jaxft help` accepts: commands, topics, recipes, and settings of sft with their
+    last parts.
+    """
+    recipes, settings = [file.stem for file in (ROOT / "configs").glob("*.py")], setting_names("sft")
+    last = [name.rpartition(".")[2] for name in settings]
+    return list(dict.fromkeys([*COMMANDS, *(topic.name for topic in topics()), *recipes, *settings, *last]))
+
+
+def knobs_to_sweep(prefix: str, parsed_args: argparse.Namespace, **more: Any) -> list[str]:
+    """Return the completions of `--over KNOB=A,B`: as those of a setting, of the recipe named so far."""
+    return recipes_and_settings(prefix, parsed_args, **more) if _recipe_of(parsed_args, prefix) else []
+
+
+def recipe_files(prefix: str, **_: Any) -> list[str]:
+    """Return the recipes, and the Python files and folders that begin with `prefix`."""
+    names = [path.stem for path in (ROOT / "configs").glob("*.py")]
+    return [*names, *(path for path in files(prefix) if path.endswith((".py", "/")))]
 
 
 def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
@@ -232,14 +251,12 @@ def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any)
     `lr=` and `optim.clip=` (for an empty prefix: parameters of its config(...), and sections such as
     `optim.`); after `NAME=`, to the values of that setting. parsed_args: the arguments before this one.
     """
-    given = [parsed_args.config, *(parsed_args.overrides or ())]
-    recipe = next((item for item in given if item and "=" not in item and item != prefix), None)
+    recipe = _recipe_of(parsed_args, prefix)
     name, equals, value = prefix.partition("=")
     if recipe is None and not equals:
-        names = [path.stem for path in (ROOT / "configs").glob("*.py")]
-        return [*names, *(path for path in files(prefix) if path.endswith((".py", "/")))]
-    shipped = ROOT / "configs" / f"{recipe}.py"
-    path = shipped if shipped.is_file() else Path(recipe or "")
+        return recipe_files(prefix)
+    candidates = (ROOT / "configs" / f"{recipe}.py", Path(recipe or ""), ROOT / (recipe or ""))
+    path = next((file for file in candidates if file.is_file()), Path(recipe or ""))
     if equals:
         return [f"{name}={text}" for text in values(name, value, path)]
     if not path.is_file():
@@ -251,16 +268,22 @@ def recipes_and_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any)
     return [*(f"{knob.name}=" for knob in own_knobs), *sections]
 
 
+def _recipe_of(parsed_args: argparse.Namespace, prefix: str) -> str | None:
+    """Return the recipe that the arguments before the word `prefix` name, None if they name none."""
+    given = [parsed_args.config, *(parsed_args.overrides or ())]
+    return next((item for item in given if item and "=" not in item and item != prefix), None)
+
+
 def values(name: str, prefix: str, recipe: Path) -> list[str]:
     """Return completions of a setting's value: its choices, and files if it may be any text.
 
     name: the setting. prefix: the value as typed so far; after a comma, the next item is completed. recipe:
     the recipe's file.
     """
-    known = (*knobs(recipe), *dotted_fields(recipe))
-    kind = next((setting.kind for setting in known if setting.name == name), None)
-    if kind is None:
-        return files(prefix)
+    known = {setting.name: setting.kind for setting in (*dotted_fields(recipe), *knobs(recipe))}
+    kind = known.get(name)
+    if kind is None:  # a knob without annotation, or a name that the recipe does not have
+        return files(prefix) if name in known or not recipe.is_file() else []
     before, comma, last = prefix.rpartition(",")
     listed = [f"{before}{comma}{choice}" for choice in choices(kind)]
     return [*listed, *(files(prefix) if takes_text(kind) else [])]

@@ -5,19 +5,26 @@ with short names, commands, and options of other tools, all read from docstrings
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from jaxft import annotations
 from jaxft.cli.commands import shipped_recipes, summary
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows.shipped import COMMANDS
+from jaxft.data.rows.shipped import COMMANDS, ROOT
 from jaxft.data.sft import Rows, SolutionRows
 from jaxft.objectives.pair import PreferenceLoss
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs.settings.config import load_config
-from jaxft.runs.settings.option_names import OPTIONS
-from jaxft.runs.settings.setting_names import settings_called
+from jaxft.runs.settings.option_names import OPTIONS, find_options
+from jaxft.runs.settings.setting_names import (
+    advice,
+    knobs,
+    nearest_settings,
+    setting_names,
+    settings_called,
+)
 from jaxft.runs.settings.setting_values import load_callable
 from jaxft.runs.settings.settings_list import (
     Setting,
@@ -83,27 +90,72 @@ def named_functions() -> dict[str, dict[str, str]]:
 
 
 def described(name: str) -> str | None:
-    """Return the help text of a setting, a knob or a function with a short name; None for any other name.
+    """Return the help text of all meanings of a name: a recipe, the knobs and fields of this name, the fields
+    of a section, functions with this short name, and options of other tools; None for any other name.
 
-    name: such as optim.lr, or its last part lr. If several recipes have a knob of this name, the text is of
-    the first one's, in the order of `jaxft list` after COMPARED_RECIPES.
+    name: such as optim.lr, its last part lr, or the section optim.
     """
-    texts = []
-    names_first = dict.fromkeys((*COMPARED_RECIPES, *(recipe.recipe for recipe in shipped_recipes())))
-    recipe = next((recipe for recipe in names_first if settings_called(name, recipe)), None)
-    if recipe is not None:
-        groups = settings_of_any_run()
-        if not any(_called(name, group) for group in groups.values()):
-            groups = settings_of_recipe(recipe)
-        texts.append(listed({title: _called(name, group) for title, group in groups.items()}, in_full=True))
+    groups = _knob_meanings(name)
+    fields = {title: _called(name, group) for title, group in settings_of_any_run().items()}
+    if not groups and not any(fields.values()):  # a field of some recipes alone
+        recipes = [recipe.recipe for recipe in shipped_recipes() if settings_called(name, recipe.recipe)]
+        fields = settings_of_recipe(recipes[0]) if recipes else {}
+        fields = {title: _called(name, group) for title, group in fields.items()}
+    texts = [
+        f"{recipe.recipe} is a recipe: {recipe.trains}. `jaxft train {recipe.recipe} --help` lists its knobs."
+        for recipe in shipped_recipes()
+        if recipe.recipe == name
+    ]
+    groups |= fields
+    if not any(groups.values()) and (option := advice(name)):
+        texts.append(option)
+        settings = {option.setting for option in find_options(name) if option.setting}
+        texts += [text for setting in sorted(settings) if (text := described(setting))]
+    texts.append(listed(groups, in_full=True))
     for title, names in named_functions().items():
         if name in names:
             texts.append(f"{title}: {name} is {names[name]}\n\n{_docstring(names[name])}")
-    return "\n\n".join(texts) or None
+    return "\n\n".join(text for text in texts if text) or None
+
+
+def _knob_meanings(name: str) -> dict[str, list[Setting]]:
+    """Return heading -> the knob of this name. Recipes whose knobs have the same type and description are in
+    one heading; another default than the first one's is in `elsewhere`.
+    """
+    meanings: dict[tuple[str, str], dict[str, Setting]] = {}
+    for recipe in (shipped.recipe for shipped in shipped_recipes()):
+        if any(knob.name == name for knob in knobs(ROOT / "configs" / f"{recipe}.py")):
+            setting = next(k for k in next(iter(settings_of_recipe(recipe).values())) if k.name == name)
+            meanings.setdefault((setting.kind, setting.text), {})[recipe] = setting
+    groups: dict[str, list[Setting]] = {}
+    for by_recipe in meanings.values():
+        first = next(iter(by_recipe.values()))
+        others: dict[str, list[str]] = {}
+        for recipe, setting in by_recipe.items():
+            if setting.default != first.default:
+                others.setdefault(str(setting.default), []).append(recipe)
+        elsewhere = tuple((", ".join(recipes), default) for default, recipes in others.items())
+        heading = textwrap.fill(f"Knob of {', '.join(by_recipe)}", 110)
+        groups[heading] = [replace(first, elsewhere=elsewhere)]
+    return groups
+
+
+def near_names(word: str) -> list[str]:
+    """Return the words that `jaxft help` accepts and that are the most similar to an unknown one."""
+    recipes = [recipe.recipe for recipe in shipped_recipes()]
+    settings = dict.fromkeys(name for recipe in recipes for name in setting_names(recipe))
+    functions = (name for names in named_functions().values() for name in names)
+    options = (option.name for option in OPTIONS)
+    return nearest_settings(word, list(dict.fromkeys([*settings, *COMMANDS, *recipes, *functions, *options])))
 
 
 def _called(name: str, settings: Iterable[Setting]) -> list[Setting]:
-    return [s for s in settings if name in (s.name, s.name.rpartition(".")[2])]
+    """Return the settings with this name or last part, and those in the section of this name."""
+    return [
+        s
+        for s in settings
+        if name in (s.name, s.name.rpartition(".")[2]) or s.name.startswith(f"{name}.")
+    ]
 
 
 def page() -> str:

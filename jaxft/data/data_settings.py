@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from jaxtyping import Bool
 
-from jaxft.annotations import ZERO_TO_ONE, above, at_least, check_bounds, one_of
+from jaxft.annotations import ZERO_TO_ONE, Seed, above, at_least, check_bounds, one_of
 from jaxft.data.packing.pack import Epochs, permutation
 from jaxft.data.packing.reader import Reader, RowTask, Tokenising
 from jaxft.data.packing.tokenised import TokenisedRows
@@ -59,7 +59,7 @@ class DataSettings:
     columns: tuple[str, ...] = ()
     batch: Annotated[int, at_least(1)] = 8
     micro: Annotated[int, at_least(1)] = 1
-    seed: int = 0
+    seed: Seed = 0
     epochs: Annotated[float | None, above(0)] = 1.0
     tokens: Annotated[int | None, at_least(1)] = None
     date: str = DATE
@@ -71,14 +71,12 @@ class DataSettings:
     order_by: str | None = None
     max_samples: Annotated[int | None, at_least(1)] = None
     drop: tuple[str, ...] = ()
-    split_seed: int | None = None
+    split_seed: Seed | None = None
     unit: ClassVar[str]  # what `batch` counts, "rows", "pairs" or "prompts"
     task: ClassVar[RowTask]  # what the rows are read for
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")
-        check_seed(self.seed, "data.seed")
-        check_seed(self.seed_of_split, "data.split_seed")
         if not {*self.drop} <= {*DROPPED}:
             raise ValueError(f"data.drop={','.join(self.drop)}; use any of {', '.join(DROPPED)}")
         if self.template_settings != TemplateSettings(self.date) and self.format == PLAIN:

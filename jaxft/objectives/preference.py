@@ -112,6 +112,17 @@ def no_extra_metrics(pair: PairBatch) -> dict[str, Float[Array, "B P"]]:
     return {}
 
 
+def with_beta(loss: Callable[..., Array], beta: float, **knobs: float) -> dict[str, Any]:
+    """Return the arguments `loss` and `beta` of `preference`, so that the metrics rewards/* have the loss's
+    beta. knobs: further arguments of the loss.
+
+    >>> from jaxft.objectives.losses.preference_losses import dpo
+    >>> preference(model=None, **with_beta(dpo, 0.3)).facts.reference
+    'start'
+    """
+    return {"loss": partial(loss, beta=beta, **knobs), "beta": beta}
+
+
 def preference(
     model: LanguageModel,
     loss: Callable[..., Array],

@@ -125,7 +125,7 @@ class Optim:
     is known only at the end. If the gradient of a layer is not finite, later layers are already updated.
     """
 
-    lr: float = 2e-4
+    lr: Annotated[float, at_least(0)] = 2e-4
     optimizer: MakeRule = adamw
     schedule: MakeSchedule = cosine_schedule
     warmup: Annotated[float, at_least(0)] = 0.05

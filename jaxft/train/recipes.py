@@ -1,6 +1,7 @@
 """Groups of knobs with defaults that the recipes in configs/ share, and the names of the shipped data files.
 
-A config takes a group as a parameter, and its fields become knobs of the recipe (see config.py).
+A config takes a group as a parameter, and its fields become knobs of the recipe (see config.py). A comment
+that begins with the name of a field of Run, such as `data.batch;`, adds to the description of that field.
 """
 
 import contextlib
@@ -16,7 +17,9 @@ from typing import Annotated, Any, Literal, Self
 import jax.numpy as jnp
 
 from jaxft.annotations import (
+    ABOVE_ZERO_TO_ONE,
     ADVANTAGES,
+    BELOW_ONE,
     COMBINATIONS,
     CORRECTIONS,
     DECISION_LOSSES,
@@ -27,7 +30,15 @@ from jaxft.annotations import (
     PREFERENCE_LOSSES,
     REWARDS,
     TOKEN_WEIGHTS,
+    About,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Seed,
     ShortNames,
+    above,
+    at_least,
+    check_bounds,
 )
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.rows.dataset_rows import evaluation_split
@@ -39,7 +50,6 @@ from jaxft.models.model import Model
 from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, ContextKeys
 from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
 from jaxft.nn.stack import RematPolicy
-from jaxft.objectives.logprobs import TargetLoss
 from jaxft.objectives.losses.policy_losses import PenaltyReference
 from jaxft.objectives.objective import Objective
 from jaxft.objectives.pair import declaration
@@ -75,7 +85,13 @@ GENERAL = "configs/data/general.jsonl"  # text on other subjects: how much of it
 OWN_HELD_OUT = 0.05
 
 DType = Literal["bfloat16", "float32"]
-ReferenceSetting = Literal["start", "precomputed"]
+ReferenceSetting = Annotated[
+    Literal["start", "precomputed"],
+    About(
+        "the policy at step 0: start computes its log-probs in every step, precomputed once before the run; "
+        "precomputed by default with full=true"
+    ),
+]
 
 # Functions that recipes take: a short name, or a function of the user's own
 PairLossFunction = Annotated[Callable, ShortNames.of(PREFERENCE_LOSSES)]
@@ -90,12 +106,39 @@ TokenWeightsFunction = Annotated[Callable, ShortNames.of(TOKEN_WEIGHTS)]
 CorrectionFunction = Annotated[Callable, ShortNames.of(CORRECTIONS)]
 FilterFunction = Annotated[Callable, ShortNames.of(FILTERS)]
 
+# Numbers that several recipes take
+LearningRate = Annotated[
+    float, at_least(0), About("optim.lr; auto: by the model's width, and the default with another model")
+]
+PairBeta = Annotated[float, above(0), About("a smaller one lets the policy move further from the reference")]
+KLFactor = Annotated[float, at_least(0), About("factor of a KL penalty; 0 runs no reference")]
+RowLength = Annotated[int, at_least(2)]
+Temperature = Annotated[float, at_least(1e-4)]  # below, completions would be greedy
+EosPenalty = Annotated[
+    float, at_least(0), About("subtracted from the score of a completion without an end token")
+]
+Overlong = Annotated[
+    int, at_least(1), About("DAPO's penalty: from 0 to -1 over the last so many tokens of an episode")
+]
+MovingReference = tuple[Annotated[float, ABOVE_ZERO_TO_ONE], PositiveInt]  # alpha, every
+EchoWeight = Annotated[
+    float, at_least(0), About("ECHO: weight of the cross-entropy of given tokens, such as 0.1")
+]
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Knobs whose types and bounds are checked when they are constructed."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
 
 # The model
 
 
 @dataclass(frozen=True)
-class ModelKnobs:
+class ModelKnobs(Knobs):
     """The base model of a recipe and how it computes.
 
     >>> ModelKnobs(dtype="float32").build().config.layers
@@ -182,9 +225,9 @@ class LoraKnobs(ModelKnobs):
     """
 
     quant: QuantKind = "none"  # how the frozen base is stored
-    start: str | None = None  # a run, or a PEFT folder, whose adapter training starts from
-    rank: int | None = None  # of a fresh adapter, 16 by default; adapter.alpha is 32 for every rank
-    lora_plus: float | None = None  # LoRA+: learning rate of the matrices b in units of a's, such as 16
+    start: str | None = None
+    rank: PositiveInt | None = None  # adapter.rank; 16 by default for a fresh adapter, with adapter.alpha=32
+    lora_plus: PositiveFloat | None = None
     general: str | None = GENERAL
 
     def optim(self, lr: float) -> Optim:
@@ -296,7 +339,7 @@ class GpuKnobs(LoraOrFullKnobs):
 
     residual: DType | None = None
     remat: RematPolicy = "attention"
-    lr: float | None = None  # none: 2e-4 for LoRA, 1e-5 for full fine-tuning; auto: by the model's width
+    lr: LearningRate | None = None  # optim.lr; none: 2e-4 for LoRA, 1e-5 in full; auto: by the model's width
 
     @property
     def learning_rate(self) -> float:
@@ -316,14 +359,14 @@ class GpuKnobs(LoraOrFullKnobs):
 
 
 @dataclass(frozen=True)
-class ReferenceKnobs:
+class ReferenceKnobs(Knobs):
     """A reference policy other than the model at step 0.
 
     >>> ReferenceKnobs().reference(), ReferenceKnobs(reference_model="runs/sft").reference()
     ('start', 'teacher')
     """
 
-    reference_model: str | None = None  # a run, a PEFT folder (cheap on the same base), or a model
+    reference_model: str | None = None  # another reference: a run, a PEFT folder (cheap on the base), a model
     reference_quant: QuantKind = "none"  # how that model is stored, unless it shares the base
 
     def reference(self, otherwise: Reference = "start") -> Reference:
@@ -368,22 +411,21 @@ def choose_reference(
 
 
 @dataclass(frozen=True)
-class SftKnobs:
+class SftKnobs(Knobs):
     """Variants of the cross-entropy, and noise; see objectives.sft.
 
     >>> SftKnobs(neftune=5.0).objective().keywords
     {'neftune': 5.0}
     """
 
-    label_smoothing: float = 0.0  # such as 0.1; the held-out loss is the plain cross-entropy
-    z_loss: float = 0.0  # such as 1e-4
+    label_smoothing: Annotated[float, BELOW_ONE] = 0.0  # such as 0.1; the held-out loss has none
+    z_loss: NonNegativeFloat = 0.0  # such as 1e-4
     dft: bool = False  # dynamic fine-tuning: each token weighted by its probability
-    neftune: float = 0.0  # alpha of the noise in the embeddings, such as 5, by each example's length
+    neftune: NonNegativeFloat = 0.0  # alpha of the noise in the embeddings, such as 5
 
     def objective(self) -> Callable[[Model], Objective]:
-        """Return the objective of a Run. Raises ValueError for a value out of range."""
+        """Return the objective of a Run."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        TargetLoss(self.label_smoothing, self.z_loss, self.dft)
         return partial(sft, **changed) if changed else sft
 
 
@@ -391,7 +433,7 @@ class SftKnobs:
 
 
 @dataclass(frozen=True)
-class SourceKnobs:
+class SourceKnobs(Knobs):
     """The rows of a recipe.
 
     >>> SourceKnobs("rows.jsonl", batch=16).settings()["held_out"]
@@ -399,14 +441,14 @@ class SourceKnobs:
     """
 
     data: str = FINETUNING  # a file, a folder or org/name[:split]
-    held_out: str | float | None = (
-        "auto"  # a fraction, a file or none; auto: the rows' own held-out file or split, else 0.05
+    held_out: str | Annotated[float, BELOW_ONE] | None = (
+        "auto"  # data.held_out; auto: the rows' own held-out file or split, else 0.05
     )
-    batch: int = 8  # with rows of your own from their number: about 100 steps
-    micro: int = 1
-    epochs: float | None = 1.0
-    tokens: int | None = None
-    seed: int = 0
+    batch: PositiveInt = 8  # data.batch; with rows of your own from their number: about 100 steps
+    micro: PositiveInt = 1
+    epochs: PositiveFloat | None = 1.0
+    tokens: PositiveInt | None = None
+    seed: Seed = 0
 
     def settings(self) -> dict[str, Any]:
         """Return these knobs as keyword arguments of the Run's data settings, held_out=auto resolved."""
@@ -433,7 +475,7 @@ class RowKnobs(SourceKnobs):
     1024
     """
 
-    max_length: int = 512  # tokens of a row; with rows of your own from their lengths
+    max_length: RowLength = 512  # data.max_length; with rows of your own from their lengths
 
 
 @dataclass(frozen=True)
@@ -468,10 +510,10 @@ class PromptKnobs(SourceKnobs):
     150
     """
 
-    group: int = 8
-    max_prompt: int = 64  # tokens; with rows of your own from their lengths
-    max_new: int = 8  # tokens of a completion; with rows of your own at least 256
-    temperature: float = 1.0
+    group: PositiveInt = 8
+    max_prompt: PositiveInt = 64  # data.max_prompt; with rows of your own from their lengths
+    max_new: PositiveInt = 8  # data.max_new; with rows of your own at least 256
+    temperature: Temperature = 1.0  # of sampling
 
     @property
     def max_length(self) -> int:
@@ -489,18 +531,29 @@ class RolloutKnobs(PromptKnobs):
     ['exact']
     """
 
-    passes: int = 1
-    minibatches: int = 1
+    passes: PositiveInt = 1
+    minibatches: PositiveInt = 1
     environment: EnvironmentClass | None = None
-    tools: tuple[Callable, ...] = ()  # functions that the policy may call, my_tools.py:add,my_tools.py:search
-    max_turns: int = 1
-    max_episode: int | None = None
+    tools: tuple[Callable, ...] = ()  # data.tools; such as my_tools.py:add,my_tools.py:search
+    max_turns: PositiveInt = 1
+    max_episode: PositiveInt | None = None
 
     @property
     def most_sampled(self) -> int:
         """The most tokens that the policy samples in an episode."""
         of_turns = self.max_turns * self.max_new
         return min(of_turns, self.max_episode or of_turns)
+
+    def overlong(self, tokens: int | None) -> tuple[int, int] | None:
+        """Return the arguments (max_new, soft) of advantages.overlong for a penalty of an episode's last
+        `tokens`; None for none. Raises ValueError for more tokens than an episode has.
+        """
+        if tokens is not None and tokens > self.most_sampled:
+            raise ValueError(
+                f"overlong={tokens}: an episode has at most {self.most_sampled} tokens; use at most so many, "
+                "or raise max_new"
+            )
+        return None if tokens is None else (self.most_sampled, tokens)
 
     def rewards(self, functions: tuple[Callable, ...], default: Callable) -> tuple[Any, ...]:
         """Return the rewards of the run: the environment's own score, if it has one, then `functions`. If

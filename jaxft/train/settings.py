@@ -6,8 +6,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from jaxft.annotations import ABOVE_ZERO, REWARDS, ShortNames, above, at_least, check_bounds, count_from
-from jaxft.data.data_settings import DataSettings, check_seed
+from jaxft.annotations import (
+    ABOVE_ZERO,
+    REWARDS,
+    Seed,
+    ShortNames,
+    above,
+    at_least,
+    check_bounds,
+    count_from,
+)
+from jaxft.data.data_settings import DataSettings
 from jaxft.distributed import processes, sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.models.adapted import HeadSettings, Teacher
@@ -193,7 +202,7 @@ class Run:
     mesh: sharding.MeshShape = field(default_factory=sharding.MeshShape)
     hosts: processes.Hosts = field(default_factory=processes.Hosts)
     loop: Loop = field(default_factory=Loop)
-    seed: int = 0
+    seed: Seed = 0
     general: str | None = None
     samples: Annotated[int, at_least(0)] = 3
     scoring: Scoring = field(default_factory=Scoring)
@@ -205,7 +214,6 @@ class Run:
 
     def __post_init__(self) -> None:
         check_bounds(self)
-        check_seed(self.seed, "seed")
         if self.loop.steps is not None and self.data.tokens is not None:
             raise ValueError(
                 f"loop.steps={self.loop.steps} and data.tokens={self.data.tokens} are two lengths of the "

@@ -195,6 +195,11 @@ COMPLETIONS = {
     "jaxft generate --run ": ["runs/a "],
     "jaxft generate --quant nf": ["nf4 "],
     "jaxft train min": ["mine.py "],
+    "jaxft train --config configs/dpo.py be": ["beta="],
+    "jaxft train sft full=": [""],
+    "jaxft sweep dpo --over be": ["beta="],
+    "jaxft list --source sft_": ["sft_full "],
+    "jaxft help warmu": ["warmup "],
     "jaxft inspect sft data=ro": ["rows.jsonl "],
     "jaxft inspect --kind pa": ["pairs "],
 }

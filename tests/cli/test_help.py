@@ -91,8 +91,8 @@ def test_a_setting_a_knob_and_a_loss_are_answered_with_their_reference(monkeypat
     code, out, _ = call(monkeypatch, capsys, "help", "optim.warmup")
     assert code == 0 and out.startswith("optim: Optimizer settings\n  optim.warmup=0.05 ")
     assert "float, at least 0" in out
-    code, out, _ = call(monkeypatch, capsys, "help", "neftune")  # a knob of sft alone
-    assert code == 0 and out.startswith("Knobs of sft") and "neftune=0.0" in out
+    code, out, _ = call(monkeypatch, capsys, "help", "neftune")  # a knob of SFT alone
+    assert code == 0 and out.startswith("Knob of sft, sft_full, ") and "neftune=0.0" in out
     code, out, _ = call(monkeypatch, capsys, "help", "ipo")
     assert code == 0 and "jaxft.objectives.losses.preference_losses:ipo" in out and "1 / (2 beta)" in out
     assert "preferences" in out.partition("\nTopics: ")[2]

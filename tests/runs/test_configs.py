@@ -1,6 +1,9 @@
 """Every shipped config builds as shapes, without weights, rows or a network."""
 
+import math
+import re
 import socket
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +11,13 @@ import jax
 import pytest
 from tiny_llama import tiny_torch, write_folder
 
+from jaxft.annotations import bounds_of, types_and_marks
 from jaxft.models.adapted import HeadSettings, Teacher
 from jaxft.nn import param, tree
 from jaxft.objectives.preference import EMAReference
 from jaxft.runs.settings import config, setting_values
+from jaxft.runs.settings.settings_list import help_text
+from jaxft.train import recipes
 from jaxft.train.programs import abstract
 from jaxft.train.recipes import SMOLLM2
 
@@ -42,6 +48,82 @@ def test_builds_abstractly(path):
     assert jax.tree.structure(state) == jax.tree.structure(programs.state)
     assert {"loss", "grad_norm", "skipped"} <= found.keys()
     assert setting_values.describe(run)["model"]["config"]["layers"] == run.model.config.layers
+
+
+def numbers_of(path):
+    """Yield (knob, bounds) of the recipe's numbers; of a list of numbers, those of its first item."""
+    for name, knob in config.recipe_knobs(str(path)).items():
+        kinds = types_and_marks(knob.kind)[0]
+        items = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is tuple]
+        if {int, float} & {*(member for kind in (knob.kind, *items) for member in types_and_marks(kind)[0])}:
+            yield name, next((b for kind in (knob.kind, *items) if (b := bounds_of(kind))), None)
+
+
+def outside(bounds):
+    """Values just outside of bounds, as written."""
+    if bounds.least > -math.inf:
+        yield bounds.least if bounds.open_least else bounds.least - max(1, abs(bounds.least) / 10)
+    if bounds.most < math.inf:
+        yield bounds.most if bounds.open_most else bounds.most + 1
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_number_outside_of_its_bounds_is_refused_by_the_name_of_its_knob_before_loading(path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the recipe was called")
+
+    monkeypatch.setattr(recipes, "model_for", refuse)
+    numbers = dict(numbers_of(path))
+    assert {"lr", "batch", "seed"} <= numbers.keys()
+    for name, bounds in numbers.items():
+        assert bounds, f"{name} has no bounds"
+        of_list = name in ("moving", "correction_bounds")
+        for value in (*outside(bounds), math.inf):
+            with pytest.raises(ValueError, match=f"^{name}="):
+                config.load_config(str(path), [f"{name}={value:g}" + ",1" * of_list])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "message"),
+    [
+        ("dpo", "beta=-1", "beta=-1.0; expected above 0"),
+        ("dpo", "beta=inf", "beta=inf; expected a finite number above 0"),
+        ("dpo", "moving=2,512", "moving=(2.0, 512); expected above 0 and at most 1 as value 1"),
+        ("grpo", "overlong=-3", "overlong=-3; expected at least 1, or none"),
+        ("grpo", "overlong=99", "overlong=99: an episode has at most 8 tokens; use at most so many, or"),
+        ("grpo", "beta=-0.1", "beta=-0.1; expected at least 0"),
+        ("grpo", "reward_weights=1,inf", "reward_weights=(1.0, inf); expected a finite number as value 2"),
+        ("ppo", "eps=2", "eps=2.0; expected from 0 to 1, or none"),
+        ("sft", "held_out=2", "held_out=2.0; expected at least 0 and below 1, or text, or none"),
+        ("sft", "rank=0", "rank=0; expected at least 1, or none"),
+    ],
+)
+def test_an_error_about_a_knob_has_the_name_and_the_bounds_that_its_help_shows(recipe, setting, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        config.load_config(recipe, [setting])
+
+
+def test_a_knob_s_help_shows_its_bounds_and_not_those_of_a_field_of_the_same_name():
+    lines = {line.split("=")[0].strip(): line for line in help_text("ppo").splitlines() if "=" in line}
+    assert "from 0 to 1" in lines["eps"] and "1e-37" not in lines["eps"] and "at least 0 " in lines["lr"]
+
+
+def test_values_that_papers_and_trl_use_are_accepted():
+    for recipe, settings in {
+        "sft": ["label_smoothing=0.49", "neftune=5"],
+        "dpo": ["beta=0.001", "moving=1,1"],
+        "simpo": ["gamma=0", "beta=10"],
+        "grpo": ["beta=0", "eps_low=0", "eps_high=5", "missing_eos=0", "reward_weights=-1"],
+        "ppo": ["gamma=0", "lam=0", "kl_coef=0", "entropy=0", "reward=exact", "warm_up=0"],
+        "kto": ["desirable_weight=0"],
+    }.items():
+        assert config.load_config(recipe, settings)
+
+
+def test_groups_of_knobs_refuse_wrong_numbers_from_python():
+    for make in (lambda: recipes.LoraKnobs(rank=-1), lambda: recipes.SourceKnobs(batch=0)):
+        with pytest.raises(ValueError, match=r"^(rank=-1|batch=0); expected at least 1"):
+            make()
 
 
 def test_lora_plus_is_a_knob_of_every_recipe_with_lora():
@@ -116,9 +198,9 @@ def test_knobs_that_contradict_each_other_are_refused(argv, message):
 
 
 def test_every_sft_recipe_starts_from_a_run(tmp_path):
-    recipes = [path for path in Path("configs").glob("*.py") if "sft" in path.name]
-    assert len(recipes) >= 4
-    for path in recipes:
+    paths = [path for path in Path("configs").glob("*.py") if "sft" in path.name]
+    assert len(paths) >= 4
+    for path in paths:
         assert "start" in config.knob_names(str(path)), path
 
 

@@ -4,6 +4,7 @@ A config is a Python file with a function `config(knob=default, ...)` that retur
 dataclasses, such as a `Run`. `knob=value` sets a parameter of that function, `section.field=value` a field of
 the value it returns. Knobs come first: `config` is called once, with them, and then the fields are replaced.
 A field therefore overrides a knob; `Resolved` has both, and they are printed and recorded with the run.
+Values of knobs are checked by their annotations before `config` is called (see annotations.py).
 
 A parameter whose default is a dataclass is a group of knobs that several configs share: its fields are the
 knobs.
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxft.annotations import check_values, types_and_marks
 from jaxft.models.model import Model
 from jaxft.nn.tree import nearest
 from jaxft.runs.settings.setting_names import advice, join_lines, meant_options
@@ -89,7 +91,7 @@ class Resolved:
 
 
 def load_config(path: str, overrides: list[str], expected: type = object) -> Any:
-    """Return the value of a config with overrides applied; see `resolve_config`."""
+    """Resolve a config and its overrides as `resolve_config` does, and return only the value."""
     return resolve_config(path, overrides, expected).value
 
 
@@ -235,6 +237,11 @@ def _split(overrides: list[str]) -> dict[str, str]:
 
 
 def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str) -> Any:
+    """Call `config` with the given knobs. Raises ValueError for a value that a knob's annotation does not
+    allow, and for an error in `config`.
+    """
+    kinds = {name: knob.kind for name, knob in knobs.items() if knob.kind is not UNANNOTATED}
+    check_values(kinds, {name: value for name, value in given.items() if name in kinds})
     arguments: dict[str, Any] = {name: value for name, value in given.items() if knobs[name].group is None}
     for group in dict.fromkeys(knobs[name].group for name in given):
         if group is not None:
@@ -282,7 +289,7 @@ def _object_as(key: str, text: ObjectText, kind: Any) -> Any:
     For a tuple annotation, a list or a single object becomes a tuple, and strings in it are parsed as on the
     command line. Raises ValueError if the object does not have the annotation's type.
     """
-    value, members = text.value, union_members(kind)
+    value, members = text.value, types_and_marks(kind)[0]
     origins = [typing.get_origin(member) or member for member in members]
     if tuple in origins:
         items = value if isinstance(value, list | tuple) else (value,)

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.annotations import ShortNames, bounds_of, choices_of
+from jaxft.annotations import ShortNames, bounds_of, choices_of, types_and_marks
 from jaxft.data.rows.remote import without_secrets
 from jaxft.data.rows.shipped import ROOT
 from jaxft.models.model import Model
@@ -363,7 +363,7 @@ def describe_kind(kind: Any) -> str:
     if known := choices_of(kind):
         return f"one of {', '.join(known)}"
     if bounds is not None:
-        return f"{describe_kind(typing.get_args(kind)[0])}, {bounds}"
+        return f"{' or '.join(map(describe_kind, types_and_marks(kind)[0]))}, {bounds}"
     if len(members) > 1:
         return " or ".join(map(describe_kind, members))
     if short:

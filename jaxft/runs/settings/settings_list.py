@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxft.annotations import Bounds, bounds_of
+from jaxft.annotations import about
 from jaxft.data.rows.shipped import own_commands
 from jaxft.models.model import Model
 from jaxft.runs.settings.config import as_written, knob_comments, recipe_docstring, recipe_knobs, type_hints
@@ -36,7 +36,7 @@ class Setting:
 
     kind: how its values are written. default: as written, None where a recipe must set it. text: its
     description. section: the description of its section. names: names of functions, if they are too many for
-    `kind`. elsewhere: (recipes, value) of recipes with another default. bounds: the bounds of its numbers.
+    `kind`. elsewhere: (recipes, value) of recipes with another default.
     """
 
     name: str
@@ -46,7 +46,6 @@ class Setting:
     section: str = dataclasses.field(default="", compare=False)
     names: tuple[str, ...] = ()
     elsewhere: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False)
-    bounds: Bounds | None = None
 
     @property
     def other_names(self) -> tuple[str, ...]:
@@ -72,27 +71,31 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[Setting]:
             yield from settings_of(inner, f"{name}.")
         elif can_be_written(kind):
             default = None if value is REQUIRED else as_written(value, kind)
-            about = first_sentence(" ".join((cls.__doc__ or "").split("\n\n")[0].split()))
-            text, bounds = texts.get(field.name, ""), bounds_of(kind)
-            yield Setting(name, describe_kind(kind), default, text, about, bounds=bounds)
+            of_section = first_sentence(" ".join((cls.__doc__ or "").split("\n\n")[0].split()))
+            yield Setting(name, describe_kind(kind), default, texts.get(field.name, ""), of_section)
 
 
 def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
-    """Yield the knobs of a recipe. fields: the dotted fields of its run. A knob that has no comment in the
-    recipe gets the description of the field with its name, as lr of optim.lr; a number without bounds gets
-    that field's bounds too.
+    """Yield the knobs of a recipe. fields: the dotted fields of its run.
+
+    A knob's description is its comment in the recipe, or About(...) in its annotation; without both, that of
+    the field with its name, as for micro of data.micro. A comment that begins with a field, such as
+    `data.batch; ...`, stands for that field's description and adds to it.
     """
     same: dict[str, Setting] = {}
-    for setting in sorted(fields, key=lambda s: s.name.count(".")):  # seed, not data.seed
+    by_name = {setting.name: setting for setting in fields}
+    for setting in sorted(by_name.values(), key=lambda s: s.name.count(".")):  # seed, not data.seed
         same.setdefault(setting.name.rpartition(".")[2], setting)
     comments = knob_comments(recipe)
     for name, knob in recipe_knobs(recipe).items():
         names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
-        more, field = names if len(names) > SHOWN_NAMES else (), same.get(name)
-        kind, text = knob.written_kind, comments.get(name) or (field.text if field else "")
-        if field and field.bounds and {int, float} & {*union_members(knob.kind)} and not bounds_of(knob.kind):
-            kind += f", {field.bounds}"
-        yield Setting(name, kind, knob.written, text, names=more)
+        more = names if len(names) > SHOWN_NAMES else ()
+        text = comments.get(name) or about(knob.kind) or (same[name].text if name in same else "")
+        field, _, addition = text.partition("; ")
+        if "." in field and " " not in field:  # of a run that lacks the field, the addition is all there is
+            described = first_sentence(by_name[field].text) if field in by_name else ""
+            text = "; ".join(part for part in (described, addition) if part)
+        yield Setting(name, knob.written_kind, knob.written, text, names=more)
 
 
 def help_text(recipe: str, fields: Iterable[Setting] = ()) -> str:
