@@ -97,11 +97,11 @@ def test_accuracy_against_the_base_is_that_of_pefts_log_probabilities(place, run
 
 
 def test_several_adapters_are_columns_of_a_table_by_one_program(place, run, tmp_path, monkeypatch):
-    from jaxft.train.evaluate import scored_completions
+    from jaxft.train.evaluate import completer
 
-    compiled, compile_engine = [], scored_completions.compile_engine
+    compiled, compile_engine = [], completer.compile_engine
     monkeypatch.setattr(
-        scored_completions, "compile_engine", lambda *args: compiled.append(1) or compile_engine(*args)
+        completer, "compile_engine", lambda *args: compiled.append(1) or compile_engine(*args)
     )
     options = ("--file", "rows.jsonl", "--regex", ".*[aeiou].*", "--max-new", "6", "--dtype", "float32")
     out = tmp_path / "out.jsonl"
