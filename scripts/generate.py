@@ -180,8 +180,8 @@ def completions(args: argparse.Namespace) -> list[dict[str, Any]]:
         print(line, file=sys.stderr)
     data = {name: prompt_options(args, weights.record) for name, weights in named.items()}
     prompts = {name: prompts_of(args, settings) for name, settings in data.items()}
-    completer = Completer(args.batch, args.seed, args.kv_cache)
-    mesh, begin, count, results = sharding.make_mesh(sharding.MeshShape()), time.perf_counter(), 0, []
+    completer, ids, results = Completer(args.batch, args.seed, args.kv_cache), {}, []
+    mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
         loaded = load_each(named, mesh, args.dtype, args.quant)
         for line in (line for item in loaded.values() for line in item.notes):
@@ -190,9 +190,11 @@ def completions(args: argparse.Namespace) -> list[dict[str, Any]]:
             if not item.tokenizer.chat_template and any(isinstance(x, Chat) for _, x in prompts[name]):
                 note = "the model has no chat template, so prompts are written as '### Instruction: ...'"
                 print(f"{note}; --raw continues them as plain text", file=sys.stderr)
-            ids = encode_prompts(item, prompts[name], template_settings(data[name]), args.max_new)
+            ids[name] = encode_prompts(item, prompts[name], template_settings(data[name]), args.max_new)
+        begin, count = time.perf_counter(), 0
+        for name, item in loaded.items():
             form = compile_grammar(grammar, item.tokenizer, item.stop) if grammar else None
-            rows = completer.complete(item, ids, sampling, grammar=form)[:, 0]
+            rows = completer.complete(item, ids[name], sampling, grammar=form)[:, 0]
             tokens = [row[row >= 0].tolist() for row in rows]
             count += sum(map(len, tokens))
             by = name if len(named) > 1 else ""
