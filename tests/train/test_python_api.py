@@ -106,7 +106,7 @@ def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(pla
             jaxft.evaluate(result.loaded, held)
         for call in (result.generate, partial(jaxft.evaluate, result)):
             with pytest.raises(jaxft.Error, match="option max_new_tokens: max_new_tokens is max_new here"):
-                call(["a"], max_new_tokens=4)
+                call("a", max_new_tokens=4)
         with pytest.raises(jaxft.Error, match=r"one conversation, but .* give \[prompts\]"):
             result.generate([{"role": "user", "content": "a"}])
 
