@@ -277,7 +277,8 @@ def evaluate_rows(
                 "--out"
             )
         make: Callable[..., Any] = make_pair_preferences if isinstance(kind, PairRows) else make_row_loss
-        scores = (make_decision_scores if isinstance(kind, DecisionRows) else make)(model, check)
+        make = make_decision_scores if isinstance(kind, DecisionRows) else make
+        scores = make(model, check)
         return {name: scores(item, rows[name]) for name, item in loaded.items()}
 
 
