@@ -267,7 +267,7 @@ def evaluate_rows(
     check = any_rows if split is None else partial(check_recorded_rows, record)
     with loaded_models(models, named) as loaded:
         model = next(iter(loaded.values())).model
-        rows = dict.fromkeys(loaded, split)
+        rows: dict[str, Any] = dict.fromkeys(loaded, split)
         if split is None:
             rows = file_settings(models, way, named, file, model)
         kind = next(iter(rows.values()))
@@ -277,8 +277,7 @@ def evaluate_rows(
                 "--out"
             )
         make: Callable[..., Any] = make_pair_preferences if isinstance(kind, PairRows) else make_row_loss
-        make = make_decision_scores if isinstance(kind, DecisionRows) else make
-        scores = make(model, check)
+        scores = (make_decision_scores if isinstance(kind, DecisionRows) else make)(model, check)
         return {name: scores(item, rows[name]) for name, item in loaded.items()}
 
 
