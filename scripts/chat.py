@@ -25,20 +25,18 @@ NARROW = 48  # columns of a terminal below which two responses are one below the
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser, add_compute_options, add_served_models
+    from jaxft.cli.cli import (
+        CommandParser,
+        add_compute_options,
+        add_sampling_options,
+        add_served_models,
+    )
 
     parser = CommandParser(__doc__)
     add_served_models(parser)
     parser.add_argument("--use", help="the model to chat with, or two side by side: NAME,NAME")
     parser.add_argument("--system", default="", help="the system prompt")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
-    parser.add_argument(
-        "--top-p", type=float, help="sample from the most likely tokens with this total probability"
-    )
-    parser.add_argument(
-        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
-    )
+    add_sampling_options(parser)
     parser.add_argument(
         "--seed", type=int, help="random seed of every response (default: a new one for each)"
     )
@@ -268,7 +266,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import cli
+    from jaxft.runs import terminal
 
-    cli.quiet()
-    sys.exit(cli.one_line_errors(main))
+    terminal.quiet()
+    sys.exit(terminal.one_line_errors(main))

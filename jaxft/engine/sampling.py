@@ -1,7 +1,7 @@
 """Sampling of the next token, and prompts as padded batches."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import jax
@@ -37,6 +37,20 @@ class Sampling:
         check_bounds(self)
         if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
+
+
+def requested_sampling(options: Any) -> Sampling:
+    """Return the Sampling of a command's options: an object with its fields. Raises ValueError for --top-k,
+    --top-p or --min-p without a temperature.
+    """
+    values = {field.name: getattr(options, field.name) for field in fields(Sampling)}
+    for name in ("top_k", "top_p", "min_p"):
+        if values[name] is not None and not values["temperature"]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect on greedy completions; remove it, or use "
+                "--temperature 1"
+            )
+    return Sampling(**values)
 
 
 @struct

@@ -122,7 +122,7 @@ COMMANDS = [
     ("generate --model MODEL --prompt x --seed 9223372036854775808", "--seed"),
     ("generate --model MODEL --prompt x --seed 99999999999999999999", "--seed"),
     ("generate --model MODEL --prompt x --max-new 0", "max_new"),
-    ("generate --model MODEL --prompt x --max-new 256", "--max-new"),
+    ("generate --model MODEL --prompt x --max-new 256", "max_new=256"),
     ("generate --model MODEL --prompt x --max-new 99999999999", "max_new"),
     ("generate --model MODEL --prompt x --temperature nan", "temperature"),
     ("generate --model MODEL --prompt x --temperature -1", "temperature"),

@@ -104,8 +104,9 @@ def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(pla
         assert scores.metrics["<lambda>"] == len(sample["prompt"])
         with pytest.raises(jaxft.Error, match="a LoadedModel in place of a model's name; give the result"):
             jaxft.evaluate(result.loaded, held)
-        with pytest.raises(jaxft.Error, match="option max_new_tokens: max_new_tokens is max_new here"):
-            result.generate(["a"], max_new_tokens=4)
+        for call in (result.generate, partial(jaxft.evaluate, result)):
+            with pytest.raises(jaxft.Error, match="option max_new_tokens: max_new_tokens is max_new here"):
+                call("a", max_new_tokens=4)
         with pytest.raises(jaxft.Error, match=r"one conversation, but .* give \[prompts\]"):
             result.generate([{"role": "user", "content": "a"}])
 
@@ -219,6 +220,9 @@ WRONG = [
     (dict(recipe=3), "a recipe is a name, a Python file or a function, not int"),
     (dict(lr={"a": 1}), "lr=a=1: expected float"),
     (dict(lr=len), "lr=len: expected float"),
+    (dict(recipe="dpo", beta=-1), "beta=-1.0; expected above 0"),
+    (dict(recipe="dpo", moving=(0.6, 0)), "moving=(0.6, 0); expected at least 1 as value 2"),
+    (dict(rank=0), "rank=0; expected at least 1, or none"),
     (dict(rows=["a"]), "rows[0] is str, not a dict of columns"),
     (dict(rows=[]), "rows is empty; give at least one row"),
     (dict(rows={"train": []}), "rows is dict, not a list of dicts; give one split"),
