@@ -34,7 +34,7 @@ def config(
     beta: PairBeta = 0.1,
     reference: ReferenceSetting | None = None,
 ) -> Run:
-    """DPO of an 8B model."""
+    """DPO of Llama 3.1 8B."""
     source = choose_reference(reference, dpo, base.full)
     objective = partial(preference, **with_beta(dpo, beta), reference=source)
     return Run(name=name, objective=objective, **base.sharded_run(every=50), **rows.source(PairRows))

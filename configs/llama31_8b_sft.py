@@ -29,7 +29,7 @@ def config(
     params: DType = "float32",  # in full: how the weights are stored
     fused_backward: bool = False,  # in full: updates layers in the backward pass, with micro=1 remat=full
 ) -> Run:
-    """SFT of an 8B model; full fine-tuning takes Adafactor, whose state is small."""
+    """SFT of Llama 3.1 8B; full fine-tuning uses Adafactor, whose state is small."""
     optim = Optim(
         lr=base.learning_rate,
         optimizer=optimizer or (adafactor if base.full else adamw),

@@ -22,5 +22,5 @@ def config(
     loss: SftKnobs = SftKnobs(),
     name: str = "llama32_sft",
 ) -> Run:
-    """SFT of a 1B or 3B model."""
+    """SFT of Llama 3.2 1B or 3B."""
     return Run(name=name, objective=loss.objective(), **base.sharded_run(), **rows.source(Rows))

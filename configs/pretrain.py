@@ -1,4 +1,4 @@
-"""Continued pre-training on text with LoRA or in full: every token of your documents is learned.
+"""Continued pre-training on text with LoRA or in full: every token of your documents has a loss.
 
     python scripts/train.py --config configs/pretrain.py data=docs/                  # Markdown and text files
     python scripts/train.py --config configs/pretrain.py data=books.jsonl full=true  # rows {"text"}

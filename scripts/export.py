@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if bool(args.run) == bool(args.model or args.adapter):
-        parser.error("use either --run, or --model or --adapter or both")
+        parser.error("name the weights either by --run, or by --model, --adapter or both")
     for name, value, example in (
         ("--gguf", args.gguf, "Q8_0"),
         ("--calibrate", args.calibrate, "rows.jsonl"),

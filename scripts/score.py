@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser = make_parser()
     args = parser.parse_args()
     if bool(args.run) == bool(args.model or args.adapter):
-        parser.error("use either --run, or --model or --adapter or both")
+        parser.error("name the weights either by --run, or by --model, --adapter or both")
     if args.run is not None:
         from jaxft.runs.folder_copies import local_folder
 
@@ -234,7 +234,7 @@ def row_line(name: str, chosen: float | None, rejected: float | None) -> str:
 def print_scores(scores: Scores, as_json: bool, adapter: str) -> None:
     """Print the rewards of each row, and the accuracy over pairs with its 95 % interval.
 
-    adapter: its name, "" if there are not several.
+    adapter: its name, "" for a single one.
     """
     from jaxft.objectives.intervals import wilson
 

@@ -5,7 +5,7 @@
     python scripts/settings.py learning_rate      # a name of TRL, PEFT, Axolotl, LLaMA-Factory or Unsloth
     python scripts/settings.py dpo loss           # knobs too, with the defaults of a recipe
 
-Without a recipe it lists the defaults of the sections, and other defaults in sft, dpo, reward and grpo. A
+Without a recipe it lists the default of each setting, and other values in sft, dpo, reward and grpo. A
 setting is written as `name=value` after the recipe: `jaxft train sft optim.warmup=0.1`.
 """
 

@@ -10,7 +10,7 @@ decision.py: probabilities of given choices, trained by proper scoring rules; me
 policy.py: the objective around a policy loss, with KL penalty and critic
 logprobs.py: log-probs without whole logits; the loss of a token: label smoothing, z-loss, dynamic fine-tuning
 read_positions.py: the positions of a row whose log-probs are needed
-metrics.py: metrics that add
+metrics.py: metrics stored as sums, which add over microbatches, steps and devices
 alarms.py: alarms and summaries from logged metrics
 intervals.py: confidence intervals of fractions and means; two models on the same rows
 """

@@ -3,9 +3,9 @@
 trajectory.py: episodes as segments of token ids, sampled or given, and their arrays
 play.py: the loop that plays episodes; the interface to what samples: rows that can be continued
 rollout.py: the source of rollouts, from prompts to batches
-online_pairs.py: preference pairs of episodes
-rewards.py: reward functions
-reward_models.py: reward models
+online_pairs.py: pairs for online DPO: the best and the worst episode of each prompt
+rewards.py: the Reward type, functions as rewards, functions that check an answer
+reward_models.py: reward models as rewards
 advantages.py: group advantages
 token_weights.py: weights of tokens in the loss: GRPO, DAPO, Dr. GRPO; importance weights: TIS, MIS
 estimators.py: GAE and REINFORCE++
@@ -13,5 +13,5 @@ rollout_sampler.py: episodes sampled with the engine; rollouts in files, to read
 rollout_layout.py: episodes in rows of tokens, passes of a run's model over these, and values of sampled
     tokens back
 rollout_metrics.py: metrics of a rollout
-rollout_rules.py: how a rollout is scored and used
+rollout_rules.py: how completions are scored, which are trained on, with which advantages and weights
 """

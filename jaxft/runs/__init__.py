@@ -11,7 +11,7 @@ console.py: the live view, or lines, of a run in the terminal
 trackers.py: TensorBoard, W&B, Trackio, MLflow, and callbacks
 metric_names.py: names of metrics
 terminal.py: text that is safe to print, and output streams that may close
-run_texts.py: start-up lines and model card
+run_texts.py: start-up lines, result lines and the model card
 object_store.py: objects in gs:// and s3:// stores
 folder_copies.py: copies of a run's folder in an object store
 """

@@ -1,5 +1,5 @@
 """/v1/decisions: typed questions about an input, answered by the probabilities of their choices; /v1/rerank:
-documents in the order of their relevance to a query.
+documents ordered by their relevance to a query.
 
 The contract is OpenAI's Decisions API as vLLM serves it (docs/serving/online_serving/decisions.md of vLLM),
 for text. A question becomes the prompt of a decision row (data/decisions.py), and its probabilities are read
@@ -34,7 +34,7 @@ from jaxft.serve.served_models import ServedModel, decision_prompt
 MOST_QUESTIONS, MOST_LEVELS, MOST_DOCUMENTS = 64, 10, 1000
 RERANK_FIELDS = ("model", "query", "documents", "instruction", "top_n", "return_documents")
 BODY_FIELDS = ("model", "input", "questions", "safety_identifier")
-# Fields of a question by its type: the one with its options, and the one that names an option.
+# Type of a question -> (field that lists its options, field that names an option); None: yes or no.
 QUESTION_OPTIONS = {"predicate": None, "choice": ("choices", "value"), "score": ("levels", "label")}
 YES_NO = (DecisionChoice("yes"), DecisionChoice("no"))
 

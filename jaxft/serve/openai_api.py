@@ -389,7 +389,7 @@ class Envelope:
     top: int | None
 
     def response(self, choices: list[dict[str, Any]], usage: Any = None, chunk: bool = False) -> dict:
-        """Return a whole response (chunk=False) or a chunk of a stream. usage: the result of usage_of."""
+        """Return a complete response (chunk=False) or a chunk of a stream. usage: the result of usage_of."""
         kind = ("chat.completion.chunk" if chunk else "chat.completion") if self.chat else "text_completion"
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model.name}
         return {**head, "choices": choices, "usage": usage}

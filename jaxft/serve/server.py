@@ -247,7 +247,7 @@ async def _model(service: Service, request: Any) -> Any:
 async def _read(service: Service, request: Any) -> dict[str, Any]:
     """Return the JSON object in the body. Raises ApiError, also for a body that is too long or too slow."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # which web pages of others may not send
+    if kind != "application/json":  # which pages of other web sites may not send
         raise ApiError(415, f"content-type must be application/json, got {kind!r:.60}")
     from starlette.requests import ClientDisconnect
 

@@ -267,7 +267,7 @@ class TypedTurns:
         format: CallFormat | None,
     ):
         self.read, self.show, self.tokenizer, self.stop, self.format = read, show, tokenizer, stop, format
-        self.asked = dict[int, int]()  # the most tokens of the turn that each episode is to have
+        self.asked = dict[int, int]()  # episode that waits for a turn -> most tokens of that turn
 
     def start(self, prompt: Sequence[int], episodes: Sequence[int], number: int, max_new: int) -> None:
         """Show a prompt, and expect a turn of at most `max_new` tokens for each of these episode numbers."""

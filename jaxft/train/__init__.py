@@ -10,7 +10,7 @@ step.py: the train step; norms by layer
 programs.py: the programs of a run as shapes, and checks of its adapters
 compiled.py: the compiled programs of a run
 partition.py: the trainable mask and the parameter table
-start_and_end.py: whether a run may begin, and whether it is finished
+start_and_end.py: evaluation before, during and after training; early ends; whether a run is finished
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Checks at the start and the end of a run: its losses and its steps must be finite.
+"""Evaluations before, during and after training, early ends, and faults that keep a run from finishing.
 
 A run whose loss or logits are not finite before the first step stops there. A run is not finished if its last
 steps or more than half of all steps were not finite. It is not finished either if a loss after the last step

@@ -3,6 +3,6 @@
 pretrained.py: load a model, its base and its tokenizer from anywhere
 tensors.py: tensors in a model's files, and the table of them by parameter; checks for NaN and infinity
 param_loading.py: parameters, read part by part and loaded onto a mesh
-storage.py: how each parameter is stored
+storage.py: dtype, quantisation and shardings of each parameter in memory
 initial_params.py: adapters and heads, fresh or from folders
 """

@@ -188,4 +188,4 @@ def test_too_few_tokens_are_refused(quantized):
         "--model", "base", "--out", "none", "--calibrate", "rows.jsonl", "--tokens", "100"
     )
     assert code == 1 and "100 calibration tokens (--tokens, quant.calibrate_tokens)" in reported
-    assert "less than one row of 512 (--max-length, data.max_length)" in reported
+    assert "fewer than one row of 512 (--max-length, data.max_length)" in reported

@@ -4,7 +4,7 @@ columns.py: names of columns; columns as text, messages and tools
 conversation.py: a row's prompt and responses, the same for every stage
 dataset_rows.py: files, folders and hub datasets
 example.py: rows as they are read; weights of rows and messages in the loss
-format_choice.py: the format of a dataset
+format_choice.py: the choice of a dataset's format by its columns
 formats.py: the table of row formats and how each is read
 invalid.py: the error of an invalid row, counts of invalid rows that are left out
 mixture.py: several sources with weights, training and held-out rows
