@@ -17,7 +17,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -26,12 +26,15 @@ INT32 = 2**31 - 1  # the largest number of 32 bits, in which steps and seconds a
 
 @dataclass(frozen=True)
 class Bounds:
-    """An interval of finite numbers. open_least, open_most: `least` or `most` itself is outside."""
+    """An interval of finite numbers. open_least, open_most: `least` or `most` itself is outside. or_zero: 0
+    is allowed too.
+    """
 
     least: float = -math.inf
     most: float = math.inf
     open_least: bool = False
     open_most: bool = False
+    or_zero: bool = False
 
     def contain(self, number: float) -> bool:
         """Return whether a number is inside.
@@ -39,6 +42,8 @@ class Bounds:
         >>> at_least(1).contain(0)
         False
         """
+        if self.or_zero and number == 0:
+            return True
         inside = self.least <= number <= self.most and abs(number) < math.inf
         return inside and not (
             (self.open_least and number == self.least) or (self.open_most and number == self.most)
@@ -47,6 +52,8 @@ class Bounds:
     def __str__(self) -> str:
         if self.least == -math.inf and self.most == math.inf:
             return "finite"
+        if self.or_zero:
+            return f"0, or {replace(self, or_zero=False)}"
         low, high = _short(self.least), _short(self.most)
         if self.most == math.inf:
             return f"above {low}" if self.open_least else f"at least {low}"
@@ -97,6 +104,13 @@ FiniteFloat = Annotated[float, FINITE]
 PositiveFloat = Annotated[float, above(0)]
 NonNegativeFloat = Annotated[float, at_least(0)]
 Fraction = Annotated[float, ZERO_TO_ONE]
+PositiveFraction = Annotated[float, ABOVE_ZERO_TO_ONE]
+AnyTemperature = Annotated[float, Bounds(1e-4, or_zero=True)]  # of sampling; 0 is greedy
+
+# Choices of several settings and options of commands
+FormatName = Literal["int8", "fp8", "int4", "nf4", "fp4", "affine4"]  # of quantised weights
+QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
+ComputeDtype = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,15 @@ OPTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser, add_adapters, add_compute_options
+    from jaxft.cli.cli import (
+        COUNT,
+        FROM_ZERO,
+        SEED,
+        CommandParser,
+        add_adapters,
+        add_compute_options,
+        add_sampling_options,
+    )
 
     parser = CommandParser(__doc__)
     parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
@@ -55,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_adapters(parser)
     parser.add_argument("--file", help="rows or pairs (default: the held-out rows of the run)")
     parser.add_argument("--columns", help="renames columns, as data.columns: prompt=question")
-    parser.add_argument("--batch", type=int, default=8, help="rows at a time (default 8; --samples if more)")
+    parser.add_argument("--batch", type=COUNT, default=8, help="rows at a time (default 8, or --samples)")
     add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
     parser.add_argument(
@@ -64,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="write the result of each pair, decision or completion as JSON Lines, of --tasks as JSON",
     )
     group = parser.add_argument_group("loss of rows, accuracy of pairs")
-    group.add_argument("--max-length", type=int, help="most tokens of a row (default: the model's positions)")
+    group.add_argument("--max-length", type=COUNT, help="most tokens of a row (default: as the model)")
     group.add_argument(
         "--too-long", choices=("error", "truncate", "drop", "split"), help="as data.too_long (default error)"
     )
@@ -72,23 +80,20 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("scores of completions")
     group.add_argument("--by", action="append", default=[], help="a score function; can be repeated")
     group.add_argument("--regex", help="score 1 for a completion that this expression matches as a whole")
-    group.add_argument("--max-new", type=int, help="most tokens of a completion (default 256)")
-    group.add_argument("--samples", type=int, help="completions of each prompt (default 1)")
+    group.add_argument("--max-new", type=COUNT, help="most tokens of a completion (default 256)")
+    group.add_argument("--samples", type=COUNT, help="completions of each prompt (default 1)")
     group.add_argument("--pass-at", help="numbers k of pass@k, such as 1,10")
-    group.add_argument("--temperature", type=float, help="0 (the default) is greedy")
-    group.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
-    group.add_argument("--top-p", type=float, help="sample from the most likely tokens of this probability")
-    group.add_argument(
-        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
-    )
-    group.add_argument("--seed", type=int, help="random seed of sampling (default 0)")
-    group.add_argument("--limit", type=int, help="use the first LIMIT rows only, or examples of a task")
+    add_sampling_options(group, greedy=None)
+    group.add_argument("--seed", type=SEED, help="random seed of sampling (default 0)")
+    group.add_argument("--limit", type=COUNT, help="use the first LIMIT rows only, or examples of a task")
     group = parser.add_argument_group(
         "tasks of lm-evaluation-harness, which also have --max-length and --limit"
     )
     group.add_argument("--tasks", help="names, patterns or .yaml files, such as arc_easy,mmlu")
     group.add_argument("--include-path", help="a folder with further tasks")
-    group.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
+    group.add_argument(
+        "--num-fewshot", type=FROM_ZERO, help="examples before a question (default: as the task)"
+    )
     group.add_argument("--chat", action="store_true", help="render prompts with the chat template")
     group.add_argument("--system-instruction", help="a system message in front of every prompt")
     group.add_argument("--gen-kwargs", help="replaces the task's: max_gen_toks=64,temperature=0.8")
@@ -134,10 +139,6 @@ def arguments(
         else:
             args.given.add(name)
     check_weights_options(parser, args)
-    least = {"samples": 1, "limit": 1, "max_length": 1, "num_fewshot": 0}
-    for name, value in least.items():
-        if vars(args)[name] is not None and vars(args)[name] < value:
-            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {vars(args)[name]}")
     args.way, args.passes = way, pass_numbers(parser, args)
     args.generation = generation_arguments(parser, args.gen_kwargs)
     args.names = [name.strip() for name in (args.tasks or "").split(",") if name.strip()]
@@ -357,17 +358,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Load the model and evaluate it. Return adapter -> Evaluated, or with --tasks -> HarnessResult."""
     import jax
 
-    from jaxft.data.data_settings import check_seed
     from jaxft.data.rows.dataset_rows import read_rows
     from jaxft.data.rows.mixture import held_out_sources
     from jaxft.distributed import sharding
-    from jaxft.engine.sampling import Sampling
     from jaxft.runs.loaded_weights import check_recorded_rows, load_each, named_adapters, prompt_settings
     from jaxft.train.evaluate import harness
     from jaxft.train.evaluate.harness import HarnessSettings, generation_config_notes
 
-    check_seed(args.seed, "--seed")
-    Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     functions = score_functions(args)
     if args.way == TASKS:
         harness.require_harness()

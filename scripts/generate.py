@@ -44,7 +44,15 @@ class Source(NamedTuple):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import DEFAULT_MODEL, CommandParser, add_adapters, add_compute_options
+    from jaxft.cli.cli import (
+        COUNT,
+        DEFAULT_MODEL,
+        SEED,
+        CommandParser,
+        add_adapters,
+        add_compute_options,
+        add_sampling_options,
+    )
 
     parser = CommandParser(__doc__)
     parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT_MODEL})")
@@ -59,19 +67,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", choices=SYSTEM, help="merge puts a system message into the user's turn")
     parser.add_argument("--raw", action="store_true", help="continue the prompt without the chat template")
     parser.add_argument(
-        "--max-new", type=int, default=128, help="maximum tokens of a completion (default 128)"
+        "--max-new", type=COUNT, default=128, help="most tokens of a completion (default 128)"
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
+    add_sampling_options(parser)
+    parser.add_argument("--seed", type=SEED, default=0, help="random seed of sampling (default 0)")
     parser.add_argument(
-        "--top-p", type=float, help="sample from the most likely tokens with this total probability"
-    )
-    parser.add_argument(
-        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
-    parser.add_argument(
-        "--batch", type=int, default=8, help="prompts that are completed at the same time (default 8)"
+        "--batch", type=COUNT, default=8, help="prompts that are completed at the same time (default 8)"
     )
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json-object", action="store_true", help="sample completions that are a JSON object")
@@ -218,7 +219,6 @@ def completions(
     import jax
     import jax.numpy as jnp
 
-    from jaxft.data.data_settings import check_seed
     from jaxft.distributed import sharding
     from jaxft.engine.programs import Engine, compile_engine
     from jaxft.engine.sampling import Sampling
@@ -229,7 +229,6 @@ def completions(
     from jaxft.weights import pretrained
     from jaxft.weights.hf.hf_read import stop_tokens
 
-    check_seed(args.seed, "--seed")
     sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
     grammar = grammar_of(args)
     tokenizers = {name: pretrained.load_tokenizer(source.tokenizer) for name, source in sources.items()}

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxft.annotations import QuantKind
 from jaxft.data.chat.loss_mask import TOO_MANY, example_prompt_ids
 from jaxft.data.chat.template import template_of
 from jaxft.data.chat.tool_calls import ToolFormat, template_tool_format
@@ -34,7 +35,6 @@ from jaxft.nn.adapters.lora_rows import (
     stored_stack,
 )
 from jaxft.nn.attention.cache import CacheFormat
-from jaxft.nn.quant import QuantKind
 from jaxft.nn.tree import Params
 from jaxft.runs.loaded_weights import NamedWeights, common_dtype, common_quant, common_residual, read_adapters
 from jaxft.weights import pretrained

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.annotations import QuantKind
 from jaxft.batch import TrainState
 from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.packing.cache import row_cache_folder
@@ -45,7 +46,6 @@ from jaxft.engine.sampling import Sampling, without_stop
 from jaxft.engine.session import Session, generate
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.model import Model
-from jaxft.nn.quant import QuantKind
 from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.objectives.objective import Objective
 from jaxft.runs import terminal
