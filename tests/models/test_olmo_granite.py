@@ -65,7 +65,7 @@ def test_settings_that_a_file_does_not_have_are_those_of_transformers(kind):
         ("olmo3", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),
         ("olmo3", {"layer_types": [FULL] * 7}, "layer_types must be a list of 8 types"),
         ("olmo3", {"layer_types": ["chunked_attention"] * 8}, "'chunked_attention' is not supported"),
-        ("granite", {"attention_multiplier": 0}, "attention_multiplier must be finite in float32 and not 0"),
+        ("granite", {"attention_multiplier": 0}, "attention_multiplier=0; expected above 1e-37"),
         ("granite", {"logits_scaling": "8"}, "logits_scaling='8'; expected a number"),
         ("granite", {"residual_multiplier": float("nan")}, "residual_multiplier must be finite"),
         ("exaone4", {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern='LLLG' is not supported"),
