@@ -7,7 +7,7 @@ sft.py: SFT rows, and solutions in steps with labels: settings, packing, rows of
 decisions.py: questions with choices: rows and prompts
 decision_rows.py: tokens and batches of questions
 pairs.py: preference rows: settings and source
-prompts.py: prompts for rollouts: settings, split, order
+prompts.py: prompts for rollouts: settings (also of sampling and of updates per rollout), split, order
 inspection.py: a dataset as `jaxft inspect` and reports show it: statistics, examples, invalid and repeated
     rows; lengths of untruncated rows, what each length limit keeps and costs
 data_settings.py: settings of all kinds of data

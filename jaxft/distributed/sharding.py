@@ -73,7 +73,8 @@ class MeshShape:
     data: copies of the parameters within a group; each copy computes on other rows of the batch. fsdp: shards
     of parameters, gradients and optimizer state; each also computes on other rows. context: shards of the
     time axis, and of the parameters. tensor: shards of every matmul, within a host. expert: shards of a
-    layer's experts (mixture of experts); 1 for models without experts.
+    layer's experts, for a family of yours with mixture-of-experts layers (see models/dense.py). The families
+    that ship have none and need 1.
     """
 
     data: AxisSize = -1

@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from jaxft.batch import Pairs, TrainState
+from jaxft.batch import Pairs
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pair_layout
 from jaxft.data.packing.pack import RowShape, round_up
@@ -54,7 +54,7 @@ from jaxft.train.loop import train_sweep
 from jaxft.train.python_api import Prepared
 from jaxft.train.settings import Run
 
-SIZE = 4096  # default length of a projected gradient
+SIZE = 4096  # length of a projected gradient
 ROWS_AT_ONCE = 8
 SIDE = 32  # a margin's gradient is projected to a matrix [SIDE, SIDE]
 ROW_TOKENS, SPARE = 1024, 1.05  # tokens of a row, and spare read positions; see _full_rows
@@ -160,13 +160,12 @@ def check_is_of_pairs(data: DataSettings) -> None:
         )
 
 
-def _open(parts: Prepared, state: TrainState | None) -> _Opened:
-    source = parts.source
+def _open(parts: Prepared) -> _Opened:
+    source, state = parts.source, parts.state
     check_is_of_pairs(parts.run.data)
     assert isinstance(source, PairSource)
     if not len(source.split.held):
         raise ValueError("no rows are held out to compute the influence on; set held_out=FILE or a fraction")
-    state = parts.state if state is None else state
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     # with a sharding on this mesh: put on a device alone, an array keeps its old mesh in its type
     trainable, frozen, aux = jax.device_put(
@@ -180,25 +179,25 @@ def _open(parts: Prepared, state: TrainState | None) -> _Opened:
 # Margins that the other rows predict
 
 
-def margins_of_rows(parts: Prepared, state: TrainState | None = None) -> Influence:
+def margins_of_rows(parts: Prepared) -> Influence:
     """Return the influence of each training pair: its margin, as all other pairs predict it if theirs are 1.
 
-    Arguments and errors are those of margin_gradients.
+    Raises the errors of margin_gradients.
     """
-    return margin_gradients(parts, state).influence
+    return margin_gradients(parts).influence
 
 
-def margin_gradients(parts: Prepared, state: TrainState | None = None, seed: int = 0) -> MarginGradients:
-    """Return the gradients of the margins of all training and held-out pairs.
+def margin_gradients(parts: Prepared) -> MarginGradients:
+    """Return the gradients of the margins of all training and held-out pairs, for the parameters of
+    parts.state.
 
-    state: the run's state after some steps, by default parts.state. seed: random seed of the projection. Runs
-    on one device. Raises ValueError for data that are no pairs, a model with a scalar head, rows of one
+    Runs on one device. Raises ValueError for data that are no pairs, a model with a scalar head, rows of one
     response and a label, gradients that are not finite, and without held-out rows.
     """
-    run = _open(parts, state)
+    run = _open(parts)
     if not parts.model.generates:
         raise ValueError("a margin needs log-probs, but this run's model has a scalar head; use --gradients")
-    rows, key = run.source.split, jax.random.key(seed)
+    rows, key = run.source.split, jax.random.key(0)
     alone = np.flatnonzero((rows.rows.reads[:, :2] == 0).any(1))
     if len(alone):
         raise ValueError(
@@ -290,25 +289,24 @@ def predicted_margins(
 # Gradients of losses
 
 
-def gradients_of_rows(
-    parts: Prepared, state: TrainState | None = None, size: int = SIZE, seed: int = 0
-) -> RowGradients:
-    """Return the projected gradient of each training row's loss and of the held-out rows' weighted mean loss.
+def gradients_of_rows(parts: Prepared) -> RowGradients:
+    """Return the projected gradient of each training row's loss and of the held-out rows' weighted mean loss,
+    for the parameters of parts.state.
 
-    state, seed: see margin_gradients. size: length of a projected gradient. Raises ValueError for data that
-    are no pairs, a loss that couples rows, gradients that are not finite, and without held-out rows.
+    Raises ValueError for data that are no pairs, a loss that couples rows, gradients that are not finite, and
+    without held-out rows.
     """
-    run, objective = _open(parts, state), parts.objective
+    run, objective = _open(parts), parts.objective
     if objective.facts.coupled:
         raise ValueError(
             "this loss couples the rows of a batch, so a row alone has no gradient; use loss=dpo"
         )
-    key = jax.random.key(seed)
+    key = jax.random.key(0)
 
     def of_rows(trainable: Params, frozen: Params, aux: Any, batch: Pairs) -> Float[Array, "rows size"]:
         def of_row(row: Pairs) -> Float[Array, " size"]:
             grads = jax.grad(lambda t: objective(tree.combine(t, frozen), row, None, aux)[0])(trainable)
-            return project(grads, key, size)
+            return project(grads, key, SIZE)
 
         return jax.vmap(of_row)(batch)
 

@@ -6,7 +6,8 @@ matmul.py: contractions that accumulate in float32; matmuls over plain, quantise
     FP8; their backward passes, taps on their inputs
 layers.py: embedding, norm, gated MLP, language model head
 rope.py: rotary position embeddings of every kind
-stack.py: stacks of layers: the scans over them, remat policies, updates inside the backward pass
+stack.py: stacks of layers: the scans over them, remat policies (gradient checkpointing), updates
+    inside the backward pass
 quant.py: quantised tensors, and the settings of a quantised base
 quant_formats.py: int8, fp8, int4, nf4, fp4 and affine4: pack and unpack
 tensor_names.py: names of tensors in files and of modules, and patterns that select modules

@@ -4,7 +4,7 @@ objective.py: the Objective type
 sft.py: cross-entropy
 pair.py: stable building blocks of losses; the interface of preference losses: PairBatch, the facts that a
     loss declares, metrics
-preference.py: the objective around a preference loss: reference (also TR-DPO's moving one), reward, metrics
+preference.py: the objective around a preference loss: log-ratios to the reference, TR-DPO, reward, metrics
 reward_model.py: Bradley-Terry reward models; process reward models, which score each step of a solution
 decision.py: probabilities of given choices, trained by proper scoring rules; metrics
 policy.py: the objective around a policy loss, with KL penalty and critic

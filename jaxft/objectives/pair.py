@@ -119,10 +119,11 @@ class Response:
 
 @struct
 class PairTokens:
-    """The tokens of all responses. For each element of the arrays, `response` is the id of its response, and
-    `position` its index in that response; a loss must not rely on the order of tokens in the arrays.
+    """The log-probs of the tokens of all responses, in any order. `response` and `position` say where a token
+    belongs.
 
-    A response's id is slot * A + kind, with kind its index among the A kinds in PairBatch.responses.
+    The id of a response is slot * A + kind: its pair's slot in the row, and its index among the A kinds in
+    PairBatch.responses (0 chosen, 1 rejected).
     """
 
     logp: Float[Array, "B M"]

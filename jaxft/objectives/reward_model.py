@@ -76,8 +76,10 @@ def bradley_terry(chosen: Rewards, rejected: Rewards, margin: Rewards) -> Reward
 
 @struct
 class Outputs:
-    """The outputs of the forward pass over a batch. rewards: by kind of response ("chosen", "rejected", ...),
-    the best first. batch: pairs without tokens.
+    """The rewards of a batch of pairs.
+
+    rewards: kind of response -> its rewards: "chosen" and "rejected", or with rankings of K responses all K
+    kinds, from the best to the worst. batch: the pairs without tokens.
     """
 
     rewards: dict[str, Rewards]

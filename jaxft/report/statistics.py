@@ -350,7 +350,9 @@ def needed_text(
 
 
 def _needed_of_none(d: Difference, margin: float | None, unit: str) -> str:
-    """Return needed_text for settings that are equal on all prompts: how many more would show equivalence."""
+    """Return needed_text for two settings that are equal on all prompts: no number of prompts would find a
+    difference, but more prompts would show that they are equivalent within `margin`.
+    """
     if margin is None:
         return f"no {unit} differ, and no feasible number of {unit} or seeds would find a difference of 0"
     more = math.ceil(math.log(1 - LEVEL) / math.log1p(-min(margin, 0.999))) - d.prompts

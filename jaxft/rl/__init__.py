@@ -6,7 +6,7 @@ rollout.py: the source of rollouts, from prompts to batches
 online_pairs.py: pairs for online DPO: the best and the worst episode of each prompt
 rewards.py: the Reward type, functions as rewards, functions that check an answer
 reward_models.py: reward models as rewards
-advantages.py: group advantages
+advantages.py: advantages of groups; penalties of rewards (overlong, no end token) and clipping
 token_weights.py: weights of tokens in the loss: GRPO, DAPO, Dr. GRPO; importance weights: TIS, MIS
 estimators.py: GAE and REINFORCE++
 rollout_sampler.py: episodes sampled with the engine; rollouts in files, to read and to replay to the bit

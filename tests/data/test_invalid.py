@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parsed_rows import readable_rows
 from tiny_tokenizers import tiny
 
 from jaxft.data.packing import reader
 from jaxft.data.packing.pack import permutation
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, read_prompts, split_prompts
-from jaxft.data.rows.dataset_rows import read_rows
 from jaxft.data.rows.invalid import InvalidRow, InvalidRows, invalid_lines, shortened
 from jaxft.data.rows.shipped import ROOT
 from jaxft.data.sft import Rows
@@ -293,7 +293,7 @@ def test_cells_and_elements_of_tables_are_rows_too(tmp_path):
         ("r.json", ["not an object", "empty row"]),
     ):
         invalid = InvalidRows(1.0)
-        rows = read_rows(str(tmp_path / name), invalid)
+        rows = readable_rows(tmp_path / name, invalid)
         assert [row.fields["text"] for row in rows] == (["a", "d"] if name == "r.csv" else ["a"])
         assert [count.reason for count in invalid.counts()] == reasons
 

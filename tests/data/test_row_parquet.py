@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from hub_server import serve_dataset
+from parsed_rows import readable_rows
 
 from jaxft.data.rows import dataset_rows, row_parquet
 from jaxft.data.rows.dataset_rows import read_rows
@@ -157,7 +158,7 @@ def test_a_row_above_the_limit_is_invalid_and_the_others_are_read(tmp_path, monk
         path = tmp_path / f"{dictionary}.parquet"
         pyarrow.parquet.write_table(pyarrow.table(columns), path, use_dictionary=dictionary)
         invalid = InvalidRows(1.0)
-        found = read_rows(str(path), invalid)
+        found = readable_rows(path, invalid)
         assert [(row.name[-1], row.fields) for row in found] == [
             ("1", {"text": "a", "n": [1]}),
             ("4", {"text": "c", "n": [3]}),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from parsed_rows import examples
+from parsed_rows import examples, readable_rows
 from tiny_tokenizers import tiny
 
 from jaxft.data.rows.dataset_rows import read_rows
@@ -449,7 +449,7 @@ def csv_rows(path, data, limit=0.5):
     """(texts of the rows by name, errors) of a CSV file, invalid rows left out."""
     path.write_bytes(data)
     invalid = InvalidRows(limit)
-    rows = read_rows(str(path), invalid)
+    rows = readable_rows(path, invalid)
     texts = {row.name.partition(":")[2]: list(row.fields.values()) for row in rows}
     return texts, [count.first for count in invalid.counts()]
 

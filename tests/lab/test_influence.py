@@ -66,7 +66,7 @@ def parts(place):
 
 @pytest.fixture(scope="module")
 def found(parts):
-    return gradients_of_rows(parts, size=4096)
+    return gradients_of_rows(parts)
 
 
 def number(name):
@@ -154,7 +154,7 @@ def test_the_held_out_gradient_is_the_projected_gradient_of_the_held_out_loss(pa
         return sum(parts.objective(whole, batch, None, {})[0] for batch in batches)
 
     with jax.set_mesh(mesh):
-        expected = jax.jit(lambda t: project(jax.grad(total)(t), key, 4096))(trainable)
+        expected = jax.jit(lambda t: project(jax.grad(total)(t), key, influence.SIZE))(trainable)
     np.testing.assert_allclose(found.held_out, expected, atol=2e-5 * np.abs(expected).max())
 
 
@@ -263,7 +263,7 @@ def test_rows_of_files_of_one_name_are_told_apart(place):
 def test_gradients_that_are_not_finite_are_one_line(parts):
     broken = replace(parts.state, trainable=jax.tree.map(lambda x: x * np.nan, parts.state.trainable))
     with pytest.raises(ValueError, match="the gradients are not finite: the run has diverged"):
-        gradients_of_rows(parts, broken, size=64)
+        gradients_of_rows(replace(parts, state=broken))
 
 
 @pytest.mark.slow  # compiles the backward pass of a backward pass
@@ -331,7 +331,7 @@ def test_held_out_rows_count_by_their_weights(place):
         def held_out_gradient(rows):
             Path("weighted.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             settings = {"data": "plain.jsonl", "held_out": "weighted.jsonl", "data.weight_column": "w"}
-            return gradients_of_rows(jaxft.prepare("config.py", **settings), size=512).held_out
+            return gradients_of_rows(jaxft.prepare("config.py", **settings)).held_out
 
         Path("plain.jsonl").write_text("".join(json.dumps({**row, "w": 1.0}) + "\n" for row in rows()))
         each = [held_out_gradient([{**row, "w": 1.0}]) for row in held]

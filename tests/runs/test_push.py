@@ -268,7 +268,7 @@ def sweep(run):
     [
         (unfinished, ("sft: this run is not finished",)),
         (truncated, ("adapter_model.safetensors: not a complete safetensors file",)),
-        (half_written, ("adapter_config.json.part", "did not finish")),
+        (half_written, ("adapter_config.json.part", "unfinished export")),
         (linked, ("LICENSE: not a regular file",)),
         (linked_picture, ("sft/training.png: not a regular file",)),
         (changed, ("adapter_config.json: the file has changed",)),

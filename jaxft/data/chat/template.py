@@ -24,7 +24,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 LONGEST_TEXT = 2 << 20  # characters of one text that is tokenised; each may take 500 bytes
-RENDER_SECONDS = 20.0  # that a template may take for one conversation
+RENDER_SECONDS = 20.0  # that a template may take for one conversation in the main thread of a process
 Span = tuple[int, int]  # a range of characters of a rendered text: first, one after the last
 PROBES = ("Qx7w", "Zk9y", "Jv5u")  # the contents of a question, a response and the next question
 PROBE_TOOLS = (
@@ -349,8 +349,9 @@ def render_messages(
 ) -> str:
     """Return the conversation as the template renders it, with the generation prompt if `generation`.
 
-    Raises jinja2.TemplateError or TypeError if the template rejects the messages, and UnusableTemplate if it
-    takes too long.
+    Raises jinja2.TemplateError or TypeError if the template rejects the messages and, in the main thread of a
+    process, UnusableTemplate if it takes more than RENDER_SECONDS. The server renders in other threads, which
+    have no time limit.
     """
     (text,), _ = _render(template, messages, tools, add_generation_prompt=generation)
     return text
@@ -420,8 +421,11 @@ class _TooSlow(Exception):
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise _TooSlow if the `with` block takes more than `seconds`. Works only in the main thread, which
-    receives signals, and does not interrupt a single operation of a template, such as 9**9**9.
+    """Raise _TooSlow if the `with` block takes more than `seconds`, in the main thread of a process.
+
+    Other threads receive no signals and have no limit. Data workers are processes, so that their rows have
+    one; the server's requests have none. It does not interrupt a single operation of a template, such as
+    9**9**9.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

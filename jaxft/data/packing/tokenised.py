@@ -184,8 +184,8 @@ class TokenisedRows:
         return ends[ends >= 0]
 
     def group_by(self, *pieces: int) -> Int[np.ndarray, " examples"]:
-        """Return each example's group number. Examples with the same tokens in all `pieces` (0: the prompt)
-        are in one group.
+        """Number the groups of examples that have the same tokens in all `pieces`; piece 0 is the prompt.
+        Return each example's number.
         """
         return number_groups(np.asarray(self.hashes)[:, list(pieces)])
 
@@ -200,8 +200,8 @@ class TokenisedRows:
         return np.array([xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts], np.uint64)
 
     def keys(self) -> tuple[str, ...]:
-        """Return a hash of each example's prompt and responses: all that its log-probs depend on, apart from
-        the model.
+        """Return a hash of each example's prompt and responses. With the same model, examples of one hash
+        have the same log-probs.
         """
         return tuple(self._key(i) for i in range(len(self)))
 

@@ -1,9 +1,9 @@
 """Rows before they are tokenised: files, hub datasets, formats, columns, mixtures.
 
-columns.py: names of columns; columns as text, messages and tools
-conversation.py: a row's prompt and responses, the same for every stage
+columns.py: names of columns and their synonyms; columns as text, tools and messages, whose roles it checks
+conversation.py: splits a row's messages into a prompt and responses, the same for every stage
 dataset_rows.py: files, folders and hub datasets
-example.py: rows as they are read; weights of rows and messages in the loss
+example.py: rows as they are read; which turns are trained (`loss_on`), weights of rows and messages
 format_choice.py: the choice of a dataset's format by its columns
 formats.py: the table of row formats and how each is read
 invalid.py: the error of an invalid row, counts of invalid rows that are left out

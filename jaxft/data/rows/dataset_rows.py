@@ -17,7 +17,7 @@ import xxhash
 
 from jaxft.data.progress import RowProgress
 from jaxft.data.rows import row_files
-from jaxft.data.rows.invalid import InvalidRows, attempt
+from jaxft.data.rows.invalid import InvalidRows, attempt, valid
 from jaxft.data.rows.remote import RemoteFile, is_remote, remote_batches, remote_files
 from jaxft.data.rows.row_files import Chunk, Outcome, Row
 from jaxft.data.rows.shipped import ROOT
@@ -123,23 +123,14 @@ def evaluation_split(ref: str) -> str | None:
     return next((f"{ref}:{name}" for name in _EVALUATION_SPLITS if name in splits), None)
 
 
-def read_rows(ref: str, invalid: InvalidRows | None = None) -> list[Row]:
+def read_rows(ref: str) -> list[Row]:
     """Return all rows of a file, a folder (its files by name) or `org/name[/config][:split]` on the hub.
 
-    invalid: receives the rows that cannot be read; without it the first of them is raised as InvalidRow,
-    which names file and line. Raises FileNotFoundError if `ref` is none of these, ValueError or OSError if a
-    file cannot be read, and ValueError if too many rows are invalid or the dataset is empty.
+    Raises FileNotFoundError if `ref` is none of these, ValueError or OSError if a file cannot be read,
+    InvalidRow, which names file and line, for the first invalid row, and ValueError without rows.
     """
-    rows: list[Row] = []
-    for row in chain.from_iterable(chunk.rows() for chunk in list_chunks(ref).chunks()):
-        if isinstance(row, Row):
-            rows.append(row)
-        elif invalid is None:
-            raise row
-        else:
-            invalid.add(row)
-    unreadable = invalid.total if invalid else 0
-    check_rows(ref, len(rows), unreadable, invalid or InvalidRows(None))
+    rows = list(map(valid, chain.from_iterable(chunk.rows() for chunk in list_chunks(ref).chunks())))
+    check_rows(ref, len(rows), 0, InvalidRows(None))
     return rows
 
 

@@ -37,7 +37,7 @@ class TokenRows:
 
 
 def attach_replacement(name: str, base: Any, node: Mapping[str, Any], token_ids: tuple[int, ...]) -> Any:
-    """Return what a model uses in place of the base's parameter `name`: an array, Replaced or TokenRows.
+    """Return the node that replaces the base's parameter `name`: an array, Replaced or TokenRows.
 
     node: the adapter's {"weight": array} or {"rows": array}. token_ids: the tokens of these rows.
     """

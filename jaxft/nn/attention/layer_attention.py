@@ -131,7 +131,7 @@ def window_of(a: AttentionLayers, kind: Array | None, length: int) -> Any:
 
 
 def attention_needs(a: AttentionLayers, length: int, packed: bool, branches: bool) -> AttentionNeeds:
-    """Return what a kernel must support to run these layers on rows of `length` tokens."""
+    """Return the features that a kernel needs to run these layers on rows of `length` tokens."""
     windowed = any(needed_window(kind.window, length) for kind in a.kinds)
     return AttentionNeeds(packed, branches, windowed, a.settings.softcap is not None)
 

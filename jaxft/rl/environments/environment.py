@@ -402,7 +402,7 @@ def _no_score(state: EpisodeState, task: Task) -> float | None:
 
 
 def checked_step(value: Any) -> StepResult:
-    """Return what a user's step returned as a StepResult. Raises WrongType."""
+    """Check the value that a user's step returned, and return it as a StepResult. Raises WrongType."""
     if not isinstance(value, tuple) or len(value) != 4:
         raise WrongType(f"step returned {short_repr(value)}, expected (observation, reward, done, state)")
     observation, reward, done, state = value

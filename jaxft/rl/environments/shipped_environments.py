@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from jaxft.annotations import above, at_least, check_bounds
-from jaxft.data.rows.columns import tool_schema
 from jaxft.rl.environments.environment import RowColumns
 from jaxft.rl.rewards import last_number
 
@@ -92,27 +91,6 @@ def calculator_rows(count: int, seed: int) -> list[RowColumns]:
     rng = random.Random(seed)
     orders = ("multiply", "add"), ("add", "multiply")
     return [_question(rng, rng.choice(orders))[0] for _ in range(count)]
-
-
-def calculator_demonstrations(count: int, seed: int, chained: float = 0.5) -> list[RowColumns]:
-    """Return `count` conversations that show the format of calls: rows for SFT, with tools.
-
-    chained: the fraction of conversations with two calls, of which about half call both tools and the others
-    one tool twice.
-    """
-    rng = random.Random(seed)
-    tools = [tool_schema(getattr(Calculator, name)) for name in OPERATORS]
-    rows = list[RowColumns]()
-    for _ in range(count):
-        row, calls = _question(rng, rng.choices(list(OPERATORS), k=1 + (rng.random() < chained)))
-        messages: list[RowColumns] = [{"role": "user", "content": row["prompt"]}]
-        for name, a, b, result in calls:
-            call = {"type": "function", "function": {"name": name, "arguments": {"a": a, "b": b}}}
-            messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
-            messages.append({"role": "tool", "name": name, "content": str(result)})
-        messages.append({"role": "assistant", "content": f"The answer is {row['answer']}."})
-        rows.append({"messages": messages, "tools": tools})
-    return rows
 
 
 def _question(rng: random.Random, names: Sequence[str]) -> tuple[RowColumns, list[tuple[str, int, int, int]]]:

@@ -147,8 +147,8 @@ def _regular(path: Path) -> Path:
 
 
 def _complete(folder: Path) -> str:
-    """Return what `folder` has: "adapter", "model" or "GGUF file". Raises FileNotFoundError or ValueError if
-    files of it are missing or damaged.
+    """Return the kind of `folder`: "adapter", "model" or "GGUF file". Raises FileNotFoundError or ValueError
+    if files of it are missing or damaged.
     """
     ggufs = sorted(folder.glob("*.gguf"))
     if (folder / "adapter_config.json").is_file():

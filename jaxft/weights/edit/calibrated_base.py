@@ -293,7 +293,7 @@ def codes_folder(name: str) -> Path:
 
 
 def codes_damage(name: str) -> str | None:
-    """Return what is wrong with the cached codes `name`; None if they are complete or not in the cache."""
+    """Return the damage to the cached codes `name`; None if they are complete or not in the cache."""
     folder = codes_folder(name)
     return folder_damage(folder) if folder.is_dir() else None
 
