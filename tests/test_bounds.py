@@ -136,7 +136,7 @@ def test_the_type_of_a_setting_is_shown_with_its_bounds():
         (lambda: World(length_bias=math.nan), "world.length_bias=nan; expected a finite number"),
         (lambda: Sampling(temperature=1e-5), "temperature=1e-05; expected 0, or at least 0.0001"),
         (lambda: Optim(lr=1e-40), "optim.lr=1e-40; expected 0, or from 1.2e-38"),
-        (lambda: Optim(lr_groups=(("q", -1.0),)), "optim.lr_groups=('q', -1.0); expected at least 0 as value 2"),
+        (lambda: Optim(lr_groups=(("q", -1.0),)), "optim.lr_groups=('q', -1.0); expected at least 0"),
         (lambda: Adapter(rank_pattern=(("q", 0),)), "expected at least 1 as value 2 in ('q', 0)"),
         (lambda: Combination("ties", (1.0,), density=0.0), "--density=0.0; expected above 0 and at most 1"),
         (lambda: Combination("cat", (1.0,), rank=2), "--rank 2 needs --method svd"),

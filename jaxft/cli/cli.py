@@ -65,8 +65,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help of options as it is written in the script, and the bounds of numbers."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shows_bounds = isinstance(action.type, Number)
-        return f"{action.help}, {bounds_of(action.type.kind)}" if shows_bounds else action.help
+        kind = action.type
+        return f"{action.help}, {bounds_of(kind.kind)}" if isinstance(kind, Number) else action.help
 
 
 class CommandParser(argparse.ArgumentParser):
