@@ -47,7 +47,7 @@ def config(
     loss: PairLossFunction = dpo,  # the loss of a pair
     beta: PairBeta = 0.1,
     reference: ReferenceSetting | None = None,
-    moving: MovingReference | None = None,  # TR-DPO: alpha,every of a reference that follows, as 0.6,512
+    moving: MovingReference | None = None,  # TR-DPO: alpha,every of a moving reference, 0.6,512 in the paper
     other: ReferenceKnobs = ReferenceKnobs(),
 ) -> Run:
     """Direct preference optimisation."""

@@ -129,6 +129,8 @@ def config(
     kind = critic or ("reward" if heads else "shared")
     penalty: Any = FixedKL(kl_coef, kl, other.penalty_reference)
     if kl_target is not None:
+        if not kl_coef:
+            raise ValueError("kl_target adapts kl_coef by factors, which needs a kl_coef above 0")
         horizon = 10_000 * prompts.passes
         penalty = AdaptiveKL(kl_coef, kl_target, horizon, kl, other.penalty_reference)
     rules = Rules(

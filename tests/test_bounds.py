@@ -16,6 +16,9 @@ from jaxft.annotations import (
     INSIDE_ZERO_AND_ONE,
     ZERO_TO_ONE,
     Bounds,
+    FiniteFloat,
+    Fraction,
+    PositiveInt,
     QuantKind,
     above,
     at_least,
@@ -66,6 +69,8 @@ class Section:
     rank: Annotated[int, at_least(1)] = 4
     rate: Annotated[float | None, ZERO_TO_ONE] = None
     every: Annotated[int | float, above(0), "save_every"] = 1
+    pair: tuple[Fraction, PositiveInt] | None = None
+    weights: tuple[FiniteFloat, ...] = ()
     kind: Literal["a", "b"] | None = "a"
     full: bool | None = None
 
@@ -90,6 +95,9 @@ def test_a_section_refuses_numbers_out_of_bounds_and_takes_none():
         ("rate", "x", "section.rate='x'; expected a number from 0 to 1, or none"),
         ("rate", math.nan, "section.rate=nan; expected a finite number from 0 to 1, or none"),
         ("every", "x", "section.save_every='x'; expected a number above 0"),
+        ("pair", (0.5, 0), "section.pair=(0.5, 0); expected at least 1 as value 2"),
+        ("pair", (0.5,), "section.pair=(0.5,); expected 2 values"),
+        ("weights", (1, math.inf), "section.weights=(1, inf); expected a finite number as value 2"),
         ("kind", "c", "section.kind='c'; use one of a, b, none"),
         ("full", 1, "section.full=1; use one of true, false, none"),
         ("full", "x", "section.full='x'; use one of true, false, none"),
@@ -118,6 +126,8 @@ def test_numbers_that_32_bits_do_not_hold_are_refused(section, name):
 def test_the_type_of_a_setting_is_shown_with_its_bounds():
     assert describe_kind(Annotated[int, at_least(1)]) == "int, at least 1"
     assert describe_kind(Annotated[float | None, ZERO_TO_ONE]) == "float or none, from 0 to 1"
+    assert describe_kind(Fraction | None) == "float or none, from 0 to 1"
+    assert describe_kind(tuple[Fraction, int]) == "a list a,b of float (from 0 to 1) and int"
     assert describe_kind(Annotated[str | None, one_of((None, "gold"))]) == "one of none, gold"
 
 

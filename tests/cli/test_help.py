@@ -98,6 +98,26 @@ def test_a_setting_a_knob_and_a_loss_are_answered_with_their_reference(monkeypat
     assert "preferences" in out.partition("\nTopics: ")[2]
 
 
+def test_every_meaning_of_a_name_is_listed_with_its_recipes(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "help", "beta")
+    assert code == 0 and "Knob of dpo, kto, online_dpo, llama31_8b_dpo, qwen3_8b_dpo\n  beta=0.1 " in out
+    assert "\n\nKnob of grpo, " in out and "factor of a KL penalty" in out and "\n\nKnob of simpo\n" in out
+    code, out, _ = call(monkeypatch, capsys, "help", "eps")
+    assert code == 0 and out.startswith("Knob of ppo\n  eps=none ") and "\n  optim.eps=none " in out
+    code, out, _ = call(monkeypatch, capsys, "help", "sft")
+    assert code == 0 and out.startswith("sft is a recipe: ")
+
+
+def test_a_section_and_an_option_of_another_tool_are_answered(monkeypatch, capsys):
+    for field in ("mesh.fsdp", "optim.clip", "sampling.top_p", "data.rules.scale"):
+        code, out, _ = call(monkeypatch, capsys, "help", field.rpartition(".")[0])
+        assert code == 0 and f"\n  {field}=" in out, field
+    code, out, _ = call(monkeypatch, capsys, "help", "learning_rate")
+    assert code == 0 and out.startswith("learning_rate is lr here") and "\n  lr=" in out
+    code, out, err = call(monkeypatch, capsys, "help", "batchsize")
+    assert code == 1 and not out and "near: batch_size" in err
+
+
 def test_the_reference_has_every_setting_recipe_function_and_command(monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "help", "--all")
     first = set(re.findall(r"^\| `([^`]+)` \|", out, re.MULTILINE))

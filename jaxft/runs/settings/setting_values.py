@@ -375,7 +375,7 @@ def describe_kind(kind: Any) -> str:
     if origin is tuple:
         pairs = any(typing.get_origin(a) is tuple for a in args)
         parts = typing.get_args(args[0]) if pairs else args
-        items = dict.fromkeys(describe_kind(a) for a in parts if a is not ...)
+        items = dict.fromkeys(_describe_item(a) for a in parts if a is not ...)
         return f"a list {'a:b,c:d' if pairs else 'a,b'} of " + " and ".join(items)
     if kind is bool:
         return "true or false"
@@ -384,6 +384,12 @@ def describe_kind(kind: Any) -> str:
     if is_callable(kind):
         return CALLABLE
     return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
+def _describe_item(kind: Any) -> str:
+    """Describe the annotation of a tuple's item, with its bounds in brackets."""
+    bounds = bounds_of(kind)
+    return describe_kind(kind) if bounds is None else f"{describe_kind(union_members(kind)[0])} ({bounds})"
 
 
 def _some_of(short: Collection[str]) -> str:
