@@ -25,32 +25,25 @@ NARROW = 48  # columns of a terminal below which two responses are one below the
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import (
-        COUNT,
-        SEED,
-        CommandParser,
-        add_compute_options,
-        add_sampling_options,
-        add_served_models,
-    )
+    from jaxft.cli import cli
 
-    parser = CommandParser(__doc__)
-    add_served_models(parser)
+    parser = cli.CommandParser(__doc__)
+    cli.add_served_models(parser)
     parser.add_argument("--use", help="the model to chat with, or two side by side: NAME,NAME")
     parser.add_argument("--system", default="", help="the system prompt")
-    add_sampling_options(parser)
+    cli.add_sampling_options(parser)
     parser.add_argument(
-        "--seed", type=SEED, help="random seed of every response (default: a new one for each)"
+        "--seed", type=cli.SEED, help="random seed of every response (default: a new one for each)"
     )
     parser.add_argument(
         "--max-prompt",
-        type=COUNT,
+        type=cli.COUNT,
         help="most tokens of the conversation (default 1024, or the model's positions less --max-new if "
         "fewer)",
     )
     parser.add_argument(
         "--max-new",
-        type=COUNT,
+        type=cli.COUNT,
         help="most tokens of a response (default 512, or half of the model's positions if fewer)",
     )
     parser.add_argument("--environment", help="play in an environment: a name, or file.py:Name")
@@ -60,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--template",
         help="with --environment or --tools: a chat template (default: --model's, or qwen without --model)",
     )
-    add_compute_options(parser)
+    cli.add_compute_options(parser)
     return parser
 
 

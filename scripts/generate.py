@@ -44,19 +44,13 @@ class Source(NamedTuple):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import (
-        COUNT,
-        DEFAULT_MODEL,
-        SEED,
-        CommandParser,
-        add_adapters,
-        add_compute_options,
-        add_sampling_options,
-    )
+    from jaxft.cli import cli
 
-    parser = CommandParser(__doc__)
-    parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT_MODEL})")
-    add_adapters(parser)
+    parser = cli.CommandParser(__doc__)
+    parser.add_argument(
+        "--model", help=f"the base model (default: the adapter's own, or {cli.DEFAULT_MODEL})"
+    )
+    cli.add_adapters(parser)
     parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; can be repeated")
     parser.add_argument("--file", help="a file of prompts")
@@ -67,12 +61,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", choices=SYSTEM, help="merge puts a system message into the user's turn")
     parser.add_argument("--raw", action="store_true", help="continue the prompt without the chat template")
     parser.add_argument(
-        "--max-new", type=COUNT, default=128, help="most tokens of a completion (default 128)"
+        "--max-new", type=cli.COUNT, default=128, help="most tokens of a completion (default 128)"
     )
-    add_sampling_options(parser)
-    parser.add_argument("--seed", type=SEED, default=0, help="random seed of sampling (default 0)")
+    cli.add_sampling_options(parser)
+    parser.add_argument("--seed", type=cli.SEED, default=0, help="random seed of sampling (default 0)")
     parser.add_argument(
-        "--batch", type=COUNT, default=8, help="prompts that are completed at the same time (default 8)"
+        "--batch", type=cli.COUNT, default=8, help="prompts that are completed at the same time (default 8)"
     )
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json-object", action="store_true", help="sample completions that are a JSON object")
@@ -82,7 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
     forms.add_argument(
         "--regex", metavar="PATTERN", help="sample completions that match this regular expression as a whole"
     )
-    add_compute_options(parser)
+    cli.add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     return parser
 

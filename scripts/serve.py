@@ -23,46 +23,42 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from jaxft.annotations import between
-    from jaxft.cli.cli import (
-        COUNT,
-        FROM_ZERO,
-        CommandParser,
-        Number,
-        add_compute_options,
-        add_served_models,
-    )
+    from jaxft.cli import cli
     from jaxft.data.chat.tool_calls import TOOL_FORMATS
 
-    parser = CommandParser(__doc__)
-    add_served_models(parser)
+    parser = cli.CommandParser(__doc__)
+    cli.add_served_models(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default 127.0.0.1)")
     parser.add_argument(
         "--port",
-        type=Number(Annotated[int, between(0, 65535)]),
+        type=cli.Number(Annotated[int, between(0, 65535)]),
         default=8000,
         help="the port to listen at (default 8000)",
     )
     parser.add_argument(
-        "--rows", type=COUNT, default=8, help="requests that are completed at the same time (default 8)"
+        "--rows", type=cli.COUNT, default=8, help="requests that are completed at the same time (default 8)"
     )
     parser.add_argument(
-        "--queue", type=FROM_ZERO, default=64, help="most waiting requests; more get status 429 (default 64)"
+        "--queue",
+        type=cli.FROM_ZERO,
+        default=64,
+        help="most waiting requests; more get status 429 (default 64)",
     )
     parser.add_argument(
         "--max-prompt",
-        type=COUNT,
+        type=cli.COUNT,
         help="most tokens of a prompt (default 1024, or the model's positions less --max-new if fewer)",
     )
     parser.add_argument(
         "--max-new",
-        type=COUNT,
+        type=cli.COUNT,
         help="most tokens of a completion (default 512, or half of the model's positions if fewer)",
     )
     parser.add_argument(
-        "--max-body", type=COUNT, default=1 << 20, help="most bytes of a request (default 1048576)"
+        "--max-body", type=cli.COUNT, default=1 << 20, help="most bytes of a request (default 1048576)"
     )
     parser.add_argument(
-        "--grace", type=COUNT, default=10, help="seconds for running requests when it stops (default 10)"
+        "--grace", type=cli.COUNT, default=10, help="seconds for running requests when it stops (default 10)"
     )
     parser.add_argument(
         "--tool-format",
@@ -70,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="how the model writes tool calls (default auto: as its chat template; none leaves them as text)",
     )
-    add_compute_options(parser)
+    cli.add_compute_options(parser)
     return parser
 
 

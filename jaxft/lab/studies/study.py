@@ -35,6 +35,7 @@ from jaxtyping import Array
 from jaxft.annotations import (
     ABOVE_ZERO_TO_ONE,
     INSIDE_ZERO_AND_ONE,
+    PositiveFloat,
     Seed,
     above,
     at_least,
@@ -128,7 +129,7 @@ class Study:
     name: str
     recipe: Run
     losses: Mapping[str, SearchedLoss]
-    lr: Values
+    lr: tuple[PositiveFloat, ...] | LogRange
     trials: Annotated[int, count_from(1)] = 6
     keep: Annotated[float, ABOVE_ZERO_TO_ONE] = 1 / 3
     seeds: tuple[Seed, ...] = (0, 1, 2)
@@ -162,8 +163,6 @@ class Study:
             )
         self._check_stages()
         _check_values("study", "lr", self.lr)
-        if isinstance(self.lr, tuple) and min(self.lr) <= 0:
-            raise ValueError(f"study.lr={self.lr}; use numbers above 0")
         for label, loss in self.losses.items():
             _check_loss(label, loss)
             self.trials_of(label)
