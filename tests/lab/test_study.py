@@ -353,7 +353,7 @@ WRONG = {
     "the same setting again": (dict(lr=LogRange(1e-4, 1e-4)), "study.trials=6, but ipo has only 1 settings"),
     "seeds": (dict(seeds=3), "study.seeds=3: expected a tuple of different seeds"),
     "a learning rate": (dict(lr=1e-4), "study: lr=0.0001; expected a LogRange, or a tuple of numbers"),
-    "a negative learning rate": (dict(lr=(1e-4, -1e-4)), "study.lr=0.0001,-0.0001; expected above 0 as value 2"),
+    "a negative learning rate": (dict(lr=(1e-4, -1e-4)), "study.lr=0.0001,-0.0001; expected above 0"),
     "a text": (
         dict(losses={"a": SearchedLoss(dpo, {"beta": ("0.1",)}), "b": SearchedLoss(ipo)}),
         "study.losses[a]: beta has the value '0.1'; use finite numbers",
