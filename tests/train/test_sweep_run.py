@@ -285,7 +285,7 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
         ),
         (
             ["--over", "lr=1,2", "--at-once", "2", "adapter.modules_to_save=norm,"],
-            "share these parameters of the base; use --at-once 1, got 2",
+            "possible only for one adapter at a time; use --at-once 1, got 2",
         ),
         (
             ["--over", "lr=1,2", "--at-once", "2", "adapter.targets=q,embed"],
