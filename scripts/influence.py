@@ -34,7 +34,7 @@ SHOWN = 10  # rows of each kind that are printed
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from jaxft.annotations import PositiveFraction
-    from jaxft.cli.cli import COUNT, CommandParser, Number
+    from jaxft.cli.cli import COUNT, Bounded, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument(
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--through", type=COUNT, metavar="STEPS", help="weights of the sources, by gradients through training"
     )
     parser.add_argument(
-        "--keep", type=Number(PositiveFraction), help="the fraction of the training rows to write to --out"
+        "--keep", type=Bounded(PositiveFraction), help="the fraction of the training rows to write to --out"
     )
     parser.add_argument(
         "--out", type=Path, help="file for the rows of highest influence (default: in the run)"

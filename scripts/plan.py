@@ -43,7 +43,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from jaxft.annotations import NonNegativeFloat
-    from jaxft.cli.cli import COUNT, CommandParser, Number
+    from jaxft.cli.cli import COUNT, Bounded, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument(
@@ -52,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--devices", nargs="+", help="one or several machines, such as h100:1, 3090 or 24gb")
     parser.add_argument("--hours", action="store_true", help="print the hours of the run, for its rows")
     parser.add_argument(
-        "--price", type=Number(NonNegativeFloat), help="price per device and hour: print hours and cost"
+        "--price", type=Bounded(NonNegativeFloat), help="price per device and hour: print hours and cost"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON line per plan, in bytes and seconds"

@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default 127.0.0.1)")
     parser.add_argument(
         "--port",
-        type=cli.Number(Annotated[int, between(0, 65535)]),
+        type=cli.Bounded(Annotated[int, between(0, 65535)]),
         default=8000,
         help="the port to listen at (default 8000)",
     )

@@ -34,11 +34,11 @@ READER_GONE = 141  # exit code if the reader of the output has ended (`| head`),
 
 
 @dataclass(frozen=True)
-class Number:
+class Bounded:
     """The `type` of an option that takes a number with bounds, which errors and `--help` show. kind: an
     annotation such as PositiveInt.
 
-    >>> Number(PositiveInt)("8")
+    >>> Bounded(PositiveInt)("8")
     8
     """
 
@@ -58,7 +58,7 @@ class Number:
         return number
 
 
-COUNT, FROM_ZERO, SEED = Number(PositiveInt), Number(NonNegativeInt), Number(Seed)
+COUNT, FROM_ZERO, SEED = Bounded(PositiveInt), Bounded(NonNegativeInt), Bounded(Seed)
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -66,7 +66,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         kind = action.type
-        return f"{action.help}, {bounds_of(kind.kind)}" if isinstance(kind, Number) else action.help
+        return f"{action.help}, {bounds_of(kind.kind)}" if isinstance(kind, Bounded) else action.help
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -114,17 +114,17 @@ def add_sampling_options(
 ) -> None:
     """Add --temperature, --top-k, --top-p and --min-p. greedy: the default of --temperature."""
     options.add_argument(
-        "--temperature", type=Number(AnyTemperature), default=greedy, help="0 (the default) is greedy"
+        "--temperature", type=Bounded(AnyTemperature), default=greedy, help="0 (the default) is greedy"
     )
     options.add_argument("--top-k", type=COUNT, help="sample from the K most likely tokens")
     options.add_argument(
         "--top-p",
-        type=Number(PositiveFraction),
+        type=Bounded(PositiveFraction),
         help="sample from the most likely tokens with this total probability",
     )
     options.add_argument(
         "--min-p",
-        type=Number(Fraction),
+        type=Bounded(Fraction),
         help="sample from tokens at least this fraction as likely as the likeliest",
     )
 

@@ -67,7 +67,7 @@ def test_settings_that_a_file_does_not_have_are_those_of_transformers(kind):
         ("olmo3", {"layer_types": ["chunked_attention"] * 8}, "'chunked_attention' is not supported"),
         ("granite", {"attention_multiplier": 0}, "attention_multiplier=0; expected above 1e-37"),
         ("granite", {"logits_scaling": "8"}, "logits_scaling='8'; expected a number"),
-        ("granite", {"residual_multiplier": float("nan")}, "residual_multiplier must be finite"),
+        ("granite", {"residual_multiplier": float("nan")}, "residual_multiplier=nan; expected a finite"),
         ("exaone4", {"sliding_window_pattern": "LLLG"}, "sliding_window_pattern='LLLG' is not supported"),
         ("exaone4", {"sliding_window": None, "layer_types": [SLIDING] * 8}, "but sliding_window is null"),
         ("internlm3", {"qkv_bias": True, "bias": False}, "qkv_bias=True with bias=False is not supported"),
