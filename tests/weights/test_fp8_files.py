@@ -141,7 +141,10 @@ def two_groups(config):
 
 @pytest.mark.parametrize(
     "change, message",
-    [(static, "calibrated scales of activations"), (two_groups, "2 groups of layers whose weights have different formats")],
+    [
+        (static, "calibrated scales of activations"),
+        (two_groups, "2 groups of layers whose weights have different formats"),
+    ],
 )
 def test_groups_that_jaxft_does_not_read_are_one_line(tmp_path, change, message):
     folder, _ = write_compressed(tmp_path / "packed", "channel")
