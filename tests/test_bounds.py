@@ -135,6 +135,7 @@ def test_the_type_of_a_setting_is_shown_with_its_bounds():
     ("make", "message"),
     [
         (lambda: MeshShape(data=0), "mesh.data=0; expected -1, or at least 1"),
+        (lambda: MeshShape(-2), "mesh.data=-2; expected -1, or at least 1"),
         (lambda: MeshShape(tensor=2.5), "mesh.tensor=2.5; expected a whole number"),
         (lambda: MeshShape(fsdp=-1), "mesh.data and mesh.fsdp are -1"),
         (lambda: HarnessSettings(batch=0), "batch=0; expected at least 1"),
