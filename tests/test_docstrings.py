@@ -3,6 +3,9 @@
 import doctest
 import importlib
 import inspect
+import operator
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,14 @@ WITH_EXAMPLES = sorted(
     for path in REPO.glob("jaxft/**/*.py")
     if ">>> " in path.read_text()
 )
+LOAD_WEIGHTS = ("jaxft.train.python_api",)  # of SmolLM2-135M, and compile it
 # What READMEs, recipes and notebooks call: each has an example in its docstring.
 ENTRY_POINTS = [  # module:name
     "jaxft.annotations:check_bounds",
+    "jaxft.data.pairs:PairRows",
+    "jaxft.data.sft:Rows",
+    "jaxft.engine.session:generate",
+    "jaxft.lab.studies.study:Study",
     "jaxft.nn.adapters.lora:attach",
     "jaxft.nn.adapters.lora_specs:adapter_specs",
     "jaxft.nn.param:ParamSpec",
@@ -29,6 +37,7 @@ ENTRY_POINTS = [  # module:name
     "jaxft.objectives.policy:policy",
     "jaxft.objectives.preference:preference",
     "jaxft.objectives.reward_model:process_reward",
+    "jaxft.objectives.reward_model:reward",
     "jaxft.objectives.sft:sft",
     "jaxft.optim.optimizer:make_optimizer",
     "jaxft.optim.rules:adamw",
@@ -36,14 +45,17 @@ ENTRY_POINTS = [  # module:name
     "jaxft.report.statistics:paired_difference",
     "jaxft.report.statistics:power",
     "jaxft.rl.advantages:grpo",
+    "jaxft.rl.environments.environment:Environment",
     "jaxft.rl.environments.environment:environment_of",
     "jaxft.rl.environments.tools:parse_turn",
     "jaxft.rl.estimators:by_group",
     "jaxft.rl.play:rollout",
     "jaxft.rl.rewards:reward_of",
+    "jaxft.rl.rollout:Rollouts",
+    "jaxft.rl.rollout_rules:Rules",
     "jaxft.rl.token_weights:sequence_mean",
+    "jaxft.runs.trackers:Tracker",
     "jaxft.train:__call__",
-    "jaxft.train.export.export:check_format",
     "jaxft.train.programs:abstract",
     "jaxft.train.python_api:evaluate_model",
     "jaxft.train.python_api:load_model",
@@ -59,14 +71,28 @@ ENTRY_POINTS = [  # module:name
     "jaxft.weights.pretrained:model_for",
     "jaxft.weights.tensors:tensors_of",
 ]
+# Their examples need a run or a model, and are indented code that no test runs.
+NEED_A_RUN = [
+    "jaxft.engine.session:complete",
+    "jaxft.train.export.export:export_model",
+    "jaxft.train.python_api:LoadedModel",
+    "jaxft.train.python_api:LoadedModel.generate",
+    "jaxft.train.python_api:Prepared",
+    "jaxft:Result",
+]
 
 
 def object_of(name):
     module, _, member = name.partition(":")
-    return getattr(importlib.import_module(module), member)
+    return operator.attrgetter(member)(importlib.import_module(module))
 
 
-@pytest.mark.parametrize("module", WITH_EXAMPLES)
+@pytest.mark.parametrize(
+    "module",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LOAD_WEIGHTS else name for name in WITH_EXAMPLES
+    ],
+)
 def test_examples_in_docstrings_print_what_they_show(module):
     failed, tried = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
     assert tried and not failed
@@ -75,6 +101,12 @@ def test_examples_in_docstrings_print_what_they_show(module):
 @pytest.mark.parametrize("name", ENTRY_POINTS)
 def test_a_public_entry_point_has_an_example(name):
     assert ">>> " in inspect.getdoc(object_of(name))
+
+
+@pytest.mark.parametrize("name", NEED_A_RUN)
+def test_an_entry_point_that_needs_a_run_has_an_indented_example(name):
+    blocks = re.findall(r"(?<=\n\n)(?: {4}.*\n| *\n)+", inspect.getdoc(object_of(name)) + "\n")
+    compile(textwrap.dedent(blocks[0]), name, "exec")
 
 
 def test_a_file_of_functions_with_short_names_has_an_example():

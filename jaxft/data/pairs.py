@@ -55,6 +55,12 @@ class PairRows(DataSettings):
     even distances between them are read. best_first: whether responses without ratings are listed from the
     best to the worst; if not, a row without ratings is invalid. Other fields: see DataSettings; batch counts
     pairs.
+
+    >>> data = PairRows("pairs.jsonl", held_out=0.1, max_length=512, too_long="drop", batch=16, micro=4)
+    >>> data.kinds
+    ('chosen', 'rejected')
+    >>> PairRows("ranked.jsonl", responses=4).kinds
+    ('chosen', 'rejected', 'rank_2', 'rank_3')
     """
 
     max_length: Annotated[int, at_least(2)] = 1024

@@ -56,6 +56,14 @@ class Rows(DataSettings):
     the same weight, "sequence" every example; a column `weight` multiplies them. sample_by: the part of a
     text file that is one row: "document" (all of it, or a part between lines <|endoftext|>), "paragraph" or
     "line". Other fields: see DataSettings; batch counts packed rows, or examples without packing.
+
+        data = Rows("rows.jsonl", held_out="test.jsonl", loss_on="completion", max_length=512, batch=16)
+        run = Run("mine", weights, model_for(weights), sft, data)
+        books = Rows("books/", too_long="split", packing="wrapped", sample_by="paragraph")
+
+    >>> Rows("rows.jsonl", too_long="cut")
+    Traceback (most recent call last):
+    ValueError: data.too_long='cut'; use one of truncate, split, drop, error
     """
 
     loss_on: Annotated[str, one_of(loss_mask.LOSS_ON)] = "assistant"

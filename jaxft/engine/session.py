@@ -424,6 +424,13 @@ def complete(
     numbers: numbers of the prompts, for their random keys; by default their indices. is_enough: called with
     the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends the completion, for stop
     strings. ended: called with how many completions have ended since its last call.
+
+    Four completions of each of two prompts, with a `model` and its `params`:
+
+        decoding = Decoding(model, Sampling(max_new=16, temperature=1.0), stop=(2,), group=4)
+        engine = compile_engine(decoding, params, slots_for(prompts=2, group=4, longest=3))
+        tokens, logps = complete(Session(engine, params, jax.random.key(0)), [[1, 5, 7], [1]])
+        tokens.shape  # (2, 4, 16)
     """
     d = session.engine.decoding
     group, new = d.group, d.sampling.max_new
@@ -453,10 +460,18 @@ def generate(session: Session, prompts: Sequence[Sequence[int]]) -> list[list[in
 
     Raises ValueError for an empty prompt, and where logits are not finite.
 
-    With `params` of a `model` whose stop token is 2, and prompts of at most 3 tokens:
-
-        engine = compile_engine(Decoding(model, Sampling(max_new=16), stop=(2,)), params, slots_for(1, 1, 3))
-        generate(Session(engine, params), [[1, 2, 3]])
+    >>> import jax.numpy as jnp
+    >>> from jaxft.engine.programs import compile_engine
+    >>> from jaxft.engine.state import Decoding, slots_for
+    >>> from jaxft.models.families.llama import LlamaConfig, llama
+    >>> from jaxft.nn.param import init_params
+    >>> sizes = {"vocab": 16, "width": 8, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp": 8}
+    >>> model = llama(LlamaConfig(**sizes, max_positions=32), jnp.float32)
+    >>> params = init_params(model.specs, jax.random.key(0))
+    >>> decoding = Decoding(model, Sampling(max_new=4), stop=())
+    >>> engine = compile_engine(decoding, params, slots_for(prompts=2, group=1, longest=3))
+    >>> [len(completion) for completion in generate(Session(engine, params), [[1, 5, 7], [1]])]
+    [4, 4]
     """
     for number, prompt in enumerate(prompts, 1):
         if not prompt:

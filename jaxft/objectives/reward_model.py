@@ -118,6 +118,16 @@ def reward(
 
         objective = reward(with_scalar_head(model), margin="score", center=0.01)
         loss, metrics = objective(params, batch, None, {})
+
+    A batch of one pair with a margin of 1, whose rewards are 2 and 0; bradley_terry(2, 0, 1) is 0.313:
+
+    >>> one, absent = jnp.ones((1, 1)), dict.fromkeys(UNUSED)
+    >>> pairs = Pairs(**absent, lengths=jnp.ones((1, 1, 2), jnp.int32), mean_lengths=jnp.ones((1, 1, 2)),
+    ...     pair_weights=one, index=jnp.zeros((1, 1), jnp.int32), columns={"margin": one})
+    >>> outputs = Outputs({"chosen": 2 * one, "rejected": 0 * one}, pairs)
+    >>> loss, metrics = reward(model=None, margin="margin").loss(outputs, {})
+    >>> round(float(loss), 3)
+    0.313
     """
     if not 0 <= center < float("inf"):
         raise ValueError(f"center={center}: expected a finite number of at least 0")

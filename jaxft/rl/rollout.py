@@ -165,6 +165,13 @@ class Rollouts(Prompts):
     folder of a run whose recorded rollouts, of the same prompts, are used in place of new ones; held-out
     prompts are still sampled. observations: whether a batch has weights of the tokens that episodes were
     given, for the objective policy.echo. Other fields: see Prompts.
+
+    >>> from jaxft.rl.environments.shipped_environments import Calculator
+    >>> from jaxft.rl.rewards import EnvironmentReward
+    >>> rules = Rules((EnvironmentReward(),))
+    >>> data = Rollouts("sums.jsonl", rules=rules, environment=Calculator, max_turns=3, max_new=64, group=4)
+    >>> data.played.name, data.episode_length  # tokens after the prompt
+    ('Calculator', 192)
     """
 
     rules: Rules

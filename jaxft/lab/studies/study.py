@@ -124,6 +124,12 @@ class Study:
     pairs: rewards/accuracies, or rewards/margins in nats. margin: the largest difference of the metric that
     does not matter, for tests of equivalence; None for no test. tuning: fraction of the held-out prompts on
     which settings are selected; losses are compared on the others. evaluations: how many a full run has.
+
+    >>> from jaxft.objectives.losses.preference_losses import dpo, ipo
+    >>> losses = {"dpo": SearchedLoss(dpo, {"beta": LogRange(0.03, 0.3)}), "ipo": SearchedLoss(ipo)}
+    >>> study = Study("dpo-or-ipo", study_recipe("dpo", "loop.steps=26"), losses, lr=LogRange(2e-5, 2e-4))
+    >>> study.trials, study.seeds
+    (6, (0, 1, 2))
     """
 
     name: str

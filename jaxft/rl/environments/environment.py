@@ -102,6 +102,18 @@ class Environment:
     environments, by the value of a row's column `environment`; {} where all rows have `schemas`. tool_errors:
     exceptions of tools that are returned to the model; others exclude the episode. owner(state) -> the object
     that rewards with an argument `environments` read.
+
+    A class or a function is shorter, see environment_of. Written out, with the number of turns as the state:
+
+    >>> def step(turns, text, task):
+    ...     answer = ({"role": "user", "content": "Are you sure?"},)
+    ...     return StepResult(answer, reward=float("yes" in text), done=turns == 1, state=turns + 1)
+    >>> doubt = Environment(
+    ...     "doubt", lambda row, task: Beginning(None, state=0), step, tools=lambda turns: {}, schemas=(),
+    ...     score=lambda turns, task: None,
+    ... )
+    >>> doubt.step(1, "yes", None).done
+    True
     """
 
     name: str
