@@ -5,7 +5,7 @@ r"""Llama-3.1-8B-Instruct, LoRA or in full, on one GPU or sharded over several.
         quant=nf4 micro=16 remat=full   # 8.2 GiB
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true mesh.fsdp=8
     python scripts/train.py --config configs/llama31_8b_sft.py data=rows.jsonl full=true params=bfloat16 \
-        fused_backward=true batch=1 micro=1 remat=full   # 18.4 GiB
+        fused_backward=true batch=1 micro=1 remat=full   # 20.8 GiB
 
 A step has 16 packed rows of 4096 tokens in `micro` microbatches. Needs access to the model on the hub
 (HF_TOKEN).

@@ -32,7 +32,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'jaxft' has no attribute {name!r}; it has {', '.join(_LAZY)}")
     if name != "train":
-        importlib.import_module("jaxft.cli.cli").quiet()  # before jax is imported
+        importlib.import_module("jaxft.runs.terminal").quiet()  # before jax is imported
     module, attribute = _LAZY[name]
     imported = importlib.import_module(module)
     return getattr(imported, attribute) if attribute else imported

@@ -63,7 +63,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import cli
+    from jaxft.runs import terminal
 
-    cli.quiet()
-    sys.exit(cli.one_line_errors(main))
+    terminal.quiet()
+    sys.exit(terminal.one_line_errors(main))

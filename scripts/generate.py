@@ -20,26 +20,11 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 SYSTEM = ("turn", "merge")
-
-
-class Source(NamedTuple):
-    """Weights to load. ref: the base model. adapter, tokenizer: their folders. dtype: of the computation.
-    residual: dtype of the residual stream, None for the model's default. quant: quantisation of the base.
-    record: the run's config.json, None without a run.
-    """
-
-    ref: str
-    adapter: Path | None
-    tokenizer: str
-    dtype: str
-    residual: str | None
-    quant: Any
-    record: dict[str, Any] | None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = cli.CommandParser(__doc__)
     parser.add_argument(
-        "--model", help=f"the base model (default: the adapter's own, or {cli.DEFAULT_MODEL})"
+        "--model", help=f"the base model (default: the adapter's, or {cli.DEFAULT_MODEL})"
     )
     cli.add_adapters(parser)
     parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
@@ -61,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", choices=SYSTEM, help="merge puts a system message into the user's turn")
     parser.add_argument("--raw", action="store_true", help="continue the prompt without the chat template")
     parser.add_argument(
-        "--max-new", type=cli.COUNT, default=128, help="most tokens of a completion (default 128)"
+        "--max-new", type=cli.COUNT, default=128, help="maximum tokens of a completion (default 128)"
     )
     cli.add_sampling_options(parser)
     parser.add_argument("--seed", type=cli.SEED, default=0, help="random seed of sampling (default 0)")
@@ -94,46 +79,38 @@ def arguments() -> argparse.Namespace:
         parser.error("--raw uses no chat template; omit --chat-template-kwargs and --system")
     if args.columns and (not args.file or args.file.endswith(".txt")):
         parser.error("--columns renames columns of a --file that has columns, such as rows.jsonl")
-    if args.run is not None:
-        from jaxft.runs.folder_copies import local_folder
-
-        args.run = local_folder(args.run)
     return args
 
 
-def sources_of(args: argparse.Namespace) -> dict[str, Source]:
-    """Return adapter -> Source for the models that the command line names."""
-    from jaxft.cli.cli import DEFAULT_MODEL
-    from jaxft.runs import loaded_weights
-
-    named = loaded_weights.named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
-    for line in (line for weights in named.values() for line in weights.notes):
-        print(line, file=sys.stderr)
-    dtype, residual = (
-        loaded_weights.common_dtype(named, args.dtype),
-        loaded_weights.common_residual(named, args.dtype),
-    )
-    quant = loaded_weights.common_quant(named, args.quant)
-    return {
-        name: Source(weights.ref, weights.adapter, weights.tokenizer, dtype, residual, quant, weights.record)
-        for name, weights in named.items()
-    }
-
-
-def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
-    """Return the prompts of --prompt and --file as training reads them: a conversation, or plain text."""
-    from jaxft.data.packing.row_tasks import rename_columns
+def prompt_options(args: argparse.Namespace, record: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the settings by which rows become prompts: the run's, which the options replace. record: the
+    run's config.json, None without a run.
+    """
     from jaxft.data.rows.conversation import PLAIN
-    from jaxft.data.rows.dataset_rows import find_data, read_rows
-    from jaxft.data.rows.format_choice import prompt_of, split_column
-    from jaxft.data.rows.row_files import Row
+    from jaxft.runs.loaded_weights import prompt_settings
 
-    is_plain = args.raw or (source.record and source.record["data"].get("format") == PLAIN)
-    if is_plain and (args.chat_template_kwargs or args.system):
+    data = prompt_settings(record, args.columns)
+    if args.raw:
+        data["format"] = PLAIN
+    if data.get("format") == PLAIN and (args.chat_template_kwargs or args.system):
         raise ValueError(
             "--raw, or a run with data.format=plain, uses no chat template; omit --chat-template-kwargs and "
             "--system"
         )
+    if args.chat_template_kwargs is not None:
+        items = (item.strip() for item in args.chat_template_kwargs.split(","))
+        data["chat_template_kwargs"] = tuple(item for item in items if item)
+    return {**data, "system": args.system} if args.system else data
+
+
+def prompts_of(args: argparse.Namespace, data: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return (name, prompt) for --prompt and --file as training reads them: a conversation, or plain text.
+    data: see prompt_options.
+    """
+    from jaxft.data.rows.dataset_rows import find_data, read_rows
+    from jaxft.data.rows.row_files import Row
+    from jaxft.train.evaluate.completer import prompts_of_rows
+
     rows = [Row("--prompt", {"prompt": text}) for text in args.prompt]
     if args.file and args.file.endswith(".txt"):
         path = find_data(args.file)
@@ -146,23 +123,15 @@ def prompts_of(args: argparse.Namespace, source: Source) -> list[Any]:
             raise ValueError(f"--file {args.file}: {error}; convert it to UTF-8") from error
         rows += [Row(f"{path.name}:{number}", {"prompt": line}) for number, line in lines if line.strip()]
     elif args.file:
-        columns = setting_of(args.columns, source, "columns")
-        for row in read_rows(args.file):
-            present = [item for item in columns if split_column(item)[1] in row.fields]
-            rows.append(rename_columns(row, present))
-    strings = all(isinstance(row.fields.get("prompt"), str) for row in rows)
+        rows += read_rows(args.file)
+    if not rows:
+        raise ValueError(f"--file {args.file}: no prompts in it; add one per line or row")
     try:
-        return [prompt_of(row, PLAIN if is_plain else "auto") for row in rows]
+        return prompts_of_rows(rows, data)
     except ValueError as error:
+        strings = all(isinstance(row.fields.get("prompt"), str) for row in rows)
         hint = "; --raw takes prompts that are strings" if args.raw and not strings else ""
         raise ValueError(f"{error}{hint}") from error
-
-
-def setting_of(option: str | None, source: Source, name: str) -> tuple[str, ...]:
-    """Return the items of an option, separated by commas; for None, data.NAME of the run's settings."""
-    if option is not None:
-        return tuple(item.strip() for item in option.split(",") if item.strip())
-    return tuple(source.record["data"].get(name, ())) if source.record else ()
 
 
 def grammar_of(args: argparse.Namespace) -> str:
@@ -185,136 +154,66 @@ def grammar_of(args: argparse.Namespace) -> str:
     return json_grammar(schema)
 
 
-def encode(args: argparse.Namespace, prompts: list[Any], tokenizer: Any, source: Source) -> list[list[int]]:
-    """Return the token ids of each prompt, as in training."""
-    from jaxft.data.chat.loss_mask import example_prompt_ids
-    from jaxft.data.row_settings import DATE, TURN, TemplateSettings
-    from jaxft.data.rows.example import Chat
-    from jaxft.data.rows.invalid import valid
-
-    if not tokenizer.chat_template and any(isinstance(prompt, Chat) for prompt in prompts):
-        note = "the model has no chat template, so prompts are written as '### Instruction: ...'"
-        print(f"{note}; --raw continues them as plain text", file=sys.stderr)
-    data = source.record["data"] if source.record else {}
-    settings = TemplateSettings(
-        data.get("date", DATE),
-        setting_of(args.chat_template_kwargs, source, "chat_template_kwargs"),
-        args.system or data.get("system", TURN),
-    )
-    return [valid(ids) for ids in example_prompt_ids(prompts, tokenizer, settings)]
-
-
-def completions(
-    args: argparse.Namespace, sources: dict[str, Source], prompts: dict[str, list[Any]]
-) -> list[dict[str, Any]]:
+def completions(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Load the model, and complete every prompt with every adapter. Return described() for each completion,
-    in the order of the prompts. sources, prompts: by the name of the adapter.
+    in the order of the prompts.
     """
     import jax
-    import jax.numpy as jnp
 
+    from jaxft.cli.cli import DEFAULT_MODEL
+    from jaxft.data.rows.example import Chat
     from jaxft.distributed import sharding
-    from jaxft.engine.programs import Engine, compile_engine
-    from jaxft.engine.sampling import Sampling
-    from jaxft.engine.session import RequestSettings, Session, generate
-    from jaxft.engine.state import Decoding, slots_for
-    from jaxft.models.adapted import adapted
+    from jaxft.engine.sampling import requested_sampling
+    from jaxft.runs.loaded_weights import load_each, named_adapters, template_settings
     from jaxft.serve.constraint import compile_grammar
-    from jaxft.weights import pretrained
-    from jaxft.weights.hf.hf_read import stop_tokens
+    from jaxft.train.evaluate.completer import Completer, encode_prompts
 
-    sampling = Sampling(args.max_new, args.temperature, args.top_k, args.top_p, args.min_p)
-    grammar = grammar_of(args)
-    tokenizers = {name: pretrained.load_tokenizer(source.tokenizer) for name, source in sources.items()}
-    ids = {name: encode(args, prompts[name], tokenizers[name], sources[name]) for name in sources}
-    source = next(iter(sources.values()))
+    sampling, grammar = requested_sampling(args), grammar_of(args)
+    named = named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
+    for line in (line for weights in named.values() for line in weights.notes):
+        print(line, file=sys.stderr)
+    data = {name: prompt_options(args, weights.record) for name, weights in named.items()}
+    prompts = {name: prompts_of(args, settings) for name, settings in data.items()}
+    completer, ids, results = Completer(args.batch, args.seed, args.kv_cache), {}, []
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        model = pretrained.model_for(source.ref, dtype=jnp.dtype(source.dtype), residual=source.residual)
-        for line in pretrained.file_notes(source.ref, model):
+        loaded = load_each(named, mesh, args.dtype, args.quant)
+        for line in (line for item in loaded.values() for line in item.notes):
             print(line, file=sys.stderr)
-        longest, limit = (
-            max(len(x) for of_adapter in ids.values() for x in of_adapter),
-            model.config.max_positions,
-        )
-        for of_adapter in ids.values():
-            pretrained.check_token_id(
-                source.ref, max(max(x, default=0) for x in of_adapter), model.config.vocab
+        for name, item in loaded.items():
+            if not item.tokenizer.chat_template and any(isinstance(x, Chat) for _, x in prompts[name]):
+                note = "the model has no chat template, so prompts are written as '### Instruction: ...'"
+                print(f"{note}; --raw continues them as plain text", file=sys.stderr)
+            ids[name] = encode_prompts(item, prompts[name], template_settings(data[name]), args.max_new)
+        begin, count = time.perf_counter(), 0
+        for name, item in loaded.items():
+            form = compile_grammar(grammar, item.tokenizer, item.stop) if grammar else None
+            rows = completer.complete(item, ids[name], sampling, grammar=form)[:, 0]
+            tokens = [row[row >= 0].tolist() for row in rows]
+            count += sum(map(len, tokens))
+            by = name if len(named) > 1 else ""
+            results.append(
+                [described(x, item, new, by) for (_, x), new in zip(prompts[name], tokens, strict=True)]
             )
-        if longest + args.max_new > limit:
-            raise ValueError(
-                f"a prompt of {longest} tokens plus --max-new {args.max_new} exceeds the {limit} positions; "
-                "use a smaller --max-new or shorter prompts"
-            )
-        stops = {name: stop_tokens(source.ref, model, tokenizers[name]) for name in sources}
-        forms = {name: compile_grammar(grammar, tokenizers[name], stops[name]) for name in sources if grammar}
-        base = {"base": pretrained.load_frozen(source.ref, model, mesh, source.quant)}
-        adapters, settings = load_adapters(sources, model, base["base"], mesh)
-        whole, begin = adapted(model, settings), time.perf_counter()
-        engines, new_ids = dict[tuple[int, ...], Engine](), dict[str, list[list[int]]]()
-        for name, stop in stops.items():
-            params = {**base, **adapters[name]}
-            if stop not in engines:
-                decoding = Decoding(whole, sampling, stop, cache=args.kv_cache, constrained=bool(grammar))
-                slots = slots_for(len(ids[name]), 1, longest, args.batch)
-                engines[stop] = compile_engine(decoding, params, slots, mesh)
-            choice = RequestSettings(sampling, stop, grammar=forms.get(name))
-            session = Session(engines[stop], params, jax.random.key(args.seed), choice=choice)
-            new_ids[name] = generate(session, ids[name])
-    count, seconds = (
-        sum(len(new) for of_adapter in new_ids.values() for new in of_adapter),
-        time.perf_counter() - begin,
-    )
-    print(f"{count} tokens in {seconds:.1f} s, including compilation", file=sys.stderr)
-    results = {
-        name: [
-            described(prompt, tokenizers[name], new, stops[name], name if len(sources) > 1 else "")
-            for prompt, new in zip(prompts[name], new_ids[name], strict=True)
-        ]
-        for name in sources
-    }
-    return [result for of_prompt in zip(*results.values(), strict=True) for result in of_prompt]
+    print(f"{count} tokens in {time.perf_counter() - begin:.1f} s, including compilation", file=sys.stderr)
+    return [result for of_prompt in zip(*results, strict=True) for result in of_prompt]
 
 
-def load_adapters(
-    sources: dict[str, Source], model: Any, base: Any, mesh: Any
-) -> tuple[dict[str, dict[str, Any]], Any]:
-    """Return (adapter -> parameters to add to the base, the settings of a single adapter).
-
-    The parameters of several adapters are padded to the same shapes, and their settings are None.
-    """
-    from jaxft.runs import loaded_weights
-    from jaxft.weights import pretrained
-    from jaxft.weights.peft import adapter_folders
-
-    if len(sources) == 1:
-        ((name, source),) = sources.items()
-        if source.adapter is None:
-            return {name: {}}, None
-        pretrained.check_adapter_base(source.adapter, source.ref)
-        params, settings = adapter_folders.load_adapter(source.adapter, model, mesh, source.ref)
-        return {name: {"adapter": params}}, settings
-    folders = {name: source.adapter for name, source in sources.items() if source.adapter is not None}
-    ref = next(iter(sources.values())).ref
-    loaded = loaded_weights.load_equal_adapters(folders, ref, model, base, mesh)
-    return {name: {"adapter": tree} for name, tree in loaded.items()}, None
-
-
-def described(
-    prompt: Any, tokenizer: Any, new: list[int], stop: tuple[int, ...], name: str
-) -> dict[str, Any]:
-    """Return a completion as a JSON object. new: its token ids. stop: ids that end a completion. name: of its
-    adapter, "" for a single model.
+def described(prompt: Any, loaded: Any, new: list[int], name: str) -> dict[str, Any]:
+    """Return a completion as a JSON object. loaded: LoadedWeights. new: its token ids. name: of its adapter,
+    "" for a single model.
     """
     from jaxft.data.rows.example import as_given
     from jaxft.engine.sampling import without_stop
 
-    text = without_stop(new, stop)
+    text = without_stop(new, loaded.stop)
     return {
         "prompt": as_given(prompt),
         **({"adapter": name} if name else {}),
-        "completion": tokenizer.decode(text, skip_special_tokens=True, clean_up_tokenization_spaces=False),
-        "finish": "stop" if new[-1] in stop else "length",
+        "completion": loaded.tokenizer.decode(
+            text, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ),
+        "finish": "stop" if new[-1] in loaded.stop else "length",
         "tokens": len(new),
     }
 
@@ -324,11 +223,7 @@ def main() -> int:
     from jaxft.runs.terminal import printable_text
 
     args = arguments()
-    sources = sources_of(args)
-    prompts = {name: prompts_of(args, source) for name, source in sources.items()}
-    if not all(prompts.values()):
-        raise ValueError(f"--file {args.file}: no prompts in it; add one per line or row")
-    for result in completions(args, sources, prompts):
+    for result in completions(args):
         if args.json:
             print(json.dumps(result, ensure_ascii=False))
             continue
@@ -343,7 +238,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import cli
+    from jaxft.runs import terminal
 
-    cli.quiet()
-    sys.exit(cli.one_line_errors(main))
+    terminal.quiet()
+    sys.exit(terminal.one_line_errors(main))

@@ -170,9 +170,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import cli
     from jaxft.runs import terminal
 
-    cli.quiet()
+    terminal.quiet()
     terminal.outlive_console()
-    sys.exit(cli.one_line_errors(main))
+    sys.exit(terminal.one_line_errors(main))

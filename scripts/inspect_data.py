@@ -65,7 +65,7 @@ from jaxft.data.sft import Rows, SolutionRows  # noqa: E402
 from jaxft.nn.tree import nearest  # noqa: E402
 from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402
 from jaxft.runs import folder as runfolder  # noqa: E402
-from jaxft.runs import loaded_weights  # noqa: E402
+from jaxft.runs import loaded_weights, terminal  # noqa: E402
 from jaxft.runs.settings.setting_values import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train import recipes  # noqa: E402
@@ -377,5 +377,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    cli.quiet()
-    sys.exit(cli.one_line_errors(main))
+    terminal.quiet()
+    sys.exit(terminal.one_line_errors(main))

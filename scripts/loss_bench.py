@@ -497,6 +497,6 @@ def main() -> int:
 if __name__ == "__main__":
     from jaxft.runs import terminal
 
-    cli.quiet()
+    terminal.quiet()
     terminal.outlive_console()
-    sys.exit(cli.one_line_errors(main))
+    sys.exit(terminal.one_line_errors(main))

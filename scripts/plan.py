@@ -164,7 +164,7 @@ def run_cost(run: Any, step: Any, price: float | None) -> Any:
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used
-    from jaxft.cli import cli
+    from jaxft.runs import terminal
 
-    cli.quiet()
-    sys.exit(cli.one_line_errors(main))
+    terminal.quiet()
+    sys.exit(terminal.one_line_errors(main))

@@ -62,10 +62,6 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if bool(args.run) == bool(args.model or args.adapter):
         parser.error("name the weights either by --run, or by --model, --adapter or both")
-    if args.run is not None:
-        from jaxft.runs.folder_copies import local_folder
-
-        args.run = local_folder(args.run)
     return args
 
 
@@ -76,8 +72,11 @@ StepScores = list[tuple[str, list[float], list[bool]]]
 def is_process_reward(args: argparse.Namespace) -> bool:
     """Whether --run is a process reward model, which scores the steps of a solution."""
     from jaxft.runs.folder import read_record
+    from jaxft.runs.folder_copies import local_folder
 
-    return args.run is not None and "SolutionRows" in read_record(Path(args.run))["data"].get("type", "")
+    if args.run is None:
+        return False
+    return "SolutionRows" in read_record(local_folder(args.run))["data"].get("type", "")
 
 
 def step_scores(args: argparse.Namespace) -> StepScores:
@@ -293,7 +292,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import cli
+    from jaxft.runs import terminal
 
-    cli.quiet()
-    sys.exit(cli.one_line_errors(main))
+    terminal.quiet()
+    sys.exit(terminal.one_line_errors(main))

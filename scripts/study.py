@@ -70,13 +70,12 @@ def show_results(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import cli
     from jaxft.distributed import xla_flags
     from jaxft.distributed.exit import accept_interrupts
     from jaxft.runs import terminal
 
     xla_flags.restart()
     accept_interrupts()
-    cli.quiet()
+    terminal.quiet()
     terminal.outlive_console()
-    sys.exit(cli.one_line_errors(main))
+    sys.exit(terminal.one_line_errors(main))

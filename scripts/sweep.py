@@ -148,12 +148,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import cli
     from jaxft.distributed import exit, xla_flags
     from jaxft.runs import terminal
 
     xla_flags.restart()
     exit.accept_interrupts()
-    cli.quiet()
+    terminal.quiet()
     terminal.outlive_console()
-    sys.exit(cli.one_line_errors(main))
+    sys.exit(terminal.one_line_errors(main))

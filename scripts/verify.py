@@ -49,9 +49,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import cli
     from jaxft.distributed import xla_flags
+    from jaxft.runs import terminal
 
     xla_flags.restart()
-    cli.quiet()
-    sys.exit(cli.one_line_errors(main))
+    terminal.quiet()
+    sys.exit(terminal.one_line_errors(main))

@@ -42,6 +42,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param import init_params
 from jaxft.nn.quant import quant_setting
 from jaxft.runs import folder as runfolder
+from jaxft.runs import terminal
 from jaxft.weights import pretrained
 from jaxft.weights.hf import safetensors
 from jaxft.weights.peft import peft_read, peft_write
@@ -62,7 +63,7 @@ def refused(capsys, work, word):
 
     capsys.readouterr()
     with bounded():
-        code = cli.one_line_errors(main)
+        code = terminal.one_line_errors(main)
     out, err = capsys.readouterr()
     assert code == 1 and not out, (code, out, err)
     assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err

@@ -77,7 +77,9 @@ def folder_of(file):
 
 @functools.cache
 def imports(file):
-    """Every module or name that a file imports, anywhere in it, as dotted text: `from a import b` is a.b."""
+    """Every module or name that a file imports, anywhere in it, as dotted text: `from a import b` is a.b, and
+    so is import_module("a.b").
+    """
     found = []
     for node in ast.walk(parsed(file)):
         if isinstance(node, ast.Import):
@@ -85,6 +87,8 @@ def imports(file):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name_of(file)}:{node.lineno}: use absolute imports"
             found += [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found += [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
     return tuple(found)
 
 

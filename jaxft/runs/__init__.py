@@ -10,7 +10,7 @@ metrics_log.py: metrics.jsonl and its digests, by which a changed line is found
 console.py: the live view, or lines, of a run in the terminal
 trackers.py: TensorBoard, W&B, Trackio, MLflow, and callbacks
 metric_names.py: names of metrics
-terminal.py: text that is safe to print, and output streams that may close
+terminal.py: text that is safe to print, errors of one line, output streams that may close
 run_texts.py: start-up lines, result lines and the model card
 object_store.py: objects in gs:// and s3:// stores
 folder_copies.py: copies of a run's folder in an object store

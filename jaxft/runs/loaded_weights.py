@@ -15,6 +15,7 @@ from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.decisions import DecisionPrompts
 from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts, prompts_fingerprint, split_prompts
+from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.sft import Rows
 from jaxft.distributed.exit import shorten_error
 from jaxft.models.adapted import adapted, adapted_like
@@ -62,14 +63,16 @@ class NamedWeights(NamedTuple):
 
 
 def named_weights(
-    run: Path | None, model: str | None, adapter: Path | None, default: str = ""
+    run: str | Path | None, model: str | None, adapter: Path | None, default: str = ""
 ) -> NamedWeights:
     """Resolve the options --run, --model and --adapter to files. An adapter without a model is used on the
-    base that it was trained on. If all three are None, the model is `default`.
+    base that it was trained on. A run in an object store is fetched. If all three are None, the model is
+    `default`.
 
     Raises FileNotFoundError or ValueError for folders without weights and for an adapter without a base.
     """
     if run is not None:
+        run = local_folder(str(run))
         ref, trained, record = trained_weights(run)
         return NamedWeights(ref, trained, record, earlier_end_notes(run) + tools_notes(record))
     if adapter is None:
@@ -178,6 +181,11 @@ def prompt_settings(record: dict[str, Any] | None, columns: str | None = None) -
     return {**format, **recorded, "columns": tuple(item.strip() for item in items if item.strip())}
 
 
+def template_settings(data: Mapping[str, Any]) -> TemplateSettings:
+    """Return the TemplateSettings with the fields that `data` has, see prompt_settings."""
+    return TemplateSettings(**{key: x for key, x in data.items() if key in vars(TemplateSettings())})
+
+
 def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     """Return the data settings with which a run divided its rows into training and held-out ones.
 
@@ -278,7 +286,7 @@ def named_models(
 
 
 def named_adapters(
-    run: Path | None, model: str | None, items: Sequence[str], default: str
+    run: str | Path | None, model: str | None, items: Sequence[str], default: str
 ) -> dict[str, NamedWeights]:
     """Resolve --run, or --model and its --adapter options [NAME=]FOLDER (`items`), to {name: weights}.
 
@@ -326,61 +334,52 @@ class LoadedWeights(NamedTuple):
     notes: list[str]
 
 
-def load_named(
-    named: NamedWeights, mesh: Mesh, dtype: str | None = None, kind: QuantKind | None = None
-) -> LoadedWeights:
-    """Load named weights onto a mesh.
-
-    dtype: the compute dtype; None for the run's, or bfloat16 without a run. kind: how the base is quantised;
-    None quantises the base of an adapter as in its run, and nothing else. Raises ValueError for an adapter
-    that doesn't fit the base.
-    """
-    record = named.record
-    chosen = dtype or (record["model"]["dtype"] if record else "bfloat16")
-    residual = None if dtype or not record else record["model"].get("residual")
-    model = pretrained.model_for(named.ref, dtype=jnp.dtype(chosen), residual=residual)
-    storage = quant_setting(kind, record if named.adapter else None)
-    params, settings = {"base": pretrained.load_frozen(named.ref, model, mesh, storage)}, None
-    if named.adapter:
-        pretrained.check_adapter_base(named.adapter, named.ref)
-        params["adapter"], settings = adapter_folders.load_adapter(named.adapter, model, mesh, named.ref)
-    tokenizer = pretrained.load_tokenizer(named.tokenizer)
-    notes = pretrained.file_notes(named.ref, model)
-    stop = stop_tokens(named.ref, model, tokenizer)
-    return LoadedWeights(mesh, adapted(model, settings), params, tokenizer, stop, notes)
-
-
 def load_each(
     named: Mapping[str, NamedWeights],
     mesh: Mesh,
     dtype: str | None = None,
     kind: QuantKind | None = None,
 ) -> dict[str, LoadedWeights]:
-    """Load weights by name. Several weights must be adapters on one base. Their arrays get equal shapes, so
-    that one compiled program takes each of them.
+    """Load weights by name onto a mesh. Several weights must be adapters on one base. Their arrays get equal
+    shapes, so that one compiled program takes each of them.
 
-    named: see named_adapters. dtype, kind: as in load_named; if None, all runs must have the same setting.
-    Raises ValueError for adapters that cannot share a base or a program.
+    named: see named_adapters. dtype: the compute dtype; None for the runs', or bfloat16 without a run. kind:
+    how the base is quantised; None quantises the base of adapters as in their runs, and nothing else. If
+    None, all runs must have the same setting. Raises ValueError for an adapter that doesn't fit the base, and
+    for adapters that cannot share a base or a program.
     """
-    if len(named) == 1:
-        return {name: load_named(weights, mesh, dtype, kind) for name, weights in named.items()}
-    weights, ref = dict(named), next(iter(named.values())).ref
-    chosen, residual = common_dtype(weights, dtype), common_residual(weights, dtype)
-    base = pretrained.model_for(ref, dtype=jnp.dtype(chosen), residual=residual)
-    frozen = pretrained.load_frozen(ref, base, mesh, common_quant(weights, kind))
+    ref, (base, frozen) = next(iter(named.values())).ref, load_shared_base(named, mesh, dtype, kind)
     folders = {name: item.adapter for name, item in named.items() if item.adapter is not None}
-    trees = load_equal_adapters(folders, ref, base, frozen, mesh)
-    model, notes = adapted_like(base, next(iter(trees.values()))), pretrained.file_notes(ref, base)
-    loaded = {}
-    for name, tree in trees.items():
-        tokenizer = pretrained.load_tokenizer(named[name].tokenizer)
+    trees, model = dict[str, Params](), adapted(base, None)
+    if len(folders) > 1:
+        trees = load_equal_adapters(folders, ref, base, frozen, mesh)
+        model = adapted_like(base, next(iter(trees.values())))
+    for name, folder in folders.items() if len(folders) == 1 else ():
+        pretrained.check_adapter_base(folder, ref)
+        trees[name], settings = adapter_folders.load_adapter(folder, base, mesh, ref)
+        model = adapted(base, settings)
+    loaded, notes = {}, pretrained.file_notes(ref, base)
+    for name, item in named.items():
+        tokenizer = pretrained.load_tokenizer(item.tokenizer)
+        params = {"base": frozen, **({"adapter": trees[name]} if name in trees else {})}
         stop = stop_tokens(ref, base, tokenizer)
-        loaded[name] = LoadedWeights(mesh, model, {"base": frozen, "adapter": tree}, tokenizer, stop, notes)
+        loaded[name] = LoadedWeights(mesh, model, params, tokenizer, stop, notes)
         notes = []  # once
     return loaded
 
 
-def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:
+def load_shared_base(
+    named: Mapping[str, NamedWeights], mesh: Mesh, dtype: str | None, kind: QuantKind | None
+) -> tuple[Model, Params]:
+    """Return (the model without adapters, its parameters) of weights on one base. Arguments and errors: as in
+    load_each.
+    """
+    ref, chosen = next(iter(named.values())).ref, jnp.dtype(common_dtype(named, dtype))
+    base = pretrained.model_for(ref, dtype=chosen, residual=common_residual(named, dtype))
+    return base, pretrained.load_frozen(ref, base, mesh, common_quant(named, kind))
+
+
+def common_dtype(named: Mapping[str, NamedWeights], dtype: str | None) -> str:
     """Return `dtype` or, if None, the runs' compute dtype. Raises ValueError if it is not the same in all."""
     dtypes = {n.record["model"]["dtype"]: name for name, n in named.items() if n.record}
     if dtype is None and len(dtypes) > 1:
@@ -388,7 +387,7 @@ def common_dtype(named: dict[str, NamedWeights], dtype: str | None) -> str:
     return dtype or next(iter(dtypes), "bfloat16")
 
 
-def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | None:
+def common_residual(named: Mapping[str, NamedWeights], dtype: str | None) -> str | None:
     """Return the runs' dtype of the residual stream. Return None, for the model's default, if the runs set no
     such dtype or if `dtype` is given. Raises ValueError if the runs differ.
     """
@@ -401,7 +400,7 @@ def common_residual(named: dict[str, NamedWeights], dtype: str | None) -> str | 
     return next(iter(dtypes), None)
 
 
-def common_quant(named: dict[str, NamedWeights], kind: QuantKind | None) -> Quant | None:
+def common_quant(named: Mapping[str, NamedWeights], kind: QuantKind | None) -> Quant | None:
     """Return how the base is quantised: `kind`, or if None the setting of the adapters' runs. Raises
     ValueError if the runs have different settings.
     """

@@ -1,4 +1,5 @@
-"""Output of commands: text without control characters and secrets, and output streams that may close.
+"""Output of commands: text without control characters and secrets, errors of one line, quiet libraries, and
+output streams that may close.
 
 A run records everything in its folder, so it continues when its standard output and error are closed or
 cannot be written: the reader may end (`| head`), the shell may close it (`>&-`), the terminal may hang up, or
@@ -12,16 +13,20 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from jaxft.data.rows.remote import without_secrets
 from jaxft.data.rows.shipped import own_commands
+from jaxft.distributed import xla_flags
 from jaxft.distributed.exit import RESTART_CODE, RestartError
 
 # Characters that move the cursor, change colours or reorder text, except tabs and new lines.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST_LINE = 2000
+READER_GONE = 141  # exit code if the reader of the output has ended (`| head`), as of SIGPIPE
 # Errors that a user's settings, files or machine may cause; others are bugs and keep their traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, MemoryError, RuntimeError)
 
@@ -189,3 +194,55 @@ def backend_error(error: BaseException) -> str | None:
             "needs --gpus all), or unset JAX_PLATFORMS"
         )
     return None
+
+
+def quiet() -> None:
+    """Silence the logs of libraries, enable the persistent compilation cache, and apply XLA settings for the
+    platform (see distributed/xla_flags.py). Call it before jax is imported.
+
+    Settings in the user's environment take precedence.
+    """
+    open_missing()
+    folder = Path(os.environ.get("JAXFT_CACHE") or "~/.cache/jaxft").expanduser() / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
+    if "jax" in sys.modules and sys.modules["jax"].config.jax_compilation_cache_dir is None:
+        sys.modules["jax"].config.update("jax_compilation_cache_dir", str(folder))
+    # A cache that cannot be read or written only costs time.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+    xla_flags.apply_settings()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's log
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from absl import logging  # Orbax's log, which prints an error with its traceback before it is raised
+
+    if not os.environ.get("JAXFT_TRACEBACK"):
+        logging.set_verbosity(logging.FATAL)
+        sys.unraisablehook = _without_late_writes
+
+
+def _without_late_writes(raised: Any) -> None:
+    """Print an error that Python cannot raise (see sys.unraisablehook), such as one in a destructor.
+    TensorStore's "Event loop is closed" is not printed: it only follows the error of another failed write.
+    """
+    if str(raised.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(raised)
+
+
+def one_line_errors(main: Callable[[], int]) -> int:
+    """Run `main` and return the command's exit code.
+
+    The code is the result of `main`; 1 after an error that the user can correct; RESTART_CODE (75) after an
+    error for which the same command can be started again; READER_GONE (141) if the program that reads the
+    output (`| head`) has ended. An error of the user is printed as one line on stderr, with its traceback if
+    JAXFT_TRACEBACK=1 is set. Any other error is raised.
+    """
+    try:
+        code = main()
+        flush_output()
+        return code
+    except BrokenPipeError:
+        discard_output(1)
+        return READER_GONE
+    except BaseException as error:
+        if not isinstance(error, KeyboardInterrupt) and error_line(error) is None:
+            raise
+        return print_error(error)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxft.annotations import PositiveInt, QuantKind, check_bounds
@@ -16,7 +15,7 @@ from jaxft.data.chat.loss_mask import TOO_MANY, example_prompt_ids
 from jaxft.data.chat.template import template_of
 from jaxft.data.chat.tool_calls import ToolFormat, template_tool_format
 from jaxft.data.decisions import DecisionPrompts, answer_tokens
-from jaxft.data.row_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, TURN, TemplateSettings
+from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.columns import messages_of
 from jaxft.data.rows.conversation import PLAIN
 from jaxft.data.rows.example import Chat, Completion, Decision
@@ -36,7 +35,13 @@ from jaxft.nn.adapters.lora_rows import (
 )
 from jaxft.nn.attention.cache import CacheFormat
 from jaxft.nn.tree import Params
-from jaxft.runs.loaded_weights import NamedWeights, common_dtype, common_quant, common_residual, read_adapters
+from jaxft.runs.loaded_weights import (
+    NamedWeights,
+    load_shared_base,
+    prompt_settings,
+    read_adapters,
+    template_settings,
+)
 from jaxft.weights import pretrained
 from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.peft import adapter_folders
@@ -214,13 +219,10 @@ def load_served(
     Raises ValueError for adapters that cannot share a program, and for more tokens than the model has
     positions.
     """
-    first = next(iter(named.values()))
-    dtype, quant = common_dtype(named, flags.dtype), common_quant(named, flags.quant)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        residual = common_residual(named, flags.dtype)
-        model = pretrained.model_for(first.ref, dtype=jnp.dtype(dtype), residual=residual)
-        params: Params = {"base": pretrained.load_frozen(first.ref, model, mesh, quant)}
+        model, base = load_shared_base(named, mesh, flags.dtype, flags.quant)
+        params: Params = {"base": base}
         whole, added, numbers = _with_adapters(model, params["base"], named, mesh)
         models = _served_models(model, named, numbers, flags.tools)
         sizes = _sizes(model, flags, rows, max(len(m.stop) for m in models.values()))
@@ -263,9 +265,7 @@ def _served_models(
             tokenizers[weights.tokenizer] = pretrained.load_tokenizer(weights.tokenizer)
         tokenizer = tokenizers[weights.tokenizer]
         data = weights.record["data"] if weights.record else {}
-        template = TemplateSettings(
-            data.get("date", DATE), tuple(data.get("chat_template_kwargs", ())), data.get("system", TURN)
-        )
+        template = template_settings(prompt_settings(weights.record))
         stop = stop_tokens(weights.ref, model, tokenizer)
         served = ServedModel(name, tokenizer, stop, model.config.vocab, number, template)
         plain = data.get("format") == PLAIN

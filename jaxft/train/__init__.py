@@ -57,7 +57,7 @@ class _Train(types.ModuleType):
             ...
         jaxft.Error: learning_rate=0.0001: learning_rate is lr here; write lr=0.0001
         """
-        importlib.import_module("jaxft.cli.cli").quiet()  # before jax is imported
+        importlib.import_module("jaxft.runs.terminal").quiet()  # before jax is imported
         api = importlib.import_module("jaxft.train.python_api")
         return api.train_recipe(recipe, rows, callbacks, {**(settings or {})}, root, knobs)
 

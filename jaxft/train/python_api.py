@@ -5,16 +5,12 @@
 """
 
 import contextlib
-import functools
 import hashlib
-import importlib.util
 import inspect
-import io
 import json
 import os
 import sys
 import tempfile
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,24 +23,14 @@ from jax.sharding import Mesh
 
 from jaxft.annotations import QuantKind
 from jaxft.batch import TrainState
-from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.packing.cache import row_cache_folder
-from jaxft.data.packing.row_tasks import rename_columns
-from jaxft.data.row_settings import TemplateSettings
-from jaxft.data.rows.conversation import PLAIN
-from jaxft.data.rows.format_choice import prompt_of
-from jaxft.data.rows.invalid import valid
 from jaxft.data.rows.row_files import Row
-from jaxft.data.rows.shipped import ROOT
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import temporary_file
 from jaxft.distributed.exit import signal_name
 from jaxft.distributed.sync import is_first
-from jaxft.engine.programs import compile_engine
-from jaxft.engine.sampling import Sampling, without_stop
-from jaxft.engine.session import Session, generate
-from jaxft.engine.state import Decoding, slots_for
+from jaxft.engine.sampling import Sampling
 from jaxft.models.model import Model
 from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.objectives.objective import Objective
@@ -53,17 +39,26 @@ from jaxft.runs.folder import CHECKPOINTS, SUMMARY, read_record, read_saved_json
 from jaxft.runs.loaded_weights import (
     LoadedWeights,
     NamedWeights,
-    load_named,
+    load_each,
     named_weights,
     prompt_settings,
     source_options,
+    template_settings,
 )
 from jaxft.runs.metrics_log import METRICS, read_entries
 from jaxft.runs.run_texts import same_prompts
 from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, knob_names
+from jaxft.runs.settings.option import as_text
 from jaxft.runs.settings.setting_names import advice, join_lines
 from jaxft.runs.trackers import Callback
 from jaxft.train import loop
+from jaxft.train.evaluate.completer import (
+    Completer,
+    completion_text,
+    encode_prompts,
+    prompts_of_rows,
+)
+from jaxft.train.evaluate.evaluate_models import evaluate_models, requested
 from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run
 from jaxft.train.start import jobs, open_settings
@@ -73,7 +68,6 @@ from jaxft.train.step import TrainStep
 GivenRows = Iterable[Mapping[str, Any]]
 ROW_SETTINGS = ("data", "held_out", "data.train", "data.held_out")  # which take rows in memory
 OTHER_ROWS = ("dataset", "train_dataset", "rows", "train", "examples")  # names of these in other libraries
-PROMPTS_AT_ONCE = 8  # that `generate` completes at the same time
 PLAIN_VALUES = bool | int | float | str | Path | None
 
 
@@ -108,20 +102,16 @@ def setting_text(value: Any) -> str:
     ('none', '0.9,0.95', 'a:0.5,b:2')
     """
     value = value.item() if isinstance(value, np.generic) else value
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float | str | Path):
-        return str(value)
+    if value is None or isinstance(value, bool | int | float | str | Path):
+        return as_text(value)
     if isinstance(value, Mapping):
         value = [f"{name}={setting_text(x)}" for name, x in value.items()]
     if isinstance(value, list | tuple):
-        if all(isinstance(x, str) for x in value) and any("," in x for x in value):
-            return json.dumps([*value])
         texts = [setting_text(x) for x in value]
         if any(isinstance(text, ObjectText) for text in texts):
             return ObjectText.of(value)
         pairs = zip(value, texts, strict=True)  # a tuple in a list is a:b
-        return ",".join(text.replace(",", ":") if isinstance(x, tuple) else text for x, text in pairs)
+        return as_text([text.replace(",", ":") if isinstance(x, tuple) else text for x, text in pairs])
     if inspect.isfunction(value) and value.__module__ != "__main__":
         home: Any = sys.modules.get(value.__module__)
         if home is not None and vars(home).get(value.__qualname__) is value:
@@ -354,6 +344,7 @@ class LoadedModel:
         """The tokenizer of transformers."""
         return self.weights.tokenizer
 
+    @errors_as_lines()
     def generate(
         self,
         prompts: Sequence[Any],
@@ -375,50 +366,24 @@ class LoadedModel:
             loaded.generate(["Name a prime number.", [{"role": "user", "content": "Who are you?"}]])
             loaded.generate([{"instruction": "Add.", "input": "2, 3"}], max_new=8, temperature=0.7, top_p=0.9)
         """
-        with errors_as_lines():
-            if unknown:
-                known = [name for name in inspect.signature(self.generate).parameters if name != "unknown"]
-                lines = [advice(name) or f"generate has {', '.join(known[1:])}" for name in unknown]
-                raise ValueError(f"unknown option {', '.join(unknown)}: {join_lines(lines)}")
-            return self._generate(prompts, Sampling(max_new, temperature, top_k, top_p), seed)
-
-    def _generate(self, prompts: Sequence[Any], sampling: Sampling, seed: int) -> list[str]:
-        weights, limit = self.weights, self.model.config.max_positions
+        if unknown:
+            known = [name for name in inspect.signature(self.generate).parameters if name != "unknown"]
+            lines = [advice(name) or f"generate has {', '.join(known[1:])}" for name in unknown]
+            raise ValueError(f"unknown option {', '.join(unknown)}: {join_lines(lines)}")
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts={prompts!r}; give a list of prompts")
         if all(isinstance(prompt, Mapping) and "role" in prompt for prompt in prompts):
             raise ValueError("prompts is one conversation, but a list of prompts is expected; give [prompts]")
-        ids = self._encode(prompts)
-        longest = max(map(len, ids))
-        if longest + sampling.max_new > limit:
-            raise ValueError(
-                f"prompts[{[*map(len, ids)].index(longest)}]: {longest} tokens + max_new={sampling.max_new} "
-                f"exceed the model's {limit} positions; use a smaller max_new or a shorter prompt"
-            )
-        with jax.set_mesh(weights.mesh):
-            decoding = Decoding(weights.model, sampling, weights.stop)
-            slots = slots_for(len(ids), 1, longest, PROMPTS_AT_ONCE)
-            engine = compile_engine(decoding, weights.params, slots, weights.mesh)
-            completions = generate(Session(engine, weights.params, jax.random.key(seed)), ids)
-        return [
-            self.tokenizer.decode(
-                without_stop(new, weights.stop), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ).strip()
-            for new in completions
-        ]
-
-    def _encode(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Return the token ids of each prompt, rendered as in training."""
-        settings = prompt_settings(self.named.record)
-        format, columns = settings.pop("format", "auto"), settings.pop("columns")
         rows = [
-            rename_columns(Row(f"prompts[{i}]", dict(prompt)), columns)
-            if isinstance(prompt, Mapping)
-            else Row(f"prompts[{i}]", {"prompt": prompt})
+            Row(f"prompts[{i}]", dict(prompt) if isinstance(prompt, Mapping) else {"prompt": prompt})
             for i, prompt in enumerate(prompts)
         ]
-        examples = [prompt_of(row, PLAIN if format == PLAIN else "auto") for row in rows]
-        return [valid(x) for x in example_prompt_ids(examples, self.tokenizer, TemplateSettings(**settings))]
+        data = prompt_settings(self.named.record)
+        named, sampling = prompts_of_rows(rows, data), Sampling(max_new, temperature, top_k, top_p)
+        ids = encode_prompts(self.weights, named, template_settings(data), max_new)
+        with jax.set_mesh(self.weights.mesh):
+            tokens = Completer(seed=seed).complete(self.weights, ids, sampling)
+        return [completion_text(self.weights, row) for row in tokens[:, 0]]
 
 
 def _name_of(source: Any) -> str | Path:
@@ -445,7 +410,7 @@ def load_model(source: Any, dtype: str | None = None, quant: QuantKind | None = 
         mesh = sharding.make_mesh(sharding.MeshShape())
         named = named_weights(**source_options(_name_of(source)))
         with jax.set_mesh(mesh):
-            loaded = load_named(named, mesh, dtype, quant)
+            (loaded,) = load_each({"": named}, mesh, dtype, quant).values()
         for line in (*named.notes, *loaded.notes):
             print(line, file=sys.stderr)
         return LoadedModel(named, loaded)
@@ -472,40 +437,16 @@ def evaluate_model(source: Any, rows: GivenRows | str | None = None, **options: 
     jaxft.Error: runs/nothing: no such folder in ...
     """
     with errors_as_lines():
-        script = command_script("evaluate")
-        argv = [
-            f"--{name}={value}"
-            for name, value in source_options(_name_of(source)).items()
-            if value is not None
-        ]
+        given = {**source_options(_name_of(source)), **options}
+        if given["adapter"] is not None:
+            given["adapter"] = [str(given["adapter"])]
         if rows is not None:
-            argv.append(f"--file={rows if isinstance(rows, str) else rows_file(rows)}")
-        by = options.pop("by", [])
-        scores = [by] if isinstance(by, str) or callable(by) else list(by)
-        argv += [f"--by={score}" for score in scores if isinstance(score, str)]
-        for name, value in options.items():
-            option = f"--{name.replace('_', '-')}"
-            argv += [] if value in (None, False) else [option if value is True else f"{option}={value}"]
-        printed = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(printed):
-                args = script.arguments(argv, [score for score in scores if callable(score)])
-        except SystemExit as error:
-            raise ValueError(printed.getvalue().removeprefix("error: ").partition("; see ")[0]) from error
-        (result,) = script.evaluate(args).values()
+            given["file"] = rows if isinstance(rows, str) else rows_file(rows)
+        if isinstance(by := given.get("by"), str) or callable(by):
+            given["by"] = [by]
+        chosen = requested({name: x for name, x in given.items() if x is not None and x is not False})
+        (result,) = evaluate_models(*chosen).values()
         return result
-
-
-@functools.cache
-def command_script(name: str) -> types.ModuleType:
-    """Import the script of a command as a module."""
-    path = list(sys.path)
-    spec = importlib.util.spec_from_file_location(f"jaxft_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path[:] = path  # which a script changes
-    return module
 
 
 # ---- The pieces of a run

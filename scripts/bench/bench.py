@@ -296,8 +296,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli.cli import one_line_errors
     from jaxft.distributed import xla_flags
+    from jaxft.runs.terminal import one_line_errors
 
     xla_flags.restart()  # as a run does
     xla_flags.apply_settings()

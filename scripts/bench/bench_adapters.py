@@ -129,9 +129,9 @@ def schedulers(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Measure the base, one adapter and many, in turn."""
-    from jaxft.cli import cli
+    from jaxft.runs import terminal
 
-    cli.quiet()
+    terminal.quiet()
     import jax
 
     args = arguments()

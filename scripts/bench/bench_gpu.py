@@ -367,8 +367,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    from jaxft.cli import cli
     from jaxft.distributed import xla_flags
+    from jaxft.runs import terminal
 
     xla_flags.apply_settings()  # as a run does
-    sys.exit(cli.one_line_errors(main))
+    sys.exit(terminal.one_line_errors(main))

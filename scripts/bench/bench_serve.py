@@ -109,9 +109,9 @@ def measured(port: int, count: int, args: argparse.Namespace, seconds: float) ->
 
 def main() -> None:
     """Measure each number of clients."""
-    from jaxft.cli import cli
+    from jaxft.runs import terminal
 
-    cli.quiet()
+    terminal.quiet()
     args = arguments()
     running, thread, port = start_server(args)
     try:

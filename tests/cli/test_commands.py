@@ -32,7 +32,7 @@ def jaxft(monkeypatch, capsys, *argv):
     monkeypatch.setattr(sys, "argv", ["jaxft", *argv])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
-    monkeypatch.setattr(commands.cli, "quiet", lambda: None)
+    monkeypatch.setattr(terminal, "quiet", lambda: None)
     monkeypatch.setattr(terminal, "outlive_console", lambda: None)
     capsys.readouterr()
     try:

@@ -24,7 +24,7 @@ from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import Rows
 from jaxft.rl.reward_models import with_response
-from jaxft.runs.loaded_weights import prompt_settings
+from jaxft.runs.loaded_weights import prompt_settings, template_settings
 
 SHOWS_ALL = (  # a template that renders the system message, tools, tool calls and an argument of its own
     "{% if mood is defined %}{{ '<|im_start|>mood\n' + mood + '<|im_end|>\n' }}{% endif %}"
@@ -138,6 +138,14 @@ def rows(draw):
     return {"conversations": sharegpt(messages), "kto_tag": True, **extra}
 
 
+def generated_ids(args, record, tokenizer):
+    """Token ids of the prompts of generate.py. record: config.json of the run."""
+    generate = script("generate")
+    data = generate.prompt_options(args, record)
+    prompts = [prompt for _, prompt in generate.prompts_of(args, data)]
+    return list(loss_mask.example_prompt_ids(prompts, tokenizer, template_settings(data)))
+
+
 def prompts_by_stage(folder, row, tokenizer, **options):
     """{stage: token ids of the row's prompt}."""
     path = folder / "rows.jsonl"
@@ -147,13 +155,11 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     dpo = PairRows("x", **long).reader(tokenizer, folder).read(str(path))
     rollouts = Prompts(str(path), max_prompt=4096, **options).reader(tokenizer, folder)
     rollout = read_prompts(str(path), rollouts).select([0])
-    generate = script("generate")
     record = {"data": {"format": "auto", "date": DATE, **options}}
-    source = generate.Source("", None, "", "float32", None, None, record)
     args = Namespace(
         raw=False, prompt=[], file=str(path), columns=None, chat_template_kwargs=None, system=None
     )
-    generated = generate.encode(args, generate.prompts_of(args, source), tokenizer, source)
+    generated = generated_ids(args, record, tokenizer)
     judged = with_response(rollout.prompts[0], "so")
     ((whole, _),) = loss_mask.tokenise_examples([judged], tokenizer, "all", rollout.template)
     (ids,) = rollout.ids
@@ -232,13 +238,11 @@ def test_score_reads_prompts_as_the_reward_model_was_trained():
 
 def generated(tmp_path, row, record, **options):
     """What generate.py makes of a row of --file, as text."""
-    path, generate = tmp_path / "g.jsonl", script("generate")
+    path = tmp_path / "g.jsonl"
     path.write_text(json.dumps(row))
     names = dict.fromkeys(("columns", "chat_template_kwargs", "system"))
     args = Namespace(raw=False, prompt=[], file=str(path), **{**names, **options})
-    source = generate.Source("", None, "", "float32", None, None, record)
-    prompts = generate.prompts_of(args, source)
-    return showing_all().decode(generate.encode(args, prompts, showing_all(), source)[0])
+    return showing_all().decode(generated_ids(args, record, showing_all())[0])
 
 
 def test_generate_reads_columns_as_the_run_does_and_its_options_replace_those_of_the_run(tmp_path):

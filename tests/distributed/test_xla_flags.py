@@ -286,7 +286,7 @@ def test_a_process_on_a_gpu_starts_jax_with_the_defaults_and_all_flags_that_are_
     ]
     assert flags
     code = (
-        "import os; from jaxft.cli import cli; cli.quiet(); import jax;"
+        "import os; from jaxft.runs import terminal; terminal.quiet(); import jax;"
         "print(jax.config.jax_optimization_level, os.environ['XLA_CLIENT_MEM_FRACTION']);"
         "jax.config.update('jax_platforms', 'cpu'); jax.devices()"  # no GPU is here
     )

@@ -145,12 +145,12 @@ def compared(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        from jaxft.cli import cli
+        from jaxft.runs import terminal
 
         script = Path(__file__).parents[2] / "scripts" / "compare.py"
         monkeypatch.setattr(sys, "argv", [str(script), *arguments])
         monkeypatch.setattr(sys, "path", [*sys.path])
-        code = cli.one_line_errors(runpy.run_path(str(script), run_name="compare")["main"])
+        code = terminal.one_line_errors(runpy.run_path(str(script), run_name="compare")["main"])
         return code, *capsys.readouterr()
 
     return run

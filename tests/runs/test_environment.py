@@ -86,9 +86,9 @@ def test_a_gpu_that_jax_does_not_see_is_one_line():
     code = """
 import jax
 from jaxft.runs import environment as bug_report
-from jaxft.cli import cli
+from jaxft.runs import terminal
 print(bug_report.bug_report()["device_error"])
-raise SystemExit(cli.one_line_errors(jax.devices))
+raise SystemExit(terminal.one_line_errors(jax.devices))
 """
     environ = os.environ | {"JAX_PLATFORMS": "cuda", "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environ)

@@ -9,7 +9,6 @@ import signal
 import pytest
 from tiny_run import SLOW_STEPS, Place, write_place
 
-from jaxft.cli import cli
 from jaxft.distributed import exit
 from jaxft.runs import terminal
 
@@ -132,7 +131,7 @@ def test_a_command_whose_reader_is_gone_ends_silently(capsys):
 
     kept = os.dup(1)
     try:
-        assert cli.one_line_errors(reader_is_gone) == cli.READER_GONE == 128 + signal.SIGPIPE
+        assert terminal.one_line_errors(reader_is_gone) == terminal.READER_GONE == 128 + signal.SIGPIPE
     finally:
         os.dup2(kept, 1)
         os.close(kept)
@@ -147,7 +146,7 @@ def test_results_that_do_not_fit_on_the_disk_are_an_error(capsys, monkeypatch):
     kept = os.dup(1)
     monkeypatch.setattr("sys.stdout", Full())
     try:
-        assert cli.one_line_errors(lambda: 0) == 1
+        assert terminal.one_line_errors(lambda: 0) == 1
     finally:
         os.dup2(kept, 1)
         os.close(kept)

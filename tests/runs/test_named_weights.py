@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from scripts_in_process import load
@@ -23,6 +22,7 @@ from jaxft.runs.loaded_weights import (
     tools_notes,
 )
 from jaxft.runs.settings.setting_values import describe
+from jaxft.train.evaluate.evaluate_models import RowEvaluation, rows_to_evaluate
 from jaxft.weights.hf import hub
 
 
@@ -139,17 +139,16 @@ def test_the_rows_that_a_run_held_out_are_those_of_its_recorded_settings(tmp_pat
 
 
 def test_a_run_that_holds_out_no_rows_needs_a_file():
-    rows_of = load("evaluate").rows_of
-    args = SimpleNamespace(file=None, run="runs/x", given=set())
+    rows_of = partial(rows_to_evaluate, run="runs/x")
+    way = RowEvaluation()
     for held_out in ("none", None, 0.0):
         with pytest.raises(ValueError, match="runs/x: it holds out no rows .*; use --file"):
-            rows_of(args, {"data": {"held_out": held_out}})
-    assert rows_of(args, {"data": {"held_out": "held.jsonl"}}) == ("held.jsonl", None)
+            rows_of(way, record={"data": {"held_out": held_out}})
+    assert rows_of(way, record={"data": {"held_out": "held.jsonl"}}) == ("held.jsonl", None)
     record = recorded(Rows("rows.jsonl", held_out=0.1))
-    assert rows_of(args, record) == ("rows.jsonl", Rows("rows.jsonl", held_out=0.1))
-    args.given = {"packing"}
+    assert rows_of(way, record=record) == ("rows.jsonl", Rows("rows.jsonl", held_out=0.1))
     with pytest.raises(ValueError, match="--packing applies only to --file"):
-        rows_of(args, record)
+        rows_of(RowEvaluation(packing=True), record=record)
 
 
 @pytest.mark.parametrize("name", ["tools", "environment"])

@@ -315,7 +315,7 @@ def test_several_adapters_of_all_kinds_have_the_log_probs_of_each_alone(place, m
         compiled = jax.jit(lambda params: logps(several["a"]._replace(params=params)))
         found = [compiled(several[name].params) for name in names]
         for name, one in zip(names, found, strict=True):
-            alone = logps(loaded_weights.load_named(named[name], mesh, "float32"))
+            alone = logps(loaded_weights.load_each({name: named[name]}, mesh, "float32")[name])
             np.testing.assert_allclose(one, alone, atol=2e-5)
     assert min(np.abs(found[0] - found[1]).max(), np.abs(found[1] - found[2]).max()) > 0.1
 

@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from jaxft.cli import cli
+from jaxft.runs import terminal
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -28,7 +28,7 @@ def call(monkeypatch, capsys, name, *args):
     module = load(name)
     capsys.readouterr()
     try:
-        code = cli.one_line_errors(module.main)
+        code = terminal.one_line_errors(module.main)
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()

@@ -153,7 +153,7 @@ def serve():
     expected = {
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "TRANSFORMERS_VERBOSITY": "error",  # as cli.quiet does, which here comes too late
+        "TRANSFORMERS_VERBOSITY": "error",  # as terminal.quiet does, which here comes too late
     }
     before = {name: os.environ.get(name) for name in expected}
     os.environ.update(expected)

@@ -15,13 +15,13 @@ from prepared import prepare, resume, working_directory
 from scripts_in_process import call
 from tiny_run import ROOT, Place, write_place, write_rows
 
-from jaxft.cli import cli
 from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
 from jaxft.distributed import sharding
 from jaxft.nn import tree
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.runs import folder as runfolder
+from jaxft.runs import terminal
 from jaxft.train.export import calibrate
 from jaxft.train.export.calibrate import calibrate_base, rows_of_source
 from jaxft.train.start import jobs
@@ -75,7 +75,7 @@ def test_the_base_of_a_run_has_the_bits_that_quantize_py_writes_for_the_same_row
     argv = ["--model", str(place.folder / "base"), "--out", str(tmp_path / "out"), "--block", "32", *rows]
     monkeypatch.setattr(sys, "argv", ["quantize.py", *argv])
     main = runpy.run_path(str(ROOT / "scripts" / "quantize.py"))["main"]
-    assert cli.one_line_errors(main) == 0, capsys.readouterr().err
+    assert terminal.one_line_errors(main) == 0, capsys.readouterr().err
     shutil.rmtree(place.folder / "cache" / calibrated_base.CALIBRATED)  # computed again
     lines = []
     job, _, frozen = loaded(place, "quant.calibrate=texts.jsonl", "name=file", lines=lines)

@@ -11,8 +11,11 @@ from evaluate_place import PAIRS, TEXTS, bytes_of, chat, torch_loss, write, writ
 from scripts_in_process import call, load
 
 from jaxft.objectives.intervals import mean_interval, wilson
+from jaxft.train.evaluate import evaluate_models
+from jaxft.train.evaluate.completer import decode_completion
 from jaxft.train.evaluate.evaluate import Evaluated, PairScore, preference_metrics
-from jaxft.train.evaluate.scored_completions import decode_completion, pass_at
+from jaxft.train.evaluate.evaluate_models import CompletionEvaluation
+from jaxft.train.evaluate.scored_completions import pass_at
 
 torch = pytest.importorskip("torch")
 
@@ -203,9 +206,9 @@ def test_metrics_are_printed_before_the_results_are_written(monkeypatch, capsys,
     script = load("evaluate")
     evaluated = Evaluated({"exact": 0.5}, [{"row": "a"}], [])
     out = tmp_path / "out.jsonl"
-    args = SimpleNamespace(out=out, json=True, way=script.COMPLETIONS)
-    monkeypatch.setattr(script, "arguments", lambda: args)
-    monkeypatch.setattr(script, "evaluate", lambda args: {"": evaluated})
+    args = SimpleNamespace(out=out, json=True)
+    monkeypatch.setattr(script, "arguments", lambda: (args, None, CompletionEvaluation()))
+    monkeypatch.setattr(evaluate_models, "evaluate_models", lambda *_: {"": evaluated})
     assert script.main() == 0 and json.loads(out.read_text()) == {"row": "a"}
     capsys.readouterr()
     args.out = tmp_path / "gone" / "out.jsonl"  # removed during the evaluation
@@ -248,7 +251,7 @@ SAD = [
     ("--model model --file rows.jsonl --by exact --samples 4", "would be equal at temperature 0"),
     ("--model model --file rows.jsonl --by exact --pass-at 2", "needs --samples of at least 2"),
     ("--model model --file rows.jsonl --by exact --pass-at x", "expected numbers"),
-    ("--model model --file rows.jsonl --by exact --max-new 300", "rows.jsonl:1: 6 tokens plus --max-new 300"),
+    ("--model model --file rows.jsonl --by exact --max-new 300", "rows.jsonl:1: 6 tokens plus max_new=300"),
     ("--model model --file texts.jsonl --by exact", "texts.jsonl:1: the columns text include no prompt"),
     ("--model model --file texts.jsonl --max-length 999", "exceeds the model's 256 positions"),
     ("--model model --file texts.jsonl --max-length 20", "texts.jsonl:3"),

@@ -3,13 +3,23 @@ and bitsandbytes; several adapters are one table.
 """
 
 import json
+import re
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import tiny_llama
 import tiny_tokenizers
 from evaluate_place import PAIRS, chat, loss_of_texts, torch_loss, write_evaluate_place
-from scripts_in_process import call, load
+from scripts_in_process import call
+
+from jaxft.train.evaluate.evaluate_models import (
+    WAYS,
+    CompletionEvaluation,
+    RowEvaluation,
+    TaskEvaluation,
+    requested,
+)
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -87,11 +97,11 @@ def test_accuracy_against_the_base_is_that_of_pefts_log_probabilities(place, run
 
 
 def test_several_adapters_are_columns_of_a_table_by_one_program(place, run, tmp_path, monkeypatch):
-    from jaxft.train.evaluate import scored_completions
+    from jaxft.train.evaluate import completer
 
-    compiled, compile_engine = [], scored_completions.compile_engine
+    compiled, compile_engine = [], completer.compile_engine
     monkeypatch.setattr(
-        scored_completions, "compile_engine", lambda *args: compiled.append(1) or compile_engine(*args)
+        completer, "compile_engine", lambda *args: compiled.append(1) or compile_engine(*args)
     )
     options = ("--file", "rows.jsonl", "--regex", ".*[aeiou].*", "--max-new", "6", "--dtype", "float32")
     out = tmp_path / "out.jsonl"
@@ -144,35 +154,29 @@ def test_a_base_quantised_on_load_has_the_loss_of_bitsandbytes_weights(place, ru
     assert found["loss"] == pytest.approx(expected, rel=1e-4) and abs(full - expected) > 1e-3
 
 
+GIVEN = {
+    RowEvaluation: {"file": "f"},
+    CompletionEvaluation: {"by": ["exact"], "temperature": 1.0},
+    TaskEvaluation: {"tasks": "x"},
+}
 VALUES = {
-    "too_long": "drop", "temperature": "0.5", "top_p": "0.5", "min_p": "0.5", "pass_at": "1",
-    "kv_cache": "fp8", "gen_kwargs": "max_gen_toks=2",
+    "file": "f", "columns": "a=b", "too_long": "drop", "packing": True, "temperature": 0.5, "top_p": 0.5,
+    "min_p": 0.5, "pass_at": "1", "kv_cache": "fp8", "gen_kwargs": "max_gen_toks=2", "include_path": "p",
+    "system_instruction": "s", "chat": True, "unsafe_code": True,
 }  # fmt: skip
 
 
-def test_options_that_a_way_does_not_have_are_refused_and_the_others_have_their_defaults(monkeypatch, capsys):
-    script = load("evaluate")
-    for way, extra in {
-        script.ROWS: "--file f",
-        script.COMPLETIONS: "--by exact --run r",
-        script.TASKS: "--tasks x",
-    }.items():
-        for name, (default, ways) in script.OPTIONS.items():
-            flag = f"--{name.replace('_', '-')}"
-            given = [flag] if default is False else [flag, VALUES.get(name, "2")]
-            sampled = name in ("samples", "top_k", "top_p", "min_p") and way in ways
-            given += ["--temperature", "1"] if sampled else []
-            where = [] if "--run" in extra else ["--model", "m"]
-            monkeypatch.setattr("sys.argv", ["evaluate", *where, *extra.split(), *given])
-            if way not in ways:
-                with pytest.raises(SystemExit):
-                    script.arguments()
-                assert (
-                    f"{flag} applies only to {' and '.join(ways)}; remove it, or " in capsys.readouterr().err
-                )
+def test_options_that_a_way_does_not_have_are_refused_and_the_others_have_their_defaults():
+    names = {way: {field.name for field in fields(way)} for way in WAYS}
+    for way, extra in GIVEN.items():
+        for name in set().union(*names.values()) - {"tasks", "by", "regex"}:
+            ways = [title for other, (title, _) in WAYS.items() if name in names[other]]
+            given = {"run": "r", **extra, name: VALUES.get(name, 2)}
+            if name not in names[way]:
+                text = f"--{name.replace('_', '-')} applies only to {' and '.join(ways)}; remove it, or "
+                with pytest.raises(ValueError, match=re.escape(text)):
+                    requested(given)
                 continue
-            args = script.arguments()
-            assert args.way == way and vars(args)[name] != default
-            for other, (value, _) in script.OPTIONS.items():
-                if f"--{other.replace('_', '-')}" not in [*extra.split(), *given]:
-                    assert vars(args)[other] == value
+            settings, default = requested(given)[1], way(**extra)
+            assert getattr(settings, name) == given[name]
+            assert replace(settings, **{name: getattr(default, name)}) == default

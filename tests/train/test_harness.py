@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from scripts_in_process import call, load
 
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
-from jaxft.runs.loaded_weights import load_named, named_weights
+from jaxft.runs.loaded_weights import load_each, named_weights
 from jaxft.train.evaluate import harness
 from jaxft.train.evaluate.harness import (
     Continuation,
@@ -172,15 +171,15 @@ def test_a_run_keeps_the_results_and_those_of_several_adapters_are_separate(tmp_
     script = load("evaluate")
     report = {"results": {"t": {"acc,none": 0.5}}, "samples": {"a/b": [{"doc_id": 0}, {"doc_id": 1}]}}
     one = HarnessResult({"t/acc": 0.5}, "table", report, [])
-    script.write_tasks(SimpleNamespace(out=None, run=tmp_path), {"": one})
+    script.write_tasks(None, str(tmp_path), {"": one})
     (results,) = (tmp_path / "lm_eval").glob("results_*.json")
     (samples,) = (tmp_path / "lm_eval").glob("samples_a_b_results_*.jsonl")
     assert json.loads(results.read_text()) == {"results": report["results"]}
     assert [json.loads(line) for line in samples.read_text().splitlines()] == report["samples"]["a/b"]
-    script.write_tasks(SimpleNamespace(out=tmp_path / "x.json", run=None), {"a": one, "b": one})
+    script.write_tasks(tmp_path / "x.json", None, {"a": one, "b": one})
     names = {path.name for path in tmp_path.iterdir()} - {"lm_eval"}
     assert names == {"x_a.json", "x_b.json", "samples_a_b_x_a.jsonl", "samples_a_b_x_b.jsonl"}
-    script.write_tasks(SimpleNamespace(out=None, run=None), {"": one})
+    script.write_tasks(None, None, {"": one})
     assert capsys.readouterr().err.count("wrote ") == 3
 
 
@@ -257,7 +256,7 @@ def loaded(place):
     """The model in float32 on a mesh, which is set."""
     mesh = sharding.make_mesh(sharding.MeshShape())
     with jax.set_mesh(mesh):
-        yield load_named(named_weights(None, str(place[0] / "model"), None), mesh, "float32")
+        yield load_each({"": named_weights(None, str(place[0] / "model"), None)}, mesh, "float32")[""]
 
 
 def test_log_probabilities_are_those_of_transformers(place, loaded):

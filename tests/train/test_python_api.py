@@ -104,8 +104,9 @@ def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(pla
         assert scores.metrics["<lambda>"] == len(sample["prompt"])
         with pytest.raises(jaxft.Error, match="a LoadedModel in place of a model's name; give the result"):
             jaxft.evaluate(result.loaded, held)
-        with pytest.raises(jaxft.Error, match="option max_new_tokens: max_new_tokens is max_new here"):
-            result.generate(["a"], max_new_tokens=4)
+        for call in (result.generate, partial(jaxft.evaluate, result)):
+            with pytest.raises(jaxft.Error, match="option max_new_tokens: max_new_tokens is max_new here"):
+                call("a", max_new_tokens=4)
         with pytest.raises(jaxft.Error, match=r"one conversation, but .* give \[prompts\]"):
             result.generate([{"role": "user", "content": "a"}])
 

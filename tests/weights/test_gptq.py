@@ -15,10 +15,10 @@ from loading_process import one_device
 from tiny_llama import some_tokens, tiny_torch, write_folder
 from tiny_run import write_rows
 
-from jaxft.cli import cli
 from jaxft.nn import quant
 from jaxft.nn.quant import Quant, quantize
 from jaxft.nn.quant_formats import NF4
+from jaxft.runs import terminal
 from jaxft.train.export.calibrate import squared_inputs
 from jaxft.weights import pretrained, storage
 from jaxft.weights.edit import calibrated_rounding
@@ -149,7 +149,7 @@ def quantized(place, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["quantize.py", *argv])
         monkeypatch.setenv("JAXFT_CACHE", str(place / "cache"))
         monkeypatch.chdir(place)
-        return cli.one_line_errors(
+        return terminal.one_line_errors(
             runpy.run_path(str(ROOT / "scripts" / "quantize.py"))["main"]
         ), capsys.readouterr().err
 

@@ -1,6 +1,8 @@
 """Evaluation: held-out rows, rows of a file, completions, lm-evaluation-harness.
 
-evaluate.py: held-out loss; loss, perplexity and preferences of rows for `jaxft evaluate`
+evaluate_models.py: what `jaxft evaluate` does: loads models, and evaluates rows, completions or tasks
+evaluate.py: held-out loss; loss, perplexity and preferences of rows
+completer.py: completions of prompts in rows by loaded weights
 harness.py: lm-evaluation-harness: its tasks, and a model as it uses one
 scored_completions.py: completions of held-out prompts and of files, with scores and pass@k
 """

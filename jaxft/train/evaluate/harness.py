@@ -30,7 +30,7 @@ from jaxft.nn.attention.cache import CacheFormat
 from jaxft.nn.tree import Params, nearest
 from jaxft.objectives.read_positions import read_logps
 from jaxft.runs.loaded_weights import LoadedWeights
-from jaxft.train.evaluate.scored_completions import Completer
+from jaxft.train.evaluate.completer import Completer
 from jaxft.weights.hf import hub
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.pretrained import check_token_id

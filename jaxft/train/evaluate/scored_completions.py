@@ -8,31 +8,27 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from jaxft.annotations import INT32
-from jaxft.data.chat.loss_mask import example_prompt_ids
-from jaxft.data.packing.row_tasks import rename_columns
-from jaxft.data.progress import RowProgress
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, RowSettings, TemplateSettings
 from jaxft.data.rows.example import RESPONSE, Chat, Completion, Example, as_given
-from jaxft.data.rows.format_choice import parse_dataset, prompt_of, split_column
+from jaxft.data.rows.format_choice import parse_dataset, prompt_of
 from jaxft.data.rows.formats import SFT
-from jaxft.data.rows.invalid import InvalidRow, valid
+from jaxft.data.rows.invalid import InvalidRow
 from jaxft.data.rows.row_files import Row
 from jaxft.data.source import Prompt, Source
 from jaxft.distributed import processes
-from jaxft.engine.programs import Engine, compile_engine
-from jaxft.engine.sampling import NONFINITE, Sampling, nonfinite_logits, without_stop
+from jaxft.engine.programs import compile_engine
+from jaxft.engine.sampling import NONFINITE, Sampling, without_stop
 from jaxft.engine.session import Session, complete
 from jaxft.engine.state import Decoding, slots_for
-from jaxft.nn.attention.cache import CacheFormat
 from jaxft.nn.tree import Params
 from jaxft.objectives.alarms import CLIPPED_RATIO
 from jaxft.objectives.intervals import Interval, interval_of, prompt_means
@@ -41,10 +37,16 @@ from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.metric_names import COMPLETION_LENGTH, SCORES
 from jaxft.runs.run_texts import Sample
+from jaxft.train.evaluate.completer import (
+    Completer,
+    completion_text,
+    decode_completion,
+    encode_prompts,
+    renamed_rows,
+)
 from jaxft.train.evaluate.evaluate import Evaluated
 from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run, Scoring
-from jaxft.weights.pretrained import check_token_id
 
 COMPLETIONS_AT_ONCE = 32  # the most that are sampled at the same time
 ANSWER = "answer"  # the column that score functions compare with
@@ -100,13 +102,6 @@ def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
         return rest.strip() if separator else None
 
     return last_turn
-
-
-def decode_completion(tokenizer: Any, tokens: list[int]) -> str:
-    """Return tokens as text, without special tokens and surrounding space, and otherwise as it is: some
-    tokenizers remove spaces before punctuation by default.
-    """
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
 
 def prompt_texts(prompts: list[Prompt], tokenizer: Any, stop: Collection[int]) -> list[PromptText]:
@@ -165,52 +160,6 @@ def compile_sampler(
         return [completed(text, row) for text, rows in zip(texts, tokens, strict=True) for row in rows]
 
     return complete_held_out
-
-
-@dataclass(frozen=True)
-class Completer:
-    """Completes prompts by loaded weights. A program is compiled once for all weights of a model.
-
-    batch: how many completions are sampled at the same time. seed: random seed of sampling. cache: how keys
-    and values are stored. engines: the compiled programs, filled by `complete`.
-    """
-
-    batch: int = 8
-    seed: int = 0
-    cache: CacheFormat = "compute"
-    engines: dict[Any, Engine] = field(default_factory=dict)
-
-    def complete(
-        self,
-        loaded: LoadedWeights,
-        prompts: Sequence[tuple[str, list[int]]],
-        sampling: Sampling,
-        samples: int = 1,
-        is_enough: Callable[[list[int]], bool] | None = None,
-    ) -> Int[np.ndarray, "n G S"]:
-        """Return the token ids of `samples` completions of each prompt, and negative numbers after the end of
-        a completion.
-
-        prompts: names for errors, and token ids. is_enough(token ids so far): ends a completion where it
-        returns True. Raises ValueError for a token that the model does not have, and for logits that are not
-        finite.
-        """
-        ids = [tokens for _, tokens in prompts]
-        check_token_id("the model", max(map(max, ids)), loaded.model.config.vocab)
-        slots = slots_for(len(ids), samples, max(map(len, ids)), self.batch)
-        program = sampling, loaded.stop, samples, slots
-        if program not in self.engines:
-            decoding = Decoding(loaded.model, sampling, loaded.stop, samples, self.cache)
-            self.engines[program] = compile_engine(decoding, loaded.params, slots, loaded.mesh)
-        session = Session(self.engines[program], loaded.params, jax.random.key(self.seed))
-        with RowProgress("completing", len(ids) * samples, enabled=True) as progress:
-            completions = complete(session, ids, is_enough=is_enough, ended=progress.add).tokens
-        if where := nonfinite_logits(completions.reshape(-1, completions.shape[-1])):
-            raise ValueError(
-                f"{prompts[where[0] // samples][0]}: the logits of token {where[1] + 1} are not finite; use "
-                "--dtype float32, or check the weights of the model"
-            )
-        return completions
 
 
 class FunctionScores(NamedTuple):
@@ -395,9 +344,7 @@ def scored_prompts(
 
     Raises InvalidRow for a row without a prompt.
     """
-    renamed = [
-        rename_columns(row, [item for item in columns if split_column(item)[1] in row.fields]) for row in rows
-    ]
+    renamed = renamed_rows(rows, columns)
     try:
         parsed = parse_dataset(renamed, SFT, RowSettings(format=format))
     except InvalidRow as error:  # no row has a response
@@ -441,15 +388,14 @@ class CompletionScorer:
         note counts them. values: each prompt's mean. Raises ValueError if a function scores no completion at
         all.
         """
-        ids = self._prompt_ids(loaded, prompts)
-        named = [(prompt.row, tokens) for prompt, tokens in zip(prompts, ids, strict=True)]
+        named = encode_prompts(
+            loaded, [(x.row, x.prompt) for x in prompts], self.template, self.sampling.max_new
+        )
         sampled = self.completer.complete(loaded, named, self.sampling, self.samples)
         given = [prompt for prompt in prompts for _ in range(self.samples)]
         prompt_texts = [as_given(prompt.prompt) for prompt in given]
         tokens = sampled.reshape(len(given), -1)
-        texts = [
-            decode_completion(loaded.tokenizer, without_stop(row[row >= 0], loaded.stop)) for row in tokens
-        ]
+        texts = [completion_text(loaded, row) for row in tokens]
         rows = [(prompt.row, prompt.columns) for prompt in given]
         scores = score_texts(self.functions, prompt_texts, texts, rows, self.samples)
         metrics: dict[str, float] = {"prompts": len(prompts), "completions": len(texts)}
@@ -478,23 +424,6 @@ class CompletionScorer:
             for i, text in enumerate(texts)
         ]
         return Evaluated(metrics, results, notes, by_row)
-
-    def _prompt_ids(self, loaded: LoadedWeights, prompts: Sequence[ScoredPrompt]) -> list[list[int]]:
-        """Return the token ids of prompts. Raises ValueError that names the row for a prompt without a token,
-        and for one that is too long for the model.
-        """
-        new, limit = self.sampling.max_new, loaded.model.config.max_positions
-        encoded = example_prompt_ids([prompt.prompt for prompt in prompts], loaded.tokenizer, self.template)
-        ids = [valid(tokens) for tokens in encoded]
-        for prompt, tokens in zip(prompts, ids, strict=True):
-            if not tokens:
-                raise ValueError(f"{prompt.row}: the prompt has no tokens; fill it or remove the row")
-            if len(tokens) + new > limit:
-                raise ValueError(
-                    f"{prompt.row}: {len(tokens)} tokens plus --max-new {new} exceed the model's {limit} "
-                    "positions; use a smaller --max-new, or remove the row"
-                )
-        return ids
 
 
 def _or_none(score: float) -> float | None:
