@@ -213,7 +213,12 @@ def _skypilot(environ: Mapping[str, str]) -> Launch | None:
         return None
     addresses = environ["SKYPILOT_NODE_IPS"].split()
     rank, count = _number(environ, "SKYPILOT_NODE_RANK"), _number(environ, "SKYPILOT_NUM_NODES")
-    if not addresses or (count is not None and count != len(addresses)):
+    if not addresses:
+        raise ValueError(
+            "SKYPILOT_NODE_IPS is empty; set it to the addresses of all nodes, rank 0 first, or unset it for "
+            "a launch without SkyPilot"
+        )
+    if count is not None and count != len(addresses):
         raise ValueError(
             f"SKYPILOT_NUM_NODES={count} does not match the {len(addresses)} addresses in SKYPILOT_NODE_IPS; "
             "correct one of them"

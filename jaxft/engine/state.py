@@ -193,8 +193,8 @@ class RowChoices:
     """The settings of requests, with a value per row [R].
 
     limit: the number of tokens at which a completion ends. stops [R, S]: stop tokens, NO_TOKEN for none.
-    adapter: index of a LoRA adapter, see lora_rows.py. top: whether to return no most likely tokens (NO_TOP),
-    the most likely of all tokens (OF_ALL), or of the allowed ones (OF_ALLOWED).
+    adapter: index of a LoRA adapter, see lora_rows.py. top: which most likely tokens to return:
+    none (NO_TOP), the most likely of all tokens (OF_ALL), or of the allowed tokens (OF_ALLOWED).
     """
 
     sampling: RowSampling

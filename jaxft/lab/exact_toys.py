@@ -13,17 +13,18 @@ and KL, and `displacement` whether chosen responses lose log-prob on the way.
 
 Everything is computed in float64.
 
-The checks at the end are for a toy of five responses of unequal lengths and log-probs. A loss fails if its
-optimum orders them in reverse or its risk has no lower bound. Other properties are described, or checked if
-the loss's author claims them (see pair.Claims):
+The checks at the end are of properties that a loss's author may claim (see pair.Claims); a property that is
+not claimed is only described. The first three are of a toy of five responses of unequal lengths and
+log-probs, on which a loss also fails if its optimum orders them in reverse or its risk has no lower bound:
 
 bradley_terry: the policy of the lowest risk orders the responses by their true reward.
 calibrated: its margins are the true log-odds times a constant.
 finite: its log-ratios are finite, so that training has an end.
-raises_margin: at the reference the gradient raises the margin.
-keeps_chosen: the chosen response gains log-prob while the margin grows, even if it shares features with the
-    rejected one.
-antisymmetric, difference: see check_antisymmetry and check_difference in loss_checks.py.
+raises_margin: at the reference a step against the gradient raises the margin of a pair, without a toy.
+keeps_chosen: on the toy `overlapping()`, whose chosen and rejected responses share features, the chosen
+    response gains log-prob while the margin grows.
+
+Two further claims, antisymmetric and difference, are checked in loss_checks.py.
 """
 
 import math

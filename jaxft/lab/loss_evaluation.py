@@ -439,8 +439,9 @@ def evaluate_margins(
 ) -> LossResult:
     """Return values and gradients [N] of a pair for each margin [N] in nats, each in a separate batch.
 
-    The chosen response's log-ratio is half the margin, the rejected one's minus half of it. The reference's
-    log-probs are the same for all margins, and so low that the policy's stay below 0.
+    length: tokens of all responses, or of each kind by name. The chosen response's log-ratio is half the
+    margin, the rejected one's minus half of it, and 0 for other kinds. The reference's log-probs are the same
+    for all margins, and so low that the policy's stay below 0.
     """
     known = -max(-TOKENS * PER_TOKEN, 0.55 * float(np.abs(margin).max()))
     ratio = {"chosen": margin / 2, "rejected": -margin / 2} | dict.fromkeys(probe.kinds[2:], 0.0)

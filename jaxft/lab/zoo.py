@@ -526,7 +526,9 @@ def _loss_html(x: Specimen, toy: Toy) -> str:
 
 
 def _plots(x: Specimen, toy: Toy) -> list[Plot]:
-    """Return the plots of a loss. Plots of rewards have the same vertical axis for all losses."""
+    """Return the plots of a loss. Plots of the true reward have the same vertical axis for all losses, except
+    that of over-optimisation.
+    """
     margin, blue, red = x.curve.margin.tolist(), COLOURS[0], COLOURS[1]
     slopes = {kind: y.tolist() for kind, y in x.curve.gradient.items()}
     start, most = quality(toy, toy.reference).reward, float(toy.reward.max())

@@ -152,7 +152,8 @@ def is_listed(listed: str | Collection[str], names: ModuleNames, setting: str) -
     """Return whether `listed` selects a module, as PEFT's target_modules and exclude_modules do.
 
     listed: a regular expression for a whole name, or names, of which one must be the module's name or the end
-    of it after a dot; pass a set if there are many. setting: the setting's name in errors.
+    of it after a dot; pass a set if there are many. setting: the setting's name in errors. Raises ValueError
+    for an invalid regular expression.
     """
     if isinstance(listed, str):
         return any(map(_compiled(listed, setting).fullmatch, names))

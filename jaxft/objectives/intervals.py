@@ -145,7 +145,7 @@ def paired_means(
     first: Sequence[float], second: Sequence[float], weights: Sequence[float] | None = None
 ) -> Paired:
     """Return mean(second) - mean(first) of two models' values on the same rows, with the mean_interval of the
-    rows' differences. weights: of the rows in these means; None for equal ones.
+    rows' differences; its p is None. weights: of the rows in these means; None for equal ones.
     """
     differences = np.asarray(second, np.float64) - np.asarray(first, np.float64)
     w = np.ones_like(differences) if weights is None else np.asarray(weights, np.float64)

@@ -326,11 +326,11 @@ def make_rule(o: Optim, schedule: optax.Schedule, specs: Specs) -> UpdateRule:
     if isinstance(rule, UpdateRule) and isinstance(rule.transform, optax.GradientTransformation):
         return rule
     if not isinstance(rule, optax.GradientTransformation):
-        wrong = rule.transform if isinstance(rule, UpdateRule) else rule
-        raise ValueError(
-            f"optim.optimizer={name} returned a {type(wrong).__name__}, "
-            "expected an optax.GradientTransformation or an UpdateRule"
-        )
+        wrong, expected = f"a {type(rule).__name__}", "an optax.GradientTransformation or an UpdateRule"
+        if isinstance(rule, UpdateRule):
+            wrong = f"an UpdateRule whose transform is a {type(rule.transform).__name__}"
+            expected = "an optax.GradientTransformation as its transform"
+        raise ValueError(f"optim.optimizer={name} returned {wrong}, expected {expected}")
     shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs, is_leaf=is_spec)
     try:
         with standard_promotion():

@@ -188,8 +188,8 @@ def machine(name: str) -> Machine:
 
 
 def chip_name(text: str) -> str | None:
-    """Return the name in CHIPS for one of its spellings, such as RTX-3090, 3090, A100 80GB or 24GB; None for
-    an unknown one.
+    """Return a GPU's name in CHIPS, "rtx3090" for RTX-3090, 3090 or a memory size such as 24GB; None if it is
+    unknown.
     """
     plain = (
         re.sub(r"[\s_-]", "", text.lower()).removeprefix("nvidia").removeprefix("amd").removeprefix("geforce")

@@ -236,7 +236,8 @@ def repetition_table(results: Sequence[RankedRun], markdown: bool = False) -> st
 
 def repetitions_as_cells(results: Sequence[RankedRun]) -> tuple[list[str], list[list[str]]] | None:
     """Return (column titles, rows of cells) of repetition_table. A row has the setting's label, its number of
-    runs, and mean ± standard deviation of each metric. None if no setting has several seeds.
+    runs, and mean ± standard deviation of each metric but the number of pairs. The label has no title, so a
+    row has one more cell than there are titles. Return None if no setting has several seeds.
     """
     groups = repetitions(results)
     if all(len(group) == 1 for group in groups.values()):

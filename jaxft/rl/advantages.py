@@ -249,8 +249,9 @@ def gfpo(
     computed among these alone; 0 for the others (Shrivastava et al. 2025, arXiv:2508.09726, eq. 2).
 
     retain: None for half of the group, as the paper's 8 of 16. metric: brevity, token_efficiency or your own
-    function of (scores, lengths). Of completions with equal metrics the first is retained. Token weights
-    count all completions, as the paper's do; grpo's deviation is unbiased, the paper's is not. Raises
+    function of (scores, lengths). Of completions with equal metrics the first is retained. As in the paper,
+    the loss is averaged over the tokens of all completions, also of those not retained (see
+    token_weights.py). Unlike the paper's, grpo's standard deviation is the unbiased one (n - 1). Raises
     ValueError unless `retain` is in 1 .. N - 1 (1 in a group of one).
 
     >>> scores, lengths = np.array([[1.0, 0.0, 1.0, 0.0]]), np.array([[10, 20, 40, 30]])

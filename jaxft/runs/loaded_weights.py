@@ -380,7 +380,9 @@ def load_shared_base(
 
 
 def common_dtype(named: Mapping[str, NamedWeights], dtype: str | None) -> str:
-    """Return `dtype` or, if None, the runs' compute dtype. Raises ValueError if it is not the same in all."""
+    """Return `dtype` or, if None, the runs' compute dtype, "bfloat16" if there is no record of a run. Raises
+    ValueError if `dtype` is None and the runs differ.
+    """
     dtypes = {n.record["model"]["dtype"]: name for name, n in named.items() if n.record}
     if dtype is None and len(dtypes) > 1:
         raise ValueError(f"the runs {' and '.join(dtypes.values())} have different dtypes; set --dtype")

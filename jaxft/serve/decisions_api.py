@@ -114,9 +114,12 @@ def _input(value: Any) -> str:
 
 def _question(text: str, number: int, item: Any) -> Question:
     where = f"questions[{number}]"
-    kind = item.get("type") if isinstance(item, dict) else None
-    if kind not in QUESTION_OPTIONS:
-        raise ApiError(400, f"{where}: type={kind!r:.40}; use {', '.join(QUESTION_OPTIONS)}", "questions")
+    if not isinstance(item, dict):
+        raise ApiError(400, f"{where} must be an object, got {item!r:.40}", "questions")
+    kind = item.get("type")
+    if not isinstance(kind, str) or kind not in QUESTION_OPTIONS:
+        wrong = f"type={kind!r:.40} is not possible" if "type" in item else "type is missing"
+        raise ApiError(400, f"{where}: {wrong}; use {', '.join(QUESTION_OPTIONS)}", "questions")
     options = QUESTION_OPTIONS[kind]
     _check_fields(item, ("type", "name", "instructions", *(options[:1] if options else ())), where)
     instructions, name = item.get("instructions"), item.get("name")

@@ -318,16 +318,20 @@ def _grammar(model: ServedModel, body: ChatBody | CompletionBody) -> Grammar | N
     schema, tools, required, text = body.choice.schema, None, None, ""
     if isinstance(body, ChatBody):
         tools, required = body.tools, body.required
+    field = "response_format"
     try:
-        if schema is not None:
-            text = json_grammar(schema)
         if required is not None:
+            field = "tool_choice"
             text = call_grammar(model.tools, required.tools, model.tokenizer, required.is_single)
-        elif text and tools is not None:  # the model may call them instead
-            text = either(call_grammar(model.tools, functions_of(tools), model.tokenizer), text)
+            field = "tools"
+        elif schema is not None:
+            text = json_grammar(schema)
+            if tools is not None:  # the model may call them instead
+                compile_grammar(text, model.tokenizer, model.stop)  # raises for the response_format's schema
+                field = "tools"
+                text = either(call_grammar(model.tools, functions_of(tools), model.tokenizer), text)
         return compile_grammar(text, model.tokenizer, model.stop) if text else None
     except (ValueError, RecursionError) as error:
-        field = "tool_choice" if required is not None else "response_format"
         raise ApiError(400, f"{field}: {error}", field) from error
     except ImportError as error:
         raise ApiError(501, str(error)) from error

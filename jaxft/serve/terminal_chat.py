@@ -161,7 +161,8 @@ def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
     try:
         values[name] = None if is_none else kinds[name](value)
     except ValueError as error:
-        raise ValueError(f"{name}={value[:40]} is not a number; use one such as 0.7") from error
+        wrong = "number; use one such as 0.7" if kinds[name] is float else "whole number; use one such as 40"
+        raise ValueError(f"{name}={value[:40]} is not a {wrong}") from error
     if values["max_new"] > chat.most_new:
         raise ValueError(f"max_new={value} is above {chat.most_new}; start chat with a larger --max-new")
     seed = values.pop("seed")

@@ -146,7 +146,7 @@ def reason_to_separate(runs: Mapping[str, Run]) -> str:
     except ValueError as error:
         return str(error)
     if any(fact.noise for fact in facts):
-        return "neftune is random, and they would share one forward pass"
+        return "their losses are random (Facts.noise, as with neftune), and they would share one forward pass"
     kinds = sorted({fact.reference for fact in facts} - {"none"})
     return f"their references are of different kinds ({', '.join(kinds)})" if len(kinds) > 1 else ""
 

@@ -132,7 +132,9 @@ class Server:
 
 
 def text_of(kind: str, choice: dict[str, Any]) -> str:
-    """Return the text in an element of `choices`, of a response or of a chunk. kind: the request's path."""
+    """Return the text in an element of `choices`, of a response or of a chunk. kind: the endpoint, without
+    its /v1/.
+    """
     if kind == "completions":
         return choice["text"]
     return choice["message" if "message" in choice else "delta"].get("content") or ""

@@ -469,3 +469,7 @@ def test_the_command_prints_the_command_and_the_report(converted, capsys, monkey
     assert main() == 0 and (tmp_path / "mine.py").is_file()
     with pytest.raises(ValueError, match="the file exists"):
         main()
+    for out, better in (("recipes/x.txt", "recipes/x.py"), (".", "mine.py")):
+        monkeypatch.setattr(sys, "argv", ["convert", "qlora.yml", "--out", out])
+        with pytest.raises(ValueError, match=f"a recipe is a Python file; write --out {better}$"):
+            main()

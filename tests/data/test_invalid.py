@@ -242,6 +242,19 @@ def test_the_limit_is_a_fraction_of_all_rows_of_a_dataset(count, tmp_path):
             data.open(tiny("chatml"), cache=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("total", "end"),
+    [(3, "correct data.format or data.columns, or raise data.invalid_limit"),
+     (2, "none is left: 2 x b (first r:1: no b). Fix them, or correct data.format or data.columns")],
+)  # fmt: skip
+def test_another_limit_is_advised_only_if_valid_rows_are_left(total, end):
+    rows = InvalidRows(0.1)
+    for number in (1, 2):
+        rows.add(InvalidRow(f"r:{number}", "b", "no b"))
+    with pytest.raises(ValueError, match=f"{re.escape(end)}$"):
+        rows.check("r", total)
+
+
 # ---- what is printed
 
 
@@ -334,8 +347,7 @@ def test_the_remedy_of_the_rows_comes_first_and_is_not_cut_in_a_word():
     found.add(InvalidRow("r:1", "hidden call", f"the template misrenders a turn: {'x' * 300}; {remedy}"))
     with pytest.raises(ValueError) as error:
         found.check("r", 1)
-    assert str(error.value).endswith(f"{remedy}). Fix them, or correct data.format or data.columns, or raise "
-                                     "data.invalid_limit")  # fmt: skip
+    assert str(error.value).endswith(f"{remedy}). Fix them, or correct data.format or data.columns")
     words = " ".join(f"word{number}" for number in range(80))
     short = shortened(words, 300)
     assert short.endswith(" ...") and len(short) < 310 and words.startswith(f"{short[:-4]} ")

@@ -190,6 +190,11 @@ SAD = [
         r"column 'chosen' begins .* 3 differs",
     ),
     (
+        {"prompt": list(LONG), "chosen": list(LONG[:2]), "rejected": [B]},
+        {},
+        f"column 'chosen' begins .* but it ends after 2 of the prompt's {len(LONG)} messages",
+    ),
+    (
         {"prompt": "x", "chosen": [Q, A], "rejected": [Q, B]},
         {},
         "common beginning of the conversations in chosen and rejected does not end with the prompt",

@@ -167,6 +167,7 @@ def test_settings_take_precedence_over_the_environment():
             {**SKYPILOT, "SKYPILOT_NUM_NODES": "3"},
             "SKYPILOT_NUM_NODES=3 does not match the 2 addresses",
         ),
+        (NONE, {**SKYPILOT, "SKYPILOT_NODE_IPS": ""}, "SKYPILOT_NODE_IPS is empty"),
     ],
 )
 def test_contradictory_launch_is_an_error_of_one_line(explicit, environ, text, monkeypatch):

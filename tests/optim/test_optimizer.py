@@ -93,10 +93,17 @@ def test_hyper_parameters_that_do_not_fit_are_refused(settings, message):
 def test_what_a_function_returns_is_checked():
     with pytest.raises(ValueError, match="wrong returned a tuple, expected an optax.GradientTransformation"):
         make_optimizer(Optim(optimizer=wrong), SPECS, 10)
+    rule = "an UpdateRule whose transform is a NoneType, expected an optax.GradientTransformation as its"
+    with pytest.raises(ValueError, match=rule):
+        make_optimizer(Optim(optimizer=wrong_rule), SPECS, 10)
     with pytest.raises(ValueError, match="optim.b2=2.0 is out of range"):
         make_optimizer(Optim(optimizer=partial(adamw, b2=2.0)), SPECS, 10)
     with pytest.raises(ValueError, match="optim.schedule=wrong does not take"):
         make_optimizer(Optim(schedule=wrong), SPECS, 10)
+
+
+def wrong_rule(schedule, specs, weight_decay):
+    return UpdateRule(None)
 
 
 def wrong(schedule, specs, weight_decay):

@@ -199,6 +199,7 @@ def test_commands_change_the_conversation(tmp_path):
 WRONG = {
     "/use": "one or two", "/use nobody": "nobody", "/use base polite terse": "one or two", "/wat": "/help",
     "/set": "NAME=VALUE", "/set heat=1": "temperature", "/set temperature=warm": "not a number",
+    "/set top_k=0.5": "top_k=0.5 is not a whole number; use one such as 40",
     "/set temperature=-1": "temperature", "/set max_new=25": "24", "/set seed=-1": "seed",
     "/retry": "no message", "/undo": "no message", "/save": ".jsonl",
     "/save a.txt": ".jsonl", "/save a.md": "no response",

@@ -231,10 +231,18 @@ def test_smollm2_completes_prompts_as_the_schema_says(tmp_path, monkeypatch, cap
 
 
 TOOLS = [{"type": "function", "function": ADD}]
+WITH_NOT = [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]
 REFUSED = {  # fields -> part of the message
     "drops tools": {"tools": TOOLS},
     'Unimplemented keys: ["not"]': {"response_format": schema_format({"not": {}})},
     "Invalid type: objec": {"response_format": schema_format({"type": "objec"})},
+    "response_format: failed to compile JSON schema: Invalid type: obj": {
+        "tools": TOOLS, "response_format": schema_format({"type": "obj"}),
+    },
+    'tools: failed to compile JSON schema: Unimplemented keys: ["not"]': {
+        "tools": WITH_NOT, "response_format": schema_format({}),
+    },
+    "tools: failed to compile": {"tools": WITH_NOT, "tool_choice": "required"},
     "tool_choice names 'f'": {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
 }
 

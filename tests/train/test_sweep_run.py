@@ -377,7 +377,7 @@ def test_runs_that_cannot_share_a_program_say_why(place):
     seeds = with_one_split({"a": base, "b": settings_of(place, "seed=1")})
     assert reason_to_separate(seeds) == "" and [run.data.seed_of_split for run in seeds.values()] == [0, 0]
     noisy = settings_of(place, "lr=1", "neftune=5", config="sft.py")
-    assert "neftune is random" in reason_to_separate({"a": noisy})
+    assert "losses are random (Facts.noise, as with neftune)" in reason_to_separate({"a": noisy})
     sampled = SimpleNamespace(data=SimpleNamespace(unit="prompts"))
     assert "samples completions" in reason_to_separate({"a": sampled})
 

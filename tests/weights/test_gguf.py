@@ -284,6 +284,12 @@ def test_a_truncated_gguf_file_is_an_error_that_names_it(tmp_path):
         check_refuses(path, "not a complete GGUF file of version 2 or 3")
 
 
+def test_a_tensor_type_of_a_newer_gguf_package_is_an_error_that_names_the_upgrade(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(num_hidden_layers=1))
+    monkeypatch.setattr(gguf_package.constants, "GGML_QUANT_SIZES", {})
+    check_refuses(path, f"{path}: tensor ", "upgrade it (pip install -U gguf)")
+
+
 @pytest.fixture(scope="module")
 def small_file(tmp_path_factory):
     return write_gguf(tmp_path_factory.mktemp("fuzz") / "small.gguf", tiny_torch(num_hidden_layers=1))

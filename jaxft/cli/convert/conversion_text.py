@@ -35,7 +35,8 @@ def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
     `path` exists or does not end in .py.
     """
     if path.suffix != ".py":
-        raise ValueError(f"--out {path}: a recipe is a Python file; write --out {path.stem or 'mine'}.py")
+        better = path / "mine.py" if path.is_dir() else path.with_suffix(".py")
+        raise ValueError(f"--out {path}: a recipe is a Python file; write --out {better}")
     if path.exists():
         raise ValueError(f"--out {path}: the file exists; remove it, or write another name")
     path.write_text(recipe_text(conversion, lines), encoding="utf-8")

@@ -215,8 +215,9 @@ def _model(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
 
 
 def _assignments(tree: ast.Module) -> dict[str, Any]:
-    """Return name -> value of all names that the file sets. A name that is set twice, or in a loop, has an
-    Expression as its value.
+    """Return name -> value for each `name = value` of the file, also within functions and loops. A name that
+    is set twice, by `+=` or by `for` has an Expression as its value. Names in tuples (`a, b = x`) are left
+    out.
     """
     names: dict[str, Any] = {}
     seen: set[str] = set()

@@ -268,8 +268,8 @@ def _mask_from_border(name: str, border: int, response: MaskedTokens) -> MaskedT
         raise InvalidRow(
             name,
             "response without targets",
-            "the response has no token that can be a target, which needs a token before it; give the row a "
-            "prompt or a longer response, or remove it",
+            "no token of the response can be a target, because a row's first token never is one; give the "
+            "row a prompt or a longer response, or remove it",
         )
     learned[max(border, 1) : learned.argmax()] = True
     end = len(learned) - int(learned[::-1].argmax())

@@ -399,10 +399,13 @@ def _after(row: Row, column: str, prompt: Turns) -> Turns:
     if turns[0]["role"] == "assistant":
         return turns
     at = next((i for i, (a, b) in enumerate(zip(prompt, turns, strict=False)) if a != b), len(turns))
+    wrong = f"its message {at} differs from the prompt"
+    if at == len(turns):
+        wrong = f"it ends after {at} of the prompt's {len(prompt)} messages"
     raise row.invalid(
         "conversation that differs from the prompt",
-        f"column {column!r} begins with a {turns[0]['role']} turn like a full conversation, but its message "
-        f"{at} differs from the prompt; repeat the prompt's messages there, or use the response only",
+        f"column {column!r} begins with a {turns[0]['role']} turn like a full conversation, but {wrong}; "
+        "repeat the prompt's messages there, or use the response only",
     )
 
 

@@ -111,13 +111,15 @@ class InvalidRows:
         if self.names_first:
             first = next(iter(self.tallies.values())).first
             raise _with_hint(first) from first
-        allows = f"data.invalid_limit={self.limit:g} allows {allowed}" if count < total else "none is left"
+        allows, remedy = "none is left", "Fix them, or correct data.format or data.columns"
+        if count < total:
+            allows = f"data.invalid_limit={self.limit:g} allows {allowed}"
+            remedy = "Fix them, correct data.format or data.columns, or raise data.invalid_limit"
         reasons = self.counts()
         listed = [f"{rows} x {reason} (first {shortened(first)})" for reason, rows, first in reasons[:5]]
         listed += [f"and {len(reasons) - 5} further reasons"] if len(reasons) > 5 else []
         raise ValueError(
-            f"{ref}: {count} of {total} rows are invalid, {allows}: {'; '.join(listed)}. Fix them, or "
-            "correct data.format or data.columns, or raise data.invalid_limit"
+            f"{ref}: {count} of {total} rows are invalid, {allows}: {'; '.join(listed)}. {remedy}"
         )
 
 

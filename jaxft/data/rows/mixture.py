@@ -96,7 +96,7 @@ def held_out_sources(text: str) -> tuple[SourceRef, ...]:
     """Return the datasets that data.held_out names. Raises ValueError if it gives one a weight."""
     sources = parse_sources(text, "data.held_out")
     if any(source.share is not None for source in sources):
-        raise ValueError(f"data.held_out={text}: held-out rows have no weights; remove them")
+        raise ValueError(f"data.held_out={text}: held-out rows have no weights; remove the weights")
     return sources
 
 
@@ -259,8 +259,9 @@ def make_mixture(
 class SplitRows:
     """The tokenised rows of all sources, and the indices of the training and the held-out examples.
 
-    sources: for each example, the index of its source in data.train or, if data.held_out names files, in
-    data.held_out. train_names, held_names: the names of several sources, for their metrics; () for one.
+    sources: for each example, the index of its source among those of data.train; for a held-out example, of
+    data.held_out if that names datasets. train_names, held_names: the names of several sources, for their
+    metrics; () for one.
     mixture: the sources of an epoch if they have weights, else None. left_out: a clause with the number of
     rows that data.drop has left out, "" for none. warnings: lines for a run's start.
     """

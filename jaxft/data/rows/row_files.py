@@ -355,8 +355,11 @@ def _key_of_rows(value: dict[str, Any]) -> str | None:
 
 
 def scan_groups(path: Path, used: tuple[str, ...] | None = None) -> tuple[list[Chunk], int]:
-    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows. Return the chunks, and how many bytes all
-    rows take unpacked. used: the columns that are read, None for all.
+    """Divide a Parquet file into chunks of at most CHUNK_ROWS rows. Return the chunks, and how many bytes the
+    columns that are read take unpacked.
+
+    used: names of these columns, None for all. Raises ValueError for an unreadable file and for a row group
+    beyond the memory limits of row_parquet.plan_group, OSError if the file cannot be opened.
     """
     before, chunks, unpacked = 0, list[Chunk](), 0
     with named_errors(path), row_parquet.open_parquet(path, str(path), _AGAIN) as file:

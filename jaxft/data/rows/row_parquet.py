@@ -173,8 +173,8 @@ def _measure(source: Any, metadata: Any, group: int, column: _Column, limit: int
     """Return how many bytes a column's values take, counted until they exceed `limit`, and how many rows a
     batch may have to take about LINE_BYTES at most in Arrow's memory.
 
-    A value of DELTA_BYTE_ARRAY repeats the beginning of the one before it, so that each may have all bytes of
-    the column: only a few rows are read at a time.
+    In the encoding DELTA_BYTE_ARRAY a value may begin with the value before it, which the file does not
+    repeat. So each value may be as long as all stored bytes together: few rows of it are read at a time.
     """
     rows = BATCH_ROWS
     if column.is_delta:

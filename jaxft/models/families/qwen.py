@@ -86,7 +86,11 @@ QWEN3_FORMAT = ConfigFormat(
 
 
 def read_qwen(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a QwenConfig or Qwen3Config from `hf`, the dict of a config.json."""
+    """Return the fields of a QwenConfig or Qwen3Config from `hf`, the dict of a config.json.
+
+    Raises ValueError for an invalid value, such as a max_window_layers that is not a whole number, and for
+    sliding_attention in layer_types without use_sliding_window.
+    """
     fields = fields_from_hf(hf, form)
     if not hf.get("use_sliding_window", False):
         if SLIDING in read_layer_types(hf, (FULL,) * fields["layers"]):

@@ -506,9 +506,11 @@ class Step:
 def attend(
     q: Float[Array, "R 1 H E"], keys: tuple[Keys, Keys], index: Array, step: Step, rule: AttentionRule
 ) -> Float[Array, "R 1 H E"]:
-    """Return the output of attention of each row's token in one layer.
+    """Return the attention of each row's newest token, in one layer, to the tokens of its prompt and of its
+    completion so far, itself included.
 
-    keys: (of prompts, of rows). index: the layer's index in these Keys. rule: window and soft cap.
+    q: queries of the newest tokens, whose keys are stored already. keys: of all prompts, and of all rows, for
+    a stack of layers. index: of the layer in both. step: row counts and masks. rule: window and soft cap.
     """
     prompts, rows = (_layer_of(some, index, q.dtype) for some in keys)
     size, at = rows.k.shape[3], step.at

@@ -303,7 +303,9 @@ def _order(x: Float[Array, " N"], weight: Float[Array, " N"]) -> Array:
 def _against_same_rank(
     x: Float[Array, "B P"], y: Float[Array, "B P"], weight: Float[Array, "B P"]
 ) -> Float[Array, "B P"]:
-    """Return x minus the y of the same rank: the nth smallest y for the nth smallest x; in the order of x."""
+    """Return x minus the y of the same rank: the nth smallest y for the nth smallest x; in the order of x.
+    Pairs of weight 0 rank last, in x and in y.
+    """
     flat_x, flat_y, used = x.reshape(x.size), y.reshape(y.size), weight.reshape(weight.size)
     rank = jnp.argsort(_order(flat_x, used))
     return (flat_x - flat_y[_order(flat_y, used)][rank]).reshape(x.shape)

@@ -22,7 +22,7 @@ CODE_NAME = "program.py"  # of the code in tracebacks
 
 
 def run_limited() -> None:
-    """Limit this process and run the code of the folder."""
+    """Read the folder and the limits from sys.argv, apply the limits to this process and run the code."""
     folder, pipe, seconds, memory, files, processes = sys.argv[1], *map(int, sys.argv[2:])
     with open(os.path.join(folder, CODE_NAME), encoding="utf-8", errors="surrogatepass") as file:
         code = file.read()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxft.annotations import INT32
+from jaxft.annotations import INT32, name_of
 from jaxft.batch import TrainState, widened
 from jaxft.data.packing.cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
@@ -229,8 +229,9 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
         members.append(Member(label, run, folder / label, settings_, programs))
     if sweep and any(member.programs.objective.facts.noise for member in members):
         raise ValueError(
-            "neftune is not possible in a sweep, whose members share one forward pass; set neftune=0, or "
-            "train one run after the other with scripts/train.py"
+            f"{name_of(lead.objective)}: the loss is random (Facts.noise), but the members of a sweep share "
+            "one forward pass; train one run after the other with scripts/train.py, or use a loss without "
+            "noise (sft has none with neftune=0)"
         )
     processes.check_same(runfolder.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out

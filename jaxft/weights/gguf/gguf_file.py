@@ -112,6 +112,10 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+class _UnknownType(ValueError):
+    """A tensor's type is not in the installed package gguf."""
+
+
 class _Cursor:
     """Reads values from a buffer in order. Raises ValueError at its end."""
 
@@ -225,6 +229,8 @@ def _read_part(path: Path, number: int, count: int) -> GgufHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             metadata, tensors = _parse(_Cursor(data), len(data), path)
+    except _UnknownType:
+        raise
     except (ValueError, OverflowError, struct.error) as e:
         raise ValueError(
             f"{path}: not a complete GGUF file of version 2 or 3: {e}; download it again, or use another file"
@@ -276,7 +282,10 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
             kind = GGMLQuantizationType(code)
             block, size = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError) as e:
-            raise ValueError(f"tensor {name} has type {code}, which this gguf package does not know") from e
+            raise _UnknownType(
+                f"{path}: tensor {name} has type number {code}, which the installed package gguf does not "
+                "know; upgrade it (pip install -U gguf) or, if that does not help, download the file again"
+            ) from e
         shape = tuple(reversed(dims)) or (1,)
         info = GgufTensor(path, kind.name, shape, shape[-1] // block * size, start + offset)
         end = info.offset + math.prod(shape[:-1]) * info.row_bytes

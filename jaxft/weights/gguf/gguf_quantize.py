@@ -376,8 +376,11 @@ LAST_FALLBACK = "F16"
 
 @dataclass(frozen=True)
 class MixtureModel:
-    """The properties of a model that determine the types of its tensors in a mixture. architecture: its GGUF
-    name. tied: whether the embedding is also the head. weighted: whether inputs have importances.
+    """The properties of a model that determine its tensors' types in a mixture such as Q4_K_M, which stores
+    some tensors with more bits than others.
+
+    architecture: its GGUF name. tied: whether the embedding is also the head. weighted: whether importances
+    of the matrices' inputs are given (llama.cpp's imatrix).
     """
 
     architecture: str

@@ -275,10 +275,10 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
             "Write a Hugging Face folder, without --gguf"
         )
     if name in (NEVER_TIED if tied else ALWAYS_TIED):
-        which = "a head that is the embedding" if tied else "a head that is not the embedding"
+        actual, expected = ("tied", "untied") if tied else ("untied", "tied")
         raise ValueError(
-            f"{which} cannot be written as GGUF of architecture {name}; "
-            "write a Hugging Face folder, without --gguf"
+            f"this model cannot be written as GGUF: its input and output embeddings are {actual}, but "
+            f"{expected} in llama.cpp's architecture {name}. Write a Hugging Face folder, without --gguf"
         )
     if name in HEADS_OF_WIDTH and config.heads * config.head_dim != config.width:
         raise ValueError(

@@ -131,9 +131,10 @@ def _check_links(folder: Path) -> None:
     """Raise FileNotFoundError if a cached model's weights are links to files that are gone."""
     for file in folder.glob("*.safetensors*"):
         if file.is_symlink() and not file.exists():
+            target, name = file.readlink(), folder.name.rpartition("-")[0]
             raise FileNotFoundError(
-                f"{file} links to {file.readlink()}, which no longer exists; move the model back, or repeat "
-                "the training command with model= for a folder of the same name"
+                f"{file} links to {target}, which no longer exists; move the model back to {target.parent}, "
+                f"or repeat the training command with model= for its new path, which must end in {name!r}"
             )
 
 

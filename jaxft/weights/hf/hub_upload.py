@@ -298,7 +298,9 @@ def _operations(files: Mapping[str, FileContent], stale: Iterable[str]) -> list[
 
 
 def _reason(error: Exception, where: str, uploading: bool) -> str:
-    """Return why an upload failed, and the remedy, as one line. uploading: whether the commit had started."""
+    """Return as one line why an upload failed and, if one is known, the remedy. uploading: whether the commit
+    had started.
+    """
     from huggingface_hub import errors
 
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error

@@ -308,8 +308,8 @@ def block_sizes(where: str, name: str, value: Any) -> tuple[int, int]:
     sizes = tuple(value) if isinstance(value, list | tuple) else ()
     if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
         raise ValueError(
-            f"{where}: {name} in quantization_config is {value!r}, expected numbers of outputs and inputs; "
-            "correct config.json"
+            f"{where}: {name} in quantization_config is {value!r}, expected [outputs, inputs], two "
+            "positive whole numbers; correct config.json"
         )
     return sizes[0], sizes[1]
 
