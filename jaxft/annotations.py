@@ -17,7 +17,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -26,12 +26,15 @@ INT32 = 2**31 - 1  # the largest number of 32 bits, in which steps and seconds a
 
 @dataclass(frozen=True)
 class Bounds:
-    """An interval of finite numbers. open_least, open_most: `least` or `most` itself is outside."""
+    """An interval of finite numbers. open_least, open_most: `least` or `most` itself is outside. also:
+    another number that is allowed.
+    """
 
     least: float = -math.inf
     most: float = math.inf
     open_least: bool = False
     open_most: bool = False
+    also: float | None = None
 
     def contain(self, number: float) -> bool:
         """Return whether a number is inside.
@@ -39,6 +42,8 @@ class Bounds:
         >>> at_least(1).contain(0)
         False
         """
+        if number == self.also:
+            return True
         inside = self.least <= number <= self.most and abs(number) < math.inf
         return inside and not (
             (self.open_least and number == self.least) or (self.open_most and number == self.most)
@@ -47,6 +52,8 @@ class Bounds:
     def __str__(self) -> str:
         if self.least == -math.inf and self.most == math.inf:
             return "finite"
+        if self.also is not None:
+            return f"{self.also:g}, or {replace(self, also=None)}"
         low, high = _short(self.least), _short(self.most)
         if self.most == math.inf:
             return f"above {low}" if self.open_least else f"at least {low}"
@@ -97,6 +104,13 @@ FiniteFloat = Annotated[float, FINITE]
 PositiveFloat = Annotated[float, above(0)]
 NonNegativeFloat = Annotated[float, at_least(0)]
 Fraction = Annotated[float, ZERO_TO_ONE]
+PositiveFraction = Annotated[float, ABOVE_ZERO_TO_ONE]
+AnyTemperature = Annotated[float, Bounds(1e-4, also=0)]  # of sampling; 0 is greedy
+
+# Choices of several settings and options of commands
+FormatName = Literal["int8", "fp8", "int4", "nf4", "fp4", "affine4"]  # of quantised weights
+QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
+ComputeDtype = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -220,9 +234,10 @@ class _Kind:
         kinds = self.items[:1] * len(value) if Ellipsis in self.items else self.items
         if len(kinds) != len(value):
             return f"expected {len(kinds)} values"
-        numbered = enumerate(zip(value, kinds, strict=True), 1)
-        texts = ((place, _Kind.of("", kind).expected(item)) for place, (item, kind) in numbered)
-        return next((f"{text} as value {place}" for place, text in texts if text), "")
+        for place, (item, kind) in enumerate(zip(value, kinds, strict=True), 1):
+            if text := _Kind.of("", kind).expected(item):
+                return f"{text} in {item}" if isinstance(item, tuple) else f"{text} as value {place}"
+        return ""
 
 
 def _has_type(value: Any, member: Any) -> bool:
@@ -270,7 +285,8 @@ def check_values(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 def _check(kind: _Kind, value: Any, section: str = "") -> None:
     if expected := kind.expected(value):
         setting = f"{section}{' ' if section.endswith(':') else '.'}{kind.name}" if section else kind.name
-        text = repr(value) if isinstance(value, str) else str(value)
+        items = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        text = repr(value) if isinstance(value, str) else items
         raise ValueError(f"{setting}={text:.60}; {expected}")
 
 

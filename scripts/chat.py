@@ -25,30 +25,25 @@ NARROW = 48  # columns of a terminal below which two responses are one below the
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import (
-        CommandParser,
-        add_compute_options,
-        add_sampling_options,
-        add_served_models,
-    )
+    from jaxft.cli import cli
 
-    parser = CommandParser(__doc__)
-    add_served_models(parser)
+    parser = cli.CommandParser(__doc__)
+    cli.add_served_models(parser)
     parser.add_argument("--use", help="the model to chat with, or two side by side: NAME,NAME")
     parser.add_argument("--system", default="", help="the system prompt")
-    add_sampling_options(parser)
+    cli.add_sampling_options(parser)
     parser.add_argument(
-        "--seed", type=int, help="random seed of every response (default: a new one for each)"
+        "--seed", type=cli.SEED, help="random seed of every response (default: a new one for each)"
     )
     parser.add_argument(
         "--max-prompt",
-        type=int,
+        type=cli.COUNT,
         help="most tokens of the conversation (default 1024, or the model's positions less --max-new if "
         "fewer)",
     )
     parser.add_argument(
         "--max-new",
-        type=int,
+        type=cli.COUNT,
         help="most tokens of a response (default 512, or half of the model's positions if fewer)",
     )
     parser.add_argument("--environment", help="play in an environment: a name, or file.py:Name")
@@ -58,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--template",
         help="with --environment or --tools: a chat template (default: --model's, or qwen without --model)",
     )
-    add_compute_options(parser)
+    cli.add_compute_options(parser)
     return parser
 
 
@@ -229,7 +224,6 @@ def main() -> int:
             )
         return play(args)
     from jaxft.cli import cli
-    from jaxft.data.data_settings import check_seed
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.scheduler import Scheduler
     from jaxft.runs import loaded_weights
@@ -237,10 +231,6 @@ def main() -> int:
     from jaxft.serve import terminal_chat as chats
     from jaxft.serve.openai_api import ChoiceSettings
 
-    if args.seed is not None:
-        check_seed(args.seed, "--seed")
-    given = args.temperature, args.top_k, args.top_p, args.min_p
-    Sampling(1, *given)  # errors before anything is loaded
     named = loaded_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
     for note in (note for weights in named.values() for note in weights.notes):
         print(note, file=sys.stderr)
@@ -248,7 +238,8 @@ def main() -> int:
     print(f"loading {', '.join(named)}; the first start also compiles the programs", file=sys.stderr)
     served = served_models.load_served(named, flags, rows=2, continues=True)
     new = served.sizes.new
-    choice = ChoiceSettings(Sampling(new, *given), args.seed, (), 1, None)
+    sampling = Sampling(new, args.temperature, args.top_k, args.top_p, args.min_p)
+    choice = ChoiceSettings(sampling, args.seed, (), 1, None)
     chat = chats.Conversation(served.models, (next(iter(served.models)),), choice, new, args.system)
     if args.use:
         chat.active = chats.chosen_models(chat, args.use.split(","))

@@ -22,16 +22,19 @@ METHODS = ("svd", "cat", "linear", "ties", "dare_linear", "dare_ties")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.annotations import PositiveFraction
+    from jaxft.cli.cli import COUNT, SEED, Bounded, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("adapters", nargs="+", type=Path, help="runs, or adapter folders in PEFT's layout")
     parser.add_argument("--weights", required=True, help="a number for each adapter, separated by commas")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--method", choices=METHODS, default="svd", help="the formula (default svd)")
-    parser.add_argument("--rank", type=int, help="rank for svd (default the largest rank of the adapters)")
-    parser.add_argument("--density", type=float, help="fraction that ties and dare keep (default 0.5)")
-    parser.add_argument("--seed", type=int, help="random seed of the dare methods (default 0)")
+    parser.add_argument("--rank", type=COUNT, help="rank for svd (default the largest rank of the adapters)")
+    parser.add_argument(
+        "--density", type=Bounded(PositiveFraction), help="fraction that ties and dare keep (default 0.5)"
+    )
+    parser.add_argument("--seed", type=SEED, help="random seed of the dare methods (default 0)")
     parser.add_argument("--model", help="the base (default the one that all adapters name)")
     return parser
 

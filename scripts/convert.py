@@ -19,13 +19,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.cli.cli import COUNT, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("file", metavar="FILE", help="a .yml, .yaml, .py, .ipynb or .sh file")
     parser.add_argument("--out", metavar="RECIPE.py", help="write a recipe in place of printing the command")
     parser.add_argument(
-        "--devices", type=int, metavar="N", help="devices that the tool used (default: the file's, or 1)"
+        "--devices", type=COUNT, metavar="N", help="devices that the tool used (default: the file's, or 1)"
     )
     return parser
 
@@ -36,8 +36,6 @@ def main() -> int:
 
     parser = make_parser()
     args = parser.parse_args()
-    if args.devices is not None and args.devices < 1:
-        parser.error(f"--devices must be at least 1, got {args.devices}")
     conversion = to_recipe.convert(to_recipe.read(Path(args.file)), args.devices)
     lines = conversion_text.conversion_lines(conversion)
     if args.out is None:

@@ -26,18 +26,21 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser, add_adapters, add_compute_options, add_sampling_options
+    from jaxft.cli import cli
 
-    parser = CommandParser(__doc__)
+    parser = cli.CommandParser(__doc__)
     parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--model", help="the base model (default: the adapter's own)")
-    add_adapters(parser)
+    cli.add_adapters(parser)
     parser.add_argument("--file", help="rows or pairs (default: the held-out rows of the run)")
     parser.add_argument("--columns", help="renames columns, as data.columns: prompt=question")
-    parser.add_argument("--batch", type=int, default=8, help="rows at a time (default 8; --samples if more)")
-    add_compute_options(parser)
+    parser.add_argument(
+        "--batch", type=cli.COUNT, default=8, help="rows at a time (default 8, or --samples)"
+    )
+    cli.add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
     parser.add_argument(
         "--out",
@@ -45,7 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="write the result of each pair, decision or completion as JSON Lines, of --tasks as JSON",
     )
     group = parser.add_argument_group("loss of rows, accuracy of pairs")
-    group.add_argument("--max-length", type=int, help="most tokens of a row (default: the model's positions)")
+    group.add_argument(
+        "--max-length", type=cli.COUNT, help="most tokens of a row (default: as the model)"
+    )
     group.add_argument(
         "--too-long", choices=("error", "truncate", "drop", "split"), help="as data.too_long (default error)"
     )
@@ -53,18 +58,20 @@ def make_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("scores of completions")
     group.add_argument("--by", action="append", default=[], help="a score function; can be repeated")
     group.add_argument("--regex", help="score 1 for a completion that this expression matches as a whole")
-    group.add_argument("--max-new", type=int, help="most tokens of a completion (default 256)")
-    group.add_argument("--samples", type=int, help="completions of each prompt (default 1)")
+    group.add_argument("--max-new", type=cli.COUNT, help="most tokens of a completion (default 256)")
+    group.add_argument("--samples", type=cli.COUNT, help="completions of each prompt (default 1)")
     group.add_argument("--pass-at", help="numbers k of pass@k, such as 1,10")
-    add_sampling_options(group)
-    group.add_argument("--seed", type=int, help="random seed of sampling (default 0)")
-    group.add_argument("--limit", type=int, help="use the first LIMIT rows only, or examples of a task")
+    cli.add_sampling_options(group)
+    group.add_argument("--seed", type=cli.SEED, help="random seed of sampling (default 0)")
+    group.add_argument("--limit", type=cli.COUNT, help="use the first LIMIT rows only, or examples of a task")
     group = parser.add_argument_group(
         "tasks of lm-evaluation-harness, which also have --max-length and --limit"
     )
     group.add_argument("--tasks", help="names, patterns or .yaml files, such as arc_easy,mmlu")
     group.add_argument("--include-path", help="a folder with further tasks")
-    group.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
+    group.add_argument(
+        "--num-fewshot", type=cli.FROM_ZERO, help="examples before a question (default: as the task)"
+    )
     group.add_argument("--chat", action="store_true", help="render prompts with the chat template")
     group.add_argument("--system-instruction", help="a system message in front of every prompt")
     group.add_argument("--gen-kwargs", help="replaces the task's: max_gen_toks=64,temperature=0.8")

@@ -30,16 +30,14 @@ matrix of each layer's inputs (see quantize.py).
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
+    from jaxft.annotations import ComputeDtype, FormatName, QuantKind
     from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
@@ -51,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        choices=DTYPES,
+        choices=get_args(ComputeDtype),
         help="dtype of the written weights (default bfloat16; of a multimodal model the files' dtype)",
     )
     parser.add_argument(
@@ -59,10 +57,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--quant",
-        choices=KINDS,
+        choices=get_args(QuantKind),
         help="quantisation of the base to merge onto (default: as in the run, or none)",
     )
-    parser.add_argument("--pack", choices=KINDS[1:-1], help="quantise the written linear layers")
+    parser.add_argument("--pack", choices=get_args(FormatName), help="quantise the written linear layers")
     parser.add_argument("--format", help="layout of --pack, such as gptq (default: the usual one)")
     parser.add_argument("--gguf", metavar="TYPE", help="write a GGUF file of this type, such as Q8_0")
     parser.add_argument(

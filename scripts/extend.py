@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.cli.cli import COUNT, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("--model", required=True, help="the model to extend (REF)")
@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--start", choices=("pieces", "mean"), default="pieces", help="their first rows (default pieces)"
     )
     parser.add_argument(
-        "--multiple", type=int, default=64, help="pad a growing table to a multiple of it (default 64)"
+        "--multiple", type=COUNT, default=64, help="pad a growing table to a multiple of it (default 64)"
     )
     parser.add_argument("--template", help="a template's name or a .jinja file")
     return parser

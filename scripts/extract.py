@@ -19,12 +19,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.cli.cli import COUNT, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("base", help="the model that the adapter will be used on")
     parser.add_argument("tuned", help="the fine-tuned model")
-    parser.add_argument("--rank", type=int, required=True, help="rank of every pair")
+    parser.add_argument("--rank", type=COUNT, required=True, help="rank of every pair")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--targets", default="all-linear", help="module names, as adapter.targets")
     parser.add_argument(

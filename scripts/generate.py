@@ -29,17 +29,13 @@ SYSTEM = ("turn", "merge")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import (
-        DEFAULT_MODEL,
-        CommandParser,
-        add_adapters,
-        add_compute_options,
-        add_sampling_options,
-    )
+    from jaxft.cli import cli
 
-    parser = CommandParser(__doc__)
-    parser.add_argument("--model", help=f"the base model (default: the adapter's own, or {DEFAULT_MODEL})")
-    add_adapters(parser)
+    parser = cli.CommandParser(__doc__)
+    parser.add_argument(
+        "--model", help=f"the base model (default: the adapter's, or {cli.DEFAULT_MODEL})"
+    )
+    cli.add_adapters(parser)
     parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; can be repeated")
     parser.add_argument("--file", help="a file of prompts")
@@ -50,12 +46,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--system", choices=SYSTEM, help="merge puts a system message into the user's turn")
     parser.add_argument("--raw", action="store_true", help="continue the prompt without the chat template")
     parser.add_argument(
-        "--max-new", type=int, default=128, help="maximum tokens of a completion (default 128)"
+        "--max-new", type=cli.COUNT, default=128, help="maximum tokens of a completion (default 128)"
     )
-    add_sampling_options(parser)
-    parser.add_argument("--seed", type=int, default=0, help="random seed of sampling (default 0)")
+    cli.add_sampling_options(parser)
+    parser.add_argument("--seed", type=cli.SEED, default=0, help="random seed of sampling (default 0)")
     parser.add_argument(
-        "--batch", type=int, default=8, help="prompts that are completed at the same time (default 8)"
+        "--batch", type=cli.COUNT, default=8, help="prompts that are completed at the same time (default 8)"
     )
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument("--json-object", action="store_true", help="sample completions that are a JSON object")
@@ -65,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     forms.add_argument(
         "--regex", metavar="PATTERN", help="sample completions that match this regular expression as a whole"
     )
-    add_compute_options(parser)
+    cli.add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     return parser
 
@@ -165,7 +161,6 @@ def completions(args: argparse.Namespace) -> list[dict[str, Any]]:
     import jax
 
     from jaxft.cli.cli import DEFAULT_MODEL
-    from jaxft.data.data_settings import check_seed
     from jaxft.data.rows.example import Chat
     from jaxft.distributed import sharding
     from jaxft.engine.sampling import requested_sampling
@@ -173,7 +168,6 @@ def completions(args: argparse.Namespace) -> list[dict[str, Any]]:
     from jaxft.serve.constraint import compile_grammar
     from jaxft.train.evaluate.completer import Completer, encode_prompts
 
-    check_seed(args.seed, "--seed")
     sampling, grammar = requested_sampling(args), grammar_of(args)
     named = named_adapters(args.run, args.model, args.adapter, DEFAULT_MODEL)
     for line in (line for weights in named.values() for line in weights.notes):

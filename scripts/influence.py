@@ -33,7 +33,8 @@ SHOWN = 10  # rows of each kind that are printed
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.annotations import PositiveFraction
+    from jaxft.cli.cli import COUNT, Bounded, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument(
@@ -46,9 +47,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--leave-out", action="store_true", help="train without each source: what each of them changes"
     )
     parser.add_argument(
-        "--through", type=int, metavar="STEPS", help="weights of the sources, by gradients through training"
+        "--through", type=COUNT, metavar="STEPS", help="weights of the sources, by gradients through training"
     )
-    parser.add_argument("--keep", type=float, help="the fraction of the training rows to write to --out")
+    parser.add_argument(
+        "--keep", type=Bounded(PositiveFraction), help="the fraction of the training rows to write to --out"
+    )
     parser.add_argument(
         "--out", type=Path, help="file for the rows of highest influence (default: in the run)"
     )
@@ -115,8 +118,6 @@ def weigh(parts: Any, steps: int) -> int:
 def main() -> int:
     """Compute the influence of all training rows, print the extremes, and write the files."""
     args = make_parser().parse_intermixed_args()
-    if args.keep is not None and not 0 < args.keep <= 1:
-        raise ValueError(f"--keep {args.keep}: expected a fraction above 0 and at most 1, such as 0.5")
     if args.out and args.keep is None:
         raise ValueError("--out needs --keep, the fraction of the rows to write; add --keep 0.5")
     for option, given in {"--leave-out": args.leave_out, "--through": args.through is not None}.items():
@@ -125,8 +126,6 @@ def main() -> int:
     if args.through is not None:
         if args.leave_out:
             raise ValueError("--through and --leave-out are two ways to judge sources; use one of them")
-        if args.through < 1:
-            raise ValueError(f"--through {args.through}: expected a number of steps, at least 1")
         os.environ["JAXFT_ATTENTION"] = "reference"  # which has a second derivative
     from jaxft.cli import cli
     from jaxft.distributed import processes

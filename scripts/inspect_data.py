@@ -93,8 +93,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--kind", choices=KIND_NAMES, default="sft", help="the kind of rows in --data (default: sft)"
     )
     parser.add_argument("--model", help="the model or tokenizer; needed with --data")
-    parser.add_argument("--rows", type=int, default=3, help="number of examples to show (default: 3)")
-    parser.add_argument("--step", type=int, default=0, help="the step whose batch is shown (default: 0)")
+    parser.add_argument("--rows", type=cli.FROM_ZERO, default=3, help="examples to show (default: 3)")
+    parser.add_argument("--step", type=cli.FROM_ZERO, default=0, help="step of the batch (default: 0)")
     parser.add_argument(
         "--row", action="append", default=[], help="show this row, named FILE:LINE; may be repeated"
     )
@@ -347,8 +347,6 @@ def main() -> int:
     """Print statistics of a dataset and the examples of a batch."""
     parser = make_parser()
     args = parser.parse_intermixed_args()
-    if min(args.rows, args.step) < 0:
-        parser.error(f"--rows and --step must be at least 0, got {min(args.rows, args.step)}")
     if args.run:
         return show_episodes(Path(args.run), args)
     with recipes.without_model_weights():

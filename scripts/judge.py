@@ -21,7 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.cli.cli import COUNT, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("one", nargs="?", help="a run, a model, or a file of answers")
@@ -29,9 +29,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", help="file of prompts (default: ONE, if it is a file with prompts)")
     parser.add_argument("--by", action="append", required=True, help="a judge; can be repeated")
     parser.add_argument("--preferences", help="file of RewardBench 2: judge the judges instead")
-    parser.add_argument("--max-new", type=int, default=256, help="tokens of an answer (default: 256)")
-    parser.add_argument("--judge-max-new", type=int, default=512, help="tokens of a verdict (default: 512)")
-    parser.add_argument("--budget", type=int, help="the most new requests to a server (default: no limit)")
+    parser.add_argument("--max-new", type=COUNT, default=256, help="tokens of an answer (default: 256)")
+    parser.add_argument("--judge-max-new", type=COUNT, default=512, help="tokens of a verdict (default: 512)")
+    parser.add_argument("--budget", type=COUNT, help="the most new requests to a server (default: no limit)")
     parser.add_argument("--out", type=Path, help="write results, with the values of every prompt, as JSON")
     return parser
 
@@ -44,9 +44,6 @@ def arguments() -> argparse.Namespace:
         parser.error("--preferences judges the judges; omit ONE, OTHER and --prompts")
     if not args.preferences and not args.other:
         parser.error("give two models or files of answers, or --preferences")
-    for name in ("max_new", "judge_max_new", "budget"):
-        if vars(args)[name] is not None and vars(args)[name] < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {vars(args)[name]}")
     return args
 
 

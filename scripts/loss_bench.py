@@ -85,9 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", default="configs/dpo.py", help="the run that trains each loss (default: configs/dpo.py)"
     )
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of the run (default 10)")
+    parser.add_argument("--steps", type=cli.COUNT, default=10, help="optimizer steps of the run (default 10)")
     parser.add_argument(
-        "--seeds", type=int, default=1, help="runs of each loss, with seeds 0, 1, ... (default 1)"
+        "--seeds", type=cli.COUNT, default=1, help="runs of each loss, with seeds 0, 1, ... (default 1)"
     )
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KNOB=VALUE", help="settings of that config, such as lr=2e-4"
@@ -468,10 +468,6 @@ def main() -> int:
     """Check the losses on synthetic pairs, then train with them."""
     parser = make_parser()
     args = parser.parse_args()
-    if args.seeds < 1:
-        raise ValueError(f"--seeds={args.seeds}; expected at least 1")
-    if args.steps < 1:
-        raise ValueError(f"--steps={args.steps}; expected at least 1. Use --only-look to skip training")
     if args.zoo:
         given = [name for name, x in vars(args).items() if x != parser.get_default(name)]
         unread = [f"--{name.replace('_', '-')}" for name in given if name not in ("zoo", "loss", "out")]

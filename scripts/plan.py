@@ -42,7 +42,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.annotations import NonNegativeFloat
+    from jaxft.cli.cli import COUNT, Bounded, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument(
@@ -50,7 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--devices", nargs="+", help="one or several machines, such as h100:1, 3090 or 24gb")
     parser.add_argument("--hours", action="store_true", help="print the hours of the run, for its rows")
-    parser.add_argument("--price", type=float, help="price per device and hour: print hours and cost")
+    parser.add_argument(
+        "--price", type=Bounded(NonNegativeFloat), help="price per device and hour: print hours and cost"
+    )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON line per plan, in bytes and seconds"
     )
@@ -60,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--search", action="store_true", help="recommend the fastest microbatches, remat policy and mesh"
     )
     parser.add_argument(
-        "--most", type=int, default=12, help="maximum number of choices that --search compiles (default 12)"
+        "--most", type=COUNT, default=12, help="most choices that --search compiles (default 12)"
     )
     parser.add_argument("overrides", nargs="*", help="the recipe, then knob=value or section.field=value")
     return parser
@@ -70,8 +73,6 @@ def main() -> int:
     """Compile the programs and print the plans."""
     parser = make_parser()
     args = parser.parse_intermixed_args()
-    if args.price is not None and not 0 <= args.price < 1e6:
-        parser.error(f"--price {args.price}: expected a price per device and hour, such as 2.5")
     if args.search and (args.hours or args.price is not None):
         parser.error("--hours and --price are for one choice of settings; leave out --search")
     of_a_run = args.config or args.overrides or args.hours or args.price is not None

@@ -17,22 +17,23 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
+    from jaxft.annotations import ComputeDtype
     from jaxft.cli.cli import CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("source", help="a run, a folder with weights, or a .gguf file")
     parser.add_argument("repo", help="org/name, the repository; it is created if it does not exist")
     parser.add_argument("--merged", action="store_true", help="push a run's adapter merged into its base")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights of --merged (default bfloat16)")
+    parser.add_argument(
+        "--dtype", choices=get_args(ComputeDtype), help="of the weights of --merged (default bfloat16)"
+    )
     parser.add_argument("--public", action="store_true", help="everyone may read it (default: private)")
     parser.add_argument("--revision", "--branch", default="main", help="the branch (default main)")
     parser.add_argument("--message", help="commit message (default: what was uploaded)")

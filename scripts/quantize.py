@@ -20,23 +20,23 @@ cache; training with quant=nf4 quant.calibrate=ROWS uses the same.
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-KINDS = ("int8", "fp8", "int4", "nf4", "fp4", "affine4")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.annotations import FormatName
+    from jaxft.cli.cli import COUNT, CommandParser
+    from jaxft.data.rows.invalid import ERROR, INVALID
 
     parser = CommandParser(__doc__)
     parser.add_argument("--model", required=True, help="the model to quantise (REF)")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--kind", choices=KINDS, default="nf4", help="the format (default nf4)")
+    parser.add_argument("--kind", choices=get_args(FormatName), default="nf4", help="default nf4")
     parser.add_argument("--format", help="layout of the files, such as gptq (default: the usual one)")
-    parser.add_argument("--block", type=int, help="inputs per scale (default: depends on the kind)")
+    parser.add_argument("--block", type=COUNT, help="inputs per scale (default: depends on the kind)")
     parser.add_argument(
         "--double", action=argparse.BooleanOptionalAction, help="quantise the scales too (default: nf4, fp4)"
     )
@@ -44,11 +44,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--calibrate", metavar="ROWS", help="calibration rows: a file, a folder or a hub dataset"
     )
     parser.add_argument("--columns", help="column names of the rows: prompt=question,completion=answer")
-    parser.add_argument(
-        "--invalid", choices=("error", "drop"), default="error", help="as data.invalid (default error)"
-    )
-    parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens to use (default 16384)")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of a packed row (default 512)")
+    parser.add_argument("--invalid", choices=INVALID, default=ERROR, help="as data.invalid (default error)")
+    parser.add_argument("--tokens", type=COUNT, default=16384, help="calibration tokens (default 16384)")
+    parser.add_argument("--max-length", type=COUNT, default=512, help="tokens of a packed row (default 512)")
     parser.add_argument(
         "--targets",
         default="all-linear",

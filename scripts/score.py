@@ -17,16 +17,16 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-KINDS = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser, add_adapters
+    from jaxft.annotations import ComputeDtype, QuantKind
+    from jaxft.cli.cli import COUNT, CommandParser, add_adapters
+    from jaxft.data.rows.invalid import FEW, INVALID
 
     parser = CommandParser(__doc__)
     parser.add_argument("--run", help="a reward run's folder")
@@ -36,22 +36,22 @@ def make_parser() -> argparse.ArgumentParser:
     add_adapters(parser)
     parser.add_argument("--file", required=True, help="preference rows")
     parser.add_argument(
-        "--max-length", type=int, default=1024, help="longest prompt plus completion in tokens (default 1024)"
+        "--max-length", type=COUNT, default=1024, help="most tokens of prompt and completion (default 1024)"
     )
-    parser.add_argument(
-        "--invalid", choices=("few", "error", "drop"), default="few", help="as data.invalid (default few)"
-    )
+    parser.add_argument("--invalid", choices=INVALID, default=FEW, help="as data.invalid (default few)")
     parser.add_argument(
         "--columns", help="as data.columns, such as chosen=good,rejected=bad (default: the run's)"
     )
-    parser.add_argument("--batch", type=int, default=8, help="pairs in a batch (default 8)")
+    parser.add_argument("--batch", type=COUNT, default=8, help="pairs in a batch (default 8)")
     parser.add_argument(
         "--dtype",
-        choices=("bfloat16", "float32"),
+        choices=get_args(ComputeDtype),
         default="bfloat16",
         help="dtype of the computation (default bfloat16)",
     )
-    parser.add_argument("--quant", choices=KINDS, help="quantise the base (default: as in the run, or none)")
+    parser.add_argument(
+        "--quant", choices=get_args(QuantKind), help="quantise the base (default: as in the run, or none)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per pair")
     return parser
 

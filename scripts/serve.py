@@ -15,41 +15,50 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser, add_compute_options, add_served_models
+    from jaxft.annotations import between
+    from jaxft.cli import cli
     from jaxft.data.chat.tool_calls import TOOL_FORMATS
 
-    parser = CommandParser(__doc__)
-    add_served_models(parser)
+    parser = cli.CommandParser(__doc__)
+    cli.add_served_models(parser)
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen at (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="the port to listen at (default 8000)")
     parser.add_argument(
-        "--rows", type=int, default=8, help="requests that are completed at the same time (default 8)"
+        "--port",
+        type=cli.Bounded(Annotated[int, between(0, 65535)]),
+        default=8000,
+        help="the port to listen at (default 8000)",
     )
     parser.add_argument(
-        "--queue", type=int, default=64, help="requests that wait at most; more get status 429 (default 64)"
+        "--rows", type=cli.COUNT, default=8, help="requests that are completed at the same time (default 8)"
+    )
+    parser.add_argument(
+        "--queue",
+        type=cli.FROM_ZERO,
+        default=64,
+        help="most waiting requests; more get status 429 (default 64)",
     )
     parser.add_argument(
         "--max-prompt",
-        type=int,
+        type=cli.COUNT,
         help="most tokens of a prompt (default 1024, or the model's positions less --max-new if fewer)",
     )
     parser.add_argument(
         "--max-new",
-        type=int,
+        type=cli.COUNT,
         help="most tokens of a completion (default 512, or half of the model's positions if fewer)",
     )
     parser.add_argument(
-        "--max-body", type=int, default=1 << 20, help="most bytes of a request (default 1048576)"
+        "--max-body", type=cli.COUNT, default=1 << 20, help="most bytes of a request (default 1048576)"
     )
     parser.add_argument(
-        "--grace", type=int, default=10, help="seconds for running requests when it stops (default 10)"
+        "--grace", type=cli.COUNT, default=10, help="seconds for running requests when it stops (default 10)"
     )
     parser.add_argument(
         "--tool-format",
@@ -57,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="how the model writes tool calls (default auto: as its chat template; none leaves them as text)",
     )
-    add_compute_options(parser)
+    cli.add_compute_options(parser)
     return parser
 
 
@@ -67,12 +76,6 @@ def arguments() -> argparse.Namespace:
 
     parser = make_parser()
     args = parser.parse_args()
-    least = {"rows": 1, "queue": 0, "max_body": 1, "grace": 1, "port": 0}
-    for name, value in least.items():
-        if vars(args)[name] < value:
-            parser.error(f"--{name.replace('_', '-')} must be at least {value}, got {vars(args)[name]}")
-    if args.port > 65535:
-        parser.error(f"--port must be at most 65535, got {args.port}")
     if args.host not in LOOPBACK and not os.environ.get(KEY_VARIABLE):
         parser.error(
             f"--host {args.host} lets other machines in; set an API key in the environment variable "

@@ -27,7 +27,7 @@ MAX_RUNS = 64  # more than this is most likely a mistake
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.cli.cli import COUNT, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument(
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", help="the sweep's folder in runs/, or name= (default: <config>-<knobs>)")
     parser.add_argument(
         "--at-once",
-        type=int,
+        type=COUNT,
         help="adapters per forward pass, a divisor of their number (default 1); only for runs in one program",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the runs with their settings, and end")

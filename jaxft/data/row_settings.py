@@ -3,8 +3,9 @@
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
+from jaxft.annotations import check_bounds, one_of
 from jaxft.data.rows.columns import is_set_by_jaxft
 from jaxft.data.rows.conversation import PLAIN
 from jaxft.data.rows.text_files import DOCUMENT
@@ -23,11 +24,10 @@ class TemplateSettings:
 
     date: str = DATE
     chat_template_kwargs: tuple[str, ...] = ()
-    system: str = TURN
+    system: Annotated[str, one_of(SYSTEM)] = TURN
 
     def __post_init__(self) -> None:
-        if self.system not in SYSTEM:
-            raise ValueError(f"data.system={self.system!r}; use one of {', '.join(SYSTEM)}")
+        check_bounds(self, "data")
         _ = self.arguments
 
     @cached_property

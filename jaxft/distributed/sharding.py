@@ -8,12 +8,14 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxft.annotations import Bounds, check_bounds
 
 MESH_AXES = ("slices", "data", "fsdp", "expert", "context", "tensor")  # from the slowest links to the fastest
 SPARE = ("fsdp", "context")  # axes that shard weights only to save memory: gathered for matmuls
@@ -59,6 +61,9 @@ FUSED_OUTPUTS = ("fused_kv_heads", "fused_mlp")
 COUNTED = ("heads", "kv_heads", "from_heads", *FUSED_OUTPUTS)
 
 
+AxisSize = Annotated[int, Bounds(1, also=-1)]
+
+
 @dataclass(frozen=True)
 class MeshShape:
     """Number of devices along each mesh axis; one of them may be -1, which uses all remaining devices.
@@ -72,12 +77,18 @@ class MeshShape:
     that ship have none and need 1.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    context: int = 1
-    slices: int = 1
-    expert: int = 1
+    data: AxisSize = -1
+    fsdp: AxisSize = 1
+    tensor: AxisSize = 1
+    context: AxisSize = 1
+    slices: AxisSize = 1
+    expert: AxisSize = 1
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "mesh")
+        rest = [f"mesh.{axis}" for axis, size in vars(self).items() if size == -1]
+        if len(rest) > 1:
+            raise ValueError(f"{' and '.join(rest)} are -1, all remaining devices; set all but one of them")
 
 
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
@@ -88,10 +99,6 @@ def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(shape, axis) for axis in MESH_AXES]
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise ValueError(
-            f"{shape}: mesh sizes must be positive, with at most one -1 for the remaining devices"
-        )
     fixed = math.prod(s for s in sizes if s != -1)
     expected = f"a multiple of {fixed}" if -1 in sizes else str(fixed)
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]

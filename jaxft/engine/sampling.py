@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxft.annotations import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, check_bounds, count_from
+from jaxft.annotations import (
+    ABOVE_ZERO_TO_ONE,
+    ZERO_TO_ONE,
+    AnyTemperature,
+    at_least,
+    check_bounds,
+    count_from,
+)
 from jaxft.batch import Tokens
 from jaxft.nn.tree import struct
 
@@ -28,15 +35,13 @@ class Sampling:
     """
 
     max_new: Annotated[int, count_from(1)] = 64
-    temperature: float = 0.0
+    temperature: AnyTemperature = 0.0
     top_k: Annotated[int | None, at_least(1)] = None
     top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
     min_p: Annotated[float | None, ZERO_TO_ONE] = None
 
     def __post_init__(self):
         check_bounds(self)
-        if not (self.temperature == 0 or 1e-4 <= self.temperature < float("inf")):
-            raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
 
 
 def requested_sampling(options: Any) -> Sampling:

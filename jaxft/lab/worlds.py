@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from jaxft.annotations import ZERO_TO_ONE, at_least, between, check_bounds
+from jaxft.annotations import BELOW_ONE, FiniteFloat, Seed, at_least, between, check_bounds
 from jaxft.data.rows.dataset_rows import find_data, read_rows
 from jaxft.data.rows.shipped import ROOT
 
@@ -67,18 +67,14 @@ class World:
     held_out: Annotated[int, at_least(0)] = 60
     gap: Annotated[float, between(0.0, 10.0)] = 0.5
     temperature: Annotated[float, at_least(0)] = 0.0
-    noise: Annotated[float, ZERO_TO_ONE] = 0.0
-    length_bias: float = 0.0
-    circle: float = 0.0
-    duplicates: Annotated[float, ZERO_TO_ONE] = 0.0
-    seed: int = 0
+    noise: Annotated[float, between(0.0, 0.5)] = 0.0
+    length_bias: FiniteFloat = 0.0
+    circle: FiniteFloat = 0.0
+    duplicates: Annotated[float, BELOW_ONE] = 0.0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
         check_bounds(self, "world")
-        if self.noise > 0.5:
-            raise ValueError(f"world.noise={self.noise} flips most labels; use at most 0.5")
-        if self.duplicates >= 1:
-            raise ValueError(f"world.duplicates={self.duplicates} leaves no rows to repeat; use less than 1")
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the training rows: prompt, chosen, rejected, truth (see TRUTH), true_margin (true reward of

@@ -4,24 +4,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxft.annotations import at_least, check_bounds
+from jaxft.annotations import QuantKind, at_least, check_bounds
 from jaxft.distributed import sharding
 from jaxft.distributed.threads import map_in_threads
 from jaxft.nn import quant_formats as qf
 from jaxft.nn import tree
-from jaxft.nn.quant_formats import FORMATS, FormatName
+from jaxft.nn.quant_formats import FORMATS
 from jaxft.nn.tree import static, struct
 
 KINDS = tuple(FORMATS)
 CHECKPOINT = "checkpoint"
-QuantKind = Literal["none", FormatName, "checkpoint"]  # of settings
 QERA = "qera"
 # Initialisations of an adapter (nn.adapters.lora.Adapter) that change the base at step 0, so that base and
 # adapter together have its original weights, or approximate them (quantised).

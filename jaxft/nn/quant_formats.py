@@ -7,7 +7,7 @@ no constant is divided by, and subnormal numbers, which XLA treats as zero, do n
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -293,8 +293,7 @@ def e4m3(codes: UInt8[Array, "..."]) -> Array:
     return jax.lax.bitcast_convert_type(codes, E4M3)
 
 
-FormatName = Literal["int8", "fp8", "int4", "nf4", "fp4", "affine4"]
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, Format] = {  # keys: annotations.FormatName
     "int8": Format(8, None, None, np.float32, scale_int8, nearest_int8, _as_float, np.int8),
     "fp8": Format(8, None, None, np.float32, scale_fp8, nearest_fp8, lambda codes: _as_float(e4m3(codes))),
     "int4": Format(

@@ -24,6 +24,9 @@ from jaxft.annotations import (
     POSITIVE_FLOAT32,
     SCHEDULES,
     ZERO_TO_ONE,
+    Bounds,
+    NonNegativeFloat,
+    PositiveFloat,
     ShortNames,
     above,
     at_least,
@@ -125,7 +128,7 @@ class Optim:
     is known only at the end. If the gradient of a layer is not finite, later layers are already updated.
     """
 
-    lr: Annotated[float, at_least(0)] = 2e-4
+    lr: Annotated[float, Bounds(1.2e-38, 3.4e38, also=0)] = 2e-4  # float32
     optimizer: MakeRule = adamw
     schedule: MakeSchedule = cosine_schedule
     warmup: Annotated[float, at_least(0)] = 0.05
@@ -135,10 +138,10 @@ class Optim:
     eps: Annotated[float | None, POSITIVE_FLOAT32] = None
     weight_decay: Annotated[float, at_least(0)] = 0.0
     clip: Annotated[float | None, above(0)] = 1.0
-    lr_groups: tuple[tuple[str, float], ...] = ()
+    lr_groups: tuple[tuple[str, NonNegativeFloat], ...] = ()
     lora_plus: Annotated[float | None, above(0)] = None
     ema: Annotated[float | None, INSIDE_ZERO_AND_ONE] = None
-    skip_spikes: tuple[float, int] | None = None
+    skip_spikes: tuple[PositiveFloat, Annotated[int, at_least(4)]] | None = None
     optimizer_kwargs: tuple[tuple[str, float | None], ...] = ()
     schedule_kwargs: tuple[tuple[str, float], ...] = ()
     layerwise: bool = False
@@ -146,7 +149,11 @@ class Optim:
 
     def __post_init__(self) -> None:
         check_bounds(self, "optim")
-        _check_ranges(self)
+        if self.warmup >= 1 and not (self.warmup < 2**31 and self.warmup == int(self.warmup)):
+            raise ValueError(
+                f"optim.warmup={self.warmup}: use a fraction of the steps, from 0 to below 1, or a whole "
+                "number of steps"
+            )
         if self.fused_backward and self.clip is not None:
             raise ValueError(
                 "optim.fused_backward updates layers before the global gradient norm is known, and "
@@ -169,27 +176,6 @@ class Optim:
     def hyper(self) -> dict[str, float | None]:
         """The optimizer's keyword arguments: b1, b2 and eps if they are set, and optimizer_kwargs."""
         return {**self._adam, **dict(self.optimizer_kwargs)}
-
-
-def _check_ranges(o: Optim) -> None:
-    """Raise ValueError for lr, warmup, lr_groups or skip_spikes out of range."""
-    if not 0 <= o.lr < 3.4e38 or 0 < o.lr < 1.2e-38:
-        raise ValueError(f"optim.lr={o.lr} must be 0, or a number from 1.2e-38 to 3.4e38 (float32)")
-    if o.warmup >= 1 and not (o.warmup < 2**31 and o.warmup == int(o.warmup)):
-        raise ValueError(
-            f"optim.warmup={o.warmup}: use a fraction of the steps, from 0 to below 1, or a whole number of "
-            "steps"
-        )
-    for pattern, factor in o.lr_groups:
-        if not 0 <= factor < float("inf"):
-            raise ValueError(
-                f"optim.lr_groups has factor {factor} for {pattern!r}; it must be finite and at least 0"
-            )
-    if o.skip_spikes is not None and not (0 < o.skip_spikes[0] < float("inf") and o.skip_spikes[1] >= 4):
-        raise ValueError(
-            f"optim.skip_spikes={o.skip_spikes[0]},{o.skip_spikes[1]}: use a number of standard deviations "
-            "above 0 and at least 4 steps, such as 6,128"
-        )
 
 
 def _check_optimizer(o: Optim) -> None:

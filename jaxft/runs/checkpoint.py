@@ -66,10 +66,6 @@ class Checkpoints:
         report: Callable[[str], None] = print,
         copies: Copies = LOCAL_ONLY,
     ):
-        if keep_last < 1 or keep_best < 0:
-            raise ValueError(
-                f"loop.keep_last={keep_last} must be at least 1, and loop.keep_best={keep_best} at least 0"
-            )
         self.folder, self.report, self.copies = Path(folder).absolute(), report, copies
         self.keep_last, self.keep_best = keep_last, keep_best
         self._orbax: ocp.PyTreeCheckpointHandler | None = None

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxft.annotations import QuantKind
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.decisions import DecisionPrompts
 from jaxft.data.pairs import PairRows
@@ -20,7 +21,7 @@ from jaxft.distributed.exit import shorten_error
 from jaxft.models.adapted import adapted, adapted_like
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, in_dtype, of_equal_shapes, with_gains
-from jaxft.nn.quant import Quant, QuantKind, quant_setting
+from jaxft.nn.quant import Quant, quant_setting
 from jaxft.nn.tree import Params
 from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
 from jaxft.runs.folder_copies import IN_STORE, local_folder

@@ -5,11 +5,12 @@ A request to one of them becomes token ids, as in training, and its tokens becom
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 from jax.sharding import Mesh
 
+from jaxft.annotations import PositiveInt, QuantKind, check_bounds
 from jaxft.data.chat.loss_mask import TOO_MANY, example_prompt_ids
 from jaxft.data.chat.template import template_of
 from jaxft.data.chat.tool_calls import ToolFormat, template_tool_format
@@ -33,7 +34,6 @@ from jaxft.nn.adapters.lora_rows import (
     stored_stack,
 )
 from jaxft.nn.attention.cache import CacheFormat
-from jaxft.nn.quant import QuantKind
 from jaxft.nn.tree import Params
 from jaxft.runs.loaded_weights import (
     NamedWeights,
@@ -190,14 +190,12 @@ class ServeFlags:
     dtype: str | None = None
     quant: QuantKind | None = None
     kv_cache: CacheFormat = "compute"
-    prompt: int | None = None
-    new: int | None = None
+    prompt: Annotated[PositiveInt | None, "--max-prompt"] = None
+    new: Annotated[PositiveInt | None, "--max-new"] = None
     tools: ToolFormat | None = None
 
     def __post_init__(self):
-        for option, value in (("--max-prompt", self.prompt), ("--max-new", self.new)):
-            if value is not None and value < 1:
-                raise ValueError(f"{option} must be at least 1, got {value}")
+        check_bounds(self)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxft.annotations import PositiveInt, check_bounds
 from jaxft.data.rows.example import Decision
 from jaxft.data.rows.shipped import own_commands
 from jaxft.engine.scheduler import STOPPING, NewTokens, QueueFull, Scheduler, Stopped
@@ -68,8 +69,11 @@ class ServerLimits:
     """
 
     key: str = ""
-    body: int = 1 << 20
+    body: PositiveInt = 1 << 20
     hosts: tuple[str, ...] = LOOPBACK
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxft.annotations import QuantKind
 from jaxft.batch import TrainState
 from jaxft.data.packing.cache import row_cache_folder
 from jaxft.data.rows.row_files import Row
@@ -31,7 +32,6 @@ from jaxft.distributed.exit import signal_name
 from jaxft.distributed.sync import is_first
 from jaxft.engine.sampling import Sampling
 from jaxft.models.model import Model
-from jaxft.nn.quant import QuantKind
 from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.objectives.objective import Objective
 from jaxft.runs import terminal

@@ -34,6 +34,7 @@ from jaxft.annotations import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    QuantKind,
     Seed,
     ShortNames,
     above,
@@ -48,7 +49,7 @@ from jaxft.distributed.sync import is_first
 from jaxft.models.adapted import HeadSettings, Teacher
 from jaxft.models.model import Model
 from jaxft.nn.attention.attention import AttentionKernel, AttentionSettings, ContextKeys
-from jaxft.nn.quant import CHECKPOINT, Quant, QuantKind
+from jaxft.nn.quant import CHECKPOINT, Quant
 from jaxft.nn.stack import RematPolicy
 from jaxft.objectives.losses.policy_losses import PenaltyReference
 from jaxft.objectives.objective import Objective

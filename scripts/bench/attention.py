@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -30,6 +30,8 @@ TINY = {"rows": 2, "tokens": 128, "heads": 4, "kv_heads": 2, "head_dim": 16, "ro
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
+    from jaxft.annotations import ComputeDtype
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,7 +42,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--window", type=int, default=None, help="sliding window (default: none)")
     parser.add_argument("--softcap", type=float, default=None, help="soft cap of scores (default: none)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--dtype", choices=get_args(ComputeDtype), default="bfloat16")
     parser.add_argument(
         "--blocks", type=int, nargs="+", default=[], help="further sizes of blocks for blockwise XLA"
     )

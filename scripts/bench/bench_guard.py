@@ -23,11 +23,13 @@ WARM = 2  # pairs of steps that are not timed
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from jaxft.cli import cli
+
+    parser = cli.CommandParser(__doc__)
     parser.add_argument("--config", default="configs/sft.py", help="a config of rows or pairs")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of each program (default 12)")
+    parser.add_argument(
+        "--steps", type=cli.COUNT, default=12, help="timed steps of each program (default 12)"
+    )
     parser.add_argument("overrides", nargs="*", help="knob=value or section.field=value")
     return parser.parse_intermixed_args()
 
@@ -89,8 +91,6 @@ def measure(overrides: list[str], config_file: str, steps: int) -> dict[str, Any
 def main() -> int:
     """Measure and print."""
     args = arguments()
-    if args.steps < 1:
-        raise SystemExit(f"error: --steps must be at least 1, got {args.steps}")
     print(json.dumps(measure(args.overrides, args.config, args.steps)))
     return 0
 

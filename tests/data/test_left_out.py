@@ -39,7 +39,7 @@ def test_duplicates_and_placeholders_are_left_out_and_counted(tmp_path):
         seen = {name for step in range(len(expected)) for name in source.row_names(step)[0].split(", ")}
         assert {name.partition(":")[2] for name in seen if name} == set(expected)
     assert "left out by data.drop: 1 duplicates and 2 placeholders as responses" in source.info.stats.summary
-    with pytest.raises(ValueError, match="data.drop=twins; use any of duplicates, placeholders"):
+    with pytest.raises(ValueError, match="data.drop=twins; use one of duplicates, placeholders as value 1"):
         Rows(path, drop=("twins",))
 
 

@@ -331,7 +331,7 @@ def test_keys_are_of_the_tokens(folder):
         ({"extras": ("a", "a")}, "data.extras=a,a names a column twice"),
         ({"batch": 0}, "data.batch=0; expected at least 1"),
         ({"epochs": 0.0}, "data.epochs=0.0; expected above 0"),
-        ({"held_out": 1.0}, "data.held_out=1.0; use a fraction"),
+        ({"held_out": 1.0}, "data.held_out=1.0; expected at least 0 and below 1, or text"),
         (
             {"batch": 3, "micro": 4},
             "data.batch=3 pairs do not fill data.micro=4 microbatches of 1 rows; use a data.batch of at",

@@ -275,7 +275,7 @@ def test_an_empty_loss_mask_names_the_row(folder):
         ({"weighting": "row"}, "data.weighting='row'"),
         ({"batch": 0}, "data.batch=0; expected at least 1"),
         ({"epochs": 0.0}, "data.epochs=0.0; expected above 0"),
-        ({"held_out": 1.0}, "data.held_out=1.0; use a fraction"),
+        ({"held_out": 1.0}, "data.held_out=1.0; expected at least 0 and below 1, or text"),
         (
             {"batch": 6, "micro": 4},
             "data.batch=6 is not divisible by data.micro=4 microbatches; use a data.micro of 1, 2, 3, 6",

@@ -389,7 +389,7 @@ def test_a_judge_of_the_command_that_names_no_answer_is_one_line(tmp_path, monke
         (("a.jsonl", "b.jsonl", "--by", "http://localhost/v1"), "expected http(s)://HOST/v1#MODEL"),
         (("a.jsonl", "--by", "exact"), "give two models or files of answers"),
         (("a.jsonl", "b.jsonl", "--by", "exact", "--preferences", "c"), "--preferences judges the judges"),
-        (("a.jsonl", "b.jsonl", "--by", "exact", "--budget", "0"), "--budget must be at least 1"),
+        (("a.jsonl", "b.jsonl", "--by", "exact", "--budget", "0"), "--budget: expected at least 1"),
         (("a.jsonl", "b.jsonl", "--by", "exact", "--by", "exact"), "--by exact is given twice"),
     ],
     ids=["no model", "one model", "preferences", "budget", "twice"],

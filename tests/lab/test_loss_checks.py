@@ -539,7 +539,7 @@ def test_labels_are_unique_and_each_loss_is_listed_once(tmp_path, monkeypatch):
             ("robust,label_smoothing=0.5",),
             "robust,label_smoothing=0.5 fails: ValueError: robust: label_smoothing must be in [0, 0.5)",
         ),
-        (("dpo", "--world", "noise=0.7"), "world.noise=0.7 flips most labels"),
+        (("dpo", "--world", "noise=0.7"), "noise=0.7; expected from 0 to 0.5"),
         (("dpo", "--world", "nose=0.1"), "nose"),
         (("dpo", "--claims", "symmetric"), "unknown claim 'symmetric'; near: antisymmetric"),
     ],

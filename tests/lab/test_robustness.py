@@ -246,10 +246,10 @@ def test_a_fault_that_cannot_vary_is_one_line(text, message):
         (["--vary", "noise=0,0.2"], "--vary noise=0,0.2 varies a setting of a world; add --world"),
         (["--world", "held_out=1"], "rewards are compared on at least 2 held-out prompts"),
         (["--world", "noise=0.1", "--vary", "noise=0,0.2"], "noise is given twice"),
-        (["--world", "--vary", "noise=0,0.7"], "world.noise=0.7 flips most labels"),
+        (["--world", "--vary", "noise=0,0.7"], "noise=0.7; expected from 0 to 0.5"),
         (["--world", "--vary", "pairs=20,30.5"], "pairs=30.5: expected int"),
         (["--world", "gap=9.5", "--vary", "pairs=20,30"], "world.gap=9.5: in 10000 sampled pairs"),
-        (["--world", "--vary", "pairs=20,1000000000"], "world.pairs=1000000000"),
+        (["--world", "--vary", "pairs=20,1000000000"], "pairs=1000000000"),
         (["--world", "pairs=20", "--vary", "noise=0,0.001"], "two worlds have the same rows"),
     ],
 )

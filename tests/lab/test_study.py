@@ -338,22 +338,22 @@ WRONG = {
     "no trial": (dict(trials=0), "study.trials=0"),
     "one loss": (dict(losses={"dpo": SearchedLoss(dpo)}), "has 1 losses; a comparison needs at least 2"),
     "knob": (dict(losses={"a": SearchedLoss(dpo, {"bta": (1.0,)}), "b": SearchedLoss(ipo)}), "no knob 'bta'"),
-    "seed twice": (dict(seeds=(0, 0)), "name at least one seed, and each once"),
-    "metric": (dict(metric="loss"), "study.metric='loss'; use rewards/accuracies or rewards/margins"),
+    "seed twice": (dict(seeds=(0, 0)), "study.seeds=(0, 0): expected a tuple of different seeds"),
+    "metric": (dict(metric="loss"), "study.metric='loss'; use one of rewards/accuracies, rewards/margins"),
     "few values": (
         dict(lr=(1e-4,), losses={"a": SearchedLoss(dpo), "b": SearchedLoss(ipo)}),
         "study.trials=6, but a has only 1 settings",
     ),
-    "range": (dict(lr=(0.1,), tuning=1.0), "leaves no held-out prompts"),
+    "range": (dict(lr=(0.1,), tuning=1.0), "study.tuning=1.0; expected above 0 and below 1"),
     "a stage without a step": (
         dict(trials=27),
         "trials=27, keep=0.333333: with loop.steps=9 the stages end at steps 1, 1, 3, 9, so that one has no "
         "step. Set loop.steps to 10 or more",
     ),
     "the same setting again": (dict(lr=LogRange(1e-4, 1e-4)), "study.trials=6, but ipo has only 1 settings"),
-    "seeds": (dict(seeds=3), "study.seeds=3: expected a tuple of whole numbers"),
+    "seeds": (dict(seeds=3), "study.seeds=3: expected a tuple of different seeds"),
     "a learning rate": (dict(lr=1e-4), "study: lr=0.0001; expected a LogRange, or a tuple of numbers"),
-    "a negative learning rate": (dict(lr=(1e-4, -1e-4)), "use numbers above 0"),
+    "a negative learning rate": (dict(lr=(1e-4, -1e-4)), "study.lr=0.0001,-0.0001; expected above 0"),
     "a text": (
         dict(losses={"a": SearchedLoss(dpo, {"beta": ("0.1",)}), "b": SearchedLoss(ipo)}),
         "study.losses[a]: beta has the value '0.1'; use finite numbers",

@@ -155,9 +155,9 @@ def test_written_rows_are_the_rows(tmp_path):
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ({"noise": 0.6}, "world.noise=0.6 flips most labels"),
+        ({"noise": 0.6}, "world.noise=0.6; expected from 0 to 0.5"),
         ({"pairs": 1}, "world.pairs=1"),
-        ({"duplicates": 1.0}, "world.duplicates=1.0 leaves no rows to repeat"),
+        ({"duplicates": 1.0}, "world.duplicates=1.0; expected at least 0 and below 1"),
         ({"gap": 9.0, "pairs": 2}, "world.gap=9.0: in 10000 sampled pairs"),
         ({"taste": Taste(0.0, 0.0, 0.0)}, "raise a weight of world.taste"),
         ({"source": "none.jsonl"}, "world.source=none.jsonl: no such file"),

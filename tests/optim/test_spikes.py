@@ -89,8 +89,8 @@ def test_a_step_is_skipped_where_loss_or_norm_is_far_above_the_steps_before(free
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(skip_spikes=(0.0, 128)), "optim.skip_spikes=0.0,128: use a number of standard deviations"),
-        (dict(skip_spikes=(6.0, 2)), "at least 4 steps, such as 6,128"),
+        (dict(skip_spikes=(0.0, 128)), "optim.skip_spikes=0.0,128; expected above 0 as value 1"),
+        (dict(skip_spikes=(6.0, 2)), "optim.skip_spikes=6.0,2; expected at least 4 as value 2"),
         (
             dict(skip_spikes=(6.0, 128), fused_backward=True, clip=None),
             "optim.skip_spikes=6.0,128 needs it; set optim.skip_spikes=none, or optim.fused_backward=false",

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 from scipy import stats
-from scripts_in_process import call
 
 from jaxft.objectives.intervals import paired_fractions, paired_means, wilson
 from jaxft.report import ranking, statistics
@@ -245,8 +244,3 @@ def test_many_runs_name_the_nearest_only():
     lines = ranking.ranking_lines(results)
     assert lines[1].startswith("  lr=1 against it: +1.000") and "11 more are further behind" in lines[9]
     assert lines[-1].startswith("the best of several is partly best by chance")
-
-
-def test_the_loss_bench_needs_a_seed(monkeypatch, capsys):
-    code, _, err = call(monkeypatch, capsys, "loss_bench", "--loss", "dpo", "--seeds", "0")
-    assert code == 1 and err == "error: --seeds=0; expected at least 1\n"

@@ -88,11 +88,11 @@ def test_a_number_outside_of_its_bounds_is_refused_by_the_name_of_its_knob_befor
     [
         ("dpo", "beta=-1", "beta=-1.0; expected above 0"),
         ("dpo", "beta=inf", "beta=inf; expected a finite number above 0"),
-        ("dpo", "moving=2,512", "moving=(2.0, 512); expected above 0 and at most 1 as value 1"),
+        ("dpo", "moving=2,512", "moving=2.0,512; expected above 0 and at most 1 as value 1"),
         ("grpo", "overlong=-3", "overlong=-3; expected at least 1, or none"),
         ("grpo", "overlong=99", "overlong=99: an episode has at most 8 tokens; use at most so many, or"),
         ("grpo", "beta=-0.1", "beta=-0.1; expected at least 0"),
-        ("grpo", "reward_weights=1,inf", "reward_weights=(1.0, inf); expected a finite number as value 2"),
+        ("grpo", "reward_weights=1,inf", "reward_weights=1.0,inf; expected a finite number as value 2"),
         ("ppo", "eps=2", "eps=2.0; expected from 0 to 1, or none"),
         ("sft", "held_out=2", "held_out=2.0; expected at least 0 and below 1, or text, or none"),
         ("sft", "rank=0", "rank=0; expected at least 1, or none"),

@@ -457,9 +457,9 @@ def test_an_address_in_use_is_one_line():
 
 BAD_LINES = {
     "--host 0.0.0.0": (2, "JAXFT_API_KEY"),
-    "--port 70000": (2, "65535"),
+    "--port 70000": (2, "argument --port: expected from 0 to 2^16 - 1, got 70000"),
     "--rows 0": (2, "--rows"),
-    "--max-prompt 0 --port 0": (1, "--max-prompt"),
+    "--max-prompt 0 --port 0": (2, "--max-prompt"),
     "--run nowhere --port 0": (1, "nowhere"),
     "--model nowhere/at/all --port 0": (1, "nowhere"),
     "--adapter nowhere --port 0": (1, "nowhere"),

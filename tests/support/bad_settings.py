@@ -165,7 +165,7 @@ COMMANDS = [
     ("combine MODEL MODEL --weights 1,1 --out out", "adapter_config.json"),
     ("combine MODEL MODEL --weights 1,1 --out MODEL", "--out"),
     ("extract MODEL missing --rank 2 --out out", "missing"),
-    ("extract MODEL MODEL --rank 0 --out out", "--rank 0"),
+    ("extract MODEL MODEL --rank 0 --out out", "argument --rank: expected at least 1, got 0"),
     ("extract MODEL MODEL --rank 2 --out MODEL", "--out"),
     ("score --run missing --file rows.jsonl", "missing"),
     ("score --model missing --file rows.jsonl", "missing"),

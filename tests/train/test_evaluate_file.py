@@ -260,7 +260,7 @@ SAD = [
     ("--model model --file noanswer.jsonl --by exact --max-new 8", "no completion has a score"),
     ("--model model --file rows.jsonl --by exact --out none/x.jsonl", "there is no folder none; name a file"),
     ("--model model --file rows.jsonl --by exact --out model", "--out model: is a folder; name a file"),
-    ("--model model --file texts.jsonl --batch 0", "--batch must be at least 1"),
+    ("--model model --file texts.jsonl --batch 0", "--batch: expected at least 1"),
 ]
 
 

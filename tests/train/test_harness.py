@@ -210,7 +210,7 @@ SAD = [
     ("--tasks choice.yaml --file rows.jsonl", "and scores of completions; remove it, or omit --tasks"),
     ("--tasks choice.yaml --by exact", "--tasks have their own scores"),
     ("--tasks choice.yaml --gen-kwargs x", "--gen-kwargs x: expected name=value"),
-    ("--tasks choice.yaml --num-fewshot -1", "num_fewshot=-1; expected at least 0"),
+    ("--tasks choice.yaml --num-fewshot -1", "--num-fewshot: expected at least 0"),
     ("--tasks choice.yaml --max-length 999", "--max-length 999 exceeds the model's 256 positions"),
     ("--tasks choice.yaml,written.yaml --gen-kwargs max_gen_toks=80", "a task generates up to 80 tokens"),
     ("--tasks choice.yaml,written.yaml --gen-kwargs num_beams=4", "num_beams=4, which jaxft does not have"),

@@ -221,7 +221,7 @@ WRONG = [
     (dict(lr={"a": 1}), "lr=a=1: expected float"),
     (dict(lr=len), "lr=len: expected float"),
     (dict(recipe="dpo", beta=-1), "beta=-1.0; expected above 0"),
-    (dict(recipe="dpo", moving=(0.6, 0)), "moving=(0.6, 0); expected at least 1 as value 2"),
+    (dict(recipe="dpo", moving=(0.6, 0)), "moving=0.6,0; expected at least 1 as value 2"),
     (dict(rank=0), "rank=0; expected at least 1, or none"),
     (dict(rows=["a"]), "rows[0] is str, not a dict of columns"),
     (dict(rows=[]), "rows is empty; give at least one row"),

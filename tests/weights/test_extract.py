@@ -184,7 +184,6 @@ def damaged(world, tmp_path, how):
         ("rope", "BASE TUNED --rank 2", ("rope.theta 10000.0 and 500000.0", "the base")),
         ("norm", "BASE TUNED --rank 2", ("norm_eps 1e-06 and 0.001",)),
         ("bias", "BASE TUNED --rank 2", ("model.layers.1.self_attn.q_proj.bias",)),
-        (None, "BASE TUNED --rank 0", ("--rank 0: must be at least 1",)),
         (None, "BASE TUNED --rank 33", ("--rank 33", "layers/attn/k is a matrix of 64 x 32")),
         (None, "BASE BASE --rank 2", ("nothing to extract",)),
         (None, "BASE TUNED --rank 2 --targets q_porj", ("q_porj", "q_proj")),

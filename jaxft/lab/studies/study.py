@@ -32,7 +32,17 @@ from typing import Annotated, Any
 import numpy as np
 from jaxtyping import Array
 
-from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds, count_from
+from jaxft.annotations import (
+    ABOVE_ZERO_TO_ONE,
+    INSIDE_ZERO_AND_ONE,
+    PositiveFloat,
+    Seed,
+    above,
+    at_least,
+    check_bounds,
+    count_from,
+    one_of,
+)
 from jaxft.lab.loss_evaluation import loss_knobs
 from jaxft.nn.tree import nearest
 from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, loss_name
@@ -125,30 +135,21 @@ class Study:
     name: str
     recipe: Run
     losses: Mapping[str, SearchedLoss]
-    lr: Values
+    lr: tuple[PositiveFloat, ...] | LogRange
     trials: Annotated[int, count_from(1)] = 6
     keep: Annotated[float, ABOVE_ZERO_TO_ONE] = 1 / 3
-    seeds: tuple[int, ...] = (0, 1, 2)
-    metric: str = ACCURACY
+    seeds: tuple[Seed, ...] = (0, 1, 2)
+    metric: Annotated[str, one_of(METRICS_OF_PAIRS)] = ACCURACY
     margin: Annotated[float | None, above(0)] = None
-    tuning: Annotated[float, ABOVE_ZERO_TO_ONE] = 0.5
+    tuning: Annotated[float, INSIDE_ZERO_AND_ONE] = 0.5
     evaluations: Annotated[int, at_least(1)] = 4
 
     def __post_init__(self) -> None:
         check_bounds(self, "study")
         if len(self.losses) < 2:
             raise ValueError(f"study.losses has {len(self.losses)} losses; a comparison needs at least 2")
-        seeds = self.seeds if isinstance(self.seeds, tuple) else (None,)
-        if not all(type(seed) is int and seed >= 0 for seed in seeds):
-            raise ValueError(
-                f"study.seeds={self.seeds!r}: expected a tuple of whole numbers from 0, such as (0, 1, 2)"
-            )
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"study.seeds={self.seeds}: name at least one seed, and each once")
-        if self.metric not in METRICS_OF_PAIRS:
-            raise ValueError(f"study.metric={self.metric!r}; use {' or '.join(METRICS_OF_PAIRS)}")
-        if self.tuning == 1:
-            raise ValueError("study.tuning=1 leaves no held-out prompts for the comparison; use 0.5")
+        if not (isinstance(self.seeds, tuple) and 0 < len(self.seeds) == len({*self.seeds})):
+            raise ValueError(f"study.seeds={self.seeds}: expected a tuple of different seeds")
         if not self.recipe.loop.steps:
             raise ValueError(
                 "study.recipe has loop.steps=None, but the stages of the search depend on it; set loop.steps"
@@ -168,8 +169,6 @@ class Study:
             )
         self._check_stages()
         _check_values("study", "lr", self.lr)
-        if isinstance(self.lr, tuple) and min(self.lr) <= 0:
-            raise ValueError(f"study.lr={self.lr}; use numbers above 0")
         for label, loss in self.losses.items():
             _check_loss(label, loss)
             self.trials_of(label)

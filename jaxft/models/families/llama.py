@@ -8,12 +8,13 @@ Granite 3 (multipliers on embeddings, attention scores, residual branches and lo
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxft.annotations import POSITIVE_FLOAT32
 from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import (
     attention_biases,
@@ -414,19 +415,12 @@ class GraniteConfig(DenseConfig):
     logits. attention_bias, mlp_bias: whether the projections have biases.
     """
 
-    embedding_multiplier: float = 1.0
-    attention_multiplier: float = 1.0
-    residual_multiplier: float = 1.0
-    logits_scaling: float = 1.0
+    embedding_multiplier: Annotated[float, POSITIVE_FLOAT32] = 1.0
+    attention_multiplier: Annotated[float, POSITIVE_FLOAT32] = 1.0
+    residual_multiplier: Annotated[float, POSITIVE_FLOAT32] = 1.0
+    logits_scaling: Annotated[float, POSITIVE_FLOAT32] = 1.0
     attention_bias: bool = False
     mlp_bias: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in MULTIPLIERS:
-            value = getattr(self, name)
-            if not 1e-37 < abs(value) < 3.4e38:
-                raise ValueError(f"config: {name} must be finite in float32 and not 0, got {value}")
 
 
 def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:

@@ -24,7 +24,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxft.annotations import BELOW_ONE, at_least, between, check_bounds
+from jaxft.annotations import BELOW_ONE, PositiveInt, at_least, between, check_bounds
 from jaxft.nn import tree
 from jaxft.nn.adapters import full_modules
 from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
@@ -80,7 +80,7 @@ class Adapter:
     dropout: Annotated[float, BELOW_ONE] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
-    rank_pattern: tuple[tuple[str, int], ...] = ()
+    rank_pattern: tuple[tuple[str, PositiveInt], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
@@ -114,11 +114,6 @@ class Adapter:
             raise ValueError(
                 f"adapter.layers_to_transform={','.join(map(str, layers))} has a layer twice; list each once"
             )
-        for pattern, rank in self.rank_pattern:
-            if rank < 1:
-                raise ValueError(
-                    f"adapter.rank_pattern: the rank of {pattern!r} must be at least 1, got {rank}"
-                )
         for pattern, alpha in self.alpha_pattern:
             if not 0.0 < abs(alpha) < 3.4e38:
                 raise ValueError(

@@ -387,7 +387,9 @@ def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
             raise ValueError(f"{keys}: one contains the other; set only one")
         if () in below:
             key, text = below[()]
-            values[name] = _parse_as(key, text, type_hints(type(node)).get(name, UNANNOTATED), now)
+            kind = type_hints(type(node)).get(name, UNANNOTATED)
+            values[name] = _parse_as(key, text, kind, now)
+            check_values({key: kind}, {key: values[name]})  # so that errors have the dotted name
         else:
             values[name] = _replace(now, below)
     return dataclasses.replace(node, **values) if values else node

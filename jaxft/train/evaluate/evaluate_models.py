@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import jax
 
-from jaxft.annotations import REWARDS, at_least, between, check_bounds, one_of
+from jaxft.annotations import REWARDS, ComputeDtype, QuantKind, Seed, at_least, check_bounds, one_of
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.pairs import PairRows
 from jaxft.data.row_settings import RowSettings
@@ -26,7 +26,6 @@ from jaxft.distributed import sharding
 from jaxft.engine.sampling import requested_sampling
 from jaxft.models.model import Model
 from jaxft.nn.attention.cache import CacheFormat
-from jaxft.nn.quant import QuantKind
 from jaxft.nn.tree import nearest, regex
 from jaxft.rl import rewards
 from jaxft.runs.loaded_weights import (
@@ -60,7 +59,7 @@ class EvaluatedModels:
     run: str | Path | None = None
     model: str | None = None
     adapter: Sequence[str] = ()
-    dtype: Annotated[str | None, one_of(("bfloat16", "float16", "float32", None))] = None
+    dtype: ComputeDtype | None = None
     quant: QuantKind | None = None
     batch: Annotated[int, at_least(1)] = 8
 
@@ -101,7 +100,7 @@ class CompletionEvaluation:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: Annotated[int, between(0, 2**63 - 1)] = 0
+    seed: Seed = 0
     limit: Annotated[int | None, at_least(1)] = None
     kv_cache: CacheFormat = "compute"
 
@@ -137,7 +136,7 @@ class TaskEvaluation:
     system_instruction: str | None = None
     gen_kwargs: str = ""
     unsafe_code: bool = False
-    seed: Annotated[int, between(0, 2**63 - 1)] = 0
+    seed: Seed = 0
     kv_cache: CacheFormat = "compute"
 
     def __post_init__(self):

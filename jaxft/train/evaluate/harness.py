@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxft.annotations import PositiveInt, Seed, check_bounds
 from jaxft.batch import Tokens
 from jaxft.data.chat.template import REJECTIONS, render_messages, template_of
 from jaxft.data.progress import RowProgress
@@ -56,12 +57,15 @@ class HarnessSettings:
     rendered with the chat template. template: how it renders them.
     """
 
-    length: int | None = None
-    batch: int = 8
-    seed: int = 0
+    length: PositiveInt | None = None
+    batch: PositiveInt = 8
+    seed: Seed = 0
     cache: CacheFormat = "compute"
     chat: bool = False
     template: TemplateSettings = field(default=DEFAULT_TEMPLATE_SETTINGS)
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
 
 
 class _Generation(NamedTuple):

@@ -9,18 +9,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.annotations import Fraction, PositiveInt, check_bounds, one_of
 from jaxft.batch import Tokens
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing.pack import round_up
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.conversation import PLAIN
-from jaxft.data.rows.invalid import invalid_lines
+from jaxft.data.rows.invalid import ERROR, INVALID, invalid_lines
 from jaxft.data.sft import Rows
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
@@ -62,14 +63,15 @@ class Calibration:
 
     rows: str
     columns: tuple[str, ...] = ()
-    invalid: str = "error"
-    tokens: int = 16384
-    max_length: int = 512
+    invalid: Annotated[str, one_of(INVALID)] = ERROR
+    tokens: PositiveInt = 16384
+    max_length: PositiveInt = 512
     format: str = "auto"
-    invalid_limit: float = DataSettings.invalid_limit
+    invalid_limit: Fraction = DataSettings.invalid_limit
     template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS
 
     def __post_init__(self):
+        check_bounds(self)
         if self.tokens < self.max_length:
             raise ValueError(
                 f"{self.tokens} calibration tokens (--tokens, quant.calibrate_tokens) are fewer than one row "

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxft.annotations import QuantKind
 from jaxft.data.decisions import DecisionPrompts
 from jaxft.distributed import sync
 from jaxft.distributed.disk import publish
@@ -22,16 +23,7 @@ from jaxft.models.model import Model
 from jaxft.nn import tree
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import EVA
-from jaxft.nn.quant import (
-    CHECKPOINT,
-    QTensor,
-    Quant,
-    QuantKind,
-    bits_per_param,
-    quant_setting,
-    quantize,
-    with_defaults,
-)
+from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, quant_setting, quantize, with_defaults
 from jaxft.nn.tree import Params
 from jaxft.rl.reward_models import is_classifier
 from jaxft.runs.loaded_weights import NamedWeights

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxft.annotations import PositiveInt, check_bounds
 from jaxft.data.chat.template import template_of
 from jaxft.distributed.disk import publish
 from jaxft.models import model_types
@@ -55,19 +56,15 @@ class Extension:
     tokens: tuple[str, ...] = ()
     special_tokens: tuple[str, ...] = ()
     start: TokenStart = "pieces"
-    multiple: int = TABLE_MULTIPLE
+    multiple: PositiveInt = TABLE_MULTIPLE
     template: str | None = None
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         if not self.named and self.template is None:
             raise ValueError(
                 "nothing to add; name new tokens (--tokens, add_tokens=) or a chat template (--template, "
                 "chat_template=)"
-            )
-        if self.multiple < 1:
-            raise ValueError(
-                f"multiple={self.multiple} (--multiple) must be at least 1: the rows of the embedding table "
-                "are padded to a multiple of it"
             )
         twice = next((x for i, x in enumerate(self.named) if x in self.named[:i]), None)
         if twice is not None:

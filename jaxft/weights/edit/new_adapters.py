@@ -17,11 +17,12 @@ All methods but cat and svd combine A and B separately, so they need adapters of
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxft.annotations import FiniteFloat, PositiveFraction, PositiveInt, Seed, check_bounds
 from jaxft.models.model import Model
 from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path, target_paths
@@ -53,28 +54,20 @@ class Combination:
     seed: of the random choice of dare_linear and dare_ties, None for 0.
     """
 
-    method: CombineMethod
-    weights: tuple[float, ...]
-    density: float | None = None
-    rank: int | None = None
-    seed: int | None = None
+    method: Annotated[CombineMethod, "--method"]
+    weights: Annotated[tuple[FiniteFloat, ...], "--weights"]
+    density: Annotated[PositiveFraction | None, "--density"] = None
+    rank: Annotated[PositiveInt | None, "--rank"] = None
+    seed: Annotated[Seed | None, "--seed"] = None
 
     def __post_init__(self):
-        if self.method not in get_args(CombineMethod):
-            raise ValueError(f"--method {self.method}: use one of {', '.join(get_args(CombineMethod))}")
-        if not all(map(math.isfinite, self.weights)) or not any(self.weights):
-            raise ValueError(f"--weights {self.listed_weights}: expected finite numbers, not all of them 0")
-        if self.density is not None and (self.method not in PRUNING or not 0 < self.density <= 1):
-            raise ValueError(
-                f"--density {self.density}: must be above 0 and at most 1 and needs --method "
-                f"{', '.join(PRUNING[:-1])} or {PRUNING[-1]}"
-            )
-        if self.rank is not None and (self.method != "svd" or self.rank < 1):
-            raise ValueError(f"--rank {self.rank}: must be at least 1 and needs --method svd")
-        if self.seed is not None and (self.method not in RANDOM or self.seed < 0):
-            raise ValueError(
-                f"--seed {self.seed}: must be at least 0 and needs --method {' or '.join(RANDOM)}"
-            )
+        check_bounds(self)
+        if not any(self.weights):
+            raise ValueError(f"--weights {self.listed_weights}: expected numbers that are not all 0")
+        for name, methods in (("density", PRUNING), ("rank", ("svd",)), ("seed", RANDOM)):
+            value = getattr(self, name)
+            if value is not None and self.method not in methods:
+                raise ValueError(f"--{name} {value} needs --method {' or '.join(methods)}")
 
     @property
     def listed_weights(self) -> str:
@@ -310,13 +303,12 @@ class Extraction:
     whether the adapter also stores, as modules_to_save and biases, changed parameters that have no pair.
     """
 
-    rank: int
+    rank: Annotated[PositiveInt, "--rank"]
     targets: str | tuple[str, ...] = "all-linear"
     save_others: bool = False
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"--rank {self.rank}: must be at least 1")
+        check_bounds(self)
 
 
 class KindError(NamedTuple):
