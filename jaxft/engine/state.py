@@ -302,8 +302,10 @@ def no_keys(count: int) -> np.ndarray:
 
 
 def new_prompts(d: Decoding, slots: Slots, rows: int, size: tuple[int, int], prompts: Any = ()) -> NewPrompts:
-    """Return a NewPrompts for a state of `rows` rows. size: (prompts, tokens per prompt). After the given
-    prompts come empty ones; none has a slot or rows yet.
+    """Left-pad `prompts` to `size` = (prompts, tokens per prompt), with empty prompts after the given ones.
+
+    No prompt has a slot or rows yet: its slot index is beyond the last slot, and the row index of each of its
+    completions is beyond the last of `rows` rows.
     """
     count, keys = size[0], no_keys(size[0])
     return NewPrompts(

@@ -83,8 +83,8 @@ def question(prompt: Any, a: str, b: str) -> list[dict[str, str]]:
 def verdict(reply: str) -> float:
     """Return 1 if a reply prefers answer A, 0 for B, 1/2 for a tie, and NaN if it names none.
 
-    The last mark counts: [[A]], [[B]], [[C]] or [[tie]], or Arena-Hard's [[A>>B]], [[A>B]], [[A=B]]. A reply
-    that is only such a letter or "tie" needs no brackets.
+    The last mark counts: [[A]], [[B]], or [[C]] or [[tie]] for a tie; or Arena-Hard's [[A>>B]], [[A>B]],
+    [[A=B]]. A reply that is only such a letter or "tie" needs no brackets.
 
     >>> verdict("B has the right sum. [[B]]"), verdict("[[A=B]]"), verdict("Both are fine.")
     (0.0, 0.5, nan)

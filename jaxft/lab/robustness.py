@@ -73,8 +73,10 @@ class FaultLevel:
 
 
 def parse_fault(text: str) -> tuple[str, tuple[float, ...]]:
-    """Return the setting and the values of `--vary SETTING=VALUE,VALUE,...`, in ascending order. Raises
-    ValueError for a setting that cannot vary, or fewer than two values.
+    """Return the setting and the distinct values of `--vary SETTING=VALUE,VALUE,...`, in ascending order.
+
+    Raises ValueError for a setting that cannot vary, a value that is not a finite number, or fewer than two
+    distinct values.
 
     >>> parse_fault("noise=0.2,0,0.4")
     ('noise', (0.0, 0.2, 0.4))

@@ -269,10 +269,11 @@ def reworded(prompt: str, rng: random.Random) -> str:
 
 
 class Features(NamedTuple):
-    """The terms of the true reward. facts: the fraction of right fields among those of the right object and
-    additional ones, or 1 if the text contains the right answer. format: 1 for a JSON object without other
-    text, or for a text of no more words than the right answer. longer: number of characters by which the
-    text is longer than the right completion; below 0 if it is shorter.
+    """The terms of the true reward.
+
+    facts: if the right completion is an object, correct fields / (expected fields + extra fields); otherwise
+    1 if the text contains the right answer, else 0. format: 1 for a JSON object without other text, or for a
+    text of no more words than the right answer, else 0. longer: len(completion) - len(right completion).
     """
 
     facts: float

@@ -79,8 +79,11 @@ class LayerGroups:
 
 
 def layer_groups(specs: Specs, rowwise: bool) -> LayerGroups:
-    """Group the trainable leaves. specs: None for frozen leaves. rowwise: whether large matrices may be
-    updated in blocks of rows, see UpdateRule.
+    """Group the trainable leaves for layerwise updates: the leaves of each stack of layers, each large matrix
+    without a layers axis (only if `rowwise`), and the rest.
+
+    specs: None for frozen leaves. rowwise: whether large matrices are updated in blocks of rows, see
+    UpdateRule.
     """
     large = [
         path

@@ -247,8 +247,8 @@ def schedule_free(b1: float, schedule: optax.Schedule) -> Averaging:
 def _states_of(kind: type, opt_state: OptState) -> list[Any]:
     """Return all states of the type `kind` in an optimizer state.
 
-    There is one, or one for each group of a layerwise or freezable optimizer, with None for the parameters of
-    other groups.
+    An optimizer that updates parameters in groups (layerwise: by layers; freezable: policy and heads) has one
+    for each group, with None for the parameters of other groups.
     """
     is_kind = partial(_is_instance, kind)
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]

@@ -1,10 +1,11 @@
 """Paired comparisons of two settings over held-out prompts and training seeds.
 
-Two losses that are trained with the same seeds and evaluated on the same prompts differ by
-d[s, p] = other[s, p] - one[s, p]. A study reports the mean of d. Its error has three parts, which are
-estimated separately: the seeds s, the prompts p, and the rest, which differs between all pairs (s, p) (the
-crossed two-way model with random effects). More prompts lower only the second and the third part, more seeds
-only the first and the third. From this a study also computes how many of them would be needed.
+Two settings that are trained with the same seeds s and evaluated on the same prompts p differ by d[s, p] =
+second[s, p] - first[s, p]. A study reports the mean of d. The variance of this mean has three components,
+which are estimated separately: seeds, prompts, and the residual of each pair (s, p) (the crossed two-way
+model with random effects). More prompts lower only the second and the third, more seeds only the first and
+the third. From these a study computes how many prompts, or how many seeds, it would need to find a difference
+that it could not distinguish from 0.
 """
 
 import math

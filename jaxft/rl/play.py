@@ -244,10 +244,11 @@ class _Answer(NamedTuple):
 class _Decision(NamedTuple):
     """The next action of an episode, decided on the first process; all values are JSON.
 
-    do: "start", "extend", "wait" (for its score) or "end". ids: token ids of a prompt or of the environment's
-    reply. reward: reward of the last turn, NaN for none. score, rewards: see _Scored. done: whether the
-    environment has ended the episode. fault: (kind, text) of a fault that excludes the episode. faults:
-    (kind, text) of faults that do not. messages: new messages of the conversation.
+    number: the episode's. do: "start", "extend", "wait" (for its score) or "end". ids: token ids of a prompt
+    or of the environment's reply. reward: reward of the last turn, NaN for none. score, rewards: see _Scored.
+    done: whether the environment has ended the episode. fault: (kind, text) of a fault that excludes the
+    episode. faults: (kind, text) of the model's faults, which do not exclude it. messages: new messages of
+    the conversation.
     """
 
     number: int

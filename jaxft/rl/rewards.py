@@ -267,7 +267,9 @@ def begin_async(
     rewards: Sequence[Any], prompts: TokenisedPrompts
 ) -> tuple[dict[Any, Callable[[], Any]], Ended]:
     """Return (begun, ended). ended(number, episode) begins the async rewards of an episode that has ended,
-    and stores the calls in `begun`; see Episodes.begun.
+    and stores each call in `begun` by (reward, number), see Episodes.begun.
+
+    Calls begin on the first process only, and none for an episode with a fault.
     """
     begun = dict[Any, Callable[[], Any]]()
     chosen = [r for r in rewards if isinstance(r, FunctionReward) and r.is_async]

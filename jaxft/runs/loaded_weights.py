@@ -390,8 +390,8 @@ def common_dtype(named: Mapping[str, NamedWeights], dtype: str | None) -> str:
 
 
 def common_residual(named: Mapping[str, NamedWeights], dtype: str | None) -> str | None:
-    """Return the runs' dtype of the residual stream. Return None, for the model's default, if the runs set no
-    such dtype or if `dtype` is given. Raises ValueError if the runs differ.
+    """Return the dtype of the residual stream that the runs share. None stands for the model's default: no
+    run sets a dtype, or `dtype` (--dtype) is given and applies to all. Raises ValueError if the runs differ.
     """
     dtypes = {n.record["model"].get("residual"): name for name, n in named.items() if n.record and not dtype}
     if len(dtypes) > 1:

@@ -259,8 +259,9 @@ class WandB:
 
 
 def open_wandb(folder: Path, start_step: int) -> Tracker:
-    """Open the W&B run whose id is stored in the folder, with the settings in its config.json. The members of
-    a sweep, which are trained at the same time, have a W&B run each.
+    """Open the W&B run of a run folder, with the settings in its config.json. The run's id is stored in the
+    folder; a folder without one gets a new id. Each member of a sweep, all trained at the same time, has a
+    separate W&B run, by default in a group with the sweep's name.
 
     W&B's environment variables, such as WANDB_ENTITY and WANDB_MODE, apply; WANDB_PROJECT, WANDB_RUN_GROUP
     and WANDB_TAGS only where `tracking` leaves these settings open.

@@ -179,8 +179,10 @@ def config_differences(one: Any, other: Any, ignored: Collection[str] = NOT_COMP
 
 
 def open_params(ref: str, model: Model) -> dict[str, ParamReader]:
-    """Return by path a reader for every base parameter in the files of `ref`. Raises ValueError if their
-    tensors are not the model's, or if check_preset refuses them.
+    """Return by path a lazy reader for each base parameter in the files of `ref`.
+
+    Raises ValueError if the files' tensors are not those that the model expects, or if `ref` is the name of a
+    preset and the files' config.json differs from it (see check_preset).
     """
     check_preset(ref, model.config)
     return param_readers(open_files(ref), model)

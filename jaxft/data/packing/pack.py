@@ -155,10 +155,12 @@ def ascending(keys: Float[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]
 def pack_in_order(
     lengths: Int[np.ndarray, " n"], keys: Float[np.ndarray, " n"], size: int, rows: int, seed: int
 ) -> RowPlan:
-    """Pack the examples from small to large keys into rows of at most `size` tokens.
+    """Pack the examples from small to large keys, such as their difficulty, into rows of at most `size`
+    tokens.
 
     Examples that fill ORDER_WINDOW steps of `rows` rows are packed together, first-fit decreasing. The rows
-    of such a window go from small to large mean keys.
+    of such a window go from small to large mean keys. seed: shuffles examples of equal keys, once for all
+    epochs.
     """
     order = ascending(keys, seed)
     window = (np.cumsum(lengths[order]) - 1) // (size * rows * ORDER_WINDOW)

@@ -244,7 +244,12 @@ def _joined(mine: Any, other: Any) -> Any:
 def stored_columns(
     stored: StoredRows, kinds: tuple[str, ...], extras: ColumnTypes, labels: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the fields of TokenisedRows that a cache file has. labels: see RowNames."""
+    """Return the fields of TokenisedRows that a cache file has. `reads` and `ends` are empty if it lacks
+    them.
+
+    ids, learned, hashes, content and the values of Ragged columns stay in the file until they are read.
+    kinds: of the continuations. extras: types of the further columns. labels: see RowNames.
+    """
     columns = stored.columns
     names = RowNames(labels, columns["source"], columns["number"])
     nothing = {name: np.empty((len(names), 0), np.int64) for name in ("reads", "ends")}

@@ -115,7 +115,7 @@ def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
 
 @dataclass(frozen=True)
 class MistralConfig(WindowConfig):
-    """Sizes of a Mistral."""
+    """Configuration of a Mistral model: sizes, rope, sliding window and special tokens."""
 
 
 def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:

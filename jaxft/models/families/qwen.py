@@ -36,7 +36,7 @@ from jaxft.nn.tree import Params
 
 @dataclass(frozen=True)
 class QwenConfig(WindowConfig):
-    """Sizes of a Qwen2."""
+    """Configuration of a Qwen2 or Qwen2.5 model: sizes, rope, sliding window and special tokens."""
 
 
 @dataclass(frozen=True)

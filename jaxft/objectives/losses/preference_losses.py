@@ -167,7 +167,9 @@ def rdpo(
 def hinge(
     pair: PairBatch, beta: float = 0.1, score: Score = reverse_kl
 ) -> Annotated[PairLoss, Claims.of("difference", "raises_margin")]:
-    """`relu(1 - beta D)` (SLiC-HF, Zhao et al. 2023, arXiv:2305.10425; RSO, arXiv:2309.06657)."""
+    """`relu(1 - beta D)`: hinge loss on D = score(c) - score(r), the scores of the log-ratios of the chosen
+    and the rejected response (SLiC-HF, Zhao et al. 2023, arXiv:2305.10425; RSO, arXiv:2309.06657).
+    """
     return jax.nn.relu(1 - beta * _difference(pair, score))
 
 

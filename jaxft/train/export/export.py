@@ -129,10 +129,11 @@ def export_model(
     """Write a model to the new folder `out`, tensor by tensor; return a summary with rounding errors and
     notes.
 
-    After an error there is no folder. dtype: dtype of the weights that are not quantised, by default
-    bfloat16; a multimodal model keeps the dtype of its files, and its unchanged weights are copies.
-    text_only: write only the text decoder of such a model. Raises ValueError for an `out` that check_output
-    refuses, and for weights that cannot be merged or quantised.
+    After an error there is no folder. dtype: dtype of the weights that are not quantised; None: bfloat16, or
+    the files' dtypes if the written model is multimodal. Unchanged weights of a multimodal model are copied,
+    whatever `dtype` is. how: quantisation; None for none. text_only: write only the text decoder of a
+    multimodal model, which `how` does too. Raises ValueError for an `out` that check_output refuses, and for
+    weights that cannot be merged or quantised.
 
         export_model(Path("merged"), named_source(named_weights("runs/sft")), how=ExportQuant(Quant("int8")))
     """

@@ -106,11 +106,12 @@ def check_attention(p: Programs, batch: Batch) -> list[str]:
 
 
 def sample_length(length: int, parts: int = 1) -> int:
-    """Return the length of sample rows that stand for rows of `length` tokens sharded into equal `parts`.
+    """Return a length for short sample rows on which attention kernels behave as on rows of `length` tokens.
 
-    Up to LONGEST_SAMPLE it is `length`. For longer rows it is the largest length up to LONGEST_SAMPLE for
-    which kernels choose the same block sizes as for the full row and its parts. With more than 8 parts there
-    may be none; it is then the largest for which a part's length has the same remainder modulo 128.
+    parts: number of equal parts into which a row is sharded. A length up to LONGEST_SAMPLE is returned
+    unchanged. A longer one becomes the largest length up to LONGEST_SAMPLE for which kernels choose the same
+    block sizes, for the full row and for a part. With more than 8 parts there may be none; it is then the
+    largest for which a part's length has the same remainder modulo 128.
     """
     if length <= LONGEST_SAMPLE:
         return length

@@ -1,6 +1,7 @@
-"""The teacher: a run's second, frozen model, from its name to its weights on the mesh.
+"""Find, check and load the teacher: a run's second, frozen model, for distillation or as a reference policy
+with separate weights.
 
-models/adapted.py:Teacher has its settings. A reference policy with separate weights is a teacher too.
+Its settings are models/adapted.py:Teacher.
 """
 
 from collections.abc import Callable

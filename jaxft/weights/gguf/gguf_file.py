@@ -173,7 +173,8 @@ class _Cursor:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """Read metadata and tensor table of a GGUF file. path: the file; any part of a split file, to read all.
+    """Read the metadata and the tensor table of a GGUF file. path: the file; for a split file any of its
+    parts, of which all are read.
 
     Raises ValueError for an invalid or incomplete file, FileNotFoundError for a part that is missing.
     """

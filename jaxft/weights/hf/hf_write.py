@@ -211,8 +211,9 @@ def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> N
 
 
 def tensors_to_write(base: Params, model: Model, quant: LayerQuantizer | None = None) -> list[TensorToWrite]:
-    """Return the tensors of a base tree under their Hugging Face names, the parameters in quant.layouts
-    quantised. quant: None quantises none; QTensors in `base` are then dequantised.
+    """Return the tensors of a base tree under their Hugging Face names; their values are computed when they
+    are written. quant: quantises the parameters in its `layouts`; None: none. QTensors in `base` are
+    dequantised first.
     """
     leaves = tree.paths(base, is_qtensor)
     table = tensors_of(as_checkpoint(model) if "score" in leaves else model, tied_head=True)
