@@ -270,8 +270,8 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
         (["--over", "beta=0.1,0.10"], "a value is given twice"),
         (["--over", "beta=0.1,0.2", "name=mine"], "the sweep has two names, wrong and mine; give one"),
         (
-            ["--over", "beta=0.1,0.2", "--at-once", "0"],
-            "2 adapters don't divide into blocks of 0; use one of 1, 2",
+            ["--over", "beta=0.1,0.2", "--at-once", "3"],
+            "2 adapters don't divide into blocks of 3; use one of 1, 2",
         ),
         (["--over", "beta=0.1", "--over", "beta=0.2"], "--over beta is given twice"),
         (["--over", "bata=0.1,0.2"], "unknown key 'bata'; near: data, beta, batch"),
