@@ -55,7 +55,7 @@ def main() -> int:
     from jaxft.runs.loaded_weights import named_weights
     from jaxft.weights import pretrained
     from jaxft.weights.edit import new_adapters
-    from jaxft.weights.peft import adapter_folders, peft_read
+    from jaxft.weights.peft import adapter_folders, peft_config, peft_read
 
     how = new_adapters.Combination(args.method, numbers(args.weights), args.density, args.rank, args.seed)
     folders = [adapter_folders.adapter_folder(str(folder)) for folder in args.adapters]
@@ -67,9 +67,10 @@ def main() -> int:
         notes += earlier_end_notes(folder)
         others = adapter_folders.other_base_name(folder, named.ref)
         if others and args.model is None:
+            name = peft_config.read_adapter_config(folder)["base_model_name_or_path"]
             raise ValueError(
-                f"{others[0].removeprefix('warning: ')}, the base of {folders[0]}; adapters of different "
-                "bases have no common meaning; if the two are the same model, name it with --model"
+                f"{folder}: the base of this adapter is {name}, but that of {folders[0]} is {named.ref}; "
+                "only adapters of the same base can be combined; if both names mean one model, set --model"
             )
         notes += others
     for line in notes:

@@ -67,8 +67,10 @@ def values(over: list[str], together: bool) -> list[list[str]]:
         if knob in knobs:
             raise ValueError(f"--over {knob} is given twice; put all its values into one --over")
         knobs[knob] = given.split(",")
-        if len(set(map(_comparable, knobs[knob]))) < len(knobs[knob]):
-            raise ValueError(f"--over {text}: a value is given twice; remove it")
+        compared = [_comparable(value) for value in knobs[knob]]
+        for number, value in enumerate(knobs[knob]):
+            if compared[number] in compared[:number]:
+                raise ValueError(f"--over {text}: the value {value} is listed twice; list each value once")
     if together and len({len(v) for v in knobs.values()}) > 1:
         counts = ", ".join(f"{len(v)} ({k})" for k, v in knobs.items())
         raise ValueError(f"--together: the knobs have {counts} values; use the same number for all")

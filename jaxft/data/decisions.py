@@ -251,8 +251,8 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
         raise InvalidRow(
             name,
             "choice without a value",
-            f"choices[{number}] has no value, got {str(item)[:40]!r}; use a string, or an object with a "
-            "value and a description",
+            f"choices[{number}] has no value, got {str(item)[:40]!r}; use a string or number, or an object "
+            "with a value and optionally a description",
         )
     if not isinstance(text, str | None):
         raise InvalidRow(
@@ -465,9 +465,11 @@ def answer_tokens(
     ]
     if wrong:
         where = f"after {prefix!r}" if prefix else "alone"
+        possible = LETTERS.find(wrong[0])  # the answers before it in the alphabet are single tokens
+        fewer = f", or at most {possible} choices" if possible >= 2 else ""
         raise ValueError(
-            f"the tokenizer does not make {wrong[0]!r} one token {where}, at which the probability of a "
-            "choice is read; use a model with another tokenizer, or fewer choices"
+            f"the tokenizer does not encode the answer {wrong[0]!r} {where} as one token, but the "
+            f"probability of a choice is that of a single token; use a model with another tokenizer{fewer}"
         )
     tokens = tuple(ids[-1] for ids in answer_ids)
     if len({*tokens}) < len(tokens):

@@ -294,8 +294,8 @@ class PairSource(source.RowSource[Pairs]):
         members, pairs, count = np.asarray(indices, np.int64), self.split.rows, len(self.split.rows)
         if len(members) and (members.min() < 0 or members.max() >= count):
             raise ValueError(
-                f"pairs {members.min()} to {members.max()} are not all in the source, which has 0 to "
-                f"{count - 1}; pass indices of this source"
+                f"the pair indices go from {members.min()} to {members.max()}, but the source has indices "
+                f"0 to {count - 1}; pass indices in that range"
             )
         plan = pair_layout.fit_rows(members, self.layout.lengths, pairs.targets, self.layout.rows.shape)
         return self.layout.evaluation(plan)

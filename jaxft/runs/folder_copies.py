@@ -278,7 +278,8 @@ class Mirror:
         path = self.folder / name
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise ValueError(
-                f"{self.store.url}: the object {name!r} is not a file of a run; delete it"
+                f"{self.store.url}: the path of {name!r} is outside the run's folder, so nothing more is "
+                f"downloaded; delete this object, or its entry in {INDEX}, in the store"
             )
         return path
 

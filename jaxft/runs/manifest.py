@@ -4,6 +4,7 @@ manifest.json has the shape and dtype of each leaf, and by index ("0:4,0:8") a h
 it was in memory. It also has the size and hash of each file, and a hash of itself.
 """
 
+import collections
 import json
 import math
 from collections.abc import Iterator
@@ -36,7 +37,13 @@ def named_leaves(state: Any) -> dict[str, Any]:
     """
     leaves = {path.replace("/", "."): leaf for path, leaf in tree.paths(state).items()}
     if len(leaves) != len(jax.tree.leaves(state)):
-        raise ValueError("two leaves of the state have the same path; use no '.' or '/' in parameters' names")
+        keys = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+        counts = collections.Counter(tree.path_of(k).replace("/", ".") for k in keys)
+        shared = ", ".join(name for name, count in counts.items() if count > 1)
+        raise ValueError(
+            f"several leaves of the state have the same path: {shared}; use no '.' or '/' in the names of "
+            "parameters"
+        )
     for name, leaf in leaves.items():
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise ValueError(

@@ -280,8 +280,14 @@ def _sizes(model: Model, flags: ServeFlags, rows: int, stops: int) -> ServeSizes
     limit = model.config.max_positions
     new = flags.new or min(512, max(limit // 2, 1), max(1, limit - (flags.prompt or 0)))
     prompt = flags.prompt or min(1024, limit - new)
-    if prompt < 1 or prompt + new > limit:
+    if prompt >= 1 and prompt + new <= limit:
+        return ServeSizes(rows, prompt, new, max(stops, 1))
+    if flags.prompt and flags.new:
         raise ValueError(
             f"--max-prompt {prompt} plus --max-new {new} exceeds the model's {limit} positions; lower one"
         )
-    return ServeSizes(rows, prompt, new, max(stops, 1))
+    name, value, other = ("prompt", prompt, "completion") if flags.prompt else ("new", new, "prompt")
+    raise ValueError(
+        f"--max-{name} {value} leaves no room for a {other} in the model's {limit} positions; use at most "
+        f"{limit - 1}"
+    )

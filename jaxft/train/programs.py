@@ -421,8 +421,9 @@ def _check_dora(run: Run, parts: Partition) -> None:
         adapted |= {"base/embed"}
         if "embed" in nodes:
             raise ValueError(
-                "adapter.dora=true on a head that is tied to the embeddings needs a frozen table; leave "
-                "head out of adapter.targets, or set adapter.dora=false"
+                "adapter.targets has both embed and head, which share one tied table; DoRA on the head needs "
+                "embeddings without an adapter. Leave head (or embed) out of adapter.targets, or set "
+                "adapter.dora=false"
             )
     both = trainable_paths(parts) & adapted
     if both:

@@ -267,10 +267,10 @@ def cast_finite(x: np.ndarray, dtype: Any) -> np.ndarray:
         out = x.astype(dtype, copy=False)
     narrower = float(ml_dtypes.finfo(out.dtype).max) < float(ml_dtypes.finfo(x.dtype).max)
     if narrower and not is_finite(out):
-        raise ValueError(
-            f"some values are too large for {out.dtype}, up to {float(np.abs(x).max()):.3g}; use "
-            "dtype=float32, or another model"
-        )
+        largest = float(np.abs(x).max())
+        fits = largest <= float(np.finfo(np.float32).max)
+        remedy = "dtype=float32, or another model" if fits else "another model"
+        raise ValueError(f"some values are too large for {out.dtype}, up to {largest:.3g}; use {remedy}")
     return out
 
 

@@ -469,9 +469,13 @@ def test_bad_rows_end_the_run_with_file_and_row_or_are_counted(tmp_path):
 def test_letters_that_the_tokenizer_merges_are_refused():
     tokenizer = copy.deepcopy(tiny("chatml"))
     tokenizer.add_tokens(["#A"])
-    with pytest.raises(ValueError, match="does not make 'A' one token after 'choice#'"):
+    with pytest.raises(ValueError, match="the answer 'A' after 'choice#' as one .* another tokenizer$"):
         answer_tokens(tokenizer, "choice#", ("A", "B"))
-    with pytest.raises(ValueError, match="does not make 'no' one token alone"):
+    tokenizer = copy.deepcopy(tiny("chatml"))
+    tokenizer.add_tokens(["#D"])
+    with pytest.raises(ValueError, match="'D' .* another tokenizer, or at most 3 choices$"):
+        answer_tokens(tokenizer, "choice#", ("A", "B", "C", "D", "E"))
+    with pytest.raises(ValueError, match="the answer 'no' alone as one token"):
         answer_tokens(tiny("chatml"), "", ("no", "yes"))
 
 

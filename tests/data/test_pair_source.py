@@ -249,7 +249,7 @@ def covered(tmp_path_factory):
 def test_cover_of_no_pairs_is_empty_and_of_unknown_pairs_an_error(folder):
     s = source(folder)
     assert s.cover([]) == ()
-    with pytest.raises(ValueError, match="the source, which has 0 to 36"):
+    with pytest.raises(ValueError, match="go from 3 to 37, but the source has indices 0 to 36"):
         s.cover([3, 37])
 
 

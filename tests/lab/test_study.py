@@ -269,7 +269,7 @@ def test_a_study_whose_file_changed_after_its_declaration_is_refused_in_one_line
                 halving.run_study(other, file)
             assert message in str(error.value) and "\n" not in str(error.value)
         path.write_text(path.read_text().replace('"rewards/accuracies"', '"rewards/margins"', 1))
-        with pytest.raises(ValueError, match="the declaration was edited after it was written") as error:
+        with pytest.raises(ValueError, match="declaration.json was edited after the study was") as error:
             halving.run_study(study, file)
         assert "\n" not in str(error.value)
 

@@ -37,8 +37,8 @@ def test_layers_without_rope_have_the_window_by_default():
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 4 numbers"),
-        ({"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers must be a list of 4 numbers"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of at least 4 numbers"),
+        ({"no_rope_layers": [1, 0, 2, 1]}, "no_rope_layers must be a list of at least 4 numbers"),
         ({"no_rope_layer_interval": 0}, "no_rope_layer_interval must be a whole number above 0, got 0"),
         (
             {"layer_types": ["sliding_attention"] * 4, "sliding_window": 7},

@@ -336,8 +336,8 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path):
         saved.save(1, {"x": jnp.ones(2)}, {"not json": object()})
     with pytest.raises(ValueError, match="key_data"):
         saved.save(1, {"key": jax.random.key(0)}, {})
-    with pytest.raises(ValueError, match="same path"):
-        saved.save(1, {"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}}, {})
+    with pytest.raises(ValueError, match=r"the same path: a\.b;"):
+        saved.save(1, {"a.b": jnp.ones(2), "a": {"b": jnp.ones(2)}, "c": jnp.ones(2)}, {})
     assert list(tmp_path.iterdir()) == []
 
 

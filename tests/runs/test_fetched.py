@@ -131,7 +131,7 @@ def test_an_object_whose_name_leads_out_of_the_folder_is_refused(store, tmp_path
     index = {"owner": {}, "files": {"../../../evil": [1, "x"]}}
     store.objects["runs/a/index.json"] = json.dumps(index).encode()
     code, _, err = call(monkeypatch, capsys, "report", "s3://bucket/runs/a")
-    assert code == 1 and "is not a file of a run" in err and err.count("\n") == 1
+    assert code == 1 and "'../../../evil' is outside the run's folder" in err and err.count("\n") == 1
 
 
 @pytest.mark.slow

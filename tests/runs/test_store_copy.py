@@ -322,7 +322,7 @@ def test_names_that_lead_out_of_the_folder_are_not_fetched(store, tmp_path):
     store.objects["runs/a/index.json"] = json.dumps(index).encode()
     store.objects["runs/outside"] = b"x"
     with (
-        pytest.raises(ValueError, match="not a file of a run"),
+        pytest.raises(ValueError, match="outside the run"),
         started(tmp_path / "x" / "y"),
     ):
         pass

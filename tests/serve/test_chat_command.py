@@ -289,12 +289,24 @@ def test_adapters_that_cannot_share_a_program_are_refused(place, monkeypatch):
     named = loaded_weights.named_models([], None, ["a", "full"], "none")
     with pytest.raises(ValueError, match="full cannot be used together with others: it trains .*_norm"):
         served_models.load_served(named, served_models.ServeFlags("float32"), 1)
-    with pytest.raises(
-        ValueError, match="--max-prompt 200 plus --max-new 100 exceeds the model's 256 positions"
-    ):
-        served_models.load_served(
-            {"base": named["base"]}, served_models.ServeFlags("float32", prompt=200, new=100), 1
-        )
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"prompt": 200, "new": 100}, "--max-prompt 200 plus --max-new 100 exceeds the model's 256"),
+        ({"new": 256}, "--max-new 256 leaves no room for a prompt in .* 256 positions; use at most 255"),
+        ({"new": 900}, "--max-new 900 leaves no room for a prompt"),
+        ({"prompt": 256}, "--max-prompt 256 leaves no room for a completion in the model's 256 positions"),
+    ],
+)
+def test_sizes_beyond_the_positions_are_refused_by_the_options_given(place, monkeypatch, sizes, message):
+    """A default size is not named in the error."""
+    monkeypatch.chdir(place)
+    named = loaded_weights.named_models([], None, ["a"], "none")
+    with pytest.raises(ValueError, match=message):
+        flags = served_models.ServeFlags("float32", **sizes)
+        served_models.load_served({"base": named["base"]}, flags, 1)
 
 
 def test_several_adapters_of_all_kinds_have_the_log_probs_of_each_alone(place, monkeypatch):

@@ -48,6 +48,7 @@ SETTINGS = [
     ("adapter.init=pissa adapter.dora=true", "adapter.dora=false"),
     ("adapter.init=pissa adapter.rank=33", "layers/attn/k, whose smaller side is 32"),
     ("adapter.init=eva adapter.targets=q,head", "leave head out of adapter.targets"),
+    ("adapter.dora=true adapter.targets=embed,head", "Leave head (or embed) out of adapter.targets"),
     ("adapter.init=eva adapter.eva_rho=0", "eva_rho"), ("adapter.eva_rho=3", "adapter.init=eva"),
     ("adapter.init=eva adapter.eva_tokens=0", "eva_tokens"),
     ("adapter.dora=true train=adapter/.*|base/layers/attn/q", "base/layers/attn/q is trained"),

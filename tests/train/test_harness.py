@@ -213,7 +213,7 @@ SAD = [
     ("--tasks choice.yaml --num-fewshot -1", "--num-fewshot: expected at least 0"),
     ("--tasks choice.yaml --max-length 999", "--max-length 999 exceeds the model's 256 positions"),
     ("--tasks choice.yaml,written.yaml --gen-kwargs max_gen_toks=80", "a task generates up to 80 tokens"),
-    ("--tasks choice.yaml,written.yaml --gen-kwargs num_beams=4", "num_beams=4, which jaxft does not have"),
+    ("--tasks choice.yaml,written.yaml --gen-kwargs num_beams=4", "num_beams=4 of a task is not supported"),
     ("--tasks broken.yaml", "--tasks broken.yaml: the task cannot be loaded"),
     ("--tasks gone.yaml", "--tasks gone.yaml: the task cannot be loaded"),
 ]

@@ -267,7 +267,7 @@ def test_the_loss_bench_trains_each_loss_as_a_separate_run_would(place):
     [
         (["--over", "beta"], "--over beta: expected knob=a,b,... such as beta=0.05,0.1"),
         (["--over", "beta=0.1,high"], "beta=high"),
-        (["--over", "beta=0.1,0.10"], "a value is given twice"),
+        (["--over", "beta=0.1,0.10"], "is listed twice"),
         (["--over", "beta=0.1,0.2", "name=mine"], "the sweep has two names, wrong and mine; give one"),
         (
             ["--over", "beta=0.1,0.2", "--at-once", "3"],

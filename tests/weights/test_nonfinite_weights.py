@@ -28,7 +28,7 @@ from jaxft.weights import pretrained
 from jaxft.weights.hf import safetensors
 from jaxft.weights.hf.safetensors import TensorToWrite
 from jaxft.weights.peft import peft_read, peft_write
-from jaxft.weights.tensors import is_finite
+from jaxft.weights.tensors import cast_finite, is_finite
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 NORM = "model.layers.2.input_layernorm.weight"
@@ -84,8 +84,12 @@ def test_16_bit_files_are_checked_whether_they_are_quantised_or_not(base, tmp_pa
 
 def test_a_value_beyond_the_compute_dtype_is_named(base, tmp_path):
     ref = broken(base, tmp_path / "model", {DOWN: 70000.0})
-    with pytest.raises(ValueError, match=f"{DOWN}: some values are too large for float16"):
+    with pytest.raises(
+        ValueError, match=f"{DOWN}: some values are too large for float16, up to 7e.04; use dtype=float32"
+    ):
         load(ref, jnp.float16)
+    with pytest.raises(ValueError, match="too large for float32, up to 1e.39; use another model"):
+        cast_finite(np.array([1.0, 1e39]), np.float32)
 
 
 def test_scales_of_gptq_and_gguf_files_are_checked(tmp_path):

@@ -51,8 +51,8 @@ def read_yaml(file: Path, text: str) -> ForeignConfig:
     if "model_name_or_path" in keys or keys & TRL_KEYS:
         return ForeignConfig(file, TRL, options)
     raise ValueError(
-        f"{file}: not a configuration of Axolotl (base_model), LLaMA-Factory (model_name_or_path and stage) "
-        "or TRL (model_name_or_path and dataset_name); name a file of one of them"
+        f"{file}: not a configuration of Axolotl, LLaMA-Factory or TRL, because it has none of the keys "
+        f"base_model, model_name_or_path, {', '.join(sorted(TRL_KEYS))}; name a file of one of them"
     )
 
 

@@ -355,7 +355,10 @@ def check_declared(folder: Path, known: dict[str, Any], now: dict[str, Any]) -> 
     """Raise ValueError if a study's stored declaration `known` was edited, or is not the new one, `now`."""
     body = {name: value for name, value in known.items() if name != "digest"}
     if known.get("digest") != digest_of(body):
-        raise ValueError(f"{folder}: the declaration was edited after it was written; restore it")
+        raise ValueError(
+            f"{folder / 'declaration.json'} was edited after the study was declared: it does not match its "
+            "digest; restore it, or start a new study with another name="
+        )
     if known["digest"] == now["digest"]:
         return
     lines = [line for line in differences(known, now) if not line.startswith(("digest", "file_sha256"))]

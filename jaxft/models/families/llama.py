@@ -344,8 +344,8 @@ def _rope_layers(hf: dict[str, Any], count: int) -> tuple[bool, ...]:
     if flags is not None:
         if not isinstance(flags, list | tuple) or len(flags) < count or any(x not in (0, 1) for x in flags):
             raise ValueError(
-                f"config: no_rope_layers must be a list of {count} numbers, 1 for a layer with rope and 0 "
-                f"for one without, got {flags!r:.60}"
+                f"config: no_rope_layers must be a list of at least {count} numbers (one per layer), 1 for a "
+                f"layer with rope and 0 for a layer without, got {flags!r:.60}"
             )
         return tuple(map(bool, flags[:count]))
     interval = hf.get("no_rope_layer_interval", 4)

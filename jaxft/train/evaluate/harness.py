@@ -92,7 +92,8 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
         if name not in NO_EFFECT or value != NO_EFFECT[name]:
             remedy = f", or use --gen-kwargs {name}={NO_EFFECT[name]}" if name in NO_EFFECT else ""
             raise ValueError(
-                f"a task generates with {name}={value}, which jaxft does not have; leave it out{remedy}"
+                f"the generation argument {name}={value} of a task is not supported; remove it from the "
+                f"task's generation_kwargs or from --gen-kwargs{remedy}"
             )
     sampling = Sampling(new)
     if is_sampled and not temperature:

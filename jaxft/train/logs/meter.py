@@ -123,7 +123,7 @@ class Meter:
             f"loss, gradient or update was not finite in {len(steps)} steps in a row "
             f"(steps {steps[0] + 1} to {steps[-1] + 1}). "
             "The parameters are those from before these steps. "
-            f"Check the rows {shown}, or lower optim.lr with another name=..."
+            f"Check the rows {shown}, or start a new run with a lower optim.lr and another name=."
         )
 
     def counters(self) -> dict[str, Any]:

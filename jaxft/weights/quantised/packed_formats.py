@@ -330,8 +330,9 @@ def _scaled_weights(
     used = {name for weight in weights.values() for name in weight.tensors}
     bare = next((n for n, x in files.tensors.items() if x.dtype == E4M3 and n not in used), None)
     if bare:
+        scales = bare.removesuffix(".weight") + ending
         raise ValueError(
-            f"{files.where}: {bare} is FP8 without {ending.removeprefix('.')}; download the model again"
+            f"{files.where}: the FP8 tensor {bare} has no scale tensor ({scales}); download the model again"
         )
     return weights
 
