@@ -41,8 +41,6 @@ def main() -> int:
     if args.out is None:
         print(conversion_text.command(conversion), flush=True)
     else:
-        from jaxft.cli.convert import conversion_text
-
         conversion_text.write_recipe(Path(args.out), conversion, lines)
         lines.append(f"wrote {args.out}; jaxft train {args.out}")
     print("\n".join(lines), file=sys.stderr)

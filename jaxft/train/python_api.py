@@ -487,7 +487,10 @@ class Prepared:
     train_step: TrainStep
 
     def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """Return (the state after the recipe's jitted train step, metrics). The given state is donated."""
+        """Return (the state after the recipe's jitted train step, metrics). The given state is donated.
+
+        A metric is a `Sum`, whose value is total / weight, or another class of jaxft.objectives.metrics.
+        """
         with jax.set_mesh(self.mesh):
             return self.train_step(state, self.frozen, batch)
 

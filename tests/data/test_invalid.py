@@ -66,6 +66,14 @@ def test_an_invalid_row_is_an_error_that_names_the_setting_or_is_left_out(
         stats_of(data, rows, tmp_path, **options)
 
 
+def test_data_without_a_valid_row_is_not_told_to_leave_the_invalid_rows_out(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "why?", "response": ""}) for _ in range(3)))
+    with pytest.raises(ValueError, match=r"r.jsonl:1: .*; all 3 rows are invalid: correct ") as e:
+        Rows(str(path), held_out="none", batch=1).open(tiny("chatml"), cache=tmp_path)
+    assert "data.invalid" not in str(e.value)
+
+
 # ---- 2,000 rows with ten kinds of dirt
 
 LONG = "word " * 200

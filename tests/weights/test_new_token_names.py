@@ -134,5 +134,5 @@ def test_lists_are_shown_as_they_are_written_and_empty_ones_by_name(tmp_path):
     knobs = 'tokens: tuple[str, ...] = ("a,b", "c"), layers: tuple[int, ...] = ()'
     config.write_text(f"def config({knobs}):\n    return 1\n")
     assert """tokens=["a,b", "c"]""" in help_text(str(config))
-    with pytest.raises(ValueError, match=r"layers=x: expected int \(now empty\)"):
+    with pytest.raises(ValueError, match=r"layers=x: expected int \(default empty\)"):
         load_config(str(config), ["layers=x"])

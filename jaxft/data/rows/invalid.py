@@ -110,7 +110,9 @@ class InvalidRows:
             return
         if self.names_first:
             first = next(iter(self.tallies.values())).first
-            raise _with_hint(first) from first
+            none = f"all {total} rows are invalid: correct data.format or data.columns"
+            hint = HINT if count < total else none
+            raise _with_hint(first, hint) from first
         allows, remedy = "none is left", "Fix them, or correct data.format or data.columns"
         if count < total:
             allows = f"data.invalid_limit={self.limit:g} allows {allowed}"
@@ -131,8 +133,8 @@ def shortened(text: str, limit: int = 600) -> str:
     return f"{text[: clauses[-1]] if clauses else text[:limit].rpartition(' ')[0]} ..."
 
 
-def _with_hint(error: InvalidRow) -> InvalidRow:
-    return InvalidRow(error.name, error.reason, f"{error.problem}; {HINT}")
+def _with_hint(error: InvalidRow, hint: str = HINT) -> InvalidRow:
+    return InvalidRow(error.name, error.reason, f"{error.problem}; {hint}")
 
 
 def attempt(function: Callable[..., Value], *args: object) -> Value | InvalidRow:

@@ -273,8 +273,8 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
             raise
         parts = now if isinstance(now, tuple) else (now,)
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
-        plain = plain and (now != () or ":" not in text)  # or "now empty" seems to be about the file
-        shown = f" (now {as_written(now) or 'empty'})" if plain else ""
+        plain = plain and (now != () or ":" not in text)  # or "default empty" seems to be about the file
+        shown = f" (default {as_written(now) or 'empty'})" if plain else ""
         section = next((member for member in union_members(kind) if dataclasses.is_dataclass(member)), None)
         other_tools = advice(key, text) if section else None  # optim=adamw_8bit
         remedy = f"; {other_tools}" if other_tools else ""

@@ -13,7 +13,16 @@ from typing import Annotated, Any
 
 import jax
 
-from jaxft.annotations import REWARDS, ComputeDtype, QuantKind, Seed, at_least, check_bounds, one_of
+from jaxft.annotations import (
+    REWARDS,
+    ComputeDtype,
+    NonNegativeInt,
+    PositiveInt,
+    QuantKind,
+    Seed,
+    check_bounds,
+    one_of,
+)
 from jaxft.data.decision_rows import DecisionRows
 from jaxft.data.pairs import PairRows
 from jaxft.data.row_settings import RowSettings
@@ -61,7 +70,7 @@ class EvaluatedModels:
     adapter: Sequence[str] = ()
     dtype: ComputeDtype | None = None
     quant: QuantKind | None = None
-    batch: Annotated[int, at_least(1)] = 8
+    batch: PositiveInt = 8
 
     def __post_init__(self):
         check_bounds(self)
@@ -75,7 +84,7 @@ class RowEvaluation:
 
     file: str | None = None
     columns: str | None = None
-    max_length: Annotated[int | None, at_least(1)] = None
+    max_length: PositiveInt | None = None
     too_long: Annotated[str | None, one_of((*TOO_LONG, None))] = None
     packing: bool = False
 
@@ -93,15 +102,15 @@ class CompletionEvaluation:
     columns: str | None = None
     by: Sequence[str | Callable[..., float]] = ()
     regex: str | None = None
-    max_new: int = 256
-    samples: Annotated[int, at_least(1)] = 1
+    max_new: PositiveInt = 256
+    samples: PositiveInt = 1
     pass_at: str = ""
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     seed: Seed = 0
-    limit: Annotated[int | None, at_least(1)] = None
+    limit: PositiveInt | None = None
     kv_cache: CacheFormat = "compute"
 
     def __post_init__(self):
@@ -129,9 +138,9 @@ class TaskEvaluation:
 
     tasks: str
     include_path: str | None = None
-    num_fewshot: Annotated[int | None, at_least(0)] = None
-    limit: Annotated[int | None, at_least(1)] = None
-    max_length: Annotated[int | None, at_least(1)] = None
+    num_fewshot: NonNegativeInt | None = None
+    limit: PositiveInt | None = None
+    max_length: PositiveInt | None = None
     chat: bool = False
     system_instruction: str | None = None
     gen_kwargs: str = ""
