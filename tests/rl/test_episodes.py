@@ -240,7 +240,7 @@ def test_an_episode_is_shown_turn_by_turn(tmp_path):
         assert text in html
     assert "What is 1" not in html and turns_html(None) == ""
     earlier = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Of the prompt"})
-    assert entries[0]["sampled_turns"] == 2 and turns_html([*earlier, *TURNS], 2) == html
+    assert entries[0]["sampled_turns"] == 3 and turns_html([*earlier, *TURNS], 2) == html
     assert "Of the prompt" in turns_html([*earlier, *TURNS])
 
     (tmp_path / "rollouts").mkdir()
