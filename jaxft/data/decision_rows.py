@@ -19,7 +19,7 @@ from jaxft.data.decisions import LETTERS, answer_tokens
 from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.pack import RowPlan, ranges
 from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
-from jaxft.data.packing.row_tasks import remedy_for_too_long, text_columns
+from jaxft.data.packing.row_tasks import text_columns, too_long
 from jaxft.data.packing.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.example import RESPONSE, Decision, ParsedRow
@@ -64,10 +64,7 @@ def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader)
     ids, limit = np.array([*valid(prompt), *before], np.int32), reader.settings.max_length
     if len(ids) >= limit:
         if reader.settings.too_long == "error":
-            raise ValueError(
-                f"{decision.name}: {len(ids) + 1} tokens are more than data.max_length={limit}; "
-                f"{remedy_for_too_long('max_length')}"
-            )
+            raise too_long(decision.name, f"{len(ids) + 1} tokens are", limit, truncates=False)
         return []
     ids = np.append(ids, np.int32(tokens[int(np.argmax(decision.probabilities or [0.0]))]))
     extras = {

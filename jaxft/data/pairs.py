@@ -300,13 +300,6 @@ class PairSource(source.RowSource[Pairs]):
         plan = pair_layout.fit_rows(members, self.layout.lengths, pairs.targets, self.layout.rows.shape)
         return self.layout.evaluation(plan)
 
-    def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-        """Return a dict from a pair's index in split.rows to the values of its target tokens: one response
-        after the other, in the order of batch.kinds. x: a value, such as a log-prob, for each element of
-        batch.read.
-        """
-        return pair_layout.values_by_pair(batch, x)
-
     def abstract(self, reference: bool = False) -> Pairs:
         """Return the shapes of training batches. reference: whether they have the reference's log-probs."""
         return self.layout.shapes(reference)
@@ -314,7 +307,7 @@ class PairSource(source.RowSource[Pairs]):
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
         """Return this source with the reference model's log-probs in its batches.
 
-        logps: the log-probs of every pair, in the form that `values` returns.
+        logps: the log-probs of every pair, in the form that pair_layout.values_by_pair returns.
         """
         rows = replace(self.layout.rows, reference=_reference(self.split.rows, logps))
         layout = replace(self.layout, rows=rows)

@@ -22,7 +22,7 @@ from jaxft.data.packing import pack
 from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.pack import RowPlan
 from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
-from jaxft.data.packing.row_tasks import SFT_TASK, remedy_for_too_long, text_columns
+from jaxft.data.packing.row_tasks import SFT_TASK, text_columns, too_long
 from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import formats
@@ -265,15 +265,12 @@ def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, ep
     lengths, keys = examples.lengths[chosen], None if rows.order_by is None else examples.order[chosen]
     if rows.packing == "wrapped":
         plan = pack.wrap_examples(lengths, examples.documents[chosen], size, (rows.seed, epoch), keys)
+    elif not rows.packing:
+        plan = pack.one_per_row(len(chosen), rows.seed, epoch, keys)
     elif keys is not None:
-        if rows.packing:
-            plan = pack.pack_in_order(lengths, keys, size, rows.batch, rows.seed)
-        else:
-            plan = RowPlan(pack.ascending(keys, rows.seed), np.arange(len(chosen) + 1))
-    elif rows.packing:
-        plan = pack.pack_examples(lengths, examples.targets[chosen], size, rows.seed, epoch)
+        plan = pack.pack_in_order(lengths, keys, size, rows.batch, rows.seed)
     else:
-        plan = pack.one_per_row(len(chosen), rows.seed, epoch)
+        plan = pack.pack_examples(lengths, examples.targets[chosen], size, rows.seed, epoch)
     return replace(plan, members=chosen[plan.members])
 
 
@@ -395,24 +392,15 @@ def fill_rows(
     token_weights[slot] = np.repeat(weights, counts)[learned]
     turn_weights: Ragged = examples.extras[TOKEN_WEIGHTS]
     if turn_weights.counts[plan.members].any():
-        token_weights[slot] *= _own_weights(turn_weights, plan.members, examples.lengths)[learned]
+        lengths, own = examples.lengths[plan.members], np.ones(len(where), np.float32)
+        own[np.repeat(turn_weights.counts[plan.members] > 0, lengths)] = turn_weights.of(plan.members)
+        token_weights[slot] *= own[learned]
     batch = Tokens(ids, segments, positions, read, targets, token_weights)
     if sources is None:
         return batch
     number_of = np.zeros((rows, reads), np.int32)
     number_of[slot] = np.repeat(sources[plan.members], counts)[learned]
     return replace(batch, sources=number_of)
-
-
-def _own_weights(
-    own: Ragged, members: Int[np.ndarray, " members"], lengths: Int[np.ndarray, " examples"]
-) -> Float[np.ndarray, " tokens"]:
-    """Return a weight for each token of the members; an example without weights in `own`, the column
-    TOKEN_WEIGHTS, has 1 for all of its tokens.
-    """
-    weights = np.ones(lengths[members].sum(), np.float32)
-    weights[np.repeat(own.counts[members] > 0, lengths[members])] = own.of(members)
-    return weights
 
 
 # ---- solutions in steps, for process reward models
@@ -434,7 +422,8 @@ def _tokenise_steps(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> C
     tokenizer, settings = reader.tokenizer, reader.settings
     solutions = [row.examples[RESPONSE] for row in rows if isinstance(row, ParsedRow)]
     texts = [text for x in solutions if isinstance(x, Solution) for text in (x.prompt, *x.steps)]
-    *each, separator = _ids_of([*texts, settings.separator], tokenizer)
+    encoded = tokenizer([*texts, settings.separator], add_special_tokens=False, verbose=False)
+    *each, separator = encoded.input_ids
     pieces = iter(each)
     for row in rows:
         if isinstance(row, InvalidRow):
@@ -446,11 +435,6 @@ def _tokenise_steps(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> C
         yield attempt(
             _tokenised_steps, solution, [*bos, *prompt], [[*step, *separator] for step in steps], settings
         )
-
-
-def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-    return ids
 
 
 STEP_TASK = RowTask(formats.STEPS, 1, "max_length", _tokenise_steps, _step_columns, checks=())
@@ -471,10 +455,7 @@ def _tokenised_steps(
     ids = np.array([*prompt, *(token for step in steps for token in step)], np.int32)
     limit, whole = settings.max_length, len(ids) <= settings.max_length
     if not whole and settings.too_long == "error":
-        raise ValueError(
-            f"{solution.name}: {len(ids)} tokens are more than data.max_length={limit}; "
-            f"{remedy_for_too_long('max_length')}, or truncate"
-        )
+        raise too_long(solution.name, f"{len(ids)} tokens are", limit)
     kept = last[last < limit]
     if not whole and (settings.too_long == "drop" or not len(kept)):
         return []

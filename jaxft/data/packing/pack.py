@@ -11,7 +11,6 @@ compiled program serves all of them.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -176,9 +175,12 @@ def pack_in_order(
     return RowPlan(np.concatenate(members), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
 
 
-def one_per_row(count: int, seed: int, epoch: int) -> RowPlan:
-    """Put each example into a separate row and shuffle the rows."""
-    return RowPlan(permutation(count, seed, 1, epoch), np.arange(count + 1))
+def one_per_row(
+    count: int, seed: int, epoch: int, order_by: Float[np.ndarray, " n"] | None = None
+) -> RowPlan:
+    """Put each example into a separate row, and shuffle the rows or sort them by `order_by`."""
+    order = permutation(count, seed, 1, epoch) if order_by is None else ascending(order_by, seed)
+    return RowPlan(order, np.arange(count + 1))
 
 
 def wrap_examples(
@@ -324,8 +326,3 @@ class Epochs:
             if tokens <= read[-1]:
                 return steps + int(np.searchsorted(read, tokens)) + 1
             steps, tokens, epoch = steps + len(read), tokens - int(read[-1]), epoch + 1
-
-
-def epochs_of(batch_tokens: Callable[[int], Int[np.ndarray, " steps"]], alike: bool = True) -> Epochs:
-    """Return Epochs that call batch_tokens only once for each epoch."""
-    return Epochs(lru_cache(maxsize=None)(batch_tokens), alike)

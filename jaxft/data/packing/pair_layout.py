@@ -251,13 +251,18 @@ def fill_pairs(pairs: TokenisedRows, plan: pack.RowPlan, layout: PairLayout, mea
     answer = per_token(slot[:, None])[learned] * len(pairs.kinds) + piece - 1
     place = _count_within(np.repeat(np.arange(len(counts)), counts)[learned])
     read = np.where(first, per_token(runs.before), at[1] - 1)[learned]
+    last = np.zeros((layout.rows, layout.shape.slots, len(pairs.kinds)), np.int32)  # 0: no such response
+    if len(members):
+        responses = runs.piece[0] > 0
+        count, column = runs.count[:, responses], runs.column[:, responses]
+        last[row, slot] = np.where(count > 0, column + count - 1, 0)
     return Pairs(
         ids=ids,
         segments=segments,
         positions=positions,
         **_read_arrays(pairs, layout, at[0][learned], (read, answer, place, where[learned])),
         **_slot_arrays(pairs, layout, (row, slot, members), means),
-        last=_last_columns(runs, layout, (row, slot), len(pairs.kinds)),
+        last=last,
         branches=branches if layout.branches else None,
         kinds=pairs.kinds,
         max_length=layout.max_length,
@@ -327,20 +332,6 @@ def _read_arrays(
     }
 
 
-def _last_columns(
-    runs: _Runs, layout: PairLayout, at: tuple[np.ndarray, np.ndarray], kinds: int
-) -> Int[np.ndarray, "B P A"]:
-    """Return the column of each response's last token, which is a target; 0 for a missing response. at: the
-    row and the slot of each pair.
-    """
-    last = np.zeros((layout.rows, layout.shape.slots, kinds), np.int32)
-    responses = runs.piece[0] > 0 if len(runs.piece) else np.zeros(0, bool)
-    if responses.any():
-        count, column = runs.count[:, responses], runs.column[:, responses]
-        last[at] = np.where(count > 0, column + count - 1, 0)
-    return last
-
-
 def _slot_arrays(
     pairs: TokenisedRows, layout: PairLayout, at: tuple[np.ndarray, ...], means: BatchMeans
 ) -> dict[str, Any]:
@@ -381,7 +372,9 @@ def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, re
 
 
 def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-    """Return the values for the targets of each pair, by its index; see PairSource.values."""
+    """Return a dict from a pair's index in split.rows to the values of its target tokens: one response after
+    the other, in the order of batch.kinds. x: a value, such as a log-prob, for each element of batch.read.
+    """
 
     def flat(a: Any) -> np.ndarray:
         return np.asarray(a).reshape(-1, np.shape(a)[-1])

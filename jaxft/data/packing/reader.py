@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,12 +40,7 @@ from jaxft.data.rows.example import Example, ParsedRow, has_placeholder
 from jaxft.data.rows.format_choice import ChosenFormat, ColumnCounts, Formats, parse_rows
 from jaxft.data.rows.formats import formats_of
 from jaxft.data.rows.invalid import InvalidRow, InvalidRows, Tally, valid
-from jaxft.data.rows.row_files import (
-    ROW_CHUNK_BYTES,
-    Chunk,
-    Row,
-    loaded,
-)
+from jaxft.data.rows.row_files import ROW_CHUNK_BYTES, Chunk, Row, loaded
 from jaxft.distributed.threads import cores
 
 MapChunks = Callable[[Callable[..., Any], Iterable[Chunk]], Iterator[Any]]
@@ -152,12 +147,16 @@ class Reader:
         invalid.check(ref, read)
         dropped = read - invalid.total - facts["left"]
         if not facts["left"]:
-            raise ValueError(self._all_too_long(ref, dropped))
+            name, why = self.task.limit, "prompts have more tokens than"
+            if name == "max_length":
+                why = "rows were dropped because they are longer than"
+            raise ValueError(f"{ref}: all {dropped} {why} data.{name}={settings.max_length}; raise it")
+        known = self.formats.get(format.name)
         columns = stored_columns(stored, settings.kinds, extras, listing.labels)
         return TokenisedRows(
             **columns,
             formats=(format.name,),
-            labels=format.labels or self.labels_of(format),
+            labels=format.labels or (settings.labels if known is not None and known.labelled else ()),
             dropped=dropped,
             invalid=invalid.counts(),
             warnings=self._warnings(listing, facts),
@@ -183,10 +182,6 @@ class Reader:
         theirs = (format_choice.split_column(item)[1] for item in self.settings.columns)
         return tuple(dict.fromkeys([*format_choice.names_in_datasets(self.formats), *theirs]))
 
-    def count_columns(self, rows: Iterable[Row]) -> ColumnCounts:
-        """Count the columns that the rows have."""
-        return format_choice.count_columns(rows, self.settings.columns, self.formats)
-
     def format_of(self, counts: ColumnCounts, ref: str) -> ChosenFormat:
         """Return the format of a dataset with these columns. ref: the dataset, for errors. Raises ValueError
         if no row fits a format, or the labels of a classifier cannot be choices.
@@ -199,22 +194,9 @@ class Reader:
             return chosen
         return chosen._replace(labels=labels_as_choices(counts.labels, ref))
 
-    def labels_of(self, format: ChosenFormat) -> tuple[str, ...]:
-        """Return data.labels if rows of this format choose from common labels, () otherwise."""
-        known = self.formats.get(format.name)
-        return self.settings.labels if known is not None and known.labelled else ()
-
     def parse(self, rows: Iterable[Row], format: ChosenFormat) -> list[ParsedRow | InvalidRow]:
         """Return each row's prompt and responses, or the error that makes it invalid."""
         return [*self.task.parse(format, rows, self.settings, self.task.name)]
-
-    def _all_too_long(self, ref: str, dropped: int) -> str:
-        name, limit = self.task.limit, self.settings.max_length
-        if name == "max_length":
-            why = "rows were dropped because they are longer than"
-        else:
-            why = "prompts have more tokens than"
-        return f"{ref}: all {dropped} {why} data.{name}={limit}; raise it"
 
     def _warnings(self, listing: Listing, facts: StoredFacts) -> tuple[str, ...]:
         """Return lines for the start of a run: how the files and their columns were read, and what the chat
@@ -226,12 +208,8 @@ class Reader:
         by_other_names = dict.fromkeys(item for columns in others for item in columns.items())
         lines = format._replace(columns=(*format.columns, *by_other_names)).note()
         if format.name in self.formats:
-            unread = dict.fromkeys(
-                chain.from_iterable(
-                    format_choice.unread_columns(format, row, self.settings.columns, self.formats)
-                    for row in rows
-                )
-            )
+            used = partial(format_choice.unread_columns, format, self.settings.columns, self.formats)
+            unread = dict.fromkeys(chain.from_iterable(map(used, rows)))
             lines += [f"columns that are not read: {', '.join(unread)}"] if unread else []
             lines += filter(None, [self.formats[format.name].note(self.settings)])
         notes = [*listing.notes, *(f"{listing.name}: {note}" for note in lines)]
@@ -369,7 +347,8 @@ def count_chunk(chunk: Chunk, job: Reader) -> CountedChunk:
     """Count the columns of a chunk's rows."""
     invalid = InvalidRows(job.how.invalid_limit)
     rows = _read(chunk, invalid)
-    return CountedChunk(len(rows), job.count_columns(rows), invalid.tallies)
+    columns = format_choice.count_columns(rows, job.settings.columns, job.formats)
+    return CountedChunk(len(rows), columns, invalid.tallies)
 
 
 def tokenise_chunk(chunk: Chunk, job: Reader, format: ChosenFormat) -> TokenisedChunk:
@@ -489,26 +468,15 @@ def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
 
     rows: valid rows. columns: see data.columns.
     """
-    return [*rows[:1], *_first_row_with_system(rows), *_first_row_with_tools(rows, columns)]
-
-
-def _first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
-    """Return the first row that has tools, [] without any. columns: see data.columns."""
-    renamed = (item.partition("=") for item in columns)
-    name = next((theirs.strip() for ours, _, theirs in renamed if ours.strip() == "tools"), "tools")
-    return next(([row] for row in rows if row.fields.get(name)), [])
-
-
-def _first_row_with_system(rows: Sequence[Row]) -> list[Row]:
-    """Return the first row with a column `system` or a system message as a column's first, [] without any."""
 
     def begins(value: Any) -> bool:
         first = value[0] if isinstance(value, list | tuple) and value else None
         return isinstance(first, dict) and "system" in (first.get("role"), first.get("from"))
 
-    return next(
-        ([row] for row in rows if row.fields.get("system") or any(map(begins, row.fields.values()))), []
-    )
+    tools = dict(map(format_choice.split_column, columns)).get("tools", "tools")
+    with_system = (row for row in rows if row.fields.get("system") or any(map(begins, row.fields.values())))
+    with_tools = (row for row in rows if row.fields.get(tools))
+    return [*rows[:1], *islice(with_system, 1), *islice(with_tools, 1)]
 
 
 # ---- processes

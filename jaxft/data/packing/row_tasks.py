@@ -139,22 +139,22 @@ def _fits(name: str, learned: np.ndarray, settings: RowSettings) -> bool:
     limit = settings.max_length
     if len(learned) <= limit:
         return True
-    remedy = f"{remedy_for_too_long('max_length')}, or truncate"
     if settings.too_long == "split" and not learned[1:].all():
-        raise ValueError(
-            f"{name}: {len(learned)} tokens are more than data.max_length={limit}, and data.too_long=split "
-            f"only splits text rows, not responses to a prompt; {remedy}"
-        )
+        why = ", and data.too_long=split only splits text rows, not responses to a prompt"
+        raise too_long(name, f"{len(learned)} tokens are", limit, why=why)
     if settings.too_long == "error":
-        raise ValueError(f"{name}: {len(learned)} tokens are more than data.max_length={limit}; {remedy}")
+        raise too_long(name, f"{len(learned)} tokens are", limit)
     if settings.too_long == "truncate":
         return bool(learned[:limit].any())  # a row without any of its response teaches nothing
     return settings.too_long == "split"
 
 
-def remedy_for_too_long(limit: str) -> str:
-    """Return advice about a row that is longer than the setting `limit`, such as "max_length"."""
-    return f"raise data.{limit} or set data.too_long=drop"
+def too_long(row: str, count: str, limit: int, why: str = "", truncates: bool = True) -> ValueError:
+    """Return the error of a row that is longer than data.max_length=`limit`. count: such as "9 tokens are".
+    why: a clause about further settings. truncates: whether data.too_long=truncate is a remedy.
+    """
+    remedy = "raise data.max_length or set data.too_long=drop" + ", or truncate" * truncates
+    return ValueError(f"{row}: {count} more than data.max_length={limit}{why}; {remedy}")
 
 
 # ---- pairs
@@ -285,10 +285,7 @@ def _shortened(
     """
     limit = settings.max_length
     if settings.too_long == "error":
-        raise ValueError(
-            f"{name}: {longest} tokens of a response with its prompt are more than data.max_length={limit}; "
-            f"{remedy_for_too_long('max_length')}, or truncate"
-        )
+        raise too_long(name, f"{longest} tokens of a response with its prompt are", limit)
     kept = {kind: (ids[:limit], learned[:limit]) for kind, (ids, learned) in responses.items()}
     whole = settings.too_long == "truncate" and all(learned.any() for _, learned in kept.values())
     return kept if whole else None
@@ -355,8 +352,8 @@ def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) 
     if len(ids) > limit:
         if reader.settings.too_long == "error":
             raise ValueError(
-                f"{row.name}: the prompt has {len(ids)} tokens, more than data.max_prompt={limit}; "
-                f"{remedy_for_too_long('max_prompt')}"
+                f"{row.name}: the prompt has {len(ids)} tokens, more than data.max_prompt={limit}; raise "
+                "data.max_prompt or set data.too_long=drop"
             )
         return []
     text = np.frombuffer(json.dumps(row.fields, default=_json_of).encode(), np.uint8)

@@ -216,7 +216,7 @@ def _list_local(path: Path, used: tuple[str, ...] | None, sample_by: str) -> Lis
     if path.is_dir() and all((path / name).is_file() for name in SAVED):
         return _list_saved(path)
     folder, files, notes = _files(path)
-    return _list_files(folder, files, _How(used, sample_by), notes)
+    return _list_files(folder, files, used, sample_by, notes)
 
 
 def _require_split(ref: str) -> None:
@@ -273,13 +273,6 @@ def _regular(path: Path) -> Path:
     return path
 
 
-class _How(NamedTuple):
-    """Options of reading: `used` and `sample_by` of list_chunks."""
-
-    used: tuple[str, ...] | None
-    sample_by: str
-
-
 class _Scanned(NamedTuple):
     """A file that was read once. chunks, rows, size, notes: as in Listing."""
 
@@ -289,16 +282,18 @@ class _Scanned(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) -> Listing:
+def _list_files(
+    folder: Path, files: list[Path], used: tuple[str, ...] | None, sample_by: str, notes: list[str]
+) -> Listing:
     digest, scans, labels = xxhash.xxh3_128(), list[_Scanned](), list[str]()
     for path in files:
         is_text = path.suffix.lower() in TEXT_SUFFIXES
         labels.append(path.relative_to(folder).as_posix() if is_text else path.name)
         with row_files.named_errors(path):
-            scans.append(_scan_file(path, labels[-1], how, digest.update))
+            scans.append(_scan_file(path, labels[-1], used, sample_by, digest.update))
         digest.update(path.stat().st_size.to_bytes(8, "little"))
-        if is_text and how.sample_by != DOCUMENT:
-            digest.update(how.sample_by.encode())
+        if is_text and sample_by != DOCUMENT:
+            digest.update(sample_by.encode())
 
     def chunks() -> Iterator[Chunk]:
         if all(path.suffix.lower() in TEXT_SUFFIXES for path in files):  # small files share chunks
@@ -313,15 +308,17 @@ def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) ->
     return Listing(tuple(labels), str(folder), digest.hexdigest(), size, chunks, rows, tuple(few))
 
 
-def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], object]) -> _Scanned:
-    """Read a file once and return its chunks. label: the prefix of its rows' names. report: receives the
-    file's bytes."""
+def _scan_file(
+    path: Path, label: str, used: tuple[str, ...] | None, sample_by: str, report: row_files.Blocks
+) -> _Scanned:
+    """Read a file once and return its chunks. label: prefix of its rows' names. report: gets its bytes."""
+    read: _ReadFile
     size = path.stat().st_size
     if path.suffix == ".jsonl" or (path.suffix == ".json" and row_files.has_json_lines(path)):
         encoding = wide_encoding(path)
         if encoding is not None:  # its bytes cannot be divided into lines
             _scan_bytes(path, report)
-            read: _ReadFile = partial(row_files.read_wide_lines, encoding=encoding)
+            read = partial(row_files.read_wide_lines, encoding=encoding)
             return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
         lines = row_files.scan_lines(path, report)
         return _Scanned(lambda: lines, size, sum(chunk.size for chunk in lines))
@@ -331,15 +328,14 @@ def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], obje
         return _Scanned(lambda: _windows(path, label, row_files.read_json), size)
     if suffix in CSV_SUFFIXES:
         text = sniff_csv(path)
-        return _Scanned(
-            lambda: _windows(path, label, partial(read_csv, text=text)), size, None, text.notes(path)
-        )
+        read = partial(read_csv, text=text)
+        return _Scanned(lambda: _windows(path, label, read), size, None, text.notes(path))
     if suffix in TEXT_SUFFIXES:
         encoding = sniff_encoding(path)
-        read = partial(read_text, label=label, encoding=encoding, sample_by=how.sample_by)
+        read = partial(read_text, label=label, encoding=encoding, sample_by=sample_by)
         return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
     if suffix == ".parquet":
-        chunks, unpacked = row_files.scan_groups(path, how.used)
+        chunks, unpacked = row_files.scan_groups(path, used)
         return _Scanned(lambda: chunks, max(size, unpacked), sum(chunk.size for chunk in chunks))
     raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
@@ -423,7 +419,7 @@ def _list_items(items: list[dict[str, Any]], where: str, label: str) -> Listing:
     )
 
 
-def _scan_bytes(path: Path, report: Callable[[bytes], object]) -> None:
+def _scan_bytes(path: Path, report: row_files.Blocks) -> None:
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 20):
             report(block)

@@ -174,24 +174,6 @@ def has_placeholder(example: Example) -> bool:
 # ---- weights of rows and messages: the column `weight`, and the keys `weight` and `train` of a message
 
 
-def row_weight(row: Row) -> float:
-    """Return the factor of a row's loss weights: its column `weight`, 1 if that is missing, null or "".
-
-    Raises InvalidRow for anything but a finite number of at least 0.
-    """
-    value = row.fields.get("weight")
-    if value is None or value == "":
-        return 1.0
-    weight = _number(value)
-    if weight is None:
-        raise row.invalid(
-            "weight that is no number",
-            f"column 'weight' is {repr(value)[:40]}; use a finite number of at least 0, or rename the "
-            "column if it is not a loss weight",
-        )
-    return weight
-
-
 def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | None:
     """Return the loss weight of a message's tokens, None if it has neither `train` (Axolotl: true or false)
     nor `weight` (OpenAI: 0 or 1; here any number from 0 on). where: the message as errors name it. Raises
@@ -202,8 +184,8 @@ def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | Non
         raise row.invalid(
             "train that is no boolean", f"{where} has train={repr(train)[:40]}; use true or false"
         )
-    weight = None if value is None else _number(value)
-    if value is not None and weight is None:
+    weight = parse_number(value)
+    if value is not None and (weight is None or weight < 0):
         raise row.invalid(
             "weight that is no number",
             f"{where} has weight={repr(value)[:40]}; use a finite number of at least 0",
@@ -218,15 +200,13 @@ def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | Non
     return weight
 
 
-def _number(value: Any) -> float | None:
-    """Return a value, or its text as in CSV files, as a finite number of at least 0; None for any other
-    value.
-    """
+def parse_number(value: Any) -> float | None:
+    """Return a value, or its text as in CSV files, as a finite number; None for any other value."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if 0 <= number < math.inf else None
+    return number if math.isfinite(number) else None
 
 
 def split_weights(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[int, float]]:

@@ -13,15 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from jaxft.data.decisions import (
-    DECISION,
-    LABEL,
-    NO_LABEL,
-    VALUE,
-    answer_readings,
-    label_names,
-    reading_of,
-)
+from jaxft.data.decisions import DECISION, LABEL, NO_LABEL, VALUE, answer_readings, label_names, reading_of
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import (
     COLUMN_SYNONYMS,
@@ -76,8 +68,8 @@ class ChosenFormat(NamedTuple):
     @classmethod
     def of(cls, stored: list[Any]) -> "ChosenFormat":
         """Return the format that a cache file stores as a JSON list."""
-        items: list[Any] = [tuple(map(_as_item, x)) if isinstance(x, list) else x for x in stored]
-        return cls(*items)
+        name, plain, columns, unread, labels, reading = stored
+        return cls(name, plain, tuple(map(tuple, columns)), tuple(map(tuple, unread)), tuple(labels), reading)
 
     def note(self) -> list[str]:
         """Return a line about columns or labels that may be read otherwise than expected, [] without any."""
@@ -98,10 +90,6 @@ class ChosenFormat(NamedTuple):
         return [f"columns are read by other names: {read} (data.columns={setting})"]
 
 
-def _as_item(stored: Any) -> Any:
-    return tuple(stored) if isinstance(stored, list) else stored
-
-
 def parse_rows(
     format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
 ) -> Iterator[ParsedRow | InvalidRow]:
@@ -110,9 +98,10 @@ def parse_rows(
     chosen, order_by = formats[format.name], settings.order_by
     settings = replace(settings, labels=format.labels or settings.labels, reading=format.reading)
 
-    def convert(row: Row | InvalidRow) -> ParsedRow:
-        require_text_alone(valid(row))
-        row = chosen.rewrite(valid(row), settings)
+    def convert(row: Row) -> ParsedRow:
+        row = _require_columns(_rename(row, names), format.name, formats)
+        require_text_alone(row)
+        row = chosen.rewrite(row, settings)
         row = with_ratings(row, settings) if "rank_2" in settings.kinds else row
         examples, weight = chosen.parse(row, settings), chosen.weight(row, settings)
         numbers = tuple(number_of(row, column, "data.extras") for column in settings.extras)
@@ -124,7 +113,8 @@ def parse_rows(
     def named(text: str) -> str:
         return re.sub(r"column '(\w+)'", lambda m: f"column {theirs.get(m[1], m[1])!r}", text)
 
-    for row in rename_rows(format, rows, settings.columns, formats):
+    names = _Names.of(settings.columns, formats)._replace(others=format.columns)
+    for row in rows:
         parsed = attempt(convert, row)
         if theirs and isinstance(parsed, InvalidRow):
             parsed = InvalidRow(parsed.name, named(parsed.reason), named(parsed.problem))
@@ -293,7 +283,7 @@ def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[
     return () if isinstance(read, InvalidRow) else read[1]
 
 
-def unread_columns(format: ChosenFormat, row: Row, columns: Sequence[str], formats: Formats) -> list[str]:
+def unread_columns(format: ChosenFormat, columns: Sequence[str], formats: Formats, row: Row) -> list[str]:
     """Return the columns of a row that its format does not read and whose text has several words."""
     names = _Names.of(columns, formats)._replace(others=format.columns)
     read = {*formats[format.name].columns, *MEDIA}
@@ -301,19 +291,6 @@ def unread_columns(format: ChosenFormat, row: Row, columns: Sequence[str], forma
     read |= {theirs.strip().lower() for theirs in kept.values()}
     texts = {name: x for name, x in row.fields.items() if str(name).strip().lower() not in read}
     return [str(name) for name, x in texts.items() if isinstance(x, str) and len(x.split()) > 1]
-
-
-def rename_rows(
-    format: ChosenFormat, rows: Iterable[Row], columns: Sequence[str], formats: Formats
-) -> Iterator[Row | InvalidRow]:
-    """Yield the rows with renamed columns, or an InvalidRow for one without a column that format requires."""
-    names = _Names.of(columns, formats)
-    names = names._replace(others=format.columns)
-
-    def rename(row: Row) -> Row:
-        return _require_columns(_rename(row, names), format.name, formats)
-
-    return (attempt(rename, row) for row in rows)
 
 
 def _most_common_format(

@@ -11,7 +11,6 @@ rankings: published_formats.py. Decisions: decisions.py. Prompts without respons
 of all formats: conversation.py.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +29,7 @@ from jaxft.data.rows.conversation import (
     response_index,
     split_row,
 )
-from jaxft.data.rows.example import RESPONSE, Example, Solution, Text, row_weight
+from jaxft.data.rows.example import RESPONSE, Example, Solution, Text, parse_number
 from jaxft.data.rows.published_formats import (
     PROMPT,
     RANKED,
@@ -212,7 +211,16 @@ def _pair_weight(row: Row, settings: RowSettings) -> float:
 
 
 def _row_weight(row: Row, settings: RowSettings) -> float:
-    return row_weight(row)
+    """Return the number in the column `weight`, a factor of the row's loss weights; 1 if null or missing."""
+    value = row.fields.get("weight")
+    weight = 1.0 if value in (None, "") else parse_number(value)
+    if weight is None or weight < 0:
+        raise row.invalid(
+            "weight that is no number",
+            f"column 'weight' is {repr(value)[:40]}; use a finite number of at least 0, or rename the "
+            "column if it is not a loss weight",
+        )
+    return weight
 
 
 def own_columns(row: Row, settings: RowSettings) -> Row:
@@ -230,7 +238,7 @@ def _no_note(settings: RowSettings) -> str:
 
 def number_of(row: Row, column: str, setting: str) -> float:
     """Return the finite number in a column that a setting names. Raises InvalidRow for anything else."""
-    value: Any = row.fields.get(column)
+    value = row.fields.get(column)
     if value is None:
         columns = ", ".join(map(str, row.fields))
         raise row.invalid(
@@ -238,11 +246,8 @@ def number_of(row: Row, column: str, setting: str) -> float:
             f"no number in column {column!r}, which {setting} names; add it, or name one that the row has: "
             f"{columns}",
         )
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = parse_number(value)
+    if number is None:
         raise row.invalid(
             "missing number", f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number"
         )

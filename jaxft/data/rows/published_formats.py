@@ -7,14 +7,13 @@ better, and rank 2 is the rating -2. So a loss reads pairs with ratings and rank
 """
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import instruction_of, list_of, text_of
-from jaxft.data.rows.example import Message
+from jaxft.data.rows.example import Message, parse_number
 from jaxft.data.rows.invalid import InvalidRow
 from jaxft.data.rows.row_files import Row
 
@@ -160,16 +159,11 @@ def ranking_note(settings: RowSettings) -> str:
     """Return a line for the start of a run about how rankings are read."""
     count = len(best_first(settings.kinds))
     order = "; responses without ratings are from the best to the worst (data.best_first)"
-    order *= settings.best_first
-    if count == 2:
-        return (
-            "rankings are read as pairs, the best response against the worst; data.responses=4 reads up to 4"
-            f"{order}"
-        )
-    return (
-        f"up to data.responses={count} responses of each ranking are read: the best, the worst and, of a "
-        f"longer one, responses at even distances between them{order}"
-    )
+    note = "rankings are read as pairs, the best response against the worst; data.responses=4 reads up to 4"
+    if count > 2:
+        note = f"up to data.responses={count} responses of each ranking are read: the best, the worst and, "
+        note += "of a longer one, responses at even distances between them"
+    return note + order * settings.best_first
 
 
 def _first(row: Row, names: Sequence[str]) -> str:
@@ -196,11 +190,8 @@ def _response(row: Row, where: str, item: Any) -> Any:
 
 def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
     """Return a rating, or minus a rank. where: its place in the row, for errors."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = parse_number(value)
+    if number is None:
         raise row.invalid("rating that is no number", f"{where} is {repr(value)[:40]}; use a finite number")
     return -number if is_rank else number
 

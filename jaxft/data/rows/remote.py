@@ -60,11 +60,6 @@ def without_secrets(text: str) -> str:
     return _URL.sub(_shown, text)
 
 
-def has_hidden_query(url: str) -> bool:
-    """Whether `without_secrets` has replaced the query or the fragment of a URL."""
-    return url.endswith((f"?{SECRET_MARK}", f"#{SECRET_MARK}"))
-
-
 def _shown(url: re.Match[str]) -> str:
     scheme, user, path, secret = url.groups()
     start = f"{scheme}{f'{SECRET_MARK}@' if user else ''}{path}"
@@ -244,7 +239,7 @@ def remote_files(ref: str) -> list[RemoteFile]:
     if "@" in ref.split("/")[2]:
         raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
     if not ref.startswith("hf://"):
-        if has_hidden_query(ref):
+        if ref.endswith((f"?{SECRET_MARK}", f"#{SECRET_MARK}")):
             raise ValueError(f"data {ref!r}: runs store *** for the query of a URL; give the whole URL again")
         if OTHER_FILES.search(ref.partition("?")[0]):
             raise ValueError(f"data {ref!r}: only Parquet files are read behind a URL; download this file")

@@ -157,9 +157,12 @@ def first_chunks(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Add the file's name to OSErrors that the body raises."""
+    """Add the file's name to the errors of the body about reading and decoding it."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        problem = f"not {error.encoding} text ({error.reason})"
+        raise ValueError(f"{path}: {problem}; convert the file to UTF-8") from error
     except PermissionError as error:
         raise PermissionError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     except OSError as error:
@@ -293,18 +296,14 @@ def _read_lines(path: Path, start: int, stop: int, first: int) -> Iterator[Outco
 def read_wide_lines(path: Path, encoding: str) -> Iterator[Outcome]:
     """Read the rows of a JSONL file in UTF-16 or UTF-32."""
     with path.open(encoding=encoding) as file:
-        try:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), ""), 1):
-                if len(line) > LINE_BYTES:
-                    raise ValueError(
-                        f"{path}:{number}: the line has more than {LINE_BYTES >> 20} MiB; convert the file "
-                        "to UTF-8, or split the row"
-                    )
-                if line.strip():
-                    yield attempt(_line, path, number, line.rstrip().encode("utf-8", "surrogatepass"))
-        except UnicodeDecodeError as error:
-            problem = f"not {encoding} text ({error.reason})"
-            raise ValueError(f"{path}: {problem}; convert the file to UTF-8") from error
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), ""), 1):
+            if len(line) > LINE_BYTES:
+                raise ValueError(
+                    f"{path}:{number}: the line has more than {LINE_BYTES >> 20} MiB; convert the file "
+                    "to UTF-8, or split the row"
+                )
+            if line.strip():
+                yield attempt(_line, path, number, line.rstrip().encode("utf-8", "surrogatepass"))
 
 
 def _line(path: Path, number: int, text: bytes) -> Row:

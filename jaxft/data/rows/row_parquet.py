@@ -41,10 +41,8 @@ def open_parquet(source: Any, where: str, remedy: str) -> Iterator[Any]:
     except (OSError, pyarrow.ArrowException) as error:
         problem, first = "not a readable Parquet file", str(error).splitlines()[0]
         if isinstance(error, pyarrow.ArrowNotImplementedError) or "Not yet implemented" in first:
-            problem, remedy = (
-                "a column has a type or an encoding that is not supported",
-                "write it without that column",
-            )
+            problem = "a column has a type or an encoding that is not supported"
+            remedy = "write it without that column"
         raise ValueError(f"{where}: {problem} ({first}); {remedy}") from error
 
 
@@ -211,28 +209,19 @@ def _longest(array: Any) -> int:
 
 def _parts(array: Any) -> list[Any]:
     """Return the fields, keys and items, or elements of a nested Arrow array, as arrays; [] for others."""
-    import pyarrow
-
-    if pyarrow.types.is_struct(array.type):
-        return array.flatten()
-    if pyarrow.types.is_map(array.type):
-        begin, end = (array.offsets[i].as_py() for i in (0, -1))
-        return [part.slice(begin, end - begin) for part in (array.keys, array.items)]
-    return [array.flatten()] if isinstance(array, _lists()) else []
-
-
-def _lists() -> Any:
     import pyarrow as pa
 
-    return pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray, pa.ListViewArray, pa.LargeListViewArray
+    if pa.types.is_struct(array.type):
+        return array.flatten()
+    if pa.types.is_map(array.type):
+        begin, end = (array.offsets[i].as_py() for i in (0, -1))
+        return [part.slice(begin, end - begin) for part in (array.keys, array.items)]
+    lists = pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray, pa.ListViewArray, pa.LargeListViewArray
+    return [array.flatten()] if isinstance(array, lists) else []
 
 
 def batch_rows(batch: Any) -> list[dict[str, Any]]:
     """Return the rows of a record batch as Python objects. They share the values of a column's dictionary."""
-    import pyarrow
-
-    if not any(pyarrow.types.is_dictionary(column.type) for column in batch.columns):
-        return batch.to_pylist()
     names, columns = batch.schema.names, map(_values, batch.columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 

@@ -104,17 +104,13 @@ def read_text(path: Path, label: str, encoding: str, sample_by: str) -> Iterator
 
     label: the file in the rows' names. sample_by: "document" is the file, or each part of it between lines
     <|endoftext|>; "paragraph" also divides it at blank lines, and "line" after each line. Blank parts are no
-    rows. Raises ValueError for a part of more than LINE_BYTES, and for bytes that the encoding does not have;
-    with UTF-8, a part with such bytes is an InvalidRow instead.
+    rows. Raises ValueError for a part of more than LINE_BYTES, and UnicodeDecodeError for bytes that the
+    encoding does not have; with UTF-8, a part with such bytes is an InvalidRow instead.
     """
     errors = "surrogateescape" if encoding == UTF8 else "strict"
     with path.open(encoding=encoding, errors=errors) as file:  # line ends become \n
-        try:
-            for line, text in _parts(path, file, sample_by):
-                yield _row(path, f"{label}:{line}", line, text)
-        except UnicodeDecodeError as error:
-            problem = f"not {error.encoding} text ({error.reason})"
-            raise ValueError(f"{path}: {problem}; convert the file to UTF-8") from error
+        for line, text in _parts(path, file, sample_by):
+            yield _row(path, f"{label}:{line}", line, text)
 
 
 def _row(path: Path, name: str, line: int, text: str) -> Outcome:
