@@ -144,7 +144,9 @@ class Checkpoints:
             )
             wait_written = self._start_writing(self.folder / f"{step}.tmp" / "state", leaves)
         except Exception as error:
-            wait_written = _raises(error)  # in the thread, where the other processes learn of it
+            failed = concurrent.futures.Future[None]()
+            failed.set_exception(error)
+            wait_written = failed.result  # raises in the thread, where the other processes learn of it
         exchange = sync.FileExchange(self.folder / EXCHANGE, topic, TIMEOUT_S)
         work = partial(self._finish, body, entries, wait_written, exchange)
         self._thread = threading.Thread(target=work, name=f"checkpoint-{step}")
@@ -155,10 +157,7 @@ class Checkpoints:
         name for this save, under which the processes exchange messages: the topic of its sync.FileExchange.
         """
         make_folder(self.folder)
-        for stale in (
-            *self.folder.glob("*.tmp"),
-            *self.folder.glob(EXCHANGE),
-        ):  # of a process that was killed
+        for stale in (*self.folder.glob("*.tmp"), *self.folder.glob(EXCHANGE)):  # of a killed process
             shutil.rmtree(stale)
         (self.folder / f"{step}.tmp" / "state").mkdir(parents=True)
         if jax.process_count() > 1:
@@ -179,7 +178,9 @@ class Checkpoints:
         args = ocp.args.PyTreeSave(arrays, save_args=chunks)
         orbax = self._orbax
         assert orbax is not None
-        futures = _run_coroutine(lambda: orbax.async_save(epath.Path(folder), args=args))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a notebook's thread has an event loop
+            save = pool.submit(lambda: asyncio.run(orbax.async_save(epath.Path(folder), args=args)))
+        futures = save.result()
 
         def wait() -> None:
             for future in futures or ():
@@ -246,9 +247,7 @@ class Checkpoints:
         keep |= sent
         try:
             for folder in [self.folder / str(step) for step in steps if step not in keep]:
-                folder.rename(
-                    folder.with_suffix(".tmp")
-                )  # so that a kill during removal leaves no incomplete checkpoint
+                folder.rename(folder.with_suffix(".tmp"))  # a kill then leaves no incomplete checkpoint
             for folder in self.folder.glob("*.tmp"):
                 shutil.rmtree(folder)
         except OSError as error:
@@ -345,11 +344,8 @@ class Checkpoints:
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return restored["state"], restored["meta"], candidate
-            limit = candidate  # the newest step that may be fetched in its place
-            if step is not None:
-                limit = -1  # none
-            elif candidate in fetched:
-                limit = candidate - 1  # the store's copy is damaged too
+            # The newest step that may be fetched in its place; the store's copy may be damaged too.
+            limit = -1 if step is not None else candidate - (candidate in fetched)
             quarantine = partial(self._quarantine, folder, reasons[0], limit)
             instead = sync.exchange_first(sync.gather_texts, quarantine)
             if step is not None:
@@ -388,19 +384,6 @@ def _for_orbax(leaf: Any) -> jax.Array | np.ndarray:
     """
     is_global = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
     return leaf if is_global else np.asarray(leaf)
-
-
-def _run_coroutine(make: Callable[[], Any]) -> Any:
-    """Run a coroutine in a separate thread: this one may have a running event loop, as in a notebook."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(make())).result()
-
-
-def _raises(error: Exception) -> Callable[[], None]:
-    def act() -> None:
-        raise error
-
-    return act
 
 
 GROUP_BYTES = 256 << 20  # leaves are restored in groups of about this size on each process

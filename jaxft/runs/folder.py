@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TextIO
 
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
-from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
+from jaxft.runs.environment import environment, environment_changes, versions
 from jaxft.runs.metrics_log import METRICS, json_value, read_entries
 from jaxft.runs.settings.setting_values import absent_lines, describe, differences
 from jaxft.weights.edit import calibrated_base
@@ -96,10 +96,8 @@ def check_paths(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         must_be = "folder" if path.name in FOLDERS else "file"
         is_right = path.is_dir() if must_be == "folder" else path.is_file()
-        is_other = (
-            path.is_dir() and path.suffix not in FILE_KINDS and path.name != "lock"
-        )  # such as a profile
-        if path.exists() and not (is_right or is_other):
+        is_profile = path.is_dir() and path.suffix not in FILE_KINDS and path.name != "lock"  # or the like
+        if path.exists() and not (is_right or is_profile):
             kind = "file" if path.is_file() else "folder" if path.is_dir() else "pipe, socket or device"
             result = path.name if path.name in FOLDERS else "files"
             raise ValueError(
@@ -143,20 +141,23 @@ def part_of(record: Any, name: str) -> dict[str, Any]:
 def write_record(
     folder: Path, record: dict[str, Any], step: int = 0, attention: str | None = None
 ) -> list[str]:
-    """Write config.json, and add this start to env.json, which has the earlier starts too.
+    """Write config.json, and add this start to env.json, where "earlier" has those before it, oldest first.
 
     record: the settings, for config.json. step: how many steps earlier starts have done. attention: the train
     step's attention kernel. Return a line for each version, flag, device or kernel that has changed.
     """
     write_durable_json(folder / "config.json", record)
-    path, now, before, lines = folder / "env.json", environment(step, attention), None, []
+    path, now = folder / "env.json", environment(step, attention)
+    earlier, lines = list[Any](), list[str]()
     if path.exists():
         try:
             before = read_saved_json(path)
             lines = environment_changes(before, now)
+            older = before.pop("earlier", [])
+            earlier = [*(older if isinstance(older, list) else []), before]
         except ValueError as error:
             lines = [f"the versions of earlier starts are lost: {error}"]
-    write_durable_json(path, with_earlier_starts(now, before))
+    write_durable_json(path, {**now, "earlier": earlier})
     return lines
 
 
@@ -431,20 +432,9 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
             f"{ref} was trained with another chat template than this run's, so prompts differ; "
             "set chat_template= as in that run to continue with the same prompts"
         )
-    date, today = (r["data"].get("date") for r in (old, record))
-    if date is not None and date != today:
-        lines.append(
-            f"{ref} was trained with data.date={date}, and this run has {today}; "
-            f'"data.date={date}" continues with the same prompts'
-        )
-    return lines + _template_differences(ref, old["data"], record["data"])
-
-
-def _template_differences(ref: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return lines about settings of the chat template that differ. old: may lack some settings."""
-    lines = []
-    for name in ("chat_template_kwargs", "system"):
-        was, now = (",".join(x) if isinstance(x, list | tuple) else x for x in (old.get(name), new.get(name)))
+    for name in ("date", "chat_template_kwargs", "system"):
+        values = (r["data"].get(name) for r in (old, record))
+        was, now = (",".join(x) if isinstance(x, list | tuple) else x for x in values)
         if was is not None and was != now:
             lines.append(
                 f"{ref} was trained with data.{name}={was}, and this run has {now or 'none'}; "

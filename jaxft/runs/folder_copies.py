@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -313,10 +314,8 @@ class Mirror:
             if self._is_behind(stored, step):
                 return
             self._send_checkpoints([i for i in kept if i == step or _marker(i) not in stored], stored)
-            stored_steps = {
-                int(name) for name in re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/", "\n".join(stored))
-            }
-            for old in sorted(stored_steps - set(kept)):
+            stored_steps = re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/", "\n".join(stored))
+            for old in sorted(set(map(int, stored_steps)) - set(kept)):
                 self._delete_checkpoint(old)
             self._fails_since = ""
         except Exception as error:
@@ -394,9 +393,7 @@ class Mirror:
             folder, prefix = self.folder / CHECKPOINTS / str(step), f"{CHECKPOINTS}/{step}/"
             if any(name.startswith(prefix) for name in stored):
                 self._delete_checkpoint(step)
-            files = sorted(
-                file for file in folder.rglob("*") if file.is_file() and file.name != manifest.NAME
-            )
+            files = sorted(x for x in folder.rglob("*") if x.is_file() and x.name != manifest.NAME)
             self.store.write_files((prefix + file.relative_to(folder).as_posix(), file) for file in files)
         logs = [path for path in self._files() if path.name != SUMMARY and not self._is_result(path)]
         self._send_files(logs)
@@ -428,15 +425,13 @@ class Mirror:
         """Return the paths of the run's files to send, summary.json last. Left out are checkpoints, links,
         the lock, index.json, temporary files (.part, .tmp) and folders that were renamed as damaged (.bad).
         """
-        paths = [
-            path
-            for path in self.folder.rglob("*")
-            if path.is_file()
-            and not path.is_symlink()
-            and path.relative_to(self.folder).parts[0] not in (CHECKPOINTS, *LOCAL_FILES)
-            and path.suffix not in TEMPORARY
-            and not _is_set_aside(path.relative_to(self.folder))
-        ]
+        is_bad = re.compile(rf".*{re.escape(manifest.SET_ASIDE)}\d*").fullmatch
+        paths = []
+        for path in self.folder.rglob("*"):
+            *folders, _ = parts = path.relative_to(self.folder).parts
+            is_kept = parts[0] not in (CHECKPOINTS, *LOCAL_FILES) and path.suffix not in TEMPORARY
+            if is_kept and path.is_file() and not path.is_symlink() and not any(map(is_bad, folders)):
+                paths.append(path)
         return sorted(paths, key=lambda path: (path.name == SUMMARY, path))
 
     def _is_result(self, path: Path) -> bool:
@@ -455,11 +450,6 @@ def _complete_steps(names: list[str]) -> list[int]:
     """Return the steps of the checkpoints that have a manifest. names: the names of all objects."""
     pattern = rf"(?m)^{CHECKPOINTS}/(\d+)/{manifest.NAME}$"
     return [int(step) for step in re.findall(pattern, "\n".join(names))]
-
-
-def _is_set_aside(path: Path) -> bool:
-    """Return whether a file is in a damaged folder that manifest.set_aside has renamed, as adapter.bad/."""
-    return any(folder.suffix.rstrip("0123456789") == manifest.SET_ASIDE for folder in path.parents)
 
 
 def _entry_of(content: bytes) -> list[Any]:
@@ -540,7 +530,8 @@ def fetch_run(url: str) -> Path:
         root = "/".join(parts[:size])
         place = cache_folder() / "runs" / hashlib.sha256(root.encode()).hexdigest()[:16]
         folder, listed = place / parts[size - 1], place / FETCHED
-        names = Mirror(folder, open_store(root), _report).fetch_results()
+        report = partial(print, file=sys.stderr, flush=True)
+        names = Mirror(folder, open_store(root), report).fetch_results()
         if not names:
             continue
         before = json.loads(listed.read_bytes()) if listed.is_file() else []
@@ -552,7 +543,3 @@ def fetch_run(url: str) -> Path:
         f"{url}: no run is there; name the folder of one that was trained with loop.store=..., such as "
         "s3://bucket/runs/sft"
     )
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -74,9 +74,7 @@ class Log:
         self._folder, self._total_steps = Path(folder), total_steps
         self._folder.mkdir(parents=True, exist_ok=True)
         optional = open_trackers(trackers, self._folder, start_step)
-        (self._folder / ALARMS_JSON).unlink(
-            missing_ok=True
-        )  # `listen` raises the alarms of earlier entries again
+        (self._folder / ALARMS_JSON).unlink(missing_ok=True)  # `listen` raises earlier alarms again
         self._jsonl = Jsonl(self._folder / METRICS, start_step)
         self._completions = EntrySteps(truncate(self._folder / COMPLETIONS, start_step))
         self._completions_size = read_appended(self._folder / COMPLETIONS, 0)[1]

@@ -545,9 +545,8 @@ def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> 
         learned[:] = True
     if r.end:
         eos = _eos(r, eos)
-        if not (
-            r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0
-        ):  # some tokenizers add EOS themselves
+        is_added = r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0  # by the tokenizer
+        if not is_added:
             ids, learned = [*ids, eos], np.append(learned, True)
             weights = weights if weights is None else np.append(weights, weights[-1])
         learned[-1] = r.learns_end
@@ -586,14 +585,7 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     last = len(chat.messages) - 1
     unfinished = chat.messages[last]["role"] == "assistant" and not ended
     if loss_on == "all":
-        learned = _outside(hidden, len(text))
+        starts, ends = [0, *(end for _, end in hidden)], [*(start for start, _ in hidden), len(text)]
+        learned = [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
     learns_end = loss_on == NOTHING or last in targets
     return Rendered(chat.name, text, tuple(learned), False, unfinished, learns_end, weighted)
-
-
-def _outside(spans: Sequence[Span], length: int) -> list[Span]:
-    """Return the ranges of a text of `length` characters that are in none of the spans, which are disjoint
-    and in ascending order.
-    """
-    starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), length]
-    return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]

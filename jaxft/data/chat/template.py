@@ -449,12 +449,9 @@ def _with_text_arguments(message: Message) -> Message:
     def as_text(call: dict[str, Any]) -> dict[str, Any]:
         if isinstance(call.get("function"), dict):
             return {**call, "function": as_text(call["function"])}
-        arguments = call.get("arguments")
-        return (
-            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-            if arguments is not None
-            else call
-        )
+        if call.get("arguments") is None:
+            return call
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
 
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [as_text(call) for call in calls]} if calls else message

@@ -18,11 +18,7 @@ from jaxft.data.chat.template import REJECTIONS, Span, Template, render_marked, 
 from jaxft.data.rows.example import Chat, Message
 from jaxft.data.rows.invalid import InvalidRow
 
-REASONING = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # keys of messages, as different templates read them
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of messages in different templates
 THINKING = "the thinking block"
 MARKER = re.compile(r"Qx7w\d+Zk", re.IGNORECASE)  # a word of with_markers
 _THOUGHT = re.compile(r"\s*(?:<think>)?(?P<thought>.*?)</think>(?P<content>.*)", re.DOTALL)
@@ -219,7 +215,13 @@ def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[st
     exactly, InvalidRow if the row has so many turns that this takes too long, and the errors of
     render_messages.
     """
-    _require_little_work(chat, learned)
+    size = sum(len(message["content"] or "") + MESSAGE_WORK for message in chat.messages)
+    if len(learned) * size > MOST_WORK:
+        problem = (
+            f"{len(learned)} learned turns in {len(chat.messages)} messages take too long to render one by "
+            "one; split the conversation into several rows, or set data.loss_on=completion"
+        )
+        raise InvalidRow(chat.name, "conversation of too many turns", problem)
     hidden = _make_hidden(template, chat, learned)
     if not template.marked:
         text = render_messages(template, chat.messages, chat.tools)
@@ -235,17 +237,6 @@ def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[st
             )
         ]
     return text, spans
-
-
-def _require_little_work(chat: Chat, learned: Sequence[int]) -> None:
-    """Raise InvalidRow if rendering the messages before each turn would take too long."""
-    size = sum(len(message["content"] or "") + MESSAGE_WORK for message in chat.messages)
-    if len(learned) * size > MOST_WORK:
-        problem = (
-            f"{len(learned)} learned turns in {len(chat.messages)} messages take too long to render one by "
-            "one; split the conversation into several rows, or set data.loss_on=completion"
-        )
-        raise InvalidRow(chat.name, "conversation of too many turns", problem)
 
 
 def is_closed(template: Template, text: str) -> bool:

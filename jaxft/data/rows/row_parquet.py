@@ -222,6 +222,10 @@ def _parts(array: Any) -> list[Any]:
 
 def batch_rows(batch: Any) -> list[dict[str, Any]]:
     """Return the rows of a record batch as Python objects. They share the values of a column's dictionary."""
+    import pyarrow
+
+    if not any(pyarrow.types.is_dictionary(column.type) for column in batch.columns):
+        return batch.to_pylist()
     names, columns = batch.schema.names, map(_values, batch.columns)
     return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 

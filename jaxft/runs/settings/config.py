@@ -12,6 +12,7 @@ knobs.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import json
@@ -134,11 +135,6 @@ def recipe_defaults(path: str) -> Any:
         return load_config(path, [])
     except (ValueError, OSError):
         return None
-
-
-def knob_names(recipe: Recipe) -> list[str]:
-    """Return the names of a config file's knobs, in order."""
-    return list(recipe_knobs(recipe))
 
 
 def recipe_knobs(recipe: Recipe) -> "dict[str, Knob]":
@@ -326,7 +322,7 @@ def _with_fields(
     if refused:
         raise ValueError(join_lines(refused))
     value = _replace(root, fields)
-    return value, {".".join(steps): _get(value, steps) for steps in fields}
+    return value, {".".join(steps): functools.reduce(getattr, steps, value) for steps in fields}
 
 
 def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps:
@@ -370,12 +366,6 @@ def _all_fields(root: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
-def _get(node: Any, steps: Steps) -> Any:
-    for step in steps:
-        node = getattr(node, step)
-    return node
-
-
 def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
     """Return `node` with fields replaced, all fields of a dataclass at once, as it checks them together."""
     values: dict[str, Any] = {}
@@ -407,11 +397,7 @@ def recipe_docstring(recipe: str) -> str:
 
 def knob_comments(recipe: Recipe) -> dict[str, str]:
     """Return the comment at the end of each knob's line in a config file, by the knob's name."""
-    return _knob_comments(_config_function(recipe)[0])
-
-
-def _knob_comments(fn: Callable) -> dict[str, str]:
-    comments: dict[str, str] = {}
+    fn, comments = _config_function(recipe)[0], dict[str, str]()
     for parameter in inspect.signature(fn).parameters.values():
         group = parameter.default
         if dataclasses.is_dataclass(group) and not isinstance(group, type):
