@@ -115,10 +115,7 @@ class DecisionRows(Rows):
     def token_settings(self) -> RowSettings:
         """The settings that the tokens of a row depend on."""
         return replace(
-            super().token_settings,
-            labels=self.labels,
-            question=self.question,
-            unlabelled=self.unlabelled,
+            super().token_settings, labels=self.labels, question=self.question, unlabelled=self.unlabelled
         )
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:

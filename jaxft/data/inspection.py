@@ -193,10 +193,8 @@ def examples_of(batch: Tokens, names: list[list[str]]) -> Iterator[ShownExample]
 
     names: the names of the examples packed into each row of the batch.
     """
-    flat = [
-        np.asarray(x).reshape(-1, x.shape[-1])
-        for x in (batch.ids, batch.segments, batch.read, batch.token_weights)
-    ]
+    arrays = (batch.ids, batch.segments, batch.read, batch.token_weights)
+    flat = [np.asarray(x).reshape(-1, x.shape[-1]) for x in arrays]
     for ids, segments, read, token_weights, labels in zip(*flat, names, strict=False):
         weight = np.zeros(len(ids) + 1)
         np.add.at(weight, read + 1, token_weights)
@@ -233,11 +231,8 @@ def inspect_prompts(data: Prompts, train: PromptRows, held: PromptRows) -> Inspe
     }
 
     def example(index: int) -> ShownExample:
-        columns = [
-            f"{name}={value!r}"[:80]
-            for name, value in row_fields(rows, index).items()
-            if name not in SHOWN_AS_PROMPT
-        ]
+        fields = row_fields(rows, index).items()
+        columns = [f"{name}={value!r}"[:80] for name, value in fields if name not in SHOWN_AS_PROMPT]
         sampled = f"{data.group} completion{'s' * (data.group > 1)} of at most {data.max_new} tokens"
         facts = f"{rows.lengths[index]} tokens, {'; '.join([sampled, *columns])}"
         return ShownExample(rows.names[index], facts, _parts(rows, index, 0.0))
@@ -268,9 +263,7 @@ def data_summary(dataset: Inspected, tokenizer: Any) -> dict[str, Any]:
         "lengths": {
             label: length_histogram(x) for label, x in part_lengths(dataset.split, COUNTED_ROWS).items()
         },
-        "invalid": [
-            {"reason": reason, "rows": rows, "first": first} for reason, rows, first in dataset.invalid
-        ],
+        "invalid": [count._asdict() for count in dataset.invalid],
         "examples": [
             {
                 "name": example.name,
@@ -385,8 +378,8 @@ def overlap_lines(split: SplitRows, overlaps: dict[str, list[tuple[int, int]]]) 
     """
     names = split.rows.names
     lines = [
-        text.format(n=len(pairs), a=names[pairs[0][0]], b=names[pairs[0][1]])
-        for text, pairs in ((text, overlaps[kind]) for kind, text in OVERLAPS.items())
+        OVERLAPS[kind].format(n=len(pairs), a=names[pairs[0][0]], b=names[pairs[0][1]])
+        for kind, pairs in overlaps.items()
         if pairs
     ]
     return lines or ["no row repeats another one, and no held-out row is a training row"]
@@ -509,15 +502,11 @@ def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: in
         return rows * (min(limit, int(lengths.longest.max())) + data.group * data.episode_length)
     if isinstance(data, Rows):
         return rows * limit
-    return _fullest_row(data, lengths.kept(limit))
-
-
-def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
-    """Return how many tokens a row needs in any batch of the first epoch. tokens: the length of each pair."""
+    tokens = lengths.kept(limit)
     tokens = tokens[tokens > 0]
     if not len(tokens):
         return LENGTH_STEP
-    batches = order_batches(tokens, data.batch, data.seed, 0)
+    batches = order_batches(tokens, data.batch, data.seed, 0)  # of the first epoch
     return row_shape(tokens, tokens, [assign_rows(batches, tokens, min(data.micro, data.batch))]).length
 
 
@@ -547,9 +536,8 @@ def limit_costs(
     """
     now = getattr(data, data.length_settings[0])
     most = context - (data.episode_length if isinstance(data, Prompts) else 0)
-    covering = [
-        min(most, round_up(percentile(lengths.longest, p), LENGTH_STEP)) for p in (50, 90, 95, 99, 100)
-    ]
+    needed = (round_up(percentile(lengths.longest, p), LENGTH_STEP) for p in (50, 90, 95, 99, 100))
+    covering = [min(most, limit) for limit in needed]
     costs, sizes = [], {limit: _epoch_tokens(data, lengths, limit) for limit in {now, *covering}}
     for limit, tokens in sorted(sizes.items()):
         whole = int((lengths.longest <= limit).sum())

@@ -155,11 +155,7 @@ def processor() -> dict[str, Any]:
     name = re.search(r"model name\s*: (.*)", text)
     flags = re.search(r"(?:flags|Features)\s*: (.*)", text)
     features = [feature for feature in CPU_FEATURES if flags and feature in flags[1].split()]
-    return {
-        "name": name[1] if name else platform.machine(),
-        "cores": os.cpu_count(),
-        "features": features,
-    }
+    return {"name": name[1] if name else platform.machine(), "cores": os.cpu_count(), "features": features}
 
 
 def memory() -> dict[str, float]:

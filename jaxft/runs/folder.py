@@ -221,10 +221,7 @@ def changes_since_start(folder: Path, record: dict[str, Any], defaults: Mapping[
 
 
 def permitted_changes(
-    folder: Path | str,
-    old: dict[str, Any],
-    new: dict[str, Any],
-    defaults: Mapping[str, Any] = NO_DEFAULTS,
+    folder: Path | str, old: dict[str, Any], new: dict[str, Any], defaults: Mapping[str, Any] = NO_DEFAULTS
 ) -> list[str]:
     """Return the differences between a run's original settings and today's, one line each.
 

@@ -335,10 +335,7 @@ class LoadedWeights(NamedTuple):
 
 
 def load_each(
-    named: Mapping[str, NamedWeights],
-    mesh: Mesh,
-    dtype: str | None = None,
-    kind: QuantKind | None = None,
+    named: Mapping[str, NamedWeights], mesh: Mesh, dtype: str | None = None, kind: QuantKind | None = None
 ) -> dict[str, LoadedWeights]:
     """Load weights by name onto a mesh. Several weights must be adapters on one base. Their arrays get equal
     shapes, so that one compiled program takes each of them.

@@ -203,11 +203,8 @@ def _pair_of(
         kind: _mask_from_border(f"{name}: {kind}", border, response) for kind, response in responses.items()
     }
     if _are_equal(border, responses):
-        raise InvalidRow(
-            name,
-            "responses of the same tokens",
-            "chosen and rejected are the same tokens; change one or remove the row",
-        )
+        problem = "chosen and rejected are the same tokens; change one or remove the row"
+        raise InvalidRow(name, "responses of the same tokens", problem)
     longest = max(len(ids) for ids, _ in responses.values())
     total = sum(int(learned.sum()) for _, learned in responses.values())
     truncated = longest > settings.max_length
@@ -408,11 +405,8 @@ def row_prompt(row: Row, settings: RowSettings) -> Chat | Completion:
         return prompt
     name = EVERY_ROW if EVERY_ROW in tools else fields.get(ENVIRONMENT)
     if not isinstance(name, str) or name not in tools:
-        raise InvalidRow(
-            prompt.name,
-            "unknown environment",
-            f"column {ENVIRONMENT!r} is {name!r}, which names no environment; use {', '.join(tools)}",
-        )
+        problem = f"column {ENVIRONMENT!r} is {name!r}, which names no environment; use {', '.join(tools)}"
+        raise InvalidRow(prompt.name, "unknown environment", problem)
     if isinstance(prompt, Completion):
         prompt = Chat(prompt.name, ({"role": "user", "content": prompt.prompt},), 1, plain=True)
     return replace(prompt, tools=tools[name] or prompt.tools)

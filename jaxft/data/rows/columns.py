@@ -181,10 +181,8 @@ def text_of(row: Row, column: str, empty: bool = False) -> str:
             f"null in column {column!r}", f"column {column!r} is null; fill it or remove the row"
         )
     if not isinstance(value, str):
-        raise row.invalid(
-            f"column {column!r} of a wrong type",
-            f"column {column!r} must be a string, got {type(value).__name__}",
-        )
+        problem = f"column {column!r} must be a string, got {type(value).__name__}"
+        raise row.invalid(f"column {column!r} of a wrong type", problem)
     _encodable(row, column, value)
     if not empty and not value.strip():
         raise row.invalid(
@@ -197,10 +195,8 @@ def _encodable(row: Row, column: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise row.invalid(
-            "unpaired surrogate",
-            f"column {column!r} is not valid Unicode: it has an unpaired surrogate; fix the text",
-        ) from error
+        problem = f"column {column!r} is not valid Unicode: it has an unpaired surrogate; fix the text"
+        raise row.invalid("unpaired surrogate", problem) from error
 
 
 def json_of(row: Row, column: str) -> Any:
@@ -299,10 +295,8 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
         problem = f"is {json_type(item)}"
         if isinstance(item, dict):
             problem = f"has the keys {', '.join(map(str, item))}" if item else "is empty"
-        raise row.invalid(
-            "message without role or content",
-            f"{where} {problem}; a message needs {role!r}, a string, and {content!r}",
-        )
+        problem = f"{where} {problem}; a message needs {role!r}, a string, and {content!r}"
+        raise row.invalid("message without role or content", problem)
     weight = message_weight(row, where, item)
     name = _role(item[role])
     if name is None:
@@ -334,22 +328,17 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
 
 def _content(row: Row, where: str, content: Any) -> str | None:
     if isinstance(content, list) and all(isinstance(p, dict) for p in content):
-        other = next((p.get("type") for p in content if p.get("type") != "text"), None)
-        if other is not None:
-            raise row.invalid(
-                "content that is no text",
-                f"{where} has a content part of type {str(other)[:40]!r}; only text is supported: remove it",
-            )
-        if any(p.get("type") != "text" for p in content):
-            raise row.invalid(
-                "content that is no text",
-                f'{where} has a content part without a type; use {{"type": "text", "text": ...}}',
-            )
-        if not all(isinstance(p.get("text"), str) for p in content):
-            raise row.invalid(
-                "content of a wrong type",
-                f'{where} has a content part whose text is no string; use {{"type": "text", "text": ...}}',
-            )
+        use = 'use {"type": "text", "text": ...}'
+        for part in content:
+            kind = part.get("type")
+            if kind != "text":
+                of = f"without a type; {use}"
+                if kind is not None:
+                    of = f"of type {str(kind)[:40]!r}; only text is supported: remove it"
+                raise row.invalid("content that is no text", f"{where} has a content part {of}")
+            if not isinstance(part.get("text"), str):
+                problem = f"{where} has a content part whose text is no string; {use}"
+                raise row.invalid("content of a wrong type", problem)
         content = "".join(p["text"] for p in content)
     if content is not None and not isinstance(content, str):
         raise row.invalid(
@@ -449,10 +438,8 @@ def with_system(row: Row, turns: list[Message]) -> list[Message]:
     if not turns or turns[0]["role"] != "system":
         return [system, *turns]
     if turns[0]["content"].strip() != system["content"].strip():
-        raise row.invalid(
-            "two system messages",
-            "column 'system' differs from the first message, a system message too; remove one of them",
-        )
+        problem = "column 'system' differs from the first message, a system message too; remove one of them"
+        raise row.invalid("two system messages", problem)
     return turns
 
 

@@ -127,10 +127,8 @@ def compared_chats(row: Row, prompt_column: str | None, columns: Columns) -> dic
     for kind, turns in split.responses.items():
         _check_response(row, columns[kind], turns)
     if split.prompt and split.prompt[-1]["role"] == "assistant":
-        raise row.invalid(
-            "prompt that ends with an assistant turn",
-            "the prompt ends with an assistant turn; move that turn into the responses",
-        )
+        problem = "the prompt ends with an assistant turn; move that turn into the responses"
+        raise row.invalid("prompt that ends with an assistant turn", problem)
     return {kind: without_weights(chat) for kind, chat in chats_of(row, split).items()}
 
 
@@ -157,10 +155,8 @@ def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:
 def _plain_prompt(row: Row, empty: bool = False) -> str:
     for column in ("system", "tools", "chat_template_kwargs"):
         if row.fields.get(column):
-            raise row.invalid(
-                f"column {column!r} with plain text",
-                f"column {column!r} has no meaning in plain text; remove it, or set data.format=auto",
-            )
+            problem = f"column {column!r} has no meaning in plain text; remove it, or set data.format=auto"
+            raise row.invalid(f"column {column!r} with plain text", problem)
     return text_of(row, "prompt", empty)
 
 
@@ -296,10 +292,8 @@ def _read(row: Row, reading: _Reading) -> SplitRow:
         return split_row(row, reading.column, responses)
     prompt, instruction = _prompt(row, responses)
     if prompt[-1]["role"] == "assistant":
-        raise row.invalid(
-            "prompt that ends with an assistant turn",
-            "the prompt ends with an assistant turn; move that turn into the response",
-        )
+        problem = "the prompt ends with an assistant turn; move that turn into the response"
+        raise row.invalid("prompt that ends with an assistant turn", problem)
     return SplitRow(prompt, {}, instruction)
 
 
@@ -420,10 +414,8 @@ def _split_conversations(row: Row, columns: Columns) -> SplitRow:
             row, {kind: dialogue_of(row, c, text_of(row, c)) for kind, c in pair.items()}
         )
     elif any(isinstance(value, str) for value in values):
-        raise row.invalid(
-            "responses of different types",
-            "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages",
-        )
+        problem = "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages"
+        raise row.invalid("responses of different types", problem)
     else:
         split = _split_at_difference(row, {kind: _turns(row, column) for kind, column in pair.items()})
     prompt = with_system(row, split.prompt)
@@ -464,8 +456,6 @@ def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
             "turn differs, or remove it",
         )
     if not prompt:
-        raise row.invalid(
-            "dialogue without a prompt",
-            "a dialogue needs a prompt and a response; use '\\n\\nHuman: ...\\n\\nAssistant: ...'",
-        )
+        problem = "a dialogue needs a prompt and a response; use '\\n\\nHuman: ...\\n\\nAssistant: ...'"
+        raise row.invalid("dialogue without a prompt", problem)
     return SplitRow(prompt, {kind: turns[-1:] for kind, turns in whole.items()})

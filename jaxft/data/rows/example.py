@@ -186,17 +186,13 @@ def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | Non
         )
     weight = parse_number(value)
     if value is not None and (weight is None or weight < 0):
-        raise row.invalid(
-            "weight that is no number",
-            f"{where} has weight={repr(value)[:40]}; use a finite number of at least 0",
-        )
+        problem = f"{where} has weight={repr(value)[:40]}; use a finite number of at least 0"
+        raise row.invalid("weight that is no number", problem)
     if train is None or weight is None:
         return weight if train is None else float(train)
     if bool(train) != (weight > 0):
-        raise row.invalid(
-            "contradicting weights",
-            f"{where} has train={bool(train)} and weight={weight:g}; remove one of them",
-        )
+        problem = f"{where} has train={bool(train)} and weight={weight:g}; remove one of them"
+        raise row.invalid("contradicting weights", problem)
     return weight
 
 

@@ -92,10 +92,8 @@ def response_column(row: Row) -> str:
     columns = [c for c in _ANSWER if c in row.fields]
     names = [c for c in columns if row.fields[c] is not None] or columns[:1]
     if len(names) > 1:
-        raise row.invalid(
-            "two response columns",
-            "the row has both 'response' and 'output'; choose one with data.columns=response=...",
-        )
+        problem = "the row has both 'response' and 'output'; choose one with data.columns=response=..."
+        raise row.invalid("two response columns", problem)
     return names[0]
 
 
@@ -138,10 +136,8 @@ def _is_refused(row: Row) -> bool:
 def _label(row: Row, where: str, value: Any) -> bool:
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
-        raise row.invalid(
-            "label that is neither true nor false",
-            f"{where} is {repr(value)[:40]}; use true or false (or 1 or 0)",
-        )
+        problem = f"{where} is {repr(value)[:40]}; use true or false (or 1 or 0)"
+        raise row.invalid("label that is neither true nor false", problem)
     return label
 
 

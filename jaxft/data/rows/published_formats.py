@@ -105,10 +105,8 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
     column = _first(row, RANKED)
     items = list_of(row, column)
     if len(items) < 2:
-        raise row.invalid(
-            "ranking of one response",
-            f"column {column!r} has {len(items)} responses; a ranking needs 2 or more: remove the row",
-        )
+        problem = f"column {column!r} has {len(items)} responses; a ranking needs 2 or more: remove the row"
+        raise row.invalid("ranking of one response", problem)
     texts = [_response(row, f"{column}[{index}]", item) for index, item in enumerate(items)]
     ratings = _ratings(row, column, items)
     if ratings is None and not settings.best_first:
@@ -136,10 +134,8 @@ def with_ranked_prompt(row: Row) -> Row:
     """
     column = _first(row, (*PROMPT, "history"))
     if column == "context" and row.fields.get("question") is not None:
-        raise row.invalid(
-            "question and context",
-            "the row has 'question' and 'context'; choose the prompt with data.columns=prompt=question",
-        )
+        problem = "the row has 'question' and 'context'; choose the prompt with data.columns=prompt=question"
+        raise row.invalid("question and context", problem)
     if column == "instruction" and row.fields.get("input"):
         return Row(row.name, {**row.fields, "prompt": instruction_of(row), "system": None})
     return Row(row.name, {**row.fields, "prompt": row.fields[column]})
@@ -217,10 +213,8 @@ def _ratings(row: Row, column: str, items: Sequence[Any]) -> list[float] | None:
         return None
     if counts[key] < len(items):
         missing = next(i for i, item in enumerate(mappings) if item.get(key) is None)
-        raise row.invalid(
-            "response without a rating",
-            f"{column}[{missing}] has no rating, and others have one; rate all responses or none",
-        )
+        problem = f"{column}[{missing}] has no rating, and others have one; rate all responses or none"
+        raise row.invalid("response without a rating", problem)
     return [_rating(row, f"{column}[{i}].{key}", x[key], key == "rank") for i, x in enumerate(mappings)]
 
 
@@ -319,10 +313,8 @@ def from_glaive(row: Row, settings: RowSettings = DEFAULT_ROW_SETTINGS) -> Row:
     """
     text, system = row.fields["chat"], row.fields["system"]
     if not isinstance(text, str) or not isinstance(system, str):
-        raise row.invalid(
-            "transcript that is no text",
-            "columns 'system' and 'chat' must be strings; fix or remove the row",
-        )
+        problem = "columns 'system' and 'chat' must be strings; fix or remove the row"
+        raise row.invalid("transcript that is no text", problem)
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
         raise row.invalid(

@@ -197,33 +197,20 @@ def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -
     except _DuplicateKey as error:
         problem = f"an object has the key {str(error)[:60]!r} twice; remove one of them"
         raise InvalidRow(name, "duplicate key", problem) from error
-    except json.JSONDecodeError as error:
-        where = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
-        near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
-        remedy = "fix or remove it"
-        if error.doc.strip() in ("{", "["):  # the first line of indented JSON
-            remedy = (
-                "a .jsonl file has one object per line; if this is one JSON document, name the file .json"
-            )
-        raise InvalidRow(
-            where,
-            "malformed JSON",
-            f"malformed JSON, {error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}; "
-            f"{remedy}",
-        ) from error
-    except RecursionError as error:
-        raise InvalidRow(
-            name, "malformed JSON", "malformed JSON, nested too deeply; fix or remove it"
-        ) from error
     except UnicodeDecodeError as error:
-        raise InvalidRow(
-            name,
-            "not UTF-8",
-            f"not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8",
-        ) from error
-    except ValueError as error:
-        problem = "malformed JSON, a number has thousands of digits; fix or remove it"
-        raise InvalidRow(name, "malformed JSON", problem) from error
+        problem = f"not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8"
+        raise InvalidRow(name, "not UTF-8", problem) from error
+    except (ValueError, RecursionError) as error:
+        problem, remedy = "a number has thousands of digits", "fix or remove it"
+        if isinstance(error, RecursionError):
+            problem = "nested too deeply"
+        if isinstance(error, json.JSONDecodeError):
+            name = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
+            near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
+            problem = f"{error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}"
+            if error.doc.strip() in ("{", "["):  # the first line of indented JSON
+                remedy = "a .jsonl file has one object per line; name the file of one JSON document .json"
+        raise InvalidRow(name, "malformed JSON", f"malformed JSON, {problem}; {remedy}") from error
 
 
 def row_of(value: Any, where: str, name: str) -> Row:
@@ -259,12 +246,8 @@ def scan_lines(path: Path, report: Blocks) -> tuple[Chunk, ...]:
             at, lines = at + len(block), lines + block.count(b"\n")
     bounds = zip(starts, [*starts[1:], (at, rows + 1)], strict=True)
     return tuple(
-        Chunk(
-            path.name,
-            min(following, rows + 1) - line,
-            partial(_read_lines, path, start, min(stop, end), line),
-        )
-        for (start, line), (stop, following) in bounds
+        Chunk(path.name, min(after, rows + 1) - line, partial(_read_lines, path, start, min(stop, end), line))
+        for (start, line), (stop, after) in bounds
         if start < end
     )
 
