@@ -42,21 +42,17 @@ def _extras(settings: RowSettings) -> ColumnTypes:
     return {**text_columns(settings), **more}
 
 
-def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield a list for each row: its prompt with the token of the most probable choice; [] if too long."""
     template = reader.settings.template
-    chats = [_decision(row).prompt(template.arguments) for row in rows if isinstance(row, ParsedRow)]
+    decisions: list[Any] = [row.examples[RESPONSE] for row in rows]
+    chats = [decision.prompt(template.arguments) for decision in decisions]
     prompts = loss_mask.example_prompt_ids(chats, reader.tokenizer, template)
-    for row in rows:
-        yield row if isinstance(row, InvalidRow) else attempt(_example, _decision(row), next(prompts), reader)
+    for decision, prompt in zip(decisions, prompts, strict=True):
+        yield attempt(_example, decision, prompt, reader)
 
 
 DECISION_TASK = RowTask(DECISIONS, 5, "max_length", _tokenise, _extras, checks=())
-
-
-def _decision(row: ParsedRow) -> Decision:
-    decision: Any = row.examples[RESPONSE]
-    return decision
 
 
 def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader) -> list[TokenisedRow]:

@@ -261,7 +261,7 @@ class PairBatches(source.BatchLayout[Pairs]):
         return self.split.rows.names[batch.index.flat[position]]
 
     def prompts_of(self, batch: Pairs, row: int) -> Iterator[source.Prompt]:
-        """Yield the prompt and the chosen response of each pair of a row that has one and a weight above 0."""
+        """Yield the prompt and chosen response of each pair of a row that has one and a weight above 0."""
         kinds = len(batch.kinds)
         for slot in np.flatnonzero(batch.pair_weights[0, row] > 0):
             where = np.flatnonzero(batch.responses[0, row] == slot * kinds + batch.kinds.index("chosen"))

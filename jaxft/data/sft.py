@@ -417,24 +417,18 @@ def _step_columns(settings: RowSettings) -> ColumnTypes:
     return {**text_columns(settings), **ragged(LABELS, np.int32)}
 
 
-def _tokenise_steps(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise_steps(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield a list for each solution: its example, or [] if it is left out as too long."""
     tokenizer, settings = reader.tokenizer, reader.settings
-    solutions = [row.examples[RESPONSE] for row in rows if isinstance(row, ParsedRow)]
-    texts = [text for x in solutions if isinstance(x, Solution) for text in (x.prompt, *x.steps)]
+    solutions: list[Any] = [row.examples[RESPONSE] for row in rows]
+    texts = [text for x in solutions for text in (x.prompt, *x.steps)]
     encoded = tokenizer([*texts, settings.separator], add_special_tokens=False, verbose=False)
     *each, separator = encoded.input_ids
-    pieces = iter(each)
-    for row in rows:
-        if isinstance(row, InvalidRow):
-            yield row
-            continue
-        solution: Any = row.examples[RESPONSE]
-        prompt, *steps = [next(pieces) for _ in range(1 + len(solution.steps))]
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        yield attempt(
-            _tokenised_steps, solution, [*bos, *prompt], [[*step, *separator] for step in steps], settings
-        )
+    pieces, bos = iter(each), [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for solution in solutions:
+        prompt = [*bos, *next(pieces)]
+        steps = [[*next(pieces), *separator] for _ in solution.steps]
+        yield attempt(_tokenised_steps, solution, prompt, steps, settings)
 
 
 STEP_TASK = RowTask(formats.STEPS, 1, "max_length", _tokenise_steps, _step_columns, checks=())

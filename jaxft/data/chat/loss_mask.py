@@ -147,7 +147,7 @@ def _no_template(example: Example) -> ValueError:
 
 
 def tokenise_examples(
-    examples: Iterable[Example | InvalidRow],
+    examples: Iterable[Example],
     tokenizer: Any,
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
@@ -162,7 +162,7 @@ def tokenise_examples(
 
 
 def tokenise_weighted(
-    examples: Iterable[Example | InvalidRow],
+    examples: Iterable[Example],
     tokenizer: Any,
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
@@ -206,25 +206,20 @@ def _in_chunks(
     function: Callable[[Any], Value], examples: Iterable[Any]
 ) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
     """Yield (examples, results) in lists of up to EXAMPLES_AT_ONCE. A result is function(example), or the
-    InvalidRow that it raises. The result of an InvalidRow in `examples` is that InvalidRow.
+    InvalidRow that it raises.
     """
     examples = list(examples)
     for at in range(0, len(examples), EXAMPLES_AT_ONCE):
         chunk = examples[at : at + EXAMPLES_AT_ONCE]
-        yield chunk, [x if isinstance(x, InvalidRow) else attempt(function, x) for x in chunk]
+        yield chunk, [attempt(function, x) for x in chunk]
 
 
-def tools_warnings(
-    examples: Iterable[Example | InvalidRow],
-    tokenizer: Any,
-    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-) -> tuple[str, ...]:
-    """Return a warning if the chat template drops the tools of the first example that has any: its prompt is
+def tools_warnings(chats: Sequence[Chat], template: Template) -> tuple[str, ...]:
+    """Return a warning if the chat template drops the tools of the first chat that has any: its prompt is
     rendered the same without them. Else return ().
     """
-    chat = next((e for e in examples if isinstance(e, Chat) and e.tools), None)
-    template = template_of(tokenizer, settings) if chat else None
-    if template is None or chat is None:
+    chat = next((chat for chat in chats if chat.tools), None)
+    if chat is None:
         return ()
     prompt = chat.messages[: chat.response] or chat.messages
     template = template.of_chat(chat)
@@ -236,20 +231,12 @@ def tools_warnings(
     return (f"warning: {lost}see them; {SHOW_TOOLS}",) if same else ()
 
 
-def content_warnings(
-    examples: Iterable[Example | InvalidRow],
-    tokenizer: Any,
-    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-) -> tuple[str, ...]:
+def content_warnings(chats: Sequence[Chat], template: Template) -> tuple[str, ...]:
     """Return warnings about messages of prompts, except assistant turns, whose content the chat template
     drops: one for each role, which names the first such message.
     """
-    template, warnings = template_of(tokenizer, settings), dict[str, str]()
-    if template is None:
-        return ()
-    for chat in examples:
-        if not isinstance(chat, Chat):
-            continue
+    warnings = dict[str, str]()
+    for chat in chats:
         used = template.of_chat(chat)
         prompt = chat.messages[: chat.response] or chat.messages
         for index in _perhaps_hidden(used, chat, prompt):
@@ -293,19 +280,12 @@ def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int
     return word.lower() in text.lower()
 
 
-def prompt_warnings(
-    examples: Iterable[Example | InvalidRow],
-    tokenizer: Any,
-    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-) -> tuple[str, ...]:
+def prompt_warnings(chats: Sequence[Chat], template: Template) -> tuple[str, ...]:
     """Return a warning for the first conversation whose rendered text does not begin with its rendered
     prompt, () without any: the model then learns responses after a text that it doesn't generate them after.
     """
-    template = template_of(tokenizer, settings)
-    if template is None:
-        return ()
-    for chat in examples:
-        if not (isinstance(chat, Chat) and 0 < chat.response < len(chat.messages)):
+    for chat in chats:
+        if not 0 < chat.response < len(chat.messages):
             continue
         used = template.of_chat(chat)
         lost = _prompt_that_is_not_trained(used, chat)

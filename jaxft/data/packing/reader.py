@@ -27,16 +27,17 @@ import xxhash
 from jaxtyping import Bool, Int
 
 from jaxft.data.chat import loss_mask
+from jaxft.data.chat.template import Template, template_of
 from jaxft.data.decisions import DECISION, labels_as_choices
 from jaxft.data.packing import cache as files
 from jaxft.data.packing.cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, stored_columns
 from jaxft.data.progress import RowProgress
-from jaxft.data.row_settings import RowSettings, TemplateSettings
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import format_choice
 from jaxft.data.rows.conversation import PLAIN, other_columns
 from jaxft.data.rows.dataset_rows import Listing, check_rows, list_chunks, sampled
-from jaxft.data.rows.example import Example, ParsedRow, has_placeholder
+from jaxft.data.rows.example import Chat, ParsedRow, has_placeholder
 from jaxft.data.rows.format_choice import ChosenFormat, ColumnCounts, Formats, parse_rows
 from jaxft.data.rows.formats import formats_of
 from jaxft.data.rows.invalid import InvalidRow, InvalidRows, Tally, valid
@@ -66,7 +67,7 @@ class TokenisedRow(NamedTuple):
 
 ParsedRows = Iterator[ParsedRow | InvalidRow]
 CutRows = Iterator[list[TokenisedRow] | InvalidRow]
-CheckExamples = Callable[[Sequence[Example], Any, TemplateSettings], tuple[str, ...]]
+CheckChats = Callable[[Sequence[Chat], Template], tuple[str, ...]]
 
 
 class RowTask(NamedTuple):
@@ -77,16 +78,17 @@ class RowTask(NamedTuple):
     the cache key. limit: the setting that limits the tokens of a row. tokenise(rows, reader) yields the
     examples of each row, [] if it is too long. extras(settings): the types of further columns of examples.
     parse(format, rows, settings, task) yields the prompt and responses of each row. Both yield an InvalidRow
-    for an invalid row. checks: functions that return warnings about the first examples.
+    for an invalid row. checks: functions that return warnings about the first conversations, given these and
+    the chat template.
     """
 
     name: str
     version: int
     limit: str
-    tokenise: Callable[[Sequence[ParsedRow | InvalidRow], "Reader"], CutRows]
+    tokenise: Callable[[Sequence[ParsedRow], "Reader"], CutRows]
     extras: Callable[[RowSettings], ColumnTypes]
     parse: Callable[[ChosenFormat, Iterable[Row], RowSettings, str], ParsedRows] = parse_rows
-    checks: tuple[CheckExamples, ...] = (loss_mask.tools_warnings, loss_mask.content_warnings)
+    checks: tuple[CheckChats, ...] = (loss_mask.tools_warnings, loss_mask.content_warnings)
 
 
 @dataclass(frozen=True)
@@ -213,9 +215,11 @@ class Reader:
             lines += [f"columns that are not read: {', '.join(unread)}"] if unread else []
             lines += filter(None, [self.formats[format.name].note(self.settings)])
         notes = [*listing.notes, *(f"{listing.name}: {note}" for note in lines)]
-        examples = [example for row in parsed for example in row.examples.values()]
-        checked = (check(examples, self.tokenizer, self.settings.template) for check in self.task.checks)
-        return (*(f"note: {line}" for line in notes), *chain.from_iterable(checked))
+        chats = [x for row in parsed for x in row.examples.values() if isinstance(x, Chat)]
+        template = template_of(self.tokenizer, self.settings.template) if chats else None
+        checks = self.task.checks if template is not None else ()
+        warnings = chain.from_iterable(check(chats, template) for check in checks)
+        return (*(f"note: {line}" for line in notes), *warnings)
 
 
 def _tokenise(ref: str, listing: Listing, reader: Reader, add: Callable[[ChunkColumns], None]) -> StoredFacts:
@@ -287,20 +291,17 @@ def _format_of(
 
 def _portable(tallies: dict[str, Tally], folder: str) -> list[list]:
     """Return tallies as JSON, without the folder of the files: they may be moved."""
-
-    def where(name: str) -> list[str]:
-        inside = bool(folder) and name.startswith(f"{folder}/")
-        return ["file", name[len(folder) + 1 :]] if inside else ["row", name]
-
-    return [[reason, rows, *where(first.name), first.problem] for reason, (rows, first) in tallies.items()]
+    stored, prefix = [], f"{folder}/"
+    for reason, (rows, first) in tallies.items():
+        kind = "file" if folder and first.name.startswith(prefix) else "row"
+        name = first.name.removeprefix(prefix) if kind == "file" else first.name
+        stored.append([reason, rows, kind, name, first.problem])
+    return stored
 
 
 def _tallies(stored: list[list], folder: str) -> dict[str, Tally]:
-    def name_of(kind: str, name: str) -> str:
-        return f"{folder}/{name}" if kind == "file" else name
-
     return {
-        reason: Tally(rows, InvalidRow(name_of(kind, name), reason, problem))
+        reason: Tally(rows, InvalidRow(f"{folder}/{name}" if kind == "file" else name, reason, problem))
         for reason, rows, kind, name, problem in stored
     }
 
@@ -358,11 +359,13 @@ def tokenise_chunk(chunk: Chunk, job: Reader, format: ChosenFormat) -> Tokenised
     unreadable = invalid.total
     parsed, part = job.parse(rows, format), _Columns(job)
     left, labels = list[Row](), list[str]()
-    for row, outcome, examples in zip(rows, parsed, job.task.tokenise(parsed, job), strict=True):
+    examples = iter(job.task.tokenise([row for row in parsed if isinstance(row, ParsedRow)], job))
+    for row, outcome in zip(rows, parsed, strict=True):
         with invalid.skip():
-            tokenised, label = valid(examples), row.name.rpartition(":")[0]
+            valid_row, label = valid(outcome), row.name.rpartition(":")[0]
+            tokenised = valid(next(examples))
             for example in tokenised:
-                part.add(valid(outcome), example)
+                part.add(valid_row, example)
                 labels.append(label)
             left += [row] if tokenised else []
     some = [] if format.name == "text" else first_rows(left, job.settings.columns)  # it may be long

@@ -52,10 +52,10 @@ def text_columns(settings: RowSettings) -> ColumnTypes:
     return {MASS: ColumnType(np.float64), **ragged(TOKEN_WEIGHTS, np.float32)}
 
 
-def _tokenise_sft(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise_sft(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield the examples of each row: one, or the pieces of a document that is split."""
     settings, tokenizer = reader.settings, reader.tokenizer
-    examples = [row if isinstance(row, InvalidRow) else row.examples[RESPONSE] for row in rows]
+    examples = [row.examples[RESPONSE] for row in rows]
     tokenised = loss_mask.tokenise_weighted(examples, tokenizer, settings.loss_on, settings.template)
     responses = _response_masks(examples, settings, tokenizer)
     for example, outcome, response in zip(examples, tokenised, responses, strict=True):
@@ -67,10 +67,7 @@ SFT_TASK = RowTask(formats.SFT, 13, "max_length", _tokenise_sft, text_columns, c
 
 
 def _examples_of(
-    example: Example | InvalidRow,
-    outcome: WeightedTokens | InvalidRow,
-    response: np.ndarray | None,
-    settings: RowSettings,
+    example: Example, outcome: WeightedTokens | InvalidRow, response: np.ndarray | None, settings: RowSettings
 ) -> list[TokenisedRow]:
     """Return the examples of a row, [] if it is left out as too long.
 
@@ -101,24 +98,17 @@ def _examples_of(
 
 
 def _response_masks(
-    examples: Sequence[Example | InvalidRow], settings: RowSettings, tokenizer: Any
+    examples: Sequence[Example], settings: RowSettings, tokenizer: Any
 ) -> Iterator[np.ndarray | None]:
     """Yield each example's mask of response tokens, None where it equals the loss mask or is unknown."""
 
-    def differs(example: Example | InvalidRow) -> bool:
-        if isinstance(example, Chat) and example.weights:
-            return True
-        if settings.loss_on == "completion":
-            return isinstance(example, Chat) and any(
-                m["role"] == "assistant" for m in example.messages[example.given : example.response]
-            )
+    def differs(example: Example) -> bool:
+        if isinstance(example, Chat) and (example.weights or settings.loss_on == "completion"):
+            earlier = example.messages[example.given : example.response]
+            return bool(example.weights) or any(m["role"] == "assistant" for m in earlier)
         return settings.loss_on == "all" and isinstance(example, Chat | Completion)
 
-    others = [
-        replace(example, weights={}) if isinstance(example, Chat) else example
-        for example in examples
-        if differs(example)
-    ]
+    others = [replace(x, weights={}) if isinstance(x, Chat) else x for x in examples if differs(x)]
     tokenised = loss_mask.tokenise_examples(others, tokenizer, "assistant", settings.template)
     for example in examples:
         tokens = next(tokenised) if differs(example) else None
@@ -166,20 +156,14 @@ def _pair_columns(settings: RowSettings) -> ColumnTypes:
     return {PROMPT_END_MOVED: ColumnType(np.bool_), **numbers}
 
 
-def _tokenise_pairs(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise_pairs(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield each pair as an example, [] if it is left out as too long."""
-    settings, tokenizer = reader.settings, reader.tokenizer
-    present: list[list[Any]] = [[*row.examples.values()] for row in rows if isinstance(row, ParsedRow)]
-    sequences = loss_mask.tokenise_examples(
-        [example for examples in present for example in examples], tokenizer, "completion", settings.template
-    )
-    prompts = loss_mask.example_prompt_ids(
-        [examples[0] for examples in present], tokenizer, settings.template
-    )
+    template, tokenizer = reader.settings.template, reader.tokenizer
+    present: list[list[Any]] = [[*row.examples.values()] for row in rows]
+    examples = [example for examples in present for example in examples]
+    sequences = loss_mask.tokenise_examples(examples, tokenizer, "completion", template)
+    prompts = loss_mask.example_prompt_ids([examples[0] for examples in present], tokenizer, template)
     for row in rows:
-        if isinstance(row, InvalidRow):
-            yield row
-            continue
         responses = {kind: next(sequences) for kind in row.examples}
         yield attempt(_pair_of, row, next(prompts), responses, reader)
 
@@ -334,12 +318,12 @@ def _parse_prompts(format: ChosenFormat, rows: Iterable[Row], settings: RowSetti
     return (attempt(read, row) for row in rows)
 
 
-def _tokenise_prompts(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise_prompts(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield each prompt as an example without a response, [] if it is left out as too long."""
-    prompts: list[Any] = [row.examples[PROMPT] for row in rows if isinstance(row, ParsedRow)]
+    prompts: list[Any] = [row.examples[PROMPT] for row in rows]
     tokenised = loss_mask.example_prompt_ids(prompts, reader.tokenizer, reader.settings.template)
-    for row in rows:
-        yield row if isinstance(row, InvalidRow) else attempt(_prompt_of, row, next(tokenised), reader)
+    for row, outcome in zip(rows, tokenised, strict=True):
+        yield attempt(_prompt_of, row, outcome, reader)
 
 
 def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) -> list[TokenisedRow]:
