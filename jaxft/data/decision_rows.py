@@ -109,13 +109,11 @@ class DecisionRows(Rows):
 
     @property
     def token_settings(self) -> RowSettings:
-        """The settings that the tokens of a row depend on."""
         return replace(
             super().token_settings, labels=self.labels, question=self.question, unlabelled=self.unlabelled
         )
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
-        """Read, tokenise and plan the batches; see DataSettings.open."""
         opened = super().open(tokenizer, shards, cache)
         rows, train = opened.split.rows, opened.split.train
         if self.labels and not rows.labels and not self.unlabelled:
@@ -129,7 +127,6 @@ class DecisionRows(Rows):
 
     @property
     def batches(self) -> Callable[..., PackedBatches]:
-        """The BatchLayout class of these rows."""
         return DecisionBatches
 
     def abstract(self, shards: int = 1) -> Tokens:
@@ -192,11 +189,9 @@ class DecisionBatches(PackedBatches):
         return tuple(np.unique(self.choices.values[:]).tolist())
 
     def shapes(self) -> Decisions:
-        """Return the shapes of a training batch."""
         return with_choices(super().shapes(), int(self.choices.counts.max()), self.tokens)
 
     def fill(self, plan: RowPlan) -> Decisions:
-        """Return the rows of a step as a training batch."""
         return self._with_choices(super().fill(plan), plan)
 
     def evaluation(self, plan: RowPlan) -> tuple[Decisions, ...]:
@@ -222,9 +217,7 @@ class DecisionBatches(PackedBatches):
         return int(self.held_plan.members[self.held_plan.offsets[number * rows + row] + decision])
 
     def _with_choices(self, rows: Tokens, plan: RowPlan) -> Decisions:
-        """Return token arrays [micro, rows, ...] as Decisions: with the choices of the plan's examples, in
-        the order of the read positions.
-        """
+        """Return token arrays with the choices of the plan's examples, in the order of read positions."""
         micro, count, reads = rows.read.shape
         of_each, probability_of_each = self._of_members(plan.members)
         shape = reads, of_each.shape[1]

@@ -84,7 +84,6 @@ class PairRows(DataSettings):
 
     @property
     def token_settings(self) -> RowSettings:
-        """The settings that the tokens of a pair depend on."""
         return self.row_settings(
             kinds=(*kinds_of_ranking(self.responses), *(["gold"] if self.third == "gold" else [])),
             max_length=self.max_length, too_long=self.too_long, extras=self.numbers,
@@ -235,7 +234,6 @@ class PairBatches(source.BatchLayout[Pairs]):
         return pair_layout.with_sources(shapes, self.split.train_names)
 
     def fill(self, plan: RowPlan) -> Pairs:
-        """Return the rows of a step as a training batch."""
         pairs, rows, micro = self.split.rows, self.rows, self.settings.micro
         pair_layout.check_fit(plan, self.lengths, pairs.targets, rows.shape)
         means = pair_layout.batch_means(pairs, plan.members, self.settings.weighting)
@@ -244,7 +242,6 @@ class PairBatches(source.BatchLayout[Pairs]):
         return jax.tree.map(lambda x: x.reshape(micro, rows.rows, *x.shape[1:]), flat)
 
     def evaluation(self, plan: RowPlan) -> tuple[Pairs, ...]:
-        """Return rows as held-out batches [1, rows, ...]."""
         split, rows = self.split, self.rows
         means = pair_layout.batch_means(split.rows, plan.members, self.settings.weighting)
         parts = [plan.slice(start, start + rows.rows) for start in range(0, plan.rows, rows.rows)]
@@ -361,9 +358,7 @@ def _require_both_responses(pairs: TokenisedRows) -> None:
 
 
 def _row_count(rows: PairRows, shards: int) -> int:
-    """Return how many rows the microbatches of a step have together. Raises ValueError if a batch has fewer
-    pairs than that.
-    """
+    """Return the number of rows of all microbatches of a step. Raises ValueError for too few pairs."""
     count = rows.micro * shards
     if rows.batch < count:
         raise ValueError(

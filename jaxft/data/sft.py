@@ -87,7 +87,6 @@ class Rows(DataSettings):
 
     @property
     def token_settings(self) -> RowSettings:
-        """The settings that the tokens of a row depend on."""
         return self.row_settings(
             kinds=(RESPONSE,), max_length=self.max_length, too_long=self.too_long, loss_on=self.loss_on,
             sample_by=self.sample_by,
@@ -151,15 +150,12 @@ class PackedBatches(source.BatchLayout[Tokens]):
 
     @property
     def rows_per_step(self) -> int:
-        """Number of rows of a plan that an optimizer step reads."""
         return self.settings.batch
 
     def shapes(self) -> Tokens:
-        """Return the shapes of a training batch."""
         return _shapes(self.settings, self.shape)
 
     def fill(self, plan: RowPlan) -> Tokens:
-        """Return the rows of a step as a training batch."""
         settings, (row_count, *size) = self.settings, self.shape
         shape = (settings.batch, *size)
         weights = weights_of_members(self.split.rows, plan, settings.weighting)
@@ -496,17 +492,14 @@ class SolutionRows(Rows):
 
     @property
     def token_settings(self) -> RowSettings:
-        """The settings that the tokens of a row depend on."""
         separator = self.separator.replace("\\n", "\n")
         return replace(super().token_settings, separator=separator, last_step=self.last_step_only)
 
     @property
     def batches(self) -> type[PackedBatches]:
-        """The BatchLayout class of these rows."""
         return StepBatches
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:
-        """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open."""
         opened = super().open(tokenizer, shards, cache)
         stats = replace(opened.info.stats, learned=_right_line(opened.split.rows, opened.split.train))
         return replace(opened, info=replace(opened.info, learned_ends={}, stats=stats))

@@ -99,9 +99,7 @@ class Checkpoints:
         return tuple(ranked[member][0]) if member < len(ranked) and ranked[member] else None
 
     def _best_first(self) -> list[list[tuple[int, float]]]:
-        """Return for each member the (step, score) of its checkpoints with a score, the best first. Of two
-        equal scores the newer checkpoint comes first.
-        """
+        """Return each member's (step, score) from the best on; of equal scores the newer comes first."""
         ranked: list[list[tuple[int, float]]] = []
         for step in self.steps():
             with contextlib.suppress(Corrupt, ValueError, OSError):
@@ -484,9 +482,7 @@ def _read_group(folder: Path, shardings: dict[str, jax.sharding.Sharding]) -> di
 
 
 def _check_arrived(name: str, array: jax.Array, entry: dict[str, Any]) -> None:
-    """Compare the shards on this process's devices with their hashes, where the manifest has a shard with the
-    same index. Raises Corrupt.
-    """
+    """Raise Corrupt if a shard on this process's devices does not match its hash in the manifest."""
     manifest.check_leaf(name, array.shape, np.dtype(array.dtype), entry)
     shards = {
         manifest.format_index(shard.index, array.shape): shard.data for shard in array.addressable_shards

@@ -244,9 +244,7 @@ class Mirror:
         write_durably(path, content)
 
     def _fetch_checkpoint(self, step: int) -> bool:
-        """Write a checkpoint of the store into the folder, unless it is damaged, which is reported; return
-        whether it was written.
-        """
+        """Write a checkpoint of the store into the folder; if it is damaged, report that and return False."""
         part = self.folder / CHECKPOINTS / f"{step}.tmp"
         shutil.rmtree(part, ignore_errors=True)
         make_folder(part.parent)
@@ -368,9 +366,7 @@ class Mirror:
         self.is_stopped = True
 
     def _is_behind(self, stored: list[str], step: int) -> bool:
-        """Return whether the store has a checkpoint later than `step`, and report it. stored: names of the
-        store's objects.
-        """
+        """Report and return whether the store has a later checkpoint than `step`. stored: its names."""
         latest = max(_complete_steps(stored), default=step)
         if latest > step:
             self.report(f"{self.store.url} has step {latest}: nothing is copied before the run has passed it")

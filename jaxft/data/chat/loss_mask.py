@@ -205,9 +205,7 @@ def tokenise_weighted(
 def _in_chunks(
     function: Callable[[Any], Value], examples: Iterable[Any]
 ) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
-    """Yield (examples, results) in lists of up to EXAMPLES_AT_ONCE. A result is function(example), or the
-    InvalidRow that it raises.
-    """
+    """Yield (examples, results) in lists of up to EXAMPLES_AT_ONCE; a result may be an InvalidRow."""
     examples = list(examples)
     for at in range(0, len(examples), EXAMPLES_AT_ONCE):
         chunk = examples[at : at + EXAMPLES_AT_ONCE]
@@ -254,9 +252,7 @@ def content_warnings(chats: Sequence[Chat], template: Template) -> tuple[str, ..
 
 
 def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -> list[int]:
-    """Return the indices of at most 100 messages, assistant turns excluded, whose content the template may
-    drop. Each content is replaced by a unique word; a message is returned if the rendering lacks its word.
-    """
+    """Return the indices of at most 100 messages but assistant turns whose content may be dropped."""
     asked = [i for i, m in enumerate(prompt) if m["role"] != "assistant" and (m["content"] or "").strip()]
     words = {i: {**prompt[i], "content": f"Qx7w{i}Zk"} for i in asked}
     try:
@@ -302,9 +298,7 @@ def prompt_warnings(chats: Sequence[Chat], template: Template) -> tuple[str, ...
 
 
 def _prompt_that_is_not_trained(template: Template, chat: Chat) -> str:
-    """Return the end of the rendered prompt, from where it first differs from the rendered conversation. ""
-    if the conversation begins with the prompt, or the template rejects the row.
-    """
+    """Return the end of the rendered prompt that the rendered row lacks; "" if the row begins with it."""
     try:
         prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
         text = render_messages(template, chat.messages, chat.tools)

@@ -127,9 +127,7 @@ def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _S
 def _restart(
     chat: Chat, ways: Sequence[TurnWording], tokenizer: Any, settings: TemplateSettings
 ) -> NextPrompt:
-    """Return the whole conversation as the prompt of a new row, with the first wording that the template
-    accepts. Raises the InvalidRow of the last wording if it rejects all.
-    """
+    """Return the whole conversation as the prompt of a new row, in the first wording that is accepted."""
     for way in ways:
         messages = (*chat.messages, way.turn, *way.answers)
         (ids,) = example_prompt_ids(

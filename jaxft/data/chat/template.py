@@ -152,9 +152,7 @@ def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings
 
 
 def _sources(tokenizer: Any) -> list[str]:
-    """Return the Jinja text of the tokenizer's template, and of its template for tools if that is another
-    one; [] without a template.
-    """
+    """Return the texts of the template and of another one for tools, [] without a template."""
     if not tokenizer.chat_template:
         return []
     sources = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=list(PROBE_TOOLS)))
@@ -298,9 +296,7 @@ def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> 
 
 
 def _needs_content(bare: Template, system: list[Message], tools: list | None) -> bool:
-    """Whether a turn of tool calls needs "" as its content, because null is rejected or rendered as the word
-    None.
-    """
+    """Whether a turn of tool calls needs "" as content: null is rejected or rendered as the word None."""
     texts, asked = list[str | None](), [*system, {"role": "user", "content": PROBES[0]}]
     for content in (None, ""):
         turn = {"role": "assistant", "content": content, "tool_calls": [_probe_call(0)]}
@@ -522,9 +518,7 @@ def _with_ids(message: Message) -> Message:
 
 
 def _remedy_for_turns(messages: Sequence[Message], reason: str) -> str | None:
-    """Return the remedy for user and assistant turns that do not alternate; None if they alternate, or
-    `reason`, the template's error, does not mention it.
-    """
+    """Return the remedy for turns that do not alternate, if `reason`, the template's error, is about it."""
     if "alternat" not in reason.lower():
         return None
     turns = [

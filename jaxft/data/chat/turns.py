@@ -155,9 +155,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _function(call: Any) -> dict[str, Any]:
-    """Return the dictionary with a tool call's name and arguments: its item "function" or, without one, the
-    call itself. Raises HiddenPart if that is no dictionary.
-    """
+    """Return the dictionary with a call's name and arguments. Raises HiddenPart if there is none."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict):
         raise HiddenPart(
@@ -332,9 +330,7 @@ def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
 
 
 def _turn_of_text(template: Template, chat: Chat, text: str, index: int, start: int) -> Span | None:
-    """Return the range of a text-only turn whose content and end-of-turn token follow `start`; None for other
-    turns.
-    """
+    """Return the range of a turn of text alone whose content and end follow `start`, None for others."""
     message = chat.messages[index]
     alone = all(part.name in (THINKING, "the content") for part in parts_of(message))
     if not (alone and message["content"]) or template.closing is None:

@@ -294,9 +294,7 @@ def _runs(pairs: TokenisedRows, plan: pack.RowPlan, row: np.ndarray, branches: b
 
 
 def _sum_before(counts: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Return, for each count, the sum of the counts before it in the same row. row: the row of each count,
-    ascending.
-    """
+    """Return the sum of the counts before each one in the same row. row: of each count, ascending."""
     total = np.concatenate([[0], np.cumsum(counts)])
     return total[:-1] - total[np.searchsorted(row, row)]
 

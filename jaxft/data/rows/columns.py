@@ -159,9 +159,7 @@ def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
 
 
 def _is_proposed(column: str, name: str) -> bool:
-    """Whether an error may propose a row's name for a column. Columns of PROPOSED_BY_NAME need a synonym, or
-    nearly the same name.
-    """
+    """Whether an error may propose a name; in PROPOSED_BY_NAME only a synonym or nearly the same name."""
     is_near = difflib.SequenceMatcher(None, column, name.strip().lower()).ratio() >= NEARER
     is_synonym = name.strip().lower() in COLUMN_SYNONYMS.get(column, ())
     return column not in PROPOSED_BY_NAME or is_near or is_synonym
@@ -350,9 +348,7 @@ def _content(row: Row, where: str, content: Any) -> str | None:
 
 
 def _calls_of_text(row: Row, where: str, text: str | None) -> list[dict[str, Any]]:
-    """Return the tool calls of a "function_call" turn, whose text is JSON: an object {"name", "arguments"} or
-    a list of such objects.
-    """
+    """Return the tool calls of a "function_call" turn, whose text is the JSON of a call or of a list."""
     calls = _parsed(text or "")
     calls = [calls] if isinstance(calls, dict) else calls
     if not (isinstance(calls, list) and calls and all(isinstance(c, dict) and "name" in c for c in calls)):

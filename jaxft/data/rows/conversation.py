@@ -382,9 +382,7 @@ def _turns(row: Row, column: str) -> Turns:
 
 
 def _after(row: Row, column: str, prompt: Turns) -> Turns:
-    """Return the turns after the prompt. The column has only these or the full conversation. Raises
-    InvalidRow if it has neither.
-    """
+    """Return a column's turns after the prompt, which it may begin with. Raises InvalidRow for others."""
     turns = _turns(row, column)
     if turns[0]["role"] != "system" and prompt and prompt[0]["role"] == "system":
         prompt = prompt[1:]  # the column `system` is not repeated in the responses
@@ -443,9 +441,7 @@ def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
 
 
 def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
-    """Split dialogues that differ only in their last turn into prompt and responses. whole: the turns of
-    each dialogue, by the kind of its response.
-    """
+    """Split dialogues that differ in their last turn alone. whole: the turns of each, by kind."""
     require_difference(row, whole)
     prompt, *others = [turns[:-1] for turns in whole.values()]
     if any(other != prompt for other in others):

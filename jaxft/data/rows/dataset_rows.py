@@ -252,9 +252,7 @@ def _files(path: Path) -> tuple[Path, list[Path], list[str]]:
 
 
 def _split_notes(folder: Path, files: list[Path]) -> list[str]:
-    """Return a line if a folder has files named like a training split and files named like an evaluation
-    split: all of them are read for training.
-    """
+    """Return a line if files named like training and evaluation splits are all read for training."""
     words = {file.name: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
     train = [name for name, parts in words.items() if "train" in parts]
     others = [name for name, parts in words.items() if parts & {*_EVALUATION_SPLITS}]

@@ -193,9 +193,7 @@ def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
 
 
 def _ratings(row: Row, column: str, items: Sequence[Any]) -> list[float] | None:
-    """Return the rating of each response, from a parallel column or the response's own key; None without
-    ratings.
-    """
+    """Return each response's rating, from a parallel column or its own key; None without ratings."""
     parallel = next((name for name in RATINGS if _is_list(row.fields.get(name))), None)
     if parallel is not None:
         values = list_of(row, parallel)

@@ -210,9 +210,7 @@ def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
 
 
 def _check_response(file: RemoteFile, headers: Any, start: int, stop: int) -> None:
-    """Raise ValueError if a response does not begin at `start`, goes beyond `stop`, or is of another version
-    of the file.
-    """
+    """Raise ValueError for other bytes than from `start` to before `stop`, or of another version."""
     span = _RANGE.fullmatch(headers.get("Content-Range", ""))
     if span is None:
         raise ValueError(f"{file}: the server sends no size; download the file")

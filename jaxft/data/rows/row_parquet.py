@@ -156,9 +156,7 @@ def _columns(file: Any, group: int, used: Collection[str] | None) -> list[_Colum
 
 
 def _is_long(source: Any, metadata: Any, group: int, column: _Column) -> bool:
-    """Whether a column's dictionary has values so long that its rows may take far more memory than the file
-    says.
-    """
+    """Whether a dictionary has such long values that rows may take far more memory than the file says."""
     plain = 4 * (column.unpacked + LINE_BYTES // 2)
     if not column.has_dictionary or column.values * column.unpacked <= plain:
         return False

@@ -233,9 +233,7 @@ def _split(overrides: list[str]) -> dict[str, str]:
 
 
 def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str) -> Any:
-    """Call `config` with the given knobs. Raises ValueError for a value that a knob's annotation does not
-    allow, and for an error in `config`.
-    """
+    """Call `config`. Raises ValueError for a value that is not allowed, and for an error in `config`."""
     kinds = {name: knob.kind for name, knob in knobs.items() if knob.kind is not UNANNOTATED}
     check_values(kinds, {name: value for name, value in given.items() if name in kinds})
     arguments: dict[str, Any] = {name: value for name, value in given.items() if knobs[name].group is None}
