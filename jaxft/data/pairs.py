@@ -276,10 +276,10 @@ class PairSource(source.RowSource[Pairs]):
 
     layout: PairBatches
 
-    @cached_property
+    @property
     def keys(self) -> tuple[str, ...]:
         """A hash of each pair's tokens, of training and held-out pairs."""
-        return self.split.rows.keys()
+        return self.split.rows.keys
 
     def cover(self, indices: Sequence[int]) -> tuple[Pairs, ...]:
         """Return evaluation batches of some pairs, with the shape of the held-out batches. Their weights sum
@@ -295,10 +295,6 @@ class PairSource(source.RowSource[Pairs]):
             )
         plan = pair_layout.fit_rows(members, self.layout.lengths, pairs.targets, self.layout.rows.shape)
         return self.layout.evaluation(plan)
-
-    def abstract(self, reference: bool = False) -> Pairs:
-        """Return the shapes of training batches. reference: whether they have the reference's log-probs."""
-        return self.layout.shapes(reference)
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
         """Return this source with the reference model's log-probs in its batches.

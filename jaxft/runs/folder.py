@@ -463,14 +463,13 @@ def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
             f"{folder}: not a run's folder, it has no config.json; runs are in runs/<name>"
         )
     record = read_record(folder)
-    for name in ("adapter/adapter_config.json", "model/config.json"):
-        if (folder / name).is_file():
-            check_results((folder / name).parent)
-            return (
-                (str(folder / "model"), None, record)
-                if name.startswith("model")
-                else (_base_weights(folder, record), folder / "adapter", record)
-            )
+    adapter, model = folder / "adapter", folder / "model"
+    if (adapter / "adapter_config.json").is_file():
+        check_results(adapter)
+        return _base_weights(folder, record), adapter, record
+    if (model / "config.json").is_file():
+        check_results(model)
+        return str(model), None, record
     then = "finish the run with the command that started it"
     if (folder / SUMMARY).is_file():
         then = "the command that started the run writes them again from its last checkpoint"

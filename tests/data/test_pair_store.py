@@ -74,7 +74,7 @@ def test_the_border_is_where_sft_begins_to_learn(folder, kind):
             {"role": "user", "content": fields["prompt"]},
             {"role": "assistant", "content": fields["chosen"]},
         )
-        ((ids, learned),) = loss_mask.tokenise_examples([Chat("r:1", turns, 1)], tiny(kind))
+        ((ids, learned, _),) = loss_mask.tokenise_examples([Chat("r:1", turns, 1)], tiny(kind))
         prompt, answer = trl(fields, tiny(kind), ("chosen",))
         assert learned.argmax() == len(prompt) and ids[: len(prompt)].tolist() == prompt
         assert tiny(kind).decode(ids[learned].tolist()).startswith(tiny(kind).decode(answer).rstrip())

@@ -38,7 +38,6 @@ from jaxft.data.rows.example import Chat, Completion, Example, Message, Text, ta
 from jaxft.data.rows.invalid import InvalidRow, Value, attempt
 
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
-MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
 LOSS_ON = ("completion", "assistant", "all")
 EXAMPLES_AT_ONCE = 1024  # that are rendered and tokenised together
 ANCHORS = ("\n", ":", "a")  # texts after which a completion may be tokenised alone
@@ -151,23 +150,12 @@ def tokenise_examples(
     tokenizer: Any,
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-) -> Iterator[MaskedTokens | InvalidRow]:
-    """Yield (token ids, loss mask), untruncated, for each example in order, or an InvalidRow with its error.
-
-    The mask is True where a token is a target. loss_on: as in data.loss_on. Raises ValueError for a slow
-    tokenizer, for plain text if it has no EOS, and for conversations if it has no chat template.
-    """
-    for outcome in tokenise_weighted(examples, tokenizer, loss_on, settings):
-        yield outcome if isinstance(outcome, InvalidRow) else (outcome.ids, outcome.learned)
-
-
-def tokenise_weighted(
-    examples: Iterable[Example],
-    tokenizer: Any,
-    loss_on: str = "completion",
-    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[WeightedTokens | InvalidRow]:
-    """Do what `tokenise_examples` does, but yield WeightedTokens, with a loss factor for each token."""
+    """Yield the tokens of each example in order, untruncated, or an InvalidRow with its error.
+
+    loss_on: as in data.loss_on. Raises ValueError for a slow tokenizer, for plain text if it has no EOS, and
+    for conversations if it has no chat template.
+    """
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} is slow (written in Python): it has no character "

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.chat.loss_mask import MaskedTokens, WeightedTokens
+from jaxft.data.chat.loss_mask import WeightedTokens
 from jaxft.data.packing.cache import ColumnType, ColumnTypes
 from jaxft.data.packing.pack import split_lengths
 from jaxft.data.packing.reader import CutRows, ParsedRows, Reader, RowTask, TokenisedRow
@@ -56,7 +56,7 @@ def _tokenise_sft(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield the examples of each row: one, or the pieces of a document that is split."""
     settings, tokenizer = reader.settings, reader.tokenizer
     examples = [row.examples[RESPONSE] for row in rows]
-    tokenised = loss_mask.tokenise_weighted(examples, tokenizer, settings.loss_on, settings.template)
+    tokenised = loss_mask.tokenise_examples(examples, tokenizer, settings.loss_on, settings.template)
     responses = _response_masks(examples, settings, tokenizer)
     for example, outcome, response in zip(examples, tokenised, responses, strict=True):
         yield attempt(_examples_of, example, outcome, response, settings)
@@ -150,6 +150,9 @@ def too_long(row: str, count: str, limit: int, why: str = "", truncates: bool = 
 # ---- pairs
 
 
+MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
+
+
 def _pair_columns(settings: RowSettings) -> ColumnTypes:
     """Return the types of extra columns: whether a token spans the end of the prompt, and data.extras."""
     numbers = {NUMBERS: ColumnType(np.float64, width=len(settings.extras))} if settings.extras else {}
@@ -174,14 +177,14 @@ PAIR_TASK = RowTask(formats.PAIRS, 13, "max_length", _tokenise_pairs, _pair_colu
 def _pair_of(
     row: ParsedRow,
     prompt: list[int] | InvalidRow,
-    outcomes: dict[str, MaskedTokens | InvalidRow],
+    outcomes: dict[str, WeightedTokens | InvalidRow],
     reader: Reader,
 ) -> list[TokenisedRow]:
     """Return the pair as an example, [] if it is left out as too long, or if its responses are equal when
     truncated. outcomes: the tokens of each response with the prompt.
     """
     name, settings, alone = row.name, reader.settings, valid(prompt)
-    responses = {kind: valid(outcome) for kind, outcome in outcomes.items()}
+    responses = {kind: valid(outcome)[:2] for kind, outcome in outcomes.items()}
     border, moved = _border(name, alone, responses, reader.tokenizer)
     responses = {
         kind: _mask_from_border(f"{name}: {kind}", border, response) for kind, response in responses.items()

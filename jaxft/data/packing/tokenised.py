@@ -196,9 +196,10 @@ class TokenisedRows:
         parts = np.split(content, np.flatnonzero(self.begins_row)[1:])
         return np.array([xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts], np.uint64)
 
+    @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Return a hash of each example's prompt and responses. With the same model, examples of one hash
-        have the same log-probs.
+        """A hash of each example's prompt and responses. With the same model, examples of one hash have the
+        same log-probs.
         """
         keys = []
         for starts, counts in zip(self.starts, self.counts, strict=True):
