@@ -486,11 +486,10 @@ def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, "
     the first string among ANSWER_COLUMNS.
     """
     some = np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS)) if ROW_FIELDS in rows.extras else ()
-    each = (
-        [fields.get(name) for name in ANSWER_COLUMNS] for fields in (row_fields(rows, int(i)) for i in some)
-    )
-    answers = [next((value for value in values if isinstance(value, str)), None) for values in each]
-    texts = [text for text in answers if text]
+    texts = []
+    for fields in (row_fields(rows, int(i)) for i in some):
+        answers = (fields.get(name) for name in ANSWER_COLUMNS)
+        texts += filter(None, [next((x for x in answers if isinstance(x, str)), None)])
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     return np.array(counts, np.int64)
 

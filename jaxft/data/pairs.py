@@ -145,10 +145,8 @@ class PairRows(DataSettings):
         if not self.unpaired:
             _require_both_responses(split.rows)
         if self.third == "mismatched":
-            sides = split.train, split.held
-            mismatched = pair_layout.mismatch_responses(
-                split.rows, sides, self.seed_of_split, self.max_length
-            )
+            sides, seed = (split.train, split.held), self.seed_of_split
+            mismatched = pair_layout.mismatch_responses(split.rows, sides, seed, self.max_length)
             split = replace(split, rows=mismatched)
         pairs, train = split.rows, split.train
         branched, plain = (pair_layout.tokens_per_pair(pairs, branches) for branches in (True, False))
@@ -228,9 +226,8 @@ class PairBatches(source.BatchLayout[Pairs]):
     def shapes(self, reference: bool = False) -> Pairs:
         """Return the shapes of a training batch. reference: whether it has the reference's log-probs."""
         reference |= self.rows.reference is not None
-        shapes = pair_layout.pair_batch_shapes(
-            self.rows, self.split.rows.kinds, self.settings.micro, reference
-        )
+        kinds, micro = self.split.rows.kinds, self.settings.micro
+        shapes = pair_layout.pair_batch_shapes(self.rows, kinds, micro, reference)
         return pair_layout.with_sources(shapes, self.split.train_names)
 
     def fill(self, plan: RowPlan) -> Pairs:

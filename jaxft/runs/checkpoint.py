@@ -336,9 +336,8 @@ class Checkpoints:
                 read = partial(read_checkpoint, folder, abstract_state, restored)
                 reasons = [reason for reason in sync.run_on_all(sync.gather_texts, read) if reason]
             except OSError as error:
-                text = (
-                    f"cannot read the checkpoint: {error.strerror}; check disk and permissions, start again"
-                )
+                text = f"cannot read the checkpoint: {error.strerror}"
+                text += "; check disk and permissions, start again"
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return restored["state"], restored["meta"], candidate
@@ -484,9 +483,8 @@ def _read_group(folder: Path, shardings: dict[str, jax.sharding.Sharding]) -> di
 def _check_arrived(name: str, array: jax.Array, entry: dict[str, Any]) -> None:
     """Raise Corrupt if a shard on this process's devices does not match its hash in the manifest."""
     manifest.check_leaf(name, array.shape, np.dtype(array.dtype), entry)
-    shards = {
-        manifest.format_index(shard.index, array.shape): shard.data for shard in array.addressable_shards
-    }
+    each = array.addressable_shards
+    shards = {manifest.format_index(shard.index, array.shape): shard.data for shard in each}
     for index, data in shards.items():
         if index in entry["shards"]:
             manifest.check_hash(name, entry, index, manifest.hash_array(np.asarray(data)))

@@ -389,9 +389,7 @@ def completions_section(folder: Path) -> str:
     if not entries:
         return ""
     steps = dict.fromkeys((entries[0]["step"], entries[-1]["step"]))
-    shown = [
-        entry for step in steps for entry in [e for e in entries if e["step"] == step][:COMPLETIONS_PER_STEP]
-    ]
+    shown = [e for step in steps for e in [x for x in entries if x["step"] == step][:COMPLETIONS_PER_STEP]]
     by_function = list(shown[0]["rewards"])
     rows = []
     for entry in shown:

@@ -365,9 +365,8 @@ class MLflow:
             try:
                 self._client.set_terminated(self._run_id, MLFLOW_STATUS[end])
             except self._error as error:
-                print(
-                    f"trackers=mlflow: the run is not marked as {end}: {_short_error(error)}", file=sys.stderr
-                )
+                text = f"the run is not marked as {end}: {_short_error(error)}"
+                print(f"trackers=mlflow: {text}", file=sys.stderr)
 
     def _upload(self, adapter: Path) -> None:
         self._client.log_artifacts(self._run_id, str(adapter), ADAPTER)

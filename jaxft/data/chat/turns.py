@@ -142,9 +142,8 @@ def with_markers(message: Message, first: int = 0) -> tuple[Message, dict[str, s
         thought = _THOUGHT.fullmatch(message["content"])
         other["content"] = mark(thought["content"] if thought else message["content"], "the content")
         if thought and thought["thought"].strip():
-            other["content"] = (
-                f"<think>\n{mark(thought['thought'], THINKING)}\n</think>\n\n{other['content']}"
-            )
+            thinking = mark(thought["thought"], THINKING)
+            other["content"] = f"<think>\n{thinking}\n</think>\n\n{other['content']}"
     if message.get("tool_calls"):
         other["tool_calls"] = [mark_call(call, i) for i, call in enumerate(message["tool_calls"], 1)]
     return {**message, **other}, words

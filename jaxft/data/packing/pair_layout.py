@@ -237,9 +237,8 @@ def fill_pairs(pairs: TokenisedRows, plan: pack.RowPlan, layout: PairLayout, mea
         return np.repeat(np.broadcast_to(x, runs.count.shape).ravel(), counts)
 
     at = (per_token(row[:, None]), pack.ranges(runs.column.ravel(), counts))
-    ids, segments, positions, branches = (
-        np.zeros((layout.rows, layout.shape.length), np.int32) for _ in range(4)
-    )
+    shape = (layout.rows, layout.shape.length)
+    ids, segments, positions, branches = (np.zeros(shape, np.int32) for _ in range(4))
     ids[at] = pairs.ids[where]
     segments[at] = per_token(runs.segment)
     positions[at] = pack.ranges(runs.position.ravel(), counts)

@@ -415,10 +415,8 @@ class _Columns:
         after = np.cumsum(counts).reshape(counts.shape)
         part |= _hashes(ids, learned, after, further)
         if "reads" in self.types:
-            part["reads"] = np.diff(
-                np.append(np.int32(0), np.cumsum(learned, dtype=np.int32))[np.append(0, after)]
-            )
-            part["reads"] = part["reads"].reshape(counts.shape)[:, 1:]
+            sums = np.append(np.int32(0), np.cumsum(learned, dtype=np.int32))[np.append(0, after)]
+            part["reads"] = np.diff(sums).reshape(counts.shape)[:, 1:]
             part["ends"] = np.full(part["reads"].shape, -1, np.int32)  # of a missing continuation
             present = counts[:, 1:] > 0
             part["ends"][present] = _last_targets(ids, learned, after[:, 1:][present], self.tokenizer)

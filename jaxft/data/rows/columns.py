@@ -106,9 +106,8 @@ def further_columns(fields: Mapping[str, Any], optional: Iterable[str]) -> dict[
     """Return the row's synonyms of the columns system and input that it lacks, such as {"input": "context"}.
     optional: the optional columns of its format; a column that is not among them is not looked for.
     """
-    others = {
-        ours: other_name(fields, ours) for ours in FURTHER if ours in optional and fields.get(ours) is None
-    }
+    missing = [ours for ours in FURTHER if ours in optional and fields.get(ours) is None]
+    others = {ours: other_name(fields, ours) for ours in missing}
     return {ours: theirs for ours, theirs in others.items() if theirs is not None}
 
 

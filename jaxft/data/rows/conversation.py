@@ -408,9 +408,8 @@ def _split_conversations(row: Row, columns: Columns) -> SplitRow:
     pair = {kind: column for kind, column in columns.items() if kind != "gold"}
     values = [json_of(row, column) for column in pair.values()]
     if all(isinstance(value, str) for value in values):
-        split = _split_dialogues(
-            row, {kind: dialogue_of(row, c, text_of(row, c)) for kind, c in pair.items()}
-        )
+        dialogues = {kind: dialogue_of(row, c, text_of(row, c)) for kind, c in pair.items()}
+        split = _split_dialogues(row, dialogues)
     elif any(isinstance(value, str) for value in values):
         problem = "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages"
         raise row.invalid("responses of different types", problem)

@@ -244,11 +244,11 @@ def _files(path: Path) -> tuple[Path, list[Path], list[str]]:
         return path, texts, _split_notes(path, texts)
     about = ("readme", "license", "licence", "notice", "citation", "changelog")
     unread = [text for text in texts if not text.stem.lower().startswith(about)]
-    note = (
-        f"{path.name}: its {len(unread)} text files, such as {unread[0].name}, are not read" if unread else ""
-    )
-    notes = [f"{note}: it has files of rows, such as {files[0].name}"] if note else []
-    return path, [_regular(file) for file in files], [*notes, *_split_notes(path, files)]
+    notes = _split_notes(path, files)
+    if unread:
+        note = f"its {len(unread)} text files, such as {unread[0].name}, are not read"
+        notes.insert(0, f"{path.name}: {note}: it has files of rows, such as {files[0].name}")
+    return path, [_regular(file) for file in files], notes
 
 
 def _split_notes(folder: Path, files: list[Path]) -> list[str]:

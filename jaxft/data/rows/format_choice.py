@@ -513,10 +513,8 @@ def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
     format lacks all its columns, return the columns of an example format.
     """
     near: list[tuple[int, int, list[str]]] = []
-    named = [
-        candidate for candidate in formats.values() if candidate.listed and candidate.rewrite is own_columns
-    ]
-    for groups in (candidate.required for candidate in named):
+    named = (x for x in formats.values() if x.listed and x.rewrite is own_columns)
+    for groups in (x.required for x in named):
         missing = [group for group in groups if not {*group} & {*names}]
         meant = meant_columns(names, [column for group in missing for column in group])
         columns = [next((c for c in group if c in meant), group[0]) for group in missing]

@@ -171,9 +171,8 @@ def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
             f"the row has {len(steps)} steps in 'completions' and {len(labels)} entries in 'labels'; use one "
             "label for each step",
         )
-    texts = [
-        text_of(Row(row.name, {f"completions[{i}]": x}), f"completions[{i}]") for i, x in enumerate(steps)
-    ]
+    named = {f"completions[{i}]": x for i, x in enumerate(steps)}
+    texts = [text_of(Row(row.name, named), name) for name in named]
     right = tuple(_label(row, f"labels[{i}]", label) for i, label in enumerate(labels))
     return {RESPONSE: Solution(row.name, text_of(row, "prompt"), tuple(texts), right)}
 

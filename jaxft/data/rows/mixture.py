@@ -75,11 +75,8 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
     twice = next((ref for ref, file in zip(refs, files, strict=True) if files.count(file) > 1), None)
     if twice:
         raise ValueError(f"{setting}={text}: {twice} is named twice; name it once, with a larger weight")
-    names = [_name(ref) for ref in refs]
-    names = [
-        name if names.count(name) == 1 else without_secrets(ref)
-        for name, ref in zip(names, refs, strict=True)
-    ]
+    short = list(map(_name, refs))
+    names = [without_secrets(ref) if short.count(x) > 1 else x for x, ref in zip(short, refs, strict=True)]
     shares = _shares(text, setting, refs, [weight for _, weight in weighted_refs])
     return tuple(map(SourceRef, refs, shares, names, (options for _, options in with_options)))
 

@@ -257,9 +257,8 @@ def from_better(
     votes = [row.fields.get(f"score_{response[-1]}") for response in responses]
     scores = {}
     if None not in votes:
-        numbers = [
-            _rating(row, f"score_{name[-1]}", x, False) for name, x in zip(responses, votes, strict=True)
-        ]
+        each = zip(responses, votes, strict=True)
+        numbers = [_rating(row, f"score_{name[-1]}", x, False) for name, x in each]
         chosen, rejected = numbers if first else numbers[::-1]
         if chosen < rejected:
             raise row.invalid(

@@ -164,10 +164,8 @@ class CsvText(NamedTuple):
         usual = "\t" if path.suffix == ".tsv" else ","
         if self.delimiter == usual:
             return encoding_note(path, self.encoding)
-        line = (
-            f"the columns of {path.name} are separated by {_DELIMITERS.get(self.delimiter, self.delimiter)}"
-        )
-        return [*encoding_note(path, self.encoding), line]
+        by = _DELIMITERS.get(self.delimiter, self.delimiter)
+        return [*encoding_note(path, self.encoding), f"the columns of {path.name} are separated by {by}"]
 
 
 def sniff_csv(path: Path) -> CsvText:

@@ -196,11 +196,8 @@ def _knobs(fn: Callable) -> dict[str, Knob]:
     for name, p in inspect.signature(fn).parameters.items():
         default, members = p.default, {name: Knob(hints.get(name, UNANNOTATED), p.default)}
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
-            kinds = type_hints(type(default))
-            members = {
-                f.name: Knob(kinds[f.name], getattr(default, f.name), name)
-                for f in dataclasses.fields(default)
-            }
+            kinds, names = type_hints(type(default)), [f.name for f in dataclasses.fields(default)]
+            members = {x: Knob(kinds[x], getattr(default, x), name) for x in names}
         twice = sorted(members.keys() & knobs.keys())
         if twice:
             raise ValueError(f"{fn.__module__}:{fn.__qualname__} has two knobs called {twice[0]}; rename one")
@@ -419,9 +416,8 @@ def _comments(definition: Any) -> dict[str, str]:
             starts = {n.lineno: ast.unparse(n.target) for n in fields}
             end = max((n.end_lineno or n.lineno for n in fields), default=0) + 1
         else:
-            starts = {
-                a.lineno: a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-            }
+            parameters = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            starts = {a.lineno: a.arg for a in parameters}
             end = node.body[0].lineno
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             line = token.start[0]

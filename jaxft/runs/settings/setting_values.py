@@ -468,9 +468,8 @@ def parse_value(text: str, kind: Any) -> Any:
 def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
     # A str takes any text, so it comes last; a tuple comes before it only where there is a comma.
     tuples = "," in text or str not in members
-    typed = [
-        k for k in members if k not in (str, type(None)) and (tuples or typing.get_origin(k) is not tuple)
-    ]
+    typed = [k for k in members if k not in (str, type(None))]
+    typed = [k for k in typed if tuples or typing.get_origin(k) is not tuple]
     for member in [*typed, *(k for k in members if k is str)]:
         try:
             return parse_value(text, member)
