@@ -280,18 +280,11 @@ class PairSource(source.RowSource[Pairs]):
 
     def cover(self, indices: Sequence[int]) -> tuple[Pairs, ...]:
         """Return evaluation batches of some pairs, with the shape of the held-out batches. Their weights sum
-        to 1.
-
-        indices: the positions of these pairs in split.rows. Raises ValueError for an index outside of it.
+        to 1. indices: the positions of these pairs in split.rows.
         """
-        members, pairs, count = np.asarray(indices, np.int64), self.split.rows, len(self.split.rows)
-        if len(members) and (members.min() < 0 or members.max() >= count):
-            raise ValueError(
-                f"the pair indices go from {members.min()} to {members.max()}, but the source has indices "
-                f"0 to {count - 1}; pass indices in that range"
-            )
-        plan = pair_layout.fit_rows(members, self.layout.lengths, pairs.targets, self.layout.rows.shape)
-        return self.layout.evaluation(plan)
+        members, layout = np.asarray(indices, np.int64), self.layout
+        plan = pair_layout.fit_rows(members, layout.lengths, self.split.rows.targets, layout.rows.shape)
+        return layout.evaluation(plan)
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
         """Return this source with the reference model's log-probs in its batches.
@@ -321,14 +314,8 @@ def _reference(
     pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " _"]]
 ) -> Float[np.ndarray, " tokens"]:
     """Return the reference's log-prob of each target token, and 0 for other tokens. logps: by pair. Raises
-    ValueError if log-probs are missing or not finite.
+    ValueError for log-probs of another number, or that are not finite.
     """
-    missing = [pairs.names[i] for i in range(len(pairs)) if i not in logps]
-    if missing:
-        raise ValueError(
-            f"reference log-probs: {len(missing)} of {len(pairs)} pairs lack them, first {missing[0]}; "
-            "compute them for all pairs, on the batches that `cover` returns"
-        )
     for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
         if len(logps[i]) != expected or not np.isfinite(logps[i]).all():
             raise ValueError(

@@ -24,7 +24,7 @@ from jaxft.runs.metrics_log import (
     read_entries,
     truncate,
 )
-from jaxft.runs.trackers import RunEnd, Tracker, open_tensorboard, open_trackers
+from jaxft.runs.trackers import RunEnd, TensorBoard, Tracker, check_trackers
 
 ALARMS_JSON = "alarms.json"
 
@@ -73,12 +73,13 @@ class Log:
     ):
         self._folder, self._total_steps = Path(folder), total_steps
         self._folder.mkdir(parents=True, exist_ok=True)
-        optional = open_trackers(trackers, self._folder, start_step)
+        optional = [open_tracker(self._folder, start_step) for open_tracker in check_trackers(trackers)]
+        optional += [tracker for tracker in trackers if not isinstance(tracker, str)]
         (self._folder / ALARMS_JSON).unlink(missing_ok=True)  # `listen` raises earlier alarms again
         self._jsonl = Jsonl(self._folder / METRICS, start_step)
         self._completions = EntrySteps(truncate(self._folder / COMPLETIONS, start_step))
         self._completions_size = read_appended(self._folder / COMPLETIONS, 0)[1]
-        board = open_tensorboard(self._folder, start_step)
+        board = TensorBoard(self._folder / "tensorboard", start_step)
         self._trackers: list[Tracker] = [self._jsonl, *optional, board]
         console = Console(quiet=True, force_terminal=False) if quiet else console
         self._view = ConsoleView(self._folder.name, total_steps, start_step, console)

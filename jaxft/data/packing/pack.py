@@ -93,16 +93,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
     """Return the index of each example's row: the first row of `size` tokens that has room for it. lengths:
-    number of tokens of each example, descending. Raises ValueError for an example that fits no row.
+    number of tokens of each example, descending, from at most `size` to 1.
 
     >>> first_fit(np.array([5, 4, 3, 2]), 8).tolist()
     [0, 1, 0, 1]
     """
-    if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
-        raise ValueError(
-            f"lengths of {lengths[-1]} to {lengths[0]} do not fit rows of {size} tokens; use lengths of 1 to "
-            f"{size}"
-        )
     rows = np.empty(len(lengths), np.int64)
     values, counts = np.unique(-lengths, return_counts=True)
     room = np.empty(0, np.int64)

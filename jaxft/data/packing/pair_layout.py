@@ -136,9 +136,8 @@ def fit_rows(
     shape: pack.RowShape,
 ) -> pack.RowPlan:
     """Pack pairs into rows of a shape, whatever their batch: from long to short, each into the first row that
-    it fits. Raises ValueError for a pair that fits no row.
-
-    pairs: indices of these pairs. tokens, reads: numbers of tokens and targets of all pairs.
+    it fits. pairs: indices of these pairs. tokens, reads: numbers of tokens and targets of all pairs. shape:
+    one that each of them fits.
     """
     pairs = pairs[np.argsort(-tokens[pairs], kind="stable")]
     left = np.empty((len(pairs), 3), np.int64)
@@ -147,16 +146,10 @@ def fit_rows(
     used = 0
     for number, pair in enumerate(pairs):
         need = np.array([tokens[pair], reads[pair], 1])
-        fits = np.flatnonzero((left[: used + 1] >= need).all(1))
-        if not len(fits):
-            raise ValueError(
-                f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of "
-                f"{shape.length} tokens, {shape.reads} read positions and {shape.slots} pairs; pass the "
-                "shape that row_shape returns for these pairs"
-            )
-        row[number] = fits[0]
-        left[fits[0]] -= need
-        used = max(used, int(fits[0]) + 1)
+        first = np.flatnonzero((left[: used + 1] >= need).all(1))[0]
+        row[number] = first
+        left[first] -= need
+        used = max(used, int(first) + 1)
     return plan_rows(pairs, row, used)
 
 
