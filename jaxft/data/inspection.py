@@ -29,6 +29,7 @@ from jaxft.data.rows.mixture import SplitRows, held_out_sources, parse_sources
 from jaxft.data.sft import Rows
 from jaxft.data.source import RowSource, RowStats, SourceStats, length_percentiles
 
+AnyRows = Rows | PairRows | Prompts
 # columns that the prompt's text shows, so that they are not listed
 SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
 
@@ -76,7 +77,7 @@ class Inspected(NamedTuple):
     split: SplitRows
 
 
-def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
+def inspect(data: AnyRows, tokenizer: Any) -> Inspected:
     """Read and tokenise a dataset. Invalid rows are left out and counted, whatever data.invalid is."""
     data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
     if isinstance(data, Prompts):
@@ -84,7 +85,7 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
     return inspect_source(data.open(tokenizer))
 
 
-def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> str:
+def row_problem(data: AnyRows, tokenizer: Any, name: str) -> str:
     """Explain why a row (FILE:LINE) has no example: its error, the settings that may leave it out, or that no
     dataset has such a row.
     """
@@ -459,7 +460,7 @@ class RowLengths:
         return np.where(self.prompts < limit + (not self.kinds), tokens, 0)
 
 
-def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None = None) -> RowLengths:
+def measure(data: AnyRows, tokenizer: Any, cache: Path | None = None) -> RowLengths:
     """Tokenise the training rows without a length limit, or load their tokens from the cache.
 
     Invalid rows are left out. Raises ValueError or OSError for a dataset that cannot be read.
@@ -494,7 +495,7 @@ def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, "
     return np.array(counts, np.int64)
 
 
-def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
+def micro_tokens(data: AnyRows, lengths: RowLengths, limit: int) -> int:
     """Return the number of tokens of the largest microbatch if rows or prompts have up to `limit` tokens."""
     rows = -(-data.units_per_step // data.micro)
     if isinstance(data, Prompts):
@@ -526,9 +527,7 @@ class LimitCost:
     memory: float
 
 
-def limit_costs(
-    data: Rows | PairRows | Prompts, lengths: RowLengths, context: int = UNLIMITED
-) -> list[LimitCost]:
+def limit_costs(data: AnyRows, lengths: RowLengths, context: int = UNLIMITED) -> list[LimitCost]:
     """Return the costs of the present limit, and of limits that cover 50, 90, 95, 99 and 100 % of the rows.
 
     context: the longest sequence, in tokens, that the model supports; the other limits stay within it.
@@ -547,7 +546,7 @@ def limit_costs(
     return costs
 
 
-def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
+def _epoch_tokens(data: AnyRows, lengths: RowLengths, limit: int) -> int:
     """Return how many tokens an epoch trains on with this limit; completions of rollouts count in full."""
     if data.too_long == "split":
         return int(lengths.longest.sum())

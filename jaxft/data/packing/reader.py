@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from jaxtyping import Bool, Int
 
 from jaxft.data.chat import loss_mask
 from jaxft.data.chat.template import Template, template_of
@@ -443,12 +442,7 @@ def _hashes(
     return {"hashes": np.fromiter(hashes, np.uint64, ends.size).reshape(ends.shape), "content": content}
 
 
-def _last_targets(
-    ids: Int[np.ndarray, " tokens"],
-    learned: Bool[np.ndarray, " tokens"],
-    ends: Int[np.ndarray, " sequences"],
-    tokenizer: Any,
-) -> Int[np.ndarray, " sequences"]:
+def _last_targets(ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, tokenizer: Any) -> np.ndarray:
     """Return the token id of each sequence's last target, skipping at most two targets of whitespace at the
     end. ends: index after the last token of each sequence.
     """

@@ -47,6 +47,7 @@ from jaxft.data.rows.row_files import Row
 Formats = Mapping[str, RowFormat]
 TEXT = "text"  # the format, and its column
 MOST_LABELS = 100  # that are counted
+OtherNames = tuple[tuple[str, str], ...]  # (name in the format, name in the dataset) of columns
 
 
 class ChosenFormat(NamedTuple):
@@ -60,8 +61,8 @@ class ChosenFormat(NamedTuple):
 
     name: str
     plain: bool = False
-    columns: tuple[tuple[str, str], ...] = ()
-    unread: tuple[tuple[str, str], ...] = ()
+    columns: OtherNames = ()
+    unread: OtherNames = ()
     labels: tuple[str, ...] = ()
     reading: str = VALUE
 
@@ -151,7 +152,7 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
 
 
 @lru_cache(maxsize=1024)
-def _prompt_format(names: tuple[str, ...]) -> tuple[RowFormat | None, tuple[tuple[str, str], ...]]:
+def _prompt_format(names: tuple[str, ...]) -> tuple[RowFormat | None, OtherNames]:
     """Return the format of rows with these columns, and (ours, theirs) of its columns with other names. None
     for rows whose prompt is in one of PROMPT_COLUMNS, or that fit no format.
     """
@@ -250,7 +251,7 @@ def choose_format(
     Raises the first row's InvalidRow if no row fits any format, and ValueError for wrong settings.
     """
     mapping, plain = _column_mapping(columns, formats), format == PLAIN
-    chosen, others = format, tuple[tuple[str, str], ...]()
+    chosen, others = format, OtherNames()
     if format in ("auto", PLAIN):
         chosen, others = _most_common_format(counts, set(mapping), formats)
         others = tuple(item for item in others if not (plain and item[0] in FURTHER))
@@ -273,7 +274,7 @@ def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 
 
-def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[str, str], ...]:
+def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> OtherNames:
     """Return ChosenFormat.unread, from the columns that the most rows have."""
     _, row = max(counts.rows.values(), key=lambda read: read[0])
     if chosen != TEXT:
@@ -293,15 +294,13 @@ def unread_columns(format: ChosenFormat, columns: Sequence[str], formats: Format
     return [str(name) for name, x in texts.items() if isinstance(x, str) and len(x.split()) > 1]
 
 
-def _most_common_format(
-    counts: ColumnCounts, mapped: set[str], formats: Formats
-) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _most_common_format(counts: ColumnCounts, mapped: set[str], formats: Formats) -> tuple[str, OtherNames]:
     """Return the format that most rows fit, and (ours, theirs) of its columns that are read by synonyms:
     optional ones, and required ones if no row fits a format without synonyms. mapped: the columns that
     data.columns sets. Raises the first row's InvalidRow if no row fits a format with synonyms either.
     """
     for detect in (_detect_as_named, _detect_by_other_names):
-        votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        votes: Counter[tuple[str, OtherNames]] = Counter()
         rows = defaultdict[Any, list[Row]](list)
         for count, row in counts.rows.values():
             detected = attempt(detect, row, mapped, formats)
@@ -317,13 +316,11 @@ def _most_common_format(
     return _detect_as_named(valid(counts.first), mapped, formats)
 
 
-def _detect_as_named(row: Row, mapped: set[str], formats: Formats) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _detect_as_named(row: Row, mapped: set[str], formats: Formats) -> tuple[str, OtherNames]:
     return _detect(row, mapped, formats), ()
 
 
-def _detect_by_other_names(
-    row: Row, mapped: set[str], formats: Formats
-) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _detect_by_other_names(row: Row, mapped: set[str], formats: Formats) -> tuple[str, OtherNames]:
     """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and (ours, theirs) of these. A
     question with a context is an instruction with an input.
     """
@@ -407,7 +404,7 @@ class _Names(NamedTuple):
     known: frozenset[str]
     optional: frozenset[str]
     spellings: frozenset[str]
-    others: tuple[tuple[str, str], ...] = ()
+    others: OtherNames = ()
 
     @classmethod
     def of(cls, columns: Sequence[str], formats: Formats) -> "_Names":
