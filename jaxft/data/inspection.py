@@ -487,7 +487,7 @@ def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, "
     the first string among ANSWER_COLUMNS.
     """
     some = np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS)) if ROW_FIELDS in rows.extras else ()
-    texts = []
+    texts = list[str]()
     for fields in (row_fields(rows, int(i)) for i in some):
         answers = (fields.get(name) for name in ANSWER_COLUMNS)
         texts += filter(None, [next((x for x in answers if isinstance(x, str)), None)])

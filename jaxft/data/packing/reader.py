@@ -216,9 +216,8 @@ class Reader:
         notes = [*listing.notes, *(f"{listing.name}: {note}" for note in lines)]
         chats = [x for row in parsed for x in row.examples.values() if isinstance(x, Chat)]
         template = template_of(self.tokenizer, self.settings.template) if chats else None
-        checks = self.task.checks if template is not None else ()
-        warnings = chain.from_iterable(check(chats, template) for check in checks)
-        return (*(f"note: {line}" for line in notes), *warnings)
+        checked = () if template is None else (check(chats, template) for check in self.task.checks)
+        return (*(f"note: {line}" for line in notes), *chain.from_iterable(checked))
 
 
 def _tokenise(ref: str, listing: Listing, reader: Reader, add: Callable[[ChunkColumns], None]) -> StoredFacts:

@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.client import HTTPException
@@ -169,27 +170,19 @@ def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, byte
 
     A socket's own limit is for each read, which a server that sends a byte now and then never exceeds.
     """
-    results: list[tuple[Any, bytes]] = []
-    failed: list[BaseException] = []
+    response, seconds = Future[tuple[Any, bytes]](), REQUEST_SECONDS + count / SLOWEST
 
     def work() -> None:
         try:
-            results.append(request())
+            response.set_result(request())
         except BaseException as error:
-            failed.append(error)
+            response.set_exception(error)
 
-    seconds = REQUEST_SECONDS + count / SLOWEST
-    thread = threading.Thread(target=work, name="rows-request", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise ValueError(
-            f"{file}: the server did not send {count} bytes in {seconds:.0f} s; try again, or download the "
-            "file"
-        )
-    if failed:
-        raise failed[0]
-    return results[0]
+    threading.Thread(target=work, name="rows-request", daemon=True).start()
+    if not wait([response], seconds).done:
+        problem = f"the server did not send {count} bytes in {seconds:.0f} s"
+        raise ValueError(f"{file}: {problem}; try again, or download the file")
+    return response.result()
 
 
 def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
