@@ -70,7 +70,7 @@ class Rendered:
     name: the row's FILE:LINE, for errors. learned: the ranges that are targets. begin, end: whether to add
     BOS and EOS. learns_end: whether the added EOS is a target. weights: (range, factor of the loss) where the
     factor is not 1. prompt: how many characters at the start are a plain prompt, which is tokenised alone; 0
-    without one. Raises InvalidRow if the text is not valid Unicode.
+    without one.
     """
 
     name: str
@@ -81,13 +81,6 @@ class Rendered:
     learns_end: bool = True
     weights: tuple[tuple[Span, float], ...] = ()
     prompt: int = 0
-
-    def __post_init__(self) -> None:
-        try:
-            self.text.encode()
-        except UnicodeEncodeError as error:
-            problem = f"character {error.start} of its text is an unpaired surrogate; fix the text"
-            raise InvalidRow(self.name, "unpaired surrogate", problem) from error
 
 
 def _require_short(name: str, text: str) -> None:

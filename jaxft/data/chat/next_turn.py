@@ -70,9 +70,8 @@ def next_prompt(
     """
     template = template_of(tokenizer, settings)
     if template is None:
-        raise InvalidRow(
-            chat.name, "no chat template", "a further turn needs a chat template; set chat_template=chatml"
-        )
+        problem = "a further turn needs a chat template; set chat_template=chatml"
+        raise InvalidRow(chat.name, "no chat template", problem)
     template = template.of_chat(chat)
     number, suffix = _first_suffix(template, chat, ways)
     if suffix is None:

@@ -174,17 +174,15 @@ def text_of(row: Row, column: str, empty: bool = False) -> str:
     """
     value = row.fields[column]
     if value is None:
-        raise row.invalid(
-            f"null in column {column!r}", f"column {column!r} is null; fill it or remove the row"
-        )
+        problem = f"column {column!r} is null; fill it or remove the row"
+        raise row.invalid(f"null in column {column!r}", problem)
     if not isinstance(value, str):
         problem = f"column {column!r} must be a string, got {type(value).__name__}"
         raise row.invalid(f"column {column!r} of a wrong type", problem)
     _encodable(row, column, value)
     if not empty and not value.strip():
-        raise row.invalid(
-            f"empty column {column!r}", f"column {column!r} is empty; fill it or remove the row"
-        )
+        problem = f"column {column!r} is empty; fill it or remove the row"
+        raise row.invalid(f"empty column {column!r}", problem)
     return value
 
 
@@ -212,9 +210,8 @@ def list_of(row: Row, column: str) -> list[Any]:
     value = row.fields[column]
     value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
     if not isinstance(value, list | tuple):
-        raise row.invalid(
-            f"column {column!r} of a wrong type", f"column {column!r} is {json_type(value)}; use a list"
-        )
+        problem = f"column {column!r} is {json_type(value)}; use a list"
+        raise row.invalid(f"column {column!r} of a wrong type", problem)
     return [*value]
 
 
@@ -313,13 +310,11 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
     else:
         rest.pop("tool_calls", None)
     if text is None and "tool_calls" not in rest:
-        raise row.invalid(
-            "message without role or content", f"{where} has neither content nor tool calls; add one"
-        )
+        problem = f"{where} has neither content nor tool calls; add one"
+        raise row.invalid("message without role or content", problem)
     if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
-        raise row.invalid(
-            "empty assistant turn", f"{where}, an assistant turn, is empty; fill it or remove the row"
-        )
+        problem = f"{where}, an assistant turn, is empty; fill it or remove the row"
+        raise row.invalid("empty assistant turn", problem)
     return {"role": name, "content": text, **rest}
 
 
@@ -338,9 +333,8 @@ def _content(row: Row, where: str, content: Any) -> str | None:
                 raise row.invalid("content of a wrong type", problem)
         content = "".join(p["text"] for p in content)
     if content is not None and not isinstance(content, str):
-        raise row.invalid(
-            "content of a wrong type", f"{where} has content of type {type(content).__name__}; use a string"
-        )
+        problem = f"{where} has content of type {type(content).__name__}; use a string"
+        raise row.invalid("content of a wrong type", problem)
     if content:
         _encodable(row, where, content)
     return content
@@ -377,9 +371,8 @@ def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _tool_call(row, where, call["function"])}
     if not (isinstance(call.get("name"), str) and call["name"].strip()):
-        raise row.invalid(
-            "tool call without a name", f"{where} calls a tool without a name; fix or remove the row"
-        )
+        problem = f"{where} calls a tool without a name; fix or remove the row"
+        raise row.invalid("tool call without a name", problem)
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return call

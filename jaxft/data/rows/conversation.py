@@ -101,9 +101,8 @@ def chat_of(
     """
     asked = turns[response - 1] if response else None
     if asked and asked["role"] == "user" and not (asked["content"] or "").strip():
-        raise row.invalid(
-            "empty prompt", "the prompt ends with an empty user turn; fill it or remove the row"
-        )
+        problem = "the prompt ends with an empty user turn; fill it or remove the row"
+        raise row.invalid("empty prompt", problem)
     tools, arguments = tools_of(row), template_arguments_of(row)
     messages, weights = split_weights(turns)
     return Chat(row.name, messages, response, instruction, tools, arguments, given, weights)
@@ -134,9 +133,8 @@ def compared_chats(row: Row, prompt_column: str | None, columns: Columns) -> dic
 
 def _check_response(row: Row, column: str, turns: Turns) -> None:
     if not turns or not ((turns[-1]["content"] or "").strip() or turns[-1].get("tool_calls")):
-        raise row.invalid(
-            "empty response", f"the response in column {column!r} is empty; fill it or remove the row"
-        )
+        problem = f"the response in column {column!r} is empty; fill it or remove the row"
+        raise row.invalid("empty response", problem)
     for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
         if turn["role"] != "assistant":
             raise row.invalid(
@@ -163,9 +161,8 @@ def _plain_prompt(row: Row, empty: bool = False) -> str:
 def require_difference(row: Row, responses: dict) -> None:
     """Raise InvalidRow if the chosen and the rejected response are the same."""
     if "chosen" in responses and responses.get("rejected") == responses["chosen"]:
-        raise row.invalid(
-            "identical responses", "chosen and rejected are identical; change one or remove the row"
-        )
+        problem = "chosen and rejected are identical; change one or remove the row"
+        raise row.invalid("identical responses", problem)
 
 
 # ---- prompts without responses, of any kind of row

@@ -181,9 +181,8 @@ def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | Non
     """
     train, value = message.get("train"), message.get("weight")
     if train not in (None, True, False):
-        raise row.invalid(
-            "train that is no boolean", f"{where} has train={repr(train)[:40]}; use true or false"
-        )
+        problem = f"{where} has train={repr(train)[:40]}; use true or false"
+        raise row.invalid("train that is no boolean", problem)
     weight = parse_number(value)
     if value is not None and (weight is None or weight < 0):
         problem = f"{where} has weight={repr(value)[:40]}; use a finite number of at least 0"
@@ -230,9 +229,8 @@ def target_weights(chat: Chat, loss_on: str) -> dict[int, float]:
         return learned
     if chat.weights.keys() & set(turns):
         problem = "no assistant turn is learned: all have weight 0 or train=false"
-        raise InvalidRow(
-            chat.name, "no learned turn", f"the loss mask is empty because {problem}; remove the row"
-        )
+        problem = f"the loss mask is empty because {problem}; remove the row"
+        raise InvalidRow(chat.name, "no learned turn", problem)
     roles = ", ".join(dict.fromkeys(m["role"] for m in chat.messages))
     problem = "the loss mask is empty because there is no assistant turn, only turns of the roles "
     problem += f"{roles}; add one or set data.loss_on=all"

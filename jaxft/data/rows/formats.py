@@ -243,9 +243,8 @@ def number_of(row: Row, column: str, setting: str) -> float:
         )
     number = parse_number(value)
     if number is None:
-        raise row.invalid(
-            "missing number", f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number"
-        )
+        problem = f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number"
+        raise row.invalid("missing number", problem)
     return number
 
 

@@ -231,9 +231,8 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
     """
     value = _rating(row, column, row.fields[column], is_rank=False)
     if not value:
-        raise row.invalid(
-            "no preference", f"column {column!r} is 0: neither response is better; remove the row"
-        )
+        problem = f"column {column!r} is 0: neither response is better; remove the row"
+        raise row.invalid("no preference", problem)
     scores = {_RATING + "chosen": abs(value), _RATING + "rejected": 0.0}
     return _pair(row, responses if value < 0 else responses[::-1], scores)
 
@@ -314,9 +313,8 @@ def from_glaive(row: Row, settings: RowSettings = DEFAULT_ROW_SETTINGS) -> Row:
         raise row.invalid("transcript that is no text", problem)
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
-        raise row.invalid(
-            "transcript without speakers", "column 'chat' does not begin with 'USER:'; fix the row"
-        )
+        problem = "column 'chat' does not begin with 'USER:'; fix the row"
+        raise row.invalid("transcript without speakers", problem)
     turns = [_turn(row, who, said) for who, said in zip(parts[::2], parts[1::2], strict=True)]
     tools = _objects(system)
     introduction = [] if tools else [{"role": "system", "content": system.removeprefix("SYSTEM:").strip()}]

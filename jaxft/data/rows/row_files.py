@@ -219,9 +219,8 @@ def row_of(value: Any, where: str, name: str) -> Row:
     where: the row's name in errors, with the folder of its file.
     """
     if not isinstance(value, dict):
-        raise InvalidRow(
-            where, "not an object", f"the row is {json_type(value)}; use an object with named columns"
-        )
+        problem = f"the row is {json_type(value)}; use an object with named columns"
+        raise InvalidRow(where, "not an object", problem)
     if not any(v not in (None, "", [], {}) for v in value.values()):
         raise InvalidRow(where, "empty row", "the row is empty; fill or remove it")
     return Row(name, value)
