@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from jaxft.annotations import one_of
 from jaxft.batch import Decisions, Tokens
@@ -218,26 +217,16 @@ class DecisionBatches(PackedBatches):
 
     def _with_choices(self, rows: Tokens, plan: RowPlan) -> Decisions:
         """Return token arrays with the choices of the plan's examples, in the order of read positions."""
-        micro, count, reads = rows.read.shape
-        of_each, probability_of_each = self._of_members(plan.members)
-        shape = reads, of_each.shape[1]
-        row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))
+        (micro, count, reads), table = rows.read.shape, self.choices
+        counts = table.counts[plan.members]
+        row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))  # of each member
         number = np.arange(len(row)) - plan.offsets[row]
         per_micro = -(-self.settings.batch // self.settings.micro) if micro > 1 else count
-        at = row // per_micro, row % per_micro, number
-        choices = np.full((micro, count, *shape), -1, np.int32)
-        probabilities = np.zeros((micro, count, *shape), np.float32)
-        choices[at], probabilities[at] = of_each, probability_of_each
-        return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=self.tokens)
-
-    def _of_members(self, members: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the choices [n, C] of examples as indices into `tokens`, -1 where an example has fewer than
-        C, and the probabilities [n, C] of these choices.
-        """
-        table, counts = self.choices, self.choices.counts[members]
-        at = np.repeat(np.arange(len(members)), counts), ranges(np.zeros_like(counts), counts)
-        where, shape = ranges(table.offsets[members], counts), (len(members), int(table.counts.max()))
+        of_choices = (np.repeat(x, counts) for x in (row // per_micro, row % per_micro, number))
+        at = (*of_choices, ranges(np.zeros_like(counts), counts))
+        where = ranges(table.offsets[plan.members], counts)
+        shape = micro, count, reads, int(table.counts.max())
         choices, probabilities = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
         choices[at] = np.searchsorted(self.tokens, table.values[where])
         probabilities[at] = self.split.rows.extras[PROBABILITIES].values[where]
-        return choices, probabilities
+        return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=self.tokens)

@@ -289,10 +289,19 @@ class PairSource(source.RowSource[Pairs]):
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
         """Return this source with the reference model's log-probs in its batches.
 
-        logps: the log-probs of every pair, in the form that pair_layout.values_by_pair returns.
+        logps: the log-probs of every pair, in the form that pair_layout.values_by_pair returns. Raises
+        ValueError for log-probs of another number, or that are not finite.
         """
-        rows = replace(self.layout.rows, reference=_reference(self.split.rows, logps))
-        layout = replace(self.layout, rows=rows)
+        pairs = self.split.rows
+        for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
+            if len(logps[i]) != expected or not np.isfinite(logps[i]).all():
+                raise ValueError(
+                    f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected} finite "
+                    "ones; compute them again"
+                )
+        reference = np.zeros(len(pairs.ids), np.float32)  # 0 for tokens that are no targets
+        reference[np.asarray(pairs.learned)] = np.concatenate([logps[i] for i in range(len(pairs))])
+        layout = replace(self.layout, rows=replace(self.layout.rows, reference=reference))
         return replace(self, layout=layout, held_out=layout.evaluation(layout.held_plan))
 
 
@@ -308,23 +317,6 @@ def _reversed_ratings(pairs: TokenisedRows, numbers: Sequence[str]) -> list[str]
         f"note: {len(lower)} of {len(pairs)} pairs have a score_chosen below their score_rejected, so their "
         f"margin is negative; the first is {pairs.names[int(lower[0])]}"
     ]
-
-
-def _reference(
-    pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " _"]]
-) -> Float[np.ndarray, " tokens"]:
-    """Return the reference's log-prob of each target token, and 0 for other tokens. logps: by pair. Raises
-    ValueError for log-probs of another number, or that are not finite.
-    """
-    for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
-        if len(logps[i]) != expected or not np.isfinite(logps[i]).all():
-            raise ValueError(
-                f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected} finite "
-                "ones; compute them again"
-            )
-    reference = np.zeros(len(pairs.ids), np.float32)
-    reference[np.asarray(pairs.learned)] = np.concatenate([logps[i] for i in range(len(pairs))])
-    return reference
 
 
 def _require_both_responses(pairs: TokenisedRows) -> None:

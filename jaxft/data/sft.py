@@ -116,8 +116,10 @@ class Rows(DataSettings):
 
         layout = self.batches(self, split, plan, held_plan, (row_count, size, reads))
         epochs = source.plan_epochs(split, plan, examples.lengths, self.batch)
-        stats, fingerprint = _stats(layout), _fingerprint(layout)
-        return source.RowSource.of(layout, epochs, tokenizer, stats, fingerprint)
+        arrays = (array for x in (plan(0), held_plan) for array in (x.members, x.offsets, x.starts))
+        shape = (self.batch, size, reads)
+        fingerprint = source.fingerprint_of((shape, self.seed, self.weighting, examples.digest), arrays)
+        return source.RowSource.of(layout, epochs, tokenizer, _stats(layout), fingerprint)
 
     @property
     def batches(self) -> "Callable[..., PackedBatches]":
@@ -270,26 +272,19 @@ def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, ep
     return replace(plan, members=chosen[plan.members])
 
 
-def _fingerprint(layout: PackedBatches) -> str:
-    settings, plans = layout.settings, (layout.plan(0), layout.held_plan)
-    shape, rows = (settings.batch, *layout.shape[1:]), layout.split.rows
-    arrays = (array for plan in plans for array in (plan.members, plan.offsets, plan.starts))
-    return source.fingerprint_of((shape, settings.seed, settings.weighting, rows.digest), arrays)
-
-
 def _stats(layout: PackedBatches) -> source.RowStats:
     examples, plan = layout.split.rows, layout.plan(0)
     targets = int(member_targets(examples, plan)[examples.weights[plan.members] > 0].sum())
-    line = _learned_line(layout.settings, examples, layout.split.of_epoch(0), plan)
-    return source.row_stats(layout, "examples", layout.shape[1:], (targets, line))
+    return source.row_stats(layout, "examples", layout.shape[1:], (targets, _learned_line(layout)))
 
 
-def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: RowPlan) -> str:
-    """Return the line about the learned fraction of the response tokens of an epoch's examples."""
+def _learned_line(layout: PackedBatches) -> str:
+    """Return the line about the learned fraction of the response tokens of the first epoch's examples."""
+    rows, examples, train = layout.settings, layout.split.rows, layout.split.of_epoch(0)
     if rows.packing == "wrapped":
         tokens = int(examples.lengths[train].sum())
         detail = "data.packing=wrapped: every token but the first of each row"
-        return source.learned_line(tokens, tokens - plan.rows, detail)
+        return source.learned_line(tokens, tokens - layout.plan(0).rows, detail)
     targets = int(examples.learned_responses[train].sum())
     weights = examples.weights[train]
     others = int(examples.targets[train][weights > 0].sum()) - targets
@@ -501,7 +496,10 @@ class SolutionRows(Rows):
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:
         opened = super().open(tokenizer, shards, cache)
-        stats = replace(opened.info.stats, learned=_right_line(opened.split.rows, opened.split.train))
+        labels, train = opened.split.rows.extras[LABELS], opened.split.train
+        steps, right = int(labels.counts[train].sum()), sum(int(labels[int(i)].sum()) for i in train)
+        line = f"{steps:,} steps with labels, {100 * right / max(1, steps):.0f} % of them right"
+        stats = replace(opened.info.stats, learned=line)
         return replace(opened, info=replace(opened.info, learned_ends={}, stats=stats))
 
 
@@ -516,10 +514,3 @@ class StepBatches(PackedBatches):
         extras = {**rows.extras, MASS: rows.targets.astype(np.float64), TOKEN_WEIGHTS: weights}
         every = replace(self.split, rows=replace(rows, extras=extras))
         return PackedBatches.evaluation(replace(self, split=every), plan)
-
-
-def _right_line(rows: TokenisedRows, train: np.ndarray) -> str:
-    labels = rows.extras[LABELS]
-    steps = int(labels.counts[train].sum())
-    right = sum(int(labels[int(i)].sum()) for i in train)
-    return f"{steps:,} steps with labels, {100 * right / max(1, steps):.0f} % of them right"

@@ -497,20 +497,15 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
                 f"{folder}: the model with new tokens cannot be used: {damage}. Start the run's command "
                 "again, which writes it, or use --model"
             )
-    if (folder / CALIBRATED_JSON).is_file():
-        _check_codes(folder)
-    return ref
-
-
-def _check_codes(folder: Path) -> None:
-    """Raise ValueError if the quantised base that the run in `folder` calibrated has changed in the cache."""
-    record = read_saved_json(folder / CALIBRATED_JSON)
-    name = str(record.get("codes"))
-    if not calibrated_base.confirm_codes(record):
+    calibrated = folder / CALIBRATED_JSON
+    codes = read_saved_json(calibrated) if calibrated.is_file() else None
+    if codes is not None and not calibrated_base.confirm_codes(codes):
+        place = calibrated_base.codes_folder(str(codes.get("codes")))
         raise ValueError(
-            f"{folder}: the calibrated base in the cache, {calibrated_base.codes_folder(name)}, has changed "
-            f"since this run was trained. {calibrated_base.AGAIN}"
+            f"{folder}: the calibrated base in the cache, {place}, has changed since this run was trained. "
+            f"{calibrated_base.AGAIN}"
         )
+    return ref
 
 
 def weights_fingerprint(ref: str) -> str:

@@ -119,7 +119,14 @@ class Mirror:
             self._check_settings(records)
         if ahead > (max(local, default=-1), (self.folder / SUMMARY).is_file()):
             self._check_folder(records)
-            self._fetch(sorted(set(stored) - set(local)))
+            self.report(f"fetching step {max(stored, default='')} of this run from {self.store.url}")
+            for name in self._sent:
+                try:
+                    self._fetch_file(name)
+                except Damaged as error:
+                    self.report(f"warning: {error}; it is written again from the last checkpoint")
+            for step in sorted(set(stored) - set(local)):  # the newest last: a killed start fetches again
+                self._fetch_checkpoint(step)
 
     def fetch_step(self, limit: int) -> int | None:
         """Fetch the store's newest intact checkpoint of at most step `limit`, if it is newer than the disk's.
@@ -188,20 +195,6 @@ class Mirror:
                 f"{self.folder} and {self.store.url} have different runs; choose another name=... or "
                 "loop.store=..."
             ) from error
-
-    def _fetch(self, steps: list[int]) -> None:
-        """Write the files of the store into the folder, checkpoints in ascending order.
-
-        The newest checkpoint is complete only after all else, so that a start that is killed fetches again.
-        """
-        self.report(f"fetching step {max(steps, default='')} of this run from {self.store.url}")
-        for name in self._sent:
-            try:
-                self._fetch_file(name)
-            except Damaged as error:
-                self.report(f"warning: {error}; it is written again from the last checkpoint")
-        for step in steps:
-            self._fetch_checkpoint(step)
 
     def fetch_results(self) -> list[str]:
         """Write the files of the store, without checkpoints, into the folder; return their names, [] if the

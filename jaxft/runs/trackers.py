@@ -397,22 +397,17 @@ def _new_mlflow_run(mlflow: ModuleType, client: Any, name: str, run: TrackedRun)
     """Create a run with its settings; return its id."""
     tags = {tag: "true" for tag in run.tracking.tags}
     tags |= {"group": run.group} if run.group else {}
-    run_id = client.create_run(_mlflow_experiment(client, run.tracking), run_name=name, tags=tags).info.run_id
+    experiment, given = os.environ.get("MLFLOW_EXPERIMENT_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if run.tracking.project is not None or given or not experiment:
+        project = run.tracking.project or given or PROJECT
+        known = client.get_experiment_by_name(project)
+        experiment = known.experiment_id if known else client.create_experiment(project)
+    run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     flat = flat_settings(run.settings)
     params = [mlflow.entities.Param(key, str(value)[:LONGEST_PARAM]) for key, value in flat.items()]
     for begin in range(0, len(params), PARAMS_BATCH):
         client.log_batch(run_id, params=params[begin : begin + PARAMS_BATCH])
     return run_id
-
-
-def _mlflow_experiment(client: Any, tracking: Tracking) -> str:
-    """Return the id of the run's MLflow experiment; create it if it does not exist."""
-    number, name = os.environ.get("MLFLOW_EXPERIMENT_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if tracking.project is None and number and not name:
-        return number
-    name = tracking.project or name or PROJECT
-    known = client.get_experiment_by_name(name)
-    return known.experiment_id if known else client.create_experiment(name)
 
 
 def _short_error(error: Exception) -> str:

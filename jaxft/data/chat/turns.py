@@ -436,17 +436,15 @@ def _make_hidden(template: Template, chat: Chat, learned: Sequence[int]) -> Hidd
             return frozenset(learned)
         return frozenset(index for word, index in turns.items() if word not in shown)
 
-    return lambda index: _hidden_marker(template, chat, index) if index in suspects() else None
+    def hidden(index: int) -> str | None:
+        if index not in suspects():
+            return None
+        marked, parts = with_markers(chat.messages[index])
+        messages = [*chat.messages[:index], marked, *chat.messages[index + 1 :]]
+        try:
+            text = render_messages(template, messages, chat.tools)
+        except REJECTIONS:  # the template needs the replaced value
+            return None
+        return next((part for word, part in parts.items() if word not in text), None)
 
-
-def _hidden_marker(template: Template, chat: Chat, index: int) -> str | None:
-    """Return the name of the first part of turn `index` that the template drops: a word in place of its text
-    is not rendered. None if there is none, or if the template rejects the words.
-    """
-    marked, parts = with_markers(chat.messages[index])
-    messages = [*chat.messages[:index], marked, *chat.messages[index + 1 :]]
-    try:
-        text = render_messages(template, messages, chat.tools)
-    except REJECTIONS:  # the template needs the replaced value
-        return None
-    return next((part for word, part in parts.items() if word not in text), None)
+    return hidden

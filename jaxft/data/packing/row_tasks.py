@@ -14,6 +14,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -194,12 +195,14 @@ def _pair_of(
         raise InvalidRow(name, "responses of the same tokens", problem)
     longest = max(len(ids) for ids, _ in responses.values())
     total = sum(int(learned.sum()) for _, learned in responses.values())
-    truncated = longest > settings.max_length
+    limit, truncated = settings.max_length, longest > settings.max_length
     if truncated:
-        kept = _shortened(name, longest, responses, settings)
-        if kept is None or _are_equal(border, kept):
+        if settings.too_long == "error":
+            raise too_long(name, f"{longest} tokens of a response with its prompt are", limit)
+        responses = {kind: (ids[:limit], learned[:limit]) for kind, (ids, learned) in responses.items()}
+        has_room = all(learned.any() for _, learned in responses.values())
+        if settings.too_long == "drop" or not has_room or _are_equal(border, responses):
             return []
-        responses = kept
     targets = sum(int(learned.sum()) for _, learned in responses.values())
     extras = {PROMPT_END_MOVED: moved, **({NUMBERS: row.numbers} if row.numbers else {})}
     first, mask = next(iter(responses.values()))
@@ -220,8 +223,7 @@ def _border(
     prompt: tokens of the prompt alone. responses: tokens of the prompt with each response. Raises InvalidRow
     if a response changes more than the prompt's last token.
     """
-    alone = np.asarray(prompt, np.int32)
-    border = min(_common_length(alone, ids) for ids, _ in responses.values())
+    border = len(commonprefix([prompt, *(ids.tolist() for ids, _ in responses.values())]))
     if border < len(prompt) - 1:
         lost = tokenizer.decode(prompt[border:])
         raise InvalidRow(
@@ -234,12 +236,6 @@ def _border(
         )
     begins = [int(learned[1:].argmax()) + 1 for _, learned in responses.values()]
     return border, border < len(prompt) or any(start != max(border, 1) for start in begins)
-
-
-def _common_length(a: np.ndarray, b: np.ndarray) -> int:
-    count = min(len(a), len(b))
-    differs = a[:count] != b[:count]
-    return int(differs.argmax()) if differs.any() else count
 
 
 def _mask_from_border(name: str, border: int, response: MaskedTokens) -> MaskedTokens:
@@ -258,21 +254,6 @@ def _mask_from_border(name: str, border: int, response: MaskedTokens) -> MaskedT
     learned[max(border, 1) : learned.argmax()] = True
     end = len(learned) - int(learned[::-1].argmax())
     return ids[:end], learned[:end]
-
-
-def _shortened(
-    name: str, longest: int, responses: dict[str, MaskedTokens], settings: RowSettings
-) -> dict[str, MaskedTokens] | None:
-    """Return the truncated sequences of a pair that is too long, None to leave the pair out: with
-    data.too_long=drop, or if its prompt leaves no room for a response. longest: tokens of its longest
-    sequence. Raises ValueError with data.too_long=error.
-    """
-    limit = settings.max_length
-    if settings.too_long == "error":
-        raise too_long(name, f"{longest} tokens of a response with its prompt are", limit)
-    kept = {kind: (ids[:limit], learned[:limit]) for kind, (ids, learned) in responses.items()}
-    whole = settings.too_long == "truncate" and all(learned.any() for _, learned in kept.values())
-    return kept if whole else None
 
 
 def _are_equal(border: int, responses: dict[str, MaskedTokens]) -> bool:

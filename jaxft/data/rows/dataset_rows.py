@@ -175,7 +175,11 @@ def list_chunks(ref: str, used: tuple[str, ...] | None = None, sample_by: str = 
     path = find_data(ref)
     if path is not None:
         return _list_local(path, used, sample_by)
-    _require_split(ref)
+    folder, _, split = ref.rpartition(":")
+    parent = find_data(folder) if folder else None
+    splits = saved_splits(parent) if parent is not None else []
+    if splits:
+        raise ValueError(f"{folder}: the folder has no split {split!r}; use {' or '.join(splits)}")
     if Path(ref).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}(:[^/\s]+)?", ref):
         return _list_hub(ref)
     places = " or ".join(map(str, dict.fromkeys([Path.cwd(), ROOT])))
@@ -217,15 +221,6 @@ def _list_local(path: Path, used: tuple[str, ...] | None, sample_by: str) -> Lis
         return _list_saved(path)
     folder, files, notes = _files(path)
     return _list_files(folder, files, used, sample_by, notes)
-
-
-def _require_split(ref: str) -> None:
-    """Raise ValueError for a split that a folder of splits lacks."""
-    folder, _, split = ref.rpartition(":")
-    path = find_data(folder) if folder else None
-    splits = saved_splits(path) if path is not None else []
-    if splits:
-        raise ValueError(f"{folder}: the folder has no split {split!r}; use {' or '.join(splits)}")
 
 
 def _files(path: Path) -> tuple[Path, list[Path], list[str]]:

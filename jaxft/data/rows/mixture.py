@@ -210,14 +210,13 @@ class Mixture:
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " rows"]:
         """Return the indices of an epoch's rows, one source after the other."""
-        return np.concatenate([self._of_source(number, epoch) for number in range(len(self.rows))])
-
-    def _of_source(self, number: int, epoch: int) -> Int[np.ndarray, " count"]:
-        rows, count = self.rows[number], self.counts[number]
-        first, skipped = divmod(epoch * count, len(rows))
-        passes = range(first, first + -(-(skipped + count) // len(rows)))
-        orders = [permutation(len(rows), self.seed, 6, number, turn) for turn in passes]
-        return rows[np.concatenate(orders)[skipped : skipped + count]]
+        chosen = []
+        for number, (rows, count) in enumerate(zip(self.rows, self.counts, strict=True)):
+            first, skipped = divmod(epoch * count, len(rows))
+            passes = range(first, first + -(-(skipped + count) // len(rows)))
+            orders = [permutation(len(rows), self.seed, 6, number, turn) for turn in passes]
+            chosen.append(rows[np.concatenate(orders)[skipped : skipped + count]])
+        return np.concatenate(chosen)
 
 
 def make_mixture(

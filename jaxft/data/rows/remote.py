@@ -192,30 +192,22 @@ def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
     with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
         if response.status != 206:
             raise ValueError(f"{file}: the server does not support range requests; download the file")
-        _check_response(file, response.headers, start, stop)
+        headers = response.headers
+        span = _RANGE.fullmatch(headers.get("Content-Range", ""))
+        if span is None:
+            raise ValueError(f"{file}: the server sends no size; download the file")
+        first, last, size = map(int, span.groups())
+        if file.tag and (size != file.size or _tag(headers) != file.tag):
+            problem = "the file changed while it was read; start again when it is complete, or download it"
+            raise ValueError(f"{file}: {problem}")
+        if first != start or last >= stop:
+            problem = f"the server sends bytes {first}-{last} for {start}-{stop - 1}"
+            raise ValueError(f"{file}: {problem}; download the file")
         content = response.read(stop - start + 1)
     if len(content) > stop - start:
-        raise ValueError(
-            f"{file}: the server sends more than the {stop - start} bytes that were requested; download the "
-            "file"
-        )
-    return response.headers, content
-
-
-def _check_response(file: RemoteFile, headers: Any, start: int, stop: int) -> None:
-    """Raise ValueError for other bytes than from `start` to before `stop`, or of another version."""
-    span = _RANGE.fullmatch(headers.get("Content-Range", ""))
-    if span is None:
-        raise ValueError(f"{file}: the server sends no size; download the file")
-    first, last, size = map(int, span.groups())
-    if file.tag and (size != file.size or _tag(headers) != file.tag):
-        raise ValueError(
-            f"{file}: the file changed while it was read; start again when it is complete, or download it"
-        )
-    if first != start or last >= stop:
-        raise ValueError(
-            f"{file}: the server sends bytes {first}-{last} for {start}-{stop - 1}; download the file"
-        )
+        problem = f"the server sends more than the {stop - start} bytes that were requested"
+        raise ValueError(f"{file}: {problem}; download the file")
+    return headers, content
 
 
 def _tag(headers: Any) -> str:

@@ -110,16 +110,12 @@ def read_text(path: Path, label: str, encoding: str, sample_by: str) -> Iterator
     errors = "surrogateescape" if encoding == UTF8 else "strict"
     with path.open(encoding=encoding, errors=errors) as file:  # line ends become \n
         for line, text in _parts(path, file, sample_by):
-            yield _row(path, f"{label}:{line}", line, text)
-
-
-def _row(path: Path, name: str, line: int, text: str) -> Outcome:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        problem = "bytes that are not UTF-8; convert the file to UTF-8"
-        return InvalidRow(f"{path}:{line}", "not UTF-8", f"the text that begins here has {problem}")
-    return Row(name, {"text": text})
+            try:
+                text.encode()
+                yield Row(f"{label}:{line}", {"text": text})
+            except UnicodeEncodeError:
+                problem = "the text that begins here has bytes that are not UTF-8; convert the file to UTF-8"
+                yield InvalidRow(f"{path}:{line}", "not UTF-8", problem)
 
 
 def _parts(path: Path, file: TextIO, sample_by: str) -> Iterator[tuple[int, str]]:
