@@ -30,7 +30,7 @@ def conversation(texts, name="rows.jsonl:1"):
 
 def tokenise(example, kind, loss_on="completion"):
     (tokens,) = loss_mask.tokenise_examples([example], tiny(kind), loss_on)
-    return valid(tokens)
+    return valid(tokens)[:2]
 
 
 def learned_text(kind, ids, learned):

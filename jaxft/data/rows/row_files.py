@@ -209,7 +209,7 @@ def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -
             near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
             problem = f"{error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}"
             if error.doc.strip() in ("{", "["):  # the first line of indented JSON
-                remedy = "a .jsonl file has one object per line; name the file of one JSON document .json"
+                remedy = "a .jsonl file has one object per line; if this is one document, name the file .json"
         raise InvalidRow(name, "malformed JSON", f"malformed JSON, {problem}; {remedy}") from error
 
 
