@@ -3,7 +3,8 @@
 source.py: the Source type; RowSource, batches of fixed rows; BatchLayout, how rows become batches
 row_settings.py: the settings that a row's token ids depend on, with the settings of chat templates
 progress.py: progress lines of a long pass over rows, durations as text
-sft.py: SFT rows, and solutions in steps with labels: settings, packing, rows of a plan as arrays
+sft.py: SFT rows, and solutions in steps with labels: settings, packing; rows of a plan as arrays: segments,
+    positions, weights of tokens that sum to 1
 decisions.py: questions with choices: rows and prompts
 decision_rows.py: tokens and batches of questions
 pairs.py: preference rows: settings and source

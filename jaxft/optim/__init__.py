@@ -1,7 +1,7 @@
 """Optimizers, their state and updates.
 
-optimizer.py: the Optimizer type, its settings, the shardings of its state; steps skipped as loss spikes, a
-    policy left unchanged while heads are updated
+optimizer.py: the Optimizer type, its settings, gradient clipping, the shardings of its state; steps skipped
+    as loss spikes, a policy left unchanged while heads are updated
 rules.py: update rules (AdamW, schedule-free AdamW, Adafactor, Muon), averages of the weights, transformations
 schedules.py: learning-rate schedules
 update.py: apply an update, unless the step is not finite; stochastic rounding

@@ -41,10 +41,10 @@ def plan_report(p: Plan) -> str:
         return f"{size / GIB:9.3f} GiB"
 
     lines = [f"{p.program} on {p.machine}, {p.devices} device{'s' * (p.devices > 1)}; per device:"]
-    lines += [f"  {name:32s} {gib(size)}" for name, size in p.parts.items()]
+    lines += [f"  {name:34s} {gib(size)}" for name, size in p.parts.items()]
     if p.total is not None:
-        lines.append(f"  {'total':32s} {gib(p.total)}")
-    lines += [f"  {'host memory':32s} {gib(p.host)}"] if p.host else []
+        lines.append(f"  {'total':34s} {gib(p.total)}")
+    lines += [f"  {'host memory':34s} {gib(p.host)}"] if p.host else []
     lines += [_verdict(p), *p.notes]
     lines += [] if p.flops is None else [_flops_line(p.flops)]
     for kind, row in p.collectives.items():

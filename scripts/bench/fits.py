@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
+os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used; jax reads it when it is imported
 
 from jaxft.plan.machines import HARDWARE, MODELS, OBJECTIVES, TRAINING, rows_of_fits  # noqa: E402
 
@@ -202,7 +203,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ["JAX_PLATFORMS"] = "cpu"  # local accelerators are not used
     from jaxft.runs import terminal
 
     terminal.quiet()

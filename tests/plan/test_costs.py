@@ -117,7 +117,7 @@ def test_plan_alone_prints_what_fits_without_jax_or_an_extra(monkeypatch, capsys
     assert load("plan").main() == 0
     out = capsys.readouterr().out
     assert "Llama-3.1-8B" in out and "RTX 4090 24 GB" in out and max(map(len, out.splitlines())) <= 120
-    assert len(machines.stored_cells()) == 263
+    assert len(machines.stored_cells()) == 307
 
 
 def test_a_machine_that_cannot_be_planned_is_an_error_before_anything_is_compiled(monkeypatch, capsys):

@@ -4,8 +4,8 @@ attention.py: the reference implementation of attention, and the choice of a ker
 attention_mixer.py: attention over rows, in prefill, extending rows by given tokens, and decoding
 cache.py: the cache of keys and values, in which a prompt is stored once, and attention to it
 flash_attention.py: the keys that each query of packed rows attends to, as two ranges; blockwise attention to
-    these ranges in plain XLA, for every backend
-layer_attention.py: how each layer attends: rope, sliding window, soft cap
+    these ranges in plain XLA, for every backend; the soft cap of scores
+layer_attention.py: settings of each layer's attention: rope, sliding window, soft cap
 pallas_attention.py: blockwise attention as Pallas kernels for NVIDIA GPUs
 ring_attention.py: attention over `mesh.context` where heads do not divide: an early and a late part of each
     row per device, keys gathered or in a ring
