@@ -246,10 +246,9 @@ def permitted_changes(
 
 
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
-    """Replace each line about a fingerprint, a hash of files, by a line that names the changed files.
-
-    lines: from `differences`, such as "data_fingerprint: 1a -> 2b". Such a line is left out if the setting
-    that names the files (here data) is in `lines` too. record: today's settings.
+    """Replace lines about fingerprints, hashes of files, by lines that name the changed files; leave out one
+    if the setting that names the files is in `lines` too. lines: such as "data_fingerprint: 1a -> 2b".
+    record: today's settings.
     """
     names, explained = [line.partition(":")[0] for line in lines], []
     for line, name in zip(lines, names, strict=True):

@@ -192,11 +192,7 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     record: the run's settings. Raises ValueError if its data source is a class that jaxft does not define.
     """
     data = record["data"]
-    kinds = {
-        "jaxft.data.sft:Rows": Rows,
-        "jaxft.data.pairs:PairRows": PairRows,
-        "jaxft.data.decision_rows:DecisionRows": DecisionRows,
-    }
+    kinds = {f"{kind.__module__}:{kind.__name__}": kind for kind in (Rows, PairRows, DecisionRows)}
     kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
     if kind is None:
         raise ValueError(

@@ -375,12 +375,9 @@ def _ids_of(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[in
 def _from_prompt(
     r: Rendered, prompt: list[int], ids: list[int], offsets: list[Span], tokenizer: Any
 ) -> tuple[list[int], list[Span]]:
-    """Return token ids of a text that begin with the ids `prompt` of its prompt, and each token's range of
-    characters.
-
-    ids, offsets: the same for the whole text tokenised at once; returned if the ids begin with `prompt`. Else
-    the text after the prompt is tokenised with one of ANCHORS in front: a tokenizer may add a space to a
-    text's first word.
+    """Return token ids of a text that begin with the ids of its prompt, and each token's range of characters.
+    ids, offsets: of the whole text, kept if they begin with `prompt`. Else the rest is tokenised with one of
+    ANCHORS in front: a tokenizer may add a space to a text's first word.
     """
     if ids[: len(prompt)] == prompt:
         return ids, offsets
@@ -403,11 +400,9 @@ def fallback_prompt(messages: Sequence[Message]) -> str:
 
 
 def _mask_of_text(r: Rendered, tokenizer: Any) -> WeightedTokens:
-    """Tokenise a long document in pieces, to save memory; every token is a target.
-
-    Pieces overlap and are joined where both have a token that begins at the same character. The ids equal the
-    ids of the whole text if each token depends on fewer than OVERLAP / 2 characters. Raises InvalidRow if two
-    pieces have no such character.
+    """Tokenise a long document in pieces, to save memory; every token is a target. Pieces overlap and are
+    joined where both have a token that begins at the same character: the ids equal those of the whole text if
+    a token depends on fewer than OVERLAP / 2 characters. Raises InvalidRow without such a character.
     """
     begins = r.begin and not _has_bos(r.text, tokenizer)
     with_special, (plain,) = next(_ids_of(["a"], tokenizer, begins)), _ids_of(["a"], tokenizer, False)
@@ -466,10 +461,8 @@ def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[l
 def _span_of_each(
     spans: Sequence[Span], first: Int[np.ndarray, " tokens"], last: Int[np.ndarray, " tokens"]
 ) -> Int[np.ndarray, " tokens"]:
-    """For each token, return the index of the last span that contains one of its characters, -1 for none.
-
-    spans: disjoint, in ascending order. first, last: the characters at which each token begins and ends (last
-    is exclusive).
+    """Return the index of the last span that contains a character of each token, -1 for none. spans:
+    disjoint, ascending. first, last: the characters at which each token begins and ends (exclusive).
     """
     starts, ends = np.asarray(spans, np.int64).reshape(len(spans), 2).T
     index = np.searchsorted(starts, last) - 1  # the last span that begins before the token ends

@@ -249,11 +249,9 @@ def _any_of(tokens: Iterable[str]) -> str:
 def _ends_of_text(
     special: re.Pattern, opening: str, behind: str, between: str
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the text that ends the last assistant turn of a conversation, and the text that ends earlier
-    assistant turns, each as a list of one text, or [] if no special token ends such a turn.
-
-    special: matches a special token. opening: the generation prompt. behind: the text after the last response
-    of a conversation. between: the text between a response and the next question.
+    """Return the text that ends the last assistant turn, and the text that ends earlier ones, each as a list
+    of one text, [] if no special token does. opening: the generation prompt. behind: the text after the last
+    response. between: the text between a response and the next question.
     """
     shared = list(special.finditer(commonprefix([behind, between])))
     if shared:
@@ -267,10 +265,8 @@ def _ends_of_text(
 
 
 def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> list[str]:
-    """Return the special token that ends an assistant turn of tool calls, as a list. [] if the template does
-    not render tool calls, or no token ends the turn, or the token ends every call of the turn.
-
-    asked: the messages before the turn.
+    """Return the special token that ends an assistant turn of tool calls, as a list; [] without one, if it
+    ends every call of the turn, or if calls are not rendered. asked: the messages before the turn.
     """
     for count, content in ((2, None), (2, ""), (1, None), (1, "")):
         calls = [_probe_call(number) for number in range(count)]

@@ -242,10 +242,8 @@ def is_closed(template: Template, text: str) -> bool:
 
 
 def _one_of_each(template: Template, chat: Chat, text: str, marked: list[Span]) -> dict[int, list[Span]]:
-    """Assign marked ranges to assistant turns by their order: return {message's index: [range]}.
-
-    {} unless there is one range per turn, each range follows a generation prompt, and a special token ends
-    turns. `_inside` then assigns them, by further renderings.
+    """Assign marked ranges to assistant turns by their order: {message's index: [range]}. {} unless there is
+    one per turn, each after a generation prompt, and a special token ends turns: see `_inside`.
     """
     turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
     opening = template.opening

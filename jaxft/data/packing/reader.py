@@ -424,10 +424,8 @@ class _Columns:
 def _hashes(
     ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, further: list[Any] | None
 ) -> ChunkColumns:
-    """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
-
-    ends: where each piece ends in ids. further: a value of each example that is part of its content too, such
-    as the columns that rewards read; None for none.
+    """Return the hashes of each piece, and of each example's content. ends: where each piece ends in ids.
+    further: what is part of each content too, such as the columns that rewards read, or None.
     """
     bounds, size = np.append(0, ends).tolist(), ends.shape[1]
     hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))

@@ -217,11 +217,9 @@ def _pair_of(
 def _border(
     name: str, prompt: list[int], responses: dict[str, MaskedTokens], tokenizer: Any
 ) -> tuple[int, bool]:
-    """Return how many tokens of the prompt all sequences share, and whether a token spans the end of the
-    prompt, or the loss mask of loss_mask.tokenise_examples begins elsewhere.
-
-    prompt: tokens of the prompt alone. responses: tokens of the prompt with each response. Raises InvalidRow
-    if a response changes more than the prompt's last token.
+    """Return how many tokens of the prompt all sequences share, and whether a token spans its end, or the
+    loss mask begins elsewhere. prompt: its tokens alone. responses: tokens of the prompt with each response.
+    Raises InvalidRow if a response changes more than the prompt's last token.
     """
     border = len(commonprefix([prompt, *(ids.tolist() for ids, _ in responses.values())]))
     if border < len(prompt) - 1:

@@ -58,7 +58,6 @@ class Solution:
     prompt: str
     steps: tuple[str, ...]
     labels: tuple[bool, ...]
-    weight: float = 1.0
 
 
 ANSWER_PREFIX = "choice#"
@@ -159,10 +158,8 @@ def has_placeholder(example: Example) -> bool:
         case Chat(messages=messages, response=response):
             turns = messages[response:] or messages[-1:]
             return any(not turn.get("tool_calls") and is_placeholder(turn["content"] or "") for turn in turns)
-        case Completion(prompt=prompt, completion=""):
-            return is_placeholder(prompt)
-        case Completion(completion=text):
-            return is_placeholder(text)
+        case Completion(prompt=prompt, completion=text):
+            return is_placeholder(text or prompt)
         case Solution(steps=steps):
             return all(map(is_placeholder, steps))
         case Text(text=text):

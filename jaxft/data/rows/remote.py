@@ -166,9 +166,7 @@ def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
 
 def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, bytes]]) -> tuple[Any, bytes]:
     """Run a request for `count` bytes with a time limit; return its result. Raises its error, or ValueError
-    if it is late.
-
-    A socket's own limit is for each read, which a server that sends a byte now and then never exceeds.
+    if it is late. (A socket's own limit is for each read: a server may send a byte now and then.)
     """
     response, seconds = Future[tuple[Any, bytes]](), REQUEST_SECONDS + count / SLOWEST
 
