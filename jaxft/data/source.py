@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -15,8 +16,8 @@ from jaxtyping import Int
 
 from jaxft.batch import TrainState
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.packing.pack import Epochs, RowPlan, epochs_of
-from jaxft.data.packing.tokenised import count_ids, preview
+from jaxft.data.packing.pack import Epochs, RowPlan
+from jaxft.data.packing.tokenised import preview
 from jaxft.data.rows.invalid import InvalidCount
 from jaxft.data.rows.mixture import SplitRows
 from jaxft.nn.attention.layer_attention import AttentionLayers
@@ -256,7 +257,7 @@ class RowSource(Generic[SomeBatch]):
             preview=preview(split.rows, int(split.train.min()), tokenizer),
             stats=stats,
             warnings=split.warnings,
-            learned_ends=count_ids(split.rows.whole_ends),
+            learned_ends=split.rows.end_counts,
         )
         return cls(info, layout, layout.evaluation(layout.held_plan), epochs)
 
@@ -368,12 +369,13 @@ def plan_epochs(
     example takes in a row.
     """
 
+    @cache
     def batch_tokens(epoch: int) -> Int[np.ndarray, " steps"]:
         rows = plan(epoch)
         sums = rows.row_sums(rows.lengths_of(tokens))
         return np.add.reduceat(sums, np.arange(0, rows.rows, rows_per_step))
 
-    return epochs_of(batch_tokens, alike=split.mixture is None)
+    return Epochs(batch_tokens, alike=split.mixture is None)
 
 
 def fingerprint_of(settings: tuple[Any, ...], arrays: Iterable[np.ndarray | None]) -> str:

@@ -156,9 +156,8 @@ def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) 
     stored = {n: f"{entry['dtype']}{entry['shape']}" for n, entry in entries.items()}
     wrong = [n for n in {**required, **stored} if required.get(n) != stored.get(n)]
     if wrong:
-        lines = [
-            f"{n}: got {stored.get(n, 'nothing')}, expected {required.get(n, 'nothing')}" for n in wrong[:3]
-        ]
+        each = [(n, *(x.get(n, "nothing") for x in (stored, required))) for n in wrong[:3]]
+        lines = [f"{n}: got {got}, expected {expected}" for n, got, expected in each]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
             f"{folder} does not fit the parameters of these settings ({'; '.join(lines)}{more}); restore the "

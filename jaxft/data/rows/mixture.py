@@ -75,11 +75,8 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
     twice = next((ref for ref, file in zip(refs, files, strict=True) if files.count(file) > 1), None)
     if twice:
         raise ValueError(f"{setting}={text}: {twice} is named twice; name it once, with a larger weight")
-    names = [_name(ref) for ref in refs]
-    names = [
-        name if names.count(name) == 1 else without_secrets(ref)
-        for name, ref in zip(names, refs, strict=True)
-    ]
+    short = list(map(_name, refs))
+    names = [without_secrets(ref) if short.count(x) > 1 else x for x, ref in zip(short, refs, strict=True)]
     shares = _shares(text, setting, refs, [weight for _, weight in weighted_refs])
     return tuple(map(SourceRef, refs, shares, names, (options for _, options in with_options)))
 
@@ -213,14 +210,13 @@ class Mixture:
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " rows"]:
         """Return the indices of an epoch's rows, one source after the other."""
-        return np.concatenate([self._of_source(number, epoch) for number in range(len(self.rows))])
-
-    def _of_source(self, number: int, epoch: int) -> Int[np.ndarray, " count"]:
-        rows, count = self.rows[number], self.counts[number]
-        first, skipped = divmod(epoch * count, len(rows))
-        passes = range(first, first + -(-(skipped + count) // len(rows)))
-        orders = [permutation(len(rows), self.seed, 6, number, turn) for turn in passes]
-        return rows[np.concatenate(orders)[skipped : skipped + count]]
+        chosen = []
+        for number, (rows, count) in enumerate(zip(self.rows, self.counts, strict=True)):
+            first, skipped = divmod(epoch * count, len(rows))
+            passes = range(first, first + -(-(skipped + count) // len(rows)))
+            orders = [permutation(len(rows), self.seed, 6, number, turn) for turn in passes]
+            chosen.append(rows[np.concatenate(orders)[skipped : skipped + count]])
+        return np.concatenate(chosen)
 
 
 def make_mixture(
