@@ -10,7 +10,7 @@ Adapters, quantisation, files, optimizers and plans work on them as on other ker
 forward_flops: dense_flops counts every kernel as used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,8 +21,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import check_context_divides, constrain
-from jaxft.models.dense_config import Activation, DenseConfig
-from jaxft.models.model import ForwardOptions, Model, dense_flops, forward_options, layer_axes
+from jaxft.models.dense_config import Activation, ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
+from jaxft.models.model import ForwardOptions, Model, ModelConfig, dense_flops, forward_options, layer_axes
 from jaxft.nn import tree
 from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.attention_mixer import attention_mixer
@@ -114,14 +114,44 @@ def with_attention(config: DenseConfig, attention: AttentionLayers) -> Mixer:
 
 
 def one_stack(
-    specs: Specs, names: WeightNames, layer: LayerFunction, attention: AttentionLayers, **more: Any
+    specs: Specs,
+    layer: LayerFunction,
+    attention: AttentionLayers,
+    names: WeightNames | None = None,
+    **more: Any,
 ) -> DecoderSpec:
     """Return the DecoderSpec of a family whose layers all have attention and are computed by one function.
 
-    more: further fields of the DecoderSpec.
+    names: of parameters, see names_of. more: further fields of the DecoderSpec.
     """
     stack = StackSpec("layers", len(attention.layout), (LayerSpec(layer, with_attention),))
-    return DecoderSpec(specs, names, (stack,), attention, **more)
+    return DecoderSpec(specs, names_of(specs, names), (stack,), attention, **more)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's functions and data.
+
+    config: the class of its configs. form: how its config.json differs from other families'. build(config,
+    **options of dense_model) -> Model. presets: configs by checkpoint name. read(hf, form) -> the fields of a
+    config as a dict, from the dict of a config.json; it raises ValueError for a missing or unsupported
+    setting. write(config, form) -> the dict of a config.json.
+    """
+
+    config: type
+    form: ConfigFormat
+    build: Callable[..., Model]
+    presets: Mapping[str, ModelConfig]
+    read: Callable[[dict[str, Any], ConfigFormat], dict[str, Any]] = fields_from_hf
+    write: Callable[[Any, ConfigFormat], dict[str, Any]] = fields_to_hf
+
+    def from_hf(self, hf: dict[str, Any]) -> ModelConfig:
+        """Return the config for the dict of a config.json; see `read` for its errors."""
+        return self.config(**self.read(hf, self.form))
+
+    def to_hf(self, config: Any) -> dict[str, Any]:
+        """Return the dict of the config.json for a config."""
+        return self.write(config, self.form)
 
 
 @dataclass(frozen=True)
@@ -336,14 +366,23 @@ def dense_mlp(c: DenseConfig, p: Params, x_BTD: Float[Array, "B T D"], keys: Any
 def prenorm_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
+    multiplier: Array | None = None,
 ) -> tuple[Float[Array, "B T D"], Extras]:  # fmt: skip
-    """Compute Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`."""
+    """Compute Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`.
+
+    multiplier: a factor on the outputs of attention and MLP, None for 1.
+    """
     c, keys = f.config, split_keys(key, 7)
+
+    def add(h: Array, branch: Array) -> Array:
+        branch = branch.astype(h.dtype)
+        return h + (branch if multiplier is None else branch * multiplier)
+
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
     o, extras = self_attention(c, p["attn"], x, attend, keys[:4], norms)
-    h_BTD = h_BTD + o.astype(h_BTD.dtype)
+    h_BTD = add(h_BTD, o)
     x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
-    return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype), extras
+    return add(h_BTD, dense_mlp(c, p["mlp"], x, keys[4:])), extras
 
 
 def head_norms(c: DenseConfig, dtype: DTypeLike) -> Callable:
@@ -386,39 +425,17 @@ def llama_specs(c: DenseConfig) -> dict[str, Any]:
     return specs
 
 
-def qkv_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Return the specs of the biases of the q, k and v projections."""
-    Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    return {
-        "q_bias": ParamSpec((c.layers, Q), ("layers", "heads"), full(0.0), c.heads),
-        "k_bias": ParamSpec((c.layers, K), ("layers", "kv_heads"), full(0.0), c.kv_heads),
-        "v_bias": ParamSpec((c.layers, K), ("layers", "kv_heads"), full(0.0), c.kv_heads),
-    }
+QKV, ATTENTION, MLP = ("q", "k", "v"), ("q", "k", "v", "o"), ("gate", "up", "down")  # projections
 
 
-def attention_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Return the specs of the biases of the q, k, v and o projections."""
-    return qkv_biases(c) | {"o_bias": ParamSpec((c.layers, c.width), ("layers", "norm"), full(0.0))}
-
-
-def mlp_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Return the specs of the biases of the gate, up and down projections."""
-    L, D, F = c.layers, c.width, c.mlp
-    return {
-        "gate_bias": ParamSpec((L, F), ("layers", "mlp"), full(0.0)),
-        "up_bias": ParamSpec((L, F), ("layers", "mlp"), full(0.0)),
-        "down_bias": ParamSpec((L, D), ("layers", "norm"), full(0.0)),
-    }
-
-
-def with_biases(specs: dict[str, Any], c: DenseConfig, attention: bool, mlp: bool) -> dict[str, Any]:
-    """Return `specs` with biases in the projections of attention, of the MLP, or of both."""
-    layers = dict(specs["layers"])
-    if attention:
-        layers["attn"] = layers["attn"] | attention_biases(c)
-    if mlp:
-        layers["mlp"] = layers["mlp"] | mlp_biases(c)
-    return {**specs, "layers": layers}
+def add_biases(specs: dict[str, Any], names: Sequence[str]) -> None:
+    """Add a bias to each of the projections `names` in the specs of a model with one stack."""
+    for name in names:
+        parameters = specs["layers"]["attn" if name in ATTENTION else "mlp"]
+        weight = parameters[name]
+        (L, _, outs), axis = weight.shape, weight.axes[-1]
+        axis, heads = ("norm", None) if axis == "out_width" else (axis, weight.heads)
+        parameters[f"{name}_bias"] = ParamSpec((L, outs), ("layers", axis), full(0.0), heads)
 
 
 LLAMA_NAMES: WeightNames = {

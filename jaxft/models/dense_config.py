@@ -275,8 +275,14 @@ def window_from_hf(hf: Mapping[str, Any]) -> int | None:
     return window
 
 
-def typed_layers(c: WindowConfig, kinds: Mapping[str, LayerKind]) -> AttentionLayers:
-    """Return the AttentionLayers of a config's layer_types. kinds: the LayerKind of each type."""
+def alternating(layers: int, period: int) -> tuple[str, ...]:
+    """Return the layer types of a model in which every period-th layer has full attention."""
+    return tuple(SLIDING if (i + 1) % period else FULL for i in range(layers))
+
+
+def typed_layers(c: WindowConfig, full: Rope, sliding: Rope) -> AttentionLayers:
+    """Return the AttentionLayers of a config's layer_types. full, sliding: the rope of each type."""
+    kinds = {FULL: LayerKind(full), SLIDING: LayerKind(sliding, c.window)}
     used = list(dict.fromkeys(c.types))
     return AttentionLayers(
         tuple(kinds[name] for name in used), tuple(used.index(name) for name in c.types), c.head_dim
