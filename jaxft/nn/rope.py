@@ -149,8 +149,7 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
     if not all((x < 3.4e38).all() for x in angles):
         raise ValueError(
             f"config: rope's angles are not finite with rope_theta={rope.theta}, factor={rope.factor} and "
-            f"{max_positions} positions; "
-            "use smaller values"
+            f"{max_positions} positions; use smaller values"
         )
 
 

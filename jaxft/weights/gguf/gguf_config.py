@@ -130,9 +130,9 @@ def _check_metadata(header: GgufHeader, settings: GgufSettings) -> None:
         key = name.removeprefix(f"{header.architecture}.")
         neutral = key in known or (key in NEUTRAL_METADATA and value == NEUTRAL_METADATA[key])
         if name != key and not neutral:
-            raise ValueError(
-                f"{header.path}: metadata {name[:60]}={str(value)[:60]!r} is not supported, because it may "
-                "change what the model computes; use the model's Hugging Face folder"
+            raise header.refusal(
+                f"metadata {name[:60]}={str(value)[:60]!r} is not supported, because it may change what the "
+                "model computes"
             )
 
 
@@ -149,10 +149,7 @@ def _sizes(header: GgufHeader, settings: GgufSettings) -> Sizes:
     rotated = header.optional(header.key("rope.dimension_count"), head_dim)
     if values != head_dim or not (rotated == head_dim or (settings.partial_rope and 0 < rotated < head_dim)):
         what = f"rope rotates {rotated}" if values == head_dim else f"values have {values}"
-        raise ValueError(
-            f"{header.path}: {what} of {head_dim} head dimensions, which is not supported; "
-            "use the model's Hugging Face folder"
-        )
+        raise header.refusal(f"{what} of {head_dim} head dimensions, which is not supported")
     return Sizes(layers, width, heads, head_dim, rotated)
 
 
@@ -174,17 +171,11 @@ def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
     if isinstance(header.metadata.get(key), list):
         windowed = header.array(key, bool) or []
         if len(windowed) != sizes.layers:
-            raise ValueError(
-                f"{header.path}: metadata {key} has {len(windowed)} entries for {sizes.layers} layers; "
-                "use the model's Hugging Face folder"
-            )
+            raise header.refusal(f"metadata {key} has {len(windowed)} entries for {sizes.layers} layers")
     else:
         period = header.optional(key, period)
         if period < 1:
-            raise ValueError(
-                f"{header.path}: metadata {key} must be above 0, got {period}; "
-                "use the model's Hugging Face folder"
-            )
+            raise header.refusal(f"metadata {key} must be above 0, got {period}")
         windowed = [layer % period < period - 1 for layer in range(sizes.layers)]
     return ["sliding_attention" if window else "full_attention" for window in windowed]
 
@@ -290,9 +281,9 @@ def _granite(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
     Raises ValueError for rope.scaling.finetuned=false, which means no rope.
     """
     if not header.optional(header.key("rope.scaling.finetuned"), True):
-        raise ValueError(
-            f"{header.path}: metadata {header.key('rope.scaling.finetuned')} is false, which means a Granite "
-            "without rope; it is not supported; use the model's Hugging Face folder"
+        raise header.refusal(
+            f"metadata {header.key('rope.scaling.finetuned')} is false, which means a Granite without rope; "
+            "it is not supported"
         )
     return {
         **_one_rope(header, sizes),

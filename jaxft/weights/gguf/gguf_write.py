@@ -42,6 +42,7 @@ from jaxft.weights.gguf.gguf_file import (
     GgufTensorToWrite,
     metadata_bytes,
     read_gguf_header,
+    unwritable,
     write_gguf_file,
 )
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, WRITTEN_TYPES, MixtureModel, tensor_bytes, tensor_kind
@@ -270,21 +271,19 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
     before = _differences(config, source) if source else []
     new = [setting for setting in lacking if setting not in before]
     if new:
-        raise ValueError(
-            f"this model cannot be written as GGUF: llama.cpp's architecture {name} lacks {', '.join(new)}. "
-            "Write a Hugging Face folder, without --gguf"
+        raise unwritable(
+            f"this model cannot be written as GGUF: llama.cpp's architecture {name} lacks {', '.join(new)}"
         )
     if name in (NEVER_TIED if tied else ALWAYS_TIED):
         actual, expected = ("tied", "untied") if tied else ("untied", "tied")
-        raise ValueError(
+        raise unwritable(
             f"this model cannot be written as GGUF: its input and output embeddings are {actual}, but "
-            f"{expected} in llama.cpp's architecture {name}. Write a Hugging Face folder, without --gguf"
+            f"{expected} in llama.cpp's architecture {name}"
         )
     if name in HEADS_OF_WIDTH and config.heads * config.head_dim != config.width:
-        raise ValueError(
+        raise unwritable(
             f"{config.heads} heads of {config.head_dim} cannot be written as GGUF of architecture {name}: "
-            f"llama.cpp expects that they make up the width of {config.width}. Write a Hugging Face folder, "
-            "without --gguf"
+            f"llama.cpp expects that they make up the width of {config.width}"
         )
     return [f"warning: llama.cpp ignores {', '.join(lacking)}, in the source file too"] if lacking else []
 

@@ -68,8 +68,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             )
         if (folder / "model" / "config.json").is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; {folder} has a model and no adapter, so use "
-                f"model={folder / 'model'}"
+                f"{path}: no such file; {folder} has a model and no adapter, so use model={folder / 'model'}"
             )
     if not path.exists():
         raise FileNotFoundError(

@@ -119,9 +119,8 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
     rank = _matching(config, "rank_pattern", module, config["r"])
     if a.shape != (ins, rank) or b.shape != (rank, outs):
         raise ValueError(
-            f"{files.where}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; "
-            f"rank {rank} on this model needs {(rank, ins)} and {(outs, rank)}; use the base model of the "
-            "adapter"
+            f"{files.where}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; rank {rank} on this "
+            f"model needs {(rank, ins)} and {(outs, rank)}; use the base model of the adapter"
         )
     alpha = float(_matching(config, "alpha_pattern", module, config["lora_alpha"]))
     if not config.get("use_dora"):

@@ -143,8 +143,7 @@ def variant(where: str, settings: ff.QuantConfig, keys: tuple[str, ...], readabl
     if not names <= set(readable):
         raise ValueError(
             f"{where}: {settings['quant_method']} weights with {stated} in quantization_config, but jaxft "
-            f"reads {' and '.join(readable)}; "
-            "use the model's unquantised weights"
+            f"reads {' and '.join(readable)}; use the model's unquantised weights"
         )
     return names.pop()
 
