@@ -92,9 +92,7 @@ class NnxModel(nnx.Module):
         self.deterministic = False
 
     def __call__(self, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> Float[Array, "B T V"]:
-        """Return the logits of every position, in float32 or wider. rngs: for dropout; None uses the rngs
-        that were passed at construction.
-        """
+        """Return logits of every position in float32 or wider. rngs: for dropout; None: the module's."""
         model, params = self.static.model, self.tree()
         return model.logits(model.head(params), model.hidden(params, tokens, self._dropout_key(rngs))[0])
 

@@ -331,9 +331,7 @@ def _defaults(decoder: str, text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_plain_rope(text: dict[str, Any]) -> dict[str, Any]:
-    """Remove M-RoPE's settings from a text_config: its three positions of a token are equal in a text, so
-    that it is plain rope.
-    """
+    """Remove M-RoPE's settings: the three positions of a token are equal in a text, so it is plain rope."""
     out = dict(text)
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(text.get(name), dict):

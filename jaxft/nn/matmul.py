@@ -49,9 +49,7 @@ def wide_dot(x: Array, w: Array, dims: Any) -> Array:
 
 
 def wide_einsum(spec: str, x: Array, y: Array, widen: bool = True) -> Array:
-    """jnp.einsum with the result in the accumulation dtype. widen=False: never copy the operands to float32,
-    as _widened does on some CPUs.
-    """
+    """jnp.einsum in the accumulation dtype. widen=False: never copy operands to float32 (see _widened)."""
     wide = accumulation_dtype(x.dtype)
 
     def product(x, y):
@@ -130,9 +128,7 @@ def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "
 
 
 def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
-    """Return `g @ w^T` in dtype `out`, in FP8 if multiplies_in_fp8(w). It is the gradient of x in `times(x,
-    w)`.
-    """
+    """Return `g @ w^T` in dtype `out`, in FP8 if multiplies_in_fp8(w): the gradient of x in `times(x, w)`."""
     if multiplies_in_fp8(w):
         return times_transposed_in_fp8(g, w).astype(out)
     return dot(g, expand_after(w, g), (-1, 1), out)
@@ -297,9 +293,7 @@ def _input_gradients_joined(g, w, b):
 
 
 def _input_gradients(g, w, b):
-    """Return `g w^T` and `g b^T` by two matmuls, which saves the copies of the joined one; for devices that
-    run the two at their full rate.
-    """
+    """Return `g w^T` and `g b^T` by two matmuls, for devices that run both at full rate: no copies."""
     return times_transposed(g, w, g.dtype), dot(g, b.astype(g.dtype), (-1, 1), g.dtype)
 
 
@@ -419,9 +413,7 @@ class InputTap:
 
 
 def with_taps(params: Params, paths: Collection[str]) -> tuple[Params, Tapped]:
-    """Put a tap on each weight at `paths`. Return the parameters with taps, and the Tapped that collects the
-    inputs of these weights by path.
-    """
+    """Put a tap on each weight at `paths`. Return (parameters with taps, the Tapped that collects inputs)."""
     tapped = Tapped()
 
     def leaf(path: str, w: Any) -> Any:

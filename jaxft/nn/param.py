@@ -156,9 +156,7 @@ def init_params(specs: Specs, key: jax.Array, dtype: DTypeLike = jnp.float32) ->
 
 
 def sharding_of(spec: ParamSpec, mesh: Mesh, path: str) -> Any:
-    """Return the NamedSharding of a parameter. path: its name in errors. Raises ValueError if an axis cannot
-    be sharded over the mesh.
-    """
+    """Return a parameter's NamedSharding. Raises ValueError, naming `path`, if an axis cannot be sharded."""
     return sharding.array_sharding(mesh, spec.axes, spec.shape, path, spec.heads)
 
 

@@ -310,9 +310,7 @@ def take_rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
 
 
 def _decoded(q: QTensor, codes: Array, per_input: Callable[[Array], Array]) -> Array:
-    """Return the dequantised weight of unpacked codes. per_input: repeats entries per block to the codes'
-    shape.
-    """
+    """Return the dequantised weight of unpacked codes. per_input: repeats block entries to their shape."""
     scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
     value = FORMATS[q.kind].decode(codes) * per_input(scale.astype(jnp.float32))
     if q.offset is not None:

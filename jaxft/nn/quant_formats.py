@@ -317,9 +317,7 @@ def unpack(packed: UInt8[Array, "*L I2 O"]) -> UInt8[Array, "*L I O"]:
 
 
 def to_blocks(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]:
-    """Split the input axis into blocks. A short last block is padded with copies of its last row, which leave
-    its maximum and minimum unchanged.
-    """
+    """Split the input axis into blocks; a short last one repeats its last row, which keeps its extremes."""
     xp = x.__array_namespace__()
     *lead, ins, outs = x.shape
     padding = -ins % block

@@ -102,9 +102,7 @@ def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) 
 
 
 def _specs(c: Any) -> dict[str, Any]:
-    """Return the specs of Llama's parameters, with the biases that attention_bias and mlp_bias of the config
-    state.
-    """
+    """Return Llama's specs, with biases as the config's attention_bias and mlp_bias state."""
     specs = llama_specs(c)
     add_biases(specs, ATTENTION if c.attention_bias else ())
     add_biases(specs, MLP if c.mlp_bias else ())
@@ -189,9 +187,7 @@ MINISTRAL = Family(MistralConfig, _MINISTRAL, mistral, {}, _read_mistral, _write
 
 @dataclass(frozen=True)
 class SeedOssConfig(LlamaConfig):
-    """Sizes of a Seed-OSS. attention_bias: whether q, k and v have biases; attention_out_bias: whether o has
-    one.
-    """
+    """Sizes of a Seed-OSS. attention_bias, attention_out_bias: whether q, k and v, and o, have biases."""
 
     attention_out_bias: bool = False
 
@@ -452,9 +448,7 @@ _GRANITE_8B: dict[str, Any] = dict(
 
 
 def _granite_presets(version: str, vocab: int, theta: float) -> dict[str, GraniteConfig]:
-    """Return presets of a release's base models and their instruction-tuned versions, which have the same
-    settings.
-    """
+    """Return presets of a release's base and instruction-tuned models, which have the same settings."""
     common: dict[str, Any] = dict(
         vocab=vocab, rope=Rope(theta), tied=True, max_positions=131072, bos=0, eos=(0,),
         embedding_multiplier=12.0, residual_multiplier=0.22,

@@ -154,9 +154,7 @@ def kernel_for(
 
 
 def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
-    """Return why a GPU or TPU runs `flash` for any rows with this head_dim and dtype; "" if there is a faster
-    kernel for it, and on a CPU.
-    """
+    """Return why a GPU or TPU runs `flash` for this head_dim and dtype; "" if it need not, and on a CPU."""
     kind, dtype = device.device_kind, jnp.dtype(dtype)
     if device.platform == "tpu":
         takes = dtype in (jnp.bfloat16, jnp.float32)

@@ -60,9 +60,7 @@ class InverseFactor(NamedTuple):
 
 @jax.jit
 def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
-    """Damp a moment, the sum of x x^T over a layer's inputs x, and factorise its inverse. Weights with the
-    same inputs can share the result.
-    """
+    """Damp a moment (the sum of x x^T over a layer's inputs) and factorise its inverse."""
     order = jnp.argsort(-jnp.diagonal(moment))
     moment = damped(moment)[order][:, order]
     mean = jnp.mean(jnp.diagonal(moment))

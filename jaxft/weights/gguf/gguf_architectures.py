@@ -149,9 +149,7 @@ def hf_name(architecture: Architecture, name: str) -> str:
 
 
 def gguf_name(architecture: str, name: str) -> str:
-    """Return the GGUF name of a tensor by its Hugging Face name. Raises ValueError for a tensor that the
-    architecture does not have.
-    """
+    """Return a tensor's GGUF name by its Hugging Face name. Raises ValueError if there is none."""
     spec = ARCHITECTURES[architecture]
     plain = {hf: gguf for gguf, hf in NAMES.items()}
     if name in plain:
@@ -195,9 +193,7 @@ def kv_head_count(header: GgufHeader) -> int:
 
 
 def _count_in_all_layers(header: GgufHeader, name: str) -> int:
-    """Return the number of heads at the key `name`, which some files state per layer. Raises ValueError if
-    layers differ.
-    """
+    """Return the count at `name`, which some files list by layer. Raises ValueError if layers differ."""
     key = header.key(name)
     if isinstance(header.metadata.get(key), list):
         counts = header.array(key, int) or []

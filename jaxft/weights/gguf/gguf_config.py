@@ -338,9 +338,7 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
 
 
 def context_notes(config: ModelConfig) -> list[str]:
-    """Return warnings if llama.cpp computes the same log-probs as jaxft only for texts up to some length, or
-    only with some context size.
-    """
+    """Return warnings if llama.cpp computes jaxft's log-probs only up to some length or context size."""
     assert isinstance(config, DenseConfig)  # checked by config_fields
     name, rope, notes = architecture_for(config), config.rope, []
     exact, original = _exact_context(name, config), rope.original_max_positions or 0

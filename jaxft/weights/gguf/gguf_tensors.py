@@ -192,9 +192,7 @@ def _read(tensor: GgufTensor, heads: int | None, plus_one: bool, index: Index) -
 
 
 def _quantised(tensor: GgufTensor, format: BlockFormat | None, heads: int | None) -> QuantisedTensor:
-    """Return a quantised weight. format: None if no QTensor has its values; then it is read dequantised.
-    heads: see _rows_in_file.
-    """
+    """Return a quantised weight. format: None reads it dequantised. heads: see _rows_in_file."""
     (outs, ins), method = tensor.shape, f"GGUF {tensor.kind}"
     if format is None:
         read, reason = partial(_read_expanded, tensor, heads), "no packed form has its values"

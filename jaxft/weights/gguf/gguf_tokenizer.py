@@ -418,9 +418,7 @@ def _pre_name(tokenizer: Any, whole_words: bool) -> str:
 
 
 def _special_fields(tokenizer: Any, ends: Sequence[int], rows: int) -> list[Field]:
-    """Return the metadata of special tokens, of adding BOS and EOS to texts, and of chat templates. ends,
-    rows: as in tokenizer_fields.
-    """
+    """Return metadata of special tokens and chat templates. ends, rows: see tokenizer_fields."""
     eos = tokenizer.eos_token_id
     others = [end for end in ends if end != eos and end < rows]
     eos = others.pop(0) if eos is None and others else eos

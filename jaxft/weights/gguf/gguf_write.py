@@ -238,9 +238,7 @@ def _general_fields(options: GgufOptions) -> list[Field]:
 
 
 def permute_heads(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Order the rows of q or k as llama.cpp does: in each head, two dimensions that rope rotates together are
-    neighbours.
-    """
+    """Order the rows of q or k as llama.cpp does: dimensions that rope rotates together are neighbours."""
     rows = len(weight)
     halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
@@ -325,9 +323,7 @@ def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
 
 
 def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
-    """Return a header without the metadata that llama.cpp ignores for its architecture, and without rope
-    tables that it does not load.
-    """
+    """Return a header without the metadata and rope tables that llama.cpp ignores for its architecture."""
     prefix, architecture = f"{header.architecture}.", ARCHITECTURES[header.architecture]
     known = {prefix + key for key in ALWAYS_READ | architecture.reads}
     metadata = {key: x for key, x in header.metadata.items() if not key.startswith(prefix) or key in known}

@@ -139,9 +139,7 @@ def _check_links(folder: Path) -> None:
 
 
 def is_extended(path: str | Path) -> bool:
-    """Return whether a path leads to a model with new tokens or another template in this machine's cache (see
-    weights/edit/extended_model.py).
-    """
+    """Return whether a path is a model of weights/edit/extended_model.py in this machine's cache."""
     return Path(path).parent == cache_folder() / EXTENDED
 
 

@@ -199,9 +199,7 @@ class _Public(ValueError):
 
 @dataclass
 class _Progress:
-    """The progress of an upload. created: such as "the repository". committing: whether the commit has
-    started.
-    """
+    """The progress of an upload. created: such as "the repository". committing: the commit has started."""
 
     created: list[str] = field(default_factory=list)
     committing: bool = False
@@ -298,9 +296,7 @@ def _operations(files: Mapping[str, FileContent], stale: Iterable[str]) -> list[
 
 
 def _reason(error: Exception, where: str, uploading: bool) -> str:
-    """Return as one line why an upload failed and, if one is known, the remedy. uploading: whether the commit
-    had started.
-    """
+    """Return in one line why an upload failed and any known remedy. uploading: the commit had started."""
     from huggingface_hub import errors
 
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error

@@ -98,9 +98,7 @@ def read_parts(
 
 
 def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Adapter]:
-    """Check an adapter folder as read_parts does, but without the base. Return (names of the parts, such as
-    ("adapter", "score"), settings).
-    """
+    """Check an adapter folder as read_parts does, without the base. Return (names of its parts, settings)."""
     parts, settings = _read(Path(folder), model, _no_first_pair)
     return tuple(parts), settings
 
@@ -154,9 +152,7 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
 
 
 def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
-    """Return an adapter's configuration with lm_head added to modules_to_save or to target_modules, whichever
-    lists the embeddings.
-    """
+    """Add lm_head to modules_to_save or to target_modules, whichever lists the embeddings."""
     saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
     if isinstance(saved, list) and any(is_saved(str(name), TABLE_MODULE) for name in saved):
         return {**config, "modules_to_save": [*saved, HEAD_MODULE]}

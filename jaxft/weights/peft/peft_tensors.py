@@ -331,9 +331,7 @@ def read_modules(
 
 
 def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[str, Any], SafetensorsFiles]:
-    """Return an adapter's configuration and tensors without the language model head's entries, for a model
-    that has a scalar head instead.
-    """
+    """Return an adapter's configuration and tensors without the language model head's entries."""
 
     def others(names: Any) -> Any:
         return [name for name in names if not _is_head(name)] if isinstance(names, list) else names

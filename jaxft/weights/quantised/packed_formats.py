@@ -458,9 +458,7 @@ def _write_compressed(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
 
 
 def _config_compressed(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig:
-    """Return the quantization_config; fp8 quantises activations too, per token, int8 and int4 do not. plain,
-    packed: see FileFormat.
-    """
+    """Return the quantization_config; fp8 also quantises activations per token. Arguments: see FileFormat."""
     numbers = _numbers(quant.kind)
     grouped = {"strategy": "group", "group_size": quant.block} if quant.block else {"strategy": "channel"}
     token = {**numbers, "strategy": "token", "dynamic": True}
