@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import check_context_divides, constrain
 from jaxft.models.dense_config import Activation, ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
-from jaxft.models.model import ForwardOptions, Model, ModelConfig, dense_flops, forward_options, layer_axes
+from jaxft.models.model import ForwardOptions, Model, dense_flops
 from jaxft.nn import tree
 from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.attention_mixer import attention_mixer
@@ -42,6 +42,7 @@ from jaxft.nn.layers import (
 from jaxft.nn.matmul import accumulation_dtype, gather_layer
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
 from jaxft.nn.stack import (
+    REMAT,
     BlockLayer,
     Layer,
     Mix,
@@ -141,11 +142,11 @@ class Family:
     config: type
     form: ConfigFormat
     build: Callable[..., Model]
-    presets: Mapping[str, ModelConfig]
+    presets: Mapping[str, DenseConfig]
     read: Callable[[dict[str, Any], ConfigFormat], dict[str, Any]] = fields_from_hf
     write: Callable[[Any, ConfigFormat], dict[str, Any]] = fields_to_hf
 
-    def from_hf(self, hf: dict[str, Any]) -> ModelConfig:
+    def from_hf(self, hf: dict[str, Any]) -> DenseConfig:
         """Return the config for the dict of a config.json; see `read` for its errors."""
         return self.config(**self.read(hf, self.form))
 
@@ -171,12 +172,18 @@ def dense_model(
     residual: DTypeLike | None = None,
     attention_settings: AttentionSettings = AttentionSettings(),
 ) -> Model:
-    """Build the Model of an architecture. dtype, remat, residual: see ForwardOptions. attention_settings:
-    choose a kernel; the soft cap is the architecture's.
+    """Build the Model of an architecture. Raises ValueError for an unknown remat policy.
+
+    dtype, remat: see ForwardOptions. residual: dtype of the residual stream between layers, None for float32
+    or wider; bfloat16 halves the memory of layers' inputs, and rounds the stream once per layer.
+    attention_settings: choose a kernel; the soft cap is the architecture's.
     """
+    if remat not in REMAT:
+        raise ValueError(f"unknown remat={remat!r}; use one of {', '.join(REMAT)}")
     settings = replace(attention_settings, softcap=architecture.attention.settings.softcap)
     layers = replace(architecture.attention, settings=settings)
-    options = forward_options(config, dtype, remat, residual)
+    stream = accumulation_dtype(dtype) if residual is None else jnp.dtype(residual)
+    options = ForwardOptions(config, dtype, stream, remat)
     d = Decoder(options, architecture, _stacks(options, architecture, layers))
     return Model(
         config=config,
@@ -245,8 +252,10 @@ def _one_layer(f: ForwardOptions, compute: LayerFunction, specs: Specs) -> Layer
     `compute` gets the residual stream in float32 or wider; its result is rounded once, to the stream's dtype.
     """
 
+    axes = jax.tree.map(lambda spec: spec.axes[1:], specs, is_leaf=is_spec)  # without the stacked axis
+
     def layer(p: Params, h: Array, mix: Mix, key: Array | None) -> tuple[Array, Extras]:
-        p = gather_layer(p, layer_axes(specs))
+        p = gather_layer(p, axes)
         out, extras = compute(f, p, h.astype(accumulation_dtype(f.dtype)), mix, key)
         return out.astype(h.dtype), extras
 

@@ -13,7 +13,7 @@ from jaxft.models.dense import Family
 from jaxft.models.dense_config import ACTIVATIONS, DenseConfig
 from jaxft.models.families import gemma, llama, olmo, phi3, qwen
 from jaxft.models.families.gemma import GEMMA3_DEFAULTS
-from jaxft.models.model import Model, ModelConfig
+from jaxft.models.model import Model
 from jaxft.nn.tree import nearest
 
 FAMILIES: dict[str, Family] = {
@@ -26,7 +26,7 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
-def preset_config(ref: str) -> ModelConfig | None:
+def preset_config(ref: str) -> DenseConfig | None:
     """Return the config of a checkpoint name that is a preset of a family; None for other names."""
     return next((f.presets[ref] for f in FAMILIES.values() if ref in f.presets), None)
 
@@ -40,7 +40,7 @@ def preset(ref: str, **options: Any) -> Model | None:
     return None if config is None else _family_with(config).build(config, **options)
 
 
-def _family_with(config: ModelConfig) -> Family:
+def _family_with(config: DenseConfig) -> Family:
     """Return the family whose configs have the class of `config`."""
     return next(family for family in FAMILIES.values() if type(config) is family.config)
 
@@ -55,16 +55,11 @@ def family_of(hf_config: dict[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
-def is_tied(config: ModelConfig) -> bool:
-    """Return whether the language model head is tied to the embedding."""
-    return isinstance(config, DenseConfig) and config.tied
-
-
 # Model types without a sequence classifier in transformers 5.
 WITHOUT_CLASSIFIER = ("granite", "cwm", "internlm3", "iquestcoder", "vaultgemma")
 
 
-def has_classifier(config: ModelConfig) -> bool:
+def has_classifier(config: DenseConfig) -> bool:
     """Return whether transformers has a sequence classifier for this family, which can load jaxft's reward
     models; True for a config of no family.
     """
@@ -80,7 +75,7 @@ def with_vocab(model: Model, vocab: int) -> Model:
     return _family_with(config).build(replace(config, vocab=vocab), dtype=model.dtype)
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def config_to_hf(config: DenseConfig) -> dict[str, Any]:
     """Return the dict of the config.json for a config of any family."""
     return _family_with(config).to_hf(config)
 

@@ -13,7 +13,7 @@ residual stream [B, T, D]. It calls `mix` once, with attention `mix(q, k, v) -> 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -188,12 +188,6 @@ class LayerMean:
     total: Any
     weight: Any
     numbers: tuple[int, ...] = static(default=())
-
-
-def check_remat(policy: str) -> None:
-    """Raise ValueError for a name of a remat policy that is not in REMAT."""
-    if policy not in REMAT:
-        raise ValueError(f"unknown remat={policy!r}; use one of {', '.join(get_args(RematPolicy))}")
 
 
 def scan_stacks(

@@ -14,7 +14,6 @@ import numpy as np
 from jaxft.models import model_types
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.families.llama import MistralConfig
-from jaxft.models.model import ModelConfig
 from jaxft.nn.rope import Rope, rotated_dims
 from jaxft.weights.gguf.gguf_architectures import (
     ARCHITECTURES,
@@ -297,7 +296,7 @@ def _granite(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
 # Writing
 
 
-def architecture_for(config: ModelConfig) -> str:
+def architecture_for(config: DenseConfig) -> str:
     """Return the GGUF architecture of a model. Raises ValueError if jaxft writes none for its family."""
     kind = model_types.config_to_hf(config)["model_type"]
     if kind not in ARCHITECTURE_OF:
@@ -311,12 +310,10 @@ def architecture_for(config: ModelConfig) -> str:
     return ARCHITECTURE_OF[kind]
 
 
-def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
+def config_fields(config: DenseConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
     """Return (metadata that states a model's architecture, tables of rope divisors by tensor name). Raises
     ValueError for a model that jaxft cannot write as GGUF.
     """
-    if not isinstance(config, DenseConfig):
-        raise TypeError(f"expected a DenseConfig, got {type(config).__name__}")
     name, hf = architecture_for(config), model_types.config_to_hf(config)
     sizes = {
         "vocab_size": config.vocab,
@@ -337,9 +334,8 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
     return [*fields, *rope, *special], tables
 
 
-def context_notes(config: ModelConfig) -> list[str]:
+def context_notes(config: DenseConfig) -> list[str]:
     """Return warnings if llama.cpp computes jaxft's log-probs only up to some length or context size."""
-    assert isinstance(config, DenseConfig)  # checked by config_fields
     name, rope, notes = architecture_for(config), config.rope, []
     exact, original = _exact_context(name, config), rope.original_max_positions or 0
     if exact < config.max_positions:

@@ -328,11 +328,13 @@ def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Fie
     if not merges:
         raise unwritable("a BPE tokenizer without merges cannot be written as GGUF")
     if model.get("byte_fallback"):
+        ids = tokenizer("x", add_special_tokens=False).input_ids
+        (first_token, *_) = tokenizer.convert_ids_to_tokens(ids)
         of_model = [
             Field(f"{prefix}.model", "STRING", "llama"),
             Field(f"{prefix}.pre", "STRING", "default"),
             Field(f"{prefix}.scores", "FLOAT32", _scores(tokens, merges)),
-            Field(f"{prefix}.add_space_prefix", "BOOL", _begins_with_space(tokenizer)),
+            Field(f"{prefix}.add_space_prefix", "BOOL", first_token.startswith(SPACE)),
         ]
     else:
         of_model = [
@@ -382,12 +384,6 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
     for merge in merges:
         rank.setdefault("".join(merge), len(rank))
     return [-float(rank.get(token, len(rank))) for token in tokens]
-
-
-def _begins_with_space(tokenizer: Any) -> bool:
-    """Return whether the tokenizer puts a space in front of texts."""
-    ids = tokenizer("x", add_special_tokens=False).input_ids
-    return bool(tokenizer.convert_ids_to_tokens(ids)[0].startswith(SPACE))
 
 
 def _pre_name(tokenizer: Any, whole_words: bool) -> str:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.models import model_types
-from jaxft.models.model import Model, ModelConfig
+from jaxft.models.dense_config import DenseConfig
+from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import pairs_by_path
 from jaxft.nn.rope import USED, Rope, attention_scaling, frequencies
 from jaxft.nn.tree import Params
@@ -258,7 +259,7 @@ class RopeNumbers(NamedTuple):
     scale: float
 
 
-def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader | None = None) -> list[str]:
+def check_config(path: Path, config: DenseConfig, tied: bool, source: GgufHeader | None = None) -> list[str]:
     """Raise ValueError unless llama.cpp computes a written file as jaxft computes a model of this config.
 
     tied: whether the head is the embedding; config.tied may differ after an adapter changed the head. source:
@@ -286,7 +287,7 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
     return [f"warning: llama.cpp ignores {', '.join(lacking)}, in the source file too"] if lacking else []
 
 
-def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
+def _differences(config: DenseConfig, header: GgufHeader) -> list[str]:
     """Return as name=value the settings of a config that llama.cpp ignores or reads otherwise in a file."""
     architecture = ARCHITECTURES[header.architecture]
     seen = _as_llama_cpp_reads(header)
@@ -361,24 +362,14 @@ def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dic
         scale *= (1 + growth) / (1 + growth * number("rope.scaling.yarn_log_multiplier", 0.0))
     exponents = -np.arange(0, dims, 2) / dims
     freqs = theta**exponents * (divided / factor + 1 - divided)
-    short, long = (freqs / _divisors(header, table) for table in _tables(architecture, kind))
+    longrope = kind == "longrope" or FREQUENCIES not in architecture.tables
+    tables = [header.tensors.get(name) for name in ((SHORT, LONG) if longrope else (FREQUENCIES,) * 2)]
+    short, long = (freqs if table is None else freqs / read_dequantised(table) for table in tables)
     ropes = {"rope": RopeNumbers(short, long, original, scale)}
     if architecture.local_theta:
         local = number(architecture.local_theta, 10000.0) ** exponents
         ropes["local_rope"] = RopeNumbers(local, local, original, local_scale)
     return ropes
-
-
-def _tables(architecture: Architecture, kind: str) -> tuple[str, str]:
-    """Return the names of two tensors, which a file may lack: the divisors of the rope frequencies for short
-    and for long texts. kind: the file's rope scaling type.
-    """
-    longrope = kind == "longrope" or FREQUENCIES not in architecture.tables
-    return (SHORT, LONG) if longrope else (FREQUENCIES, FREQUENCIES)
-
-
-def _divisors(header: GgufHeader, table: str) -> np.ndarray | float:
-    return read_dequantised(header.tensors[table]) if table in header.tensors else 1.0
 
 
 def _same_rope(rope: Rope, head_dim: int, numbers: RopeNumbers) -> bool:
