@@ -123,14 +123,17 @@ def expand_after(w: Weight, x: Array) -> Array:
 def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "... O"]:
     """Return `x @ w` in dtype `out`, multiplied in FP8 if multiplies_in_fp8(w)."""
     if multiplies_in_fp8(w):
-        return times_in_fp8(x, w).astype(out)
+        rounded, scale = round_rows(x, E4M3)
+        return (_product(rounded, w, 0, x.dtype) * scale * _channel_scales(w, scale)).astype(out)
     return dot(x, expand_after(w, x), (-1, 0), out)
 
 
 def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
     """Return `g @ w^T` in dtype `out`, in FP8 if multiplies_in_fp8(w): the gradient of x in `times(x, w)`."""
     if multiplies_in_fp8(w):
-        return times_transposed_in_fp8(g, w).astype(out)
+        wide = g.astype(accumulation_dtype(g.dtype))
+        rounded, scale = round_rows(wide * _channel_scales(w, wide), COTANGENT)
+        return (_product(rounded, w, 1, g.dtype) * scale).astype(out)
     return dot(g, expand_after(w, g), (-1, 1), out)
 
 
@@ -459,19 +462,6 @@ def multiplies_in_fp8(w: Any) -> bool:
     if not isinstance(w, QTensor) or not is_scaled_by_channel(w):
         return False
     return _on_device() if w.fp8_matmul is None else w.fp8_matmul
-
-
-def times_in_fp8(x: Float[Array, "*N I"], w: QTensor) -> Float[Array, "*N O"]:
-    """Return `x @ w` in float32 or wider, with the rows of x rounded to E4M3."""
-    rounded, scale = round_rows(x, E4M3)
-    return _product(rounded, w, 0, x.dtype) * scale * _channel_scales(w, scale)
-
-
-def times_transposed_in_fp8(g: Float[Array, "*N O"], w: QTensor) -> Float[Array, "*N I"]:
-    """Return `g @ w^T` in float32 or wider, with the rows of `g * (scales of w)` rounded to COTANGENT."""
-    wide = g.astype(accumulation_dtype(g.dtype))
-    rounded, scale = round_rows(wide * _channel_scales(w, wide), COTANGENT)
-    return _product(rounded, w, 1, g.dtype) * scale
 
 
 def _channel_scales(w: QTensor, like: Array) -> Array:

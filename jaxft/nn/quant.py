@@ -288,7 +288,10 @@ def _per_input(q: QTensor, x: Array) -> Array:
     """Repeat the entries of x, one per block, for each input of the block: [..., N, O] to [..., I, O]."""
     if q.index is not None:
         return jnp.take_along_axis(x, q.index[..., None], axis=-2)
-    return qf.repeat_blocks(x, q.block or q.shape[-2], q.shape[-2])
+    (*lead, blocks, outs), ins = x.shape, q.shape[-2]
+    block = q.block or ins
+    wide = jnp.broadcast_to(x[..., None, :], (*lead, blocks, block, outs))
+    return wide.reshape(*lead, blocks * block, outs)[..., :ins, :]
 
 
 def grid(q: QTensor) -> tuple[Float[Array, "*L I O"], Float[Array, "*L I O"] | None]:

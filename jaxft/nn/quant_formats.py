@@ -326,15 +326,6 @@ def to_blocks(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]
     return x.reshape(*lead, (ins + padding) // block, block, outs)
 
 
-def repeat_blocks(scale: Float[Array, "*L N O"], block: int, ins: int) -> Float[Array, "*L I O"]:
-    """Repeat the scale of each block for the inputs of the block. ins: the number of inputs, I."""
-    *lead, blocks, outs = scale.shape
-    wide = jnp.broadcast_to(scale[..., None, :], (*lead, blocks, block, outs)).reshape(
-        *lead, blocks * block, outs
-    )
-    return wide[..., :ins, :]
-
-
 def as_zero_or_normal(x: Any) -> Any:
     """Return x in float32, with magnitudes below SMALLEST set to zero."""
     xp = x.__array_namespace__()

@@ -227,7 +227,10 @@ def attention_by(
     heads, kv_heads, ways, (layout, kernel) = q_BTHE.shape[2], k_BTKE.shape[2], _head_shards(), choice
     of_queries = ranges.own_start, ranges.own_end, ranges.prompt_start, ranges.prompt_end
     arrays = q_BTHE, k_BTKE, v_BTKE, *of_queries
-    fn = _of_arrays(kernel, ranges.windowed, softcap)
+
+    def fn(q_BTHE, k_BTKE, v_BTKE, *of_queries):  # of arrays, which per_device can shard
+        return kernel(q_BTHE, k_BTKE, v_BTKE, KeyRanges(*of_queries, windowed=ranges.windowed), softcap)
+
     if layout == "rows":
         return per_device(fn, (Q, K, K, *(ROW,) * 4), Q, q_BTHE.shape)(*arrays)
     if layout == "gathered":
@@ -360,15 +363,6 @@ def attention_line(
         reasons.append(f"{kind} do not divide over mesh.context x mesh.tensor")
     name = KERNEL_NAMES[kernel] + LAYOUT_NAMES[layout]
     return f"attention: {name}" + (f": {'; '.join(reasons)}" if reasons else "")
-
-
-def _of_arrays(kernel: Kernel, windowed: bool, softcap: float | None) -> Kernel:
-    """Wrap a kernel so that it takes the key ranges as separate arrays, which per_device can shard."""
-
-    def fn(q_BTHE, k_BTKE, v_BTKE, *of_queries):
-        return kernel(q_BTHE, k_BTKE, v_BTKE, KeyRanges(*of_queries, windowed=windowed), softcap)
-
-    return fn
 
 
 def _one_key_head(kernel: Kernel, queries: int, shared: int) -> Kernel:

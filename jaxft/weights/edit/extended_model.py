@@ -29,13 +29,12 @@ from jaxft.weights.hf.complete_folders import (
     cache_folder,
     cached_folder,
     check_new_folder,
-    files_sha256,
     folder_damage,
     new_folder,
 )
 from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
-from jaxft.weights.param_loading import ParamReader, param_readers
+from jaxft.weights.param_loading import param_readers
 
 UNTRAINED = "untrained_tokens.json"
 TokenStart = Literal["pieces", "mean"]  # of a new token's row: the mean of its pieces' rows, or of all
@@ -85,11 +84,14 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     check_new_folder(out)
     model = pretrained.model_for(ref)
     readers = param_readers(pretrained.open_files(ref), model)
+    for path, reader in readers.items():
+        if reader.tensors[0].name in reader.files.quantised:  # has no dtype of its own
+            readers[path] = replace(reader, dtype=np.dtype(model.dtype))
     known = pretrained.load_tokenizer(ref).get_vocab()
     larger, tokenizer, pieces = _extended_model(model, ref, extension)
     vocab = larger.config.vocab
     sources = {number: parts if extension.start == "pieces" else () for number, parts in pieces.items()}
-    base = lazy_params({path: _in_own_dtype(reader, model) for path, reader in readers.items()})
+    base = lazy_params(readers)
     for path in ("embed", "head"):
         if path in base:
             base[path] = _extended(base[path], sources, vocab, is_head=path == "head")
@@ -155,23 +157,17 @@ def extended_ref(ref: str, extension: Extension | None, drafts: Path | None = No
         return ref, []
     if drafts is not None:
         return _draft(drafts, ref, extension), []
-    located = hub.locate(ref)
-    files = hub.files_of(located)
-    names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
-    parts = [VERSION, names, extension.tokens, extension.start, extension.multiple]
+    settings: list[Any] = [extension.tokens, extension.start, extension.multiple]
     if extension.special_tokens or extension.template is not None:
         named = None if extension.template is None else find_template(extension.template)
-        parts += [extension.special_tokens, named and [named.source, named.tokens]]
-    key = json.dumps(parts)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    base = Path((hub.hub_name(ref) or (str(located.path), None))[0]).name
-    out = cache_folder() / hub.EXTENDED / f"{base}-{digest}"
+        settings += [extension.special_tokens, named and [named.source, named.tokens]]
+    out = cache_folder() / hub.EXTENDED / hub.cache_name(ref, VERSION, settings, digits=16)
     damage = folder_damage(out) if out.is_dir() else None
     if damage is not None or not out.is_dir():
         with cached_folder(out) as part:
             if not _link_model(part, ref, extension):
                 extend_model(part, ref, extension)
-    for file in files:
+    for file in hub.files_of(hub.locate(ref)):
         if (out / file.name).is_symlink():
             _link(out / file.name, file)  # the model may have been moved
     replaced = f"the model with new tokens cannot be used: {damage}; it is written again"
@@ -291,12 +287,6 @@ def _text_with(token: str, added: Sequence[str]) -> str:
         if not any(other in text and other not in token for other in added):
             return text
     return token
-
-
-def _in_own_dtype(reader: ParamReader, model: Model) -> ParamReader:
-    """Return a reader in the dtype of the files, or in the compute dtype if they are quantised."""
-    is_quantised = reader.tensors[0].name in reader.files.quantised
-    return replace(reader, dtype=np.dtype(model.dtype)) if is_quantised else reader
 
 
 def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int, is_head: bool) -> LazyTensor:

@@ -181,6 +181,8 @@ def _merged(path: str, leaf: Any, node: Params, dtype: DTypeLike, token_ids: tup
     def make(index: tuple[int, ...]) -> np.ndarray:
         weight = layer_on_host(leaf, index)
         of_part = {name: layer_on_host(x, index) for name, x in node.items()}
-        return np.asarray(lora.merge_node(path, weight, of_part, dtype, token_ids))
+        if full_modules.is_replacement(of_part):
+            return np.asarray(full_modules.merge_replacement(path, weight, of_part, dtype, token_ids))
+        return np.asarray(lora.merge_leaf(weight, of_part, dtype))
 
     return LazyTensor(leaf.shape, np.dtype(dtype), make)

@@ -268,19 +268,11 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
         generation.pop("pad_token_id", None)
     if config.get("pad_token_id", 0) not in range(model.config.vocab):
         config["pad_token_id"] = None  # not removed, since some families have a default
-    return _with_rope_of_4(config), generation
-
-
-def _with_rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json with the rope settings added under the keys that transformers 4 and llama.cpp's
-    converter read.
-
-    A config.json by transformers 5 has rope_parameters only, and 4.57 would silently take its own defaults.
-    """
-    new = config.get("rope_parameters")
-    if not isinstance(new, dict) or config.get("rope_scaling"):
-        return config
-    return {**config, **for_transformers_4(new, config.get("model_type", ""))}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and not config.get("rope_scaling"):
+        # written by transformers 5; 4.57 and llama.cpp's converter would silently take their own defaults
+        config |= for_transformers_4(rope, config.get("model_type", ""))
+    return config, generation
 
 
 def _write_configs(

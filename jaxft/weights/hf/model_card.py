@@ -73,24 +73,19 @@ def front_matter(card: Card) -> str:
     sources = parse_sources(card.data) if card.data else ()
     datasets = [name for source in sources if (name := hub_dataset(source.ref))]
     licence = {key: source[key] for key in LICENSE_KEYS if key in source}
+    generation = "image-text-to-text" if card.multimodal else "text-generation"
     fields: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": card.relation if base else None,
         "library_name": card.library,
         "license": "unknown",
         **licence,
-        "pipeline_tag": _pipeline(card),
+        "pipeline_tag": "text-classification" if card.scores else generation,
         "tags": ["jaxft", *(["lora"] if card.relation == "adapter" else [])],
         "datasets": datasets or None,
     }
     known = {name: value for name, value in fields.items() if value is not None}
     return f"---\n{huggingface_hub.ModelCardData(**known).to_yaml()}\n---"
-
-
-def _pipeline(card: Card) -> str:
-    if card.scores:
-        return "text-classification"
-    return "image-text-to-text" if card.multimodal else "text-generation"
 
 
 def gguf_card(header: gguf_file.GgufHeader, title: str) -> str:

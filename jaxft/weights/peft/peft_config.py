@@ -170,16 +170,6 @@ def _target_rule(where: Path, config: dict[str, Any], targets: Any) -> Callable[
     return left_out_by
 
 
-def check_tensor_names(files: SafetensorsFiles, dora: bool) -> None:
-    """Raise ValueError for DoRA tensors if use_dora is false. dora: the configuration's use_dora."""
-    for name in files.tensors:
-        if "lora_magnitude_vector" in name and not dora:
-            raise ValueError(
-                f"{files.where}: tensor {name} belongs to DoRA, but adapter_config.json has use_dora=false; "
-                "correct the one that is wrong"
-            )
-
-
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -26,13 +26,13 @@ from jaxft.weights.peft.peft_config import (
     PREFIX,
     check_plain_lora,
     check_targets,
-    check_tensor_names,
     config_of_decoder,
     of_decoder,
     read_adapter_config,
     with_plain_names,
 )
 from jaxft.weights.peft.peft_tensors import (
+    MAGNITUDE,
     ONLY_TOKEN_ROWS,
     ONLY_TOKENS,
     Pair,
@@ -109,7 +109,11 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
     table = adaptable_tensors(model)
     files, prefix = of_decoder(_open_stored(folder))
     config = config_of_decoder(config, prefix, [x.module for tensors in table.values() for x in tensors])
-    check_tensor_names(files, default.dora)
+    if (vector := next((name for name in files.tensors if MAGNITUDE in name), None)) and not default.dora:
+        raise ValueError(
+            f"{files.where}: tensor {vector} belongs to DoRA, but adapter_config.json has use_dora=false; "
+            "correct the one that is wrong"
+        )
     if has_head or not model.generates:
         config, files = without_head(config, files)
     elif config.get("ensure_weight_tying") and "head" not in model.weight_names:

@@ -369,9 +369,10 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
     )
     ends = {str(name).rpartition(".")[2]: ids for name, ids in by_module.items()}
     ids: Any = ends.get("embed_tokens")
-    if not _are_ids(ids, model.config.vocab) or any(
+    are_ids = isinstance(ids, list) and all(type(i) is int and 0 <= i < model.config.vocab for i in ids)
+    if not are_ids or len(set(ids)) < len(ids) or any(
         name not in ("embed_tokens", "lm_head") or other != ids for name, other in ends.items()
-    ):
+    ):  # fmt: skip
         raise ValueError(
             f"{where}: trainable token indices {repr(listed)[:80]}; expected ids from 0 to "
             f"{model.config.vocab - 1}, the same for embed_tokens and lm_head. Other rows are not supported; "
@@ -386,14 +387,6 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
         used.add(name)
     settings = {"trainable_token_indices": tuple(ids), "token_head": "head" in nodes or not own_head}
     return Modules(nodes, settings, used)
-
-
-def _are_ids(ids: Any, vocab: int) -> bool:
-    return (
-        isinstance(ids, list)
-        and all(type(i) is int and 0 <= i < vocab for i in ids)
-        and len(set(ids)) == len(ids)
-    )
 
 
 def module_tensors(

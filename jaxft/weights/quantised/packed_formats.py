@@ -116,10 +116,7 @@ def group_size(where: str, settings: ff.QuantConfig) -> int | None:
     bits = settings.get("bits", settings.get("w_bit"))
     group = settings.get("group_size", settings.get("q_group_size", -1))
     if bits != 4:
-        raise ValueError(
-            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads only 4 bits; "
-            "use the model's unquantised weights"
-        )
+        raise not_read(where, f"{settings['quant_method']} weights of {bits!r:.60} bits", "only 4 bits")
     if type(group) is not int or group == 0 or group < -1:
         raise ValueError(
             f"{where}: quantization_config.group_size is {group!r}, expected a number of inputs or -1; "
@@ -141,10 +138,8 @@ def variant(where: str, settings: ff.QuantConfig, keys: tuple[str, ...], readabl
             f"{where}: quantization_config has {stated}, which are different layouts; remove the wrong one"
         )
     if not names <= set(readable):
-        raise ValueError(
-            f"{where}: {settings['quant_method']} weights with {stated} in quantization_config, but jaxft "
-            f"reads {' and '.join(readable)}; use the model's unquantised weights"
-        )
+        weights = f"{settings['quant_method']} weights with {stated} in quantization_config"
+        raise not_read(where, weights, " and ".join(readable))
     return names.pop()
 
 
@@ -346,11 +341,8 @@ def _scaled_weight(
     rows, columns = blocks_of(outs, ins)
     grid = -(-outs // rows), -(-ins // columns)
     if given.dtype not in FLOATS.values():
-        raise ValueError(
-            f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}"
-            f"{'' if given.dtype == UNSUPPORTED else f', but {given.dtype}'}; use the model's "
-            "unquantised weights"
-        )
+        got = "another dtype" if given.dtype == UNSUPPORTED else given.dtype
+        raise not_read(files.where, f"the scales {scales} are {got}", " or ".join(FLOATS))
     alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
     if given.shape not in alike:
         raise ValueError(
