@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from jaxft.annotations import POSITIVE_FLOAT32, between, check_bounds
+from jaxft.annotations import POSITIVE_FLOAT32, NonNegativeInt, at_least, between, check_bounds
 from jaxft.nn.attention.layer_attention import AttentionLayers, LayerKind
 from jaxft.nn.rope import USED, Rope, check_rope
 from jaxft.nn.tree import nearest
@@ -40,17 +40,12 @@ class DenseConfig:
     norm_eps: Annotated[float, POSITIVE_FLOAT32, "rms_norm_eps"] = 1e-5
     tied: bool = False
     max_positions: Size = 2048
-    bos: int | None = 1
-    eos: tuple[int, ...] = (2,)
+    bos: Annotated[int | None, at_least(0)] = 1
+    eos: tuple[NonNegativeInt, ...] = (2,)
     activation: Activation = "silu"
 
     def __post_init__(self):
         check_bounds(self, "config:")
-        for token in (*self.eos, *([] if self.bos is None else [self.bos])):
-            if type(token) is not int or token < 0:
-                raise ValueError(
-                    f"config: bos and eos must be token ids, whole numbers from 0 on; got {token!r}"
-                )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"config: {self.heads} query heads are not divisible by {self.kv_heads} kv heads; "

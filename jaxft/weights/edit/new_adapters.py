@@ -33,7 +33,7 @@ from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_read
 from jaxft.weights.hf.hf_read import EMBEDDING, HEAD
 from jaxft.weights.peft.peft_tensors import Pair, adaptable_tensors, adapter_of, module_list
-from jaxft.weights.tensors import ModelFiles, Tensor, TensorTable, stack, tensors_of
+from jaxft.weights.tensors import ModelFiles, Tensor, stack, tensors_of
 
 CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
 PRUNING = ("ties", "dare_linear", "dare_ties")
@@ -194,10 +194,15 @@ def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
             f"{where}: the adapters have the ranks {', '.join(map(str, ranks))}, and --method {how.method} "
             "needs equal ones; use --method svd or cat"
         )
-    if how.rank is not None and how.rank > min(ends):
+    if how.rank is not None:
+        _check_rank(how.rank, where, ends)
+
+
+def _check_rank(rank: int, name: str, sides: tuple[int, ...]) -> None:
+    if rank > min(sides):
         raise ValueError(
-            f"--rank {how.rank}: {where} is a matrix of {ends[0]} x {ends[1]}, which has at most rank "
-            f"{min(ends)}; use --rank {min(ends)} or less"
+            f"--rank {rank}: {name} is a matrix of {sides[0]} x {sides[1]}, which has at most rank "
+            f"{min(sides)}; use --rank {min(sides)} or less"
         )
 
 
@@ -343,7 +348,8 @@ def extract_adapter(
     if the rank is larger than a side of a matrix.
     """
     table, paths = tensors_of(model, tied_head=True), target_paths(model.specs, what.targets)
-    _check_rank(what.rank, {path: table[path] for path in paths})
+    for path in paths:
+        _check_rank(what.rank, path, table[path][0].values[-2:])
     base, tuned = pretrained.open_files(base_ref), pretrained.open_files(tuned_ref)
     _check_same_shapes(base, tuned, model)
     _check_same_settings(base_ref, tuned_ref, model)
@@ -381,16 +387,6 @@ def extract_adapter(
         nodes |= replaced
     kinds = [*(errors[path] for path in paths), _kind_error("total", total)]
     return Extracted(tree.nested(nodes), settings, kinds, _lines(changed, what.save_others))
-
-
-def _check_rank(rank: int, table: TensorTable) -> None:
-    for path, tensors in table.items():
-        sides = tensors[0].values[-2:]
-        if rank > min(sides):
-            raise ValueError(
-                f"--rank {rank}: {path} is a matrix of {sides[0]} x {sides[1]}, which has at most rank "
-                f"{min(sides)}; use --rank {min(sides)} or less"
-            )
 
 
 def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:

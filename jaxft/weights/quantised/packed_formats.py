@@ -341,8 +341,8 @@ def _scaled_weight(
     rows, columns = blocks_of(outs, ins)
     grid = -(-outs // rows), -(-ins // columns)
     if given.dtype not in FLOATS.values():
-        got = "another dtype" if given.dtype == UNSUPPORTED else given.dtype
-        raise not_read(files.where, f"the scales {scales} are {got}", " or ".join(FLOATS))
+        got = "unknown" if given.dtype == UNSUPPORTED else given.dtype
+        raise not_read(files.where, f"the dtype of {scales} is {got}", " and ".join(FLOATS))
     alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
     if given.shape not in alike:
         raise ValueError(
