@@ -223,9 +223,7 @@ def _stacks(options: ForwardOptions, architecture: DecoderSpec, attention: Atten
 
 
 def _numbered(specs: Specs, stacks: Stacks) -> Specs:
-    """Set the `numbers` of stacked specs (see ParamSpec), unless the model has one stack of blocks of one
-    layer and the default, 0, 1, ..., is right.
-    """
+    """Set the `numbers` of stacked specs (see ParamSpec), unless the default, 0, 1, ..., is right."""
     if len(layers_of(stacks)) == 1:
         return specs
     numbers = {place.path: place.layer.numbers for place in layer_places(stacks)}

@@ -279,10 +279,7 @@ def _of_layers(x: Array, numbers: range) -> Array:
 
 
 def _joined(by_layer: Sequence[tuple[range, LayerOutputs]]) -> LayerOutputs:
-    """Return the outputs by name, each stacked over all layers that have it, in the order of the layers.
-
-    by_layer: for each BlockLayer its `numbers` and its outputs, stacked over blocks.
-    """
+    """Return outputs by name, stacked over all layers that have them, in the order of the layers."""
     joined: LayerOutputs = {}
     for name in dict.fromkeys(name for _, outputs in by_layer for name in outputs):
         parts = [(numbers, outputs[name]) for numbers, outputs in by_layer if name in outputs]

@@ -320,9 +320,7 @@ def _smollm3_attention(c: SmolLM3Config) -> AttentionLayers:
 
 
 def _rope_layers(hf: dict[str, Any], count: int) -> tuple[bool, ...]:
-    """Return whether each layer has rope, from no_rope_layers (where 1 means with rope) or
-    no_rope_layer_interval in config.json.
-    """
+    """Return whether each layer has rope, by no_rope_layers (1: with rope) or no_rope_layer_interval."""
     flags = hf.get("no_rope_layers")
     if flags is not None:
         if not isinstance(flags, list | tuple) or len(flags) < count or any(x not in (0, 1) for x in flags):

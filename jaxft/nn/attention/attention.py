@@ -366,10 +366,7 @@ def attention_line(
 
 
 def _one_key_head(kernel: Kernel, queries: int, shared: int) -> Kernel:
-    """Return a kernel that takes all key heads and uses only the one that this device's query heads share.
-
-    queries: query heads of a device. shared: query heads per key head.
-    """
+    """Return a kernel that uses only the key head which this device's query heads share."""
 
     def fn(q_BTHE, k_BTKE, v_BTKE, *rest):
         at = shard_start("context", queries) // np.int32(shared)

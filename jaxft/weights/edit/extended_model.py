@@ -115,9 +115,7 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
 def _extended_model(
     model: Model, ref: str, extension: Extension
 ) -> tuple[Model, Any, dict[int, tuple[int, ...]]]:
-    """Return the model with a vocabulary for the new tokens, the extended tokenizer, and by id of each new
-    token the ids into which its text was split before.
-    """
+    """Return (model with room for new tokens, tokenizer, by new id the ids of its text before)."""
     tokenizer, vocab = pretrained.load_tokenizer(ref), model.config.vocab
     pieces = add_tokens(tokenizer, extension)
     if pieces and max(pieces) >= vocab:
@@ -211,9 +209,7 @@ def _link(path: Path, file: Path) -> None:
 
 
 def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[str]:
-    """Return a line if the tokenizer had some of a named template's special tokens already, since a base
-    model may not be trained on them. known: ids by token.
-    """
+    """Return a line if a template's special tokens were known: a base may not be trained on them."""
     named = () if extension.template is None else find_template(extension.template).tokens
     ids = {token: known[token] for token in named if token in known}
     if not ids:
@@ -279,9 +275,7 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
 
 
 def _text_with(token: str, added: Sequence[str]) -> str:
-    """Return `token` between two characters with which it forms no other of the tokens `added`; the token
-    alone if there are no such characters.
-    """
+    """Return `token` between two characters that form no other added token with it; else alone."""
     for before, after in (("a", "b"), ("1", "2"), (" ", " "), ("\n", "\n")):
         text = before + token + after
         if not any(other in text and other not in token for other in added):

@@ -127,9 +127,7 @@ def merge_on_read(
 def _merged_part(
     reader: ParamReader, node: Params, token_ids: tuple[int, ...], tensor: Tensor, index: Index = ()
 ) -> np.ndarray:
-    """Return the part of a tensor's values at `index`, merged with an adapter. node: the adapter's leaves for
-    the tensor's parameter. token_ids: see merge_files.
-    """
+    """Return the part of a tensor at `index`, merged with the adapter's leaves for it, `node`."""
     if "magnitude" in node and index:  # norms are over all inputs
         return _merged_part(reader, node, token_ids, tensor)[index]
     index = full_index(index, tensor.values)

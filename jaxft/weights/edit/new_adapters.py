@@ -167,9 +167,7 @@ def _check_plain(adapter: NamedAdapter) -> None:
 
 
 def _part(pair: Params, index: tuple[int, ...], rank: int, weight: float) -> _Part:
-    """Return an adapter's pair of one module, without the zeros beyond its rank. pair: leaves of the module's
-    parameter. index: the module's index along their leading axes. weight: the adapter's weight.
-    """
+    """Return an adapter's pair of a module, without the zeros beyond its rank. index: on lead axes."""
     a, b, scale = (pair[name][index] for name in ("a", "b", "scale"))
     return _Part(a[:, :rank].astype(np.float32), b[:rank].astype(np.float32), weight * float(scale))
 
@@ -238,9 +236,7 @@ def _combined(parts: list[_Part], how: Combination, name: str) -> tuple[_A, _B]:
 def _merged(
     values: Float[np.ndarray, "K M N"], weights: Float[np.ndarray, " K"], how: Combination, name: str
 ) -> Float[np.ndarray, "M N"]:
-    """Combine the A, or the B, of K pairs elementwise by linear, ties or a DARE method. weights: one for each
-    pair. name: text that the random seed depends on.
-    """
+    """Combine the A, or the B, of K pairs by linear, ties or DARE. name: text that the seed depends on."""
     density = DEFAULT_DENSITY if how.density is None else how.density
     if how.method == "ties":
         values = np.stack([_largest(x, density) for x in values])
@@ -413,9 +409,7 @@ def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> Non
 
 
 def _check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
-    """Raise ValueError if the configs of two models differ in a setting that no adapter can store, such as
-    rope_theta, or if the tuned model's tensors do not fit its config. model: the base's.
-    """
+    """Raise ValueError if configs differ in what no adapter stores, or tensors do not fit the config."""
     pretrained.check_preset(base_ref, model.config)
     theirs = pretrained.model_for(tuned_ref)
     pretrained.check_preset(tuned_ref, theirs.config)
@@ -480,9 +474,7 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
 def _with_others(
     settings: Adapter, changed: dict[str, float], tuned: ModelFiles, model: Model
 ) -> tuple[dict[str, dict[str, np.ndarray]], Adapter]:
-    """Return (nodes {"weight"} by path, adapter settings) that store the parameters at the paths in `changed`
-    in full, with the tuned model's values.
-    """
+    """Return (nodes {"weight"}, adapter settings) that store the parameters in `changed` in full."""
     modules = {path for path in changed if not path.endswith("_bias")}
     if "embed" in modules and "head" not in model.specs:
         modules.add("head")  # which follows the table in the tuned model
@@ -498,9 +490,7 @@ def _with_others(
 
 
 def _lines(changed: dict[str, float], saved: bool) -> list[str]:
-    """Return a line about changed parameters without a pair, or []. changed: norm of the change by path, as a
-    fraction of the base's norm. saved: whether the adapter stores them.
-    """
+    """Return a line about changed parameters without a pair, or []. changed: relative change by path."""
     if not changed:
         return []
     named = ", ".join(f"{path} by {100 * change:.2g} %" for path, change in changed.items())

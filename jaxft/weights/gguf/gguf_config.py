@@ -400,9 +400,7 @@ def _granite_fields(name: str, hf: dict[str, Any]) -> list[Field]:
 
 
 def _exact_context(architecture: str, config: DenseConfig) -> int:
-    """Return the length up to which llama.cpp computes the same as the model: the window if llama.cpp ignores
-    windows in this architecture, else the model's context.
-    """
+    """Return the length up to which llama.cpp computes the same: the window, if it ignores windows."""
     window = model_types.config_to_hf(config).get("sliding_window")
     if not window or WINDOW in ARCHITECTURES[architecture].reads:
         return config.max_positions

@@ -91,9 +91,7 @@ def _check_keys(header: GgufHeader, kind: str) -> None:
 
 
 def _linear_factor(header: GgufHeader) -> float:
-    """Return the factor that divides positions: rope.scaling.factor, or rope.scale_linear in files from
-    before September 2023. 0 means 1, as in llama.cpp.
-    """
+    """Return the divisor of positions (rope.scale_linear in files before September 2023); 0 means 1."""
     keys = (header.key("rope.scaling.factor"), header.key("rope.scale_linear"))
     given = {key: header.required(key, float) or 1.0 for key in keys if key in header.metadata}
     if len(set(given.values())) > 1:

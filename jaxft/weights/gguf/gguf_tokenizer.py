@@ -267,9 +267,7 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> A
 
 
 def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Return all pairs of tokens that concatenate to a token, sorted by its score, best first: SentencePiece
-    merges the neighbours whose token has the best score. scores: by token.
-    """
+    """Return all pairs of tokens that concatenate to a token, best score first, as SentencePiece merges."""
     merges: list[tuple[float, str, str]] = []
     for token, score in scores.items():
         if len(token) > LONGEST_PIECE:
@@ -283,9 +281,7 @@ def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str
 
 
 def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list[str]) -> Any:
-    """Return the post-processor that adds BOS and EOS tokens if the metadata state so, else as llama.cpp does
-    by default. ids: ids of "bos" and "eos". tokens: all tokens by id.
-    """
+    """Return the post-processor that adds BOS and EOS as the metadata state, else as llama.cpp does."""
     from tokenizers import processors
 
     starts = header.required("tokenizer.ggml.model", str) == "llama" or _pre_tokenizer_of(header).bos
@@ -377,9 +373,7 @@ def _tokens(tokenizer: Any, state: dict[str, Any], rows: int) -> tuple[list[str]
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """Return a score for each token, with which SentencePiece merges in the order of `merges`: 0, -1, -2, ...
-    for tokens in the order in which they are merged, as in SentencePiece's own files.
-    """
+    """Return the scores with which SentencePiece merges in the order of `merges`: 0, -1, -2, ..."""
     rank: dict[str, int] = {}
     for merge in merges:
         rank.setdefault("".join(merge), len(rank))
@@ -387,9 +381,7 @@ def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
 
 
 def _pre_name(tokenizer: Any, whole_words: bool) -> str:
-    """Return llama.cpp's name of the PreTokenizer that splits SPLIT_PROBES as the tokenizer does and has this
-    value of `whole_words`. Raises ValueError if there is none.
-    """
+    """Return llama.cpp's name of the PreTokenizer that splits SPLIT_PROBES alike, or raise ValueError."""
     from tokenizers import Tokenizer, models
 
     def pieces(core: Any) -> list[list[str]]:

@@ -216,9 +216,7 @@ def _kept_fields(source: GgufHeader) -> list[Field]:
 
 
 def _kept_kind(source: GgufHeader, name: str, changed: bool) -> str:
-    """Return the type of a tensor in the source file; a head that is not in it gets the embedding's type.
-    Raises ValueError if the tensor's values are `changed` and jaxft does not write this type.
-    """
+    """Return a tensor's type in the source file (a new head gets the embedding's), if it can be written."""
     tensor = source.tensors.get(name) or source.tensors["token_embd.weight"]
     if changed and tensor.kind not in WRITTEN_TYPES:
         raise ValueError(
@@ -337,9 +335,7 @@ def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
 
 
 def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dict[str, RopeNumbers]:
-    """Return the ropes that llama.cpp computes, by config field: "rope", and "local_rope" for architectures
-    whose layers with windows have another theta.
-    """
+    """Return llama.cpp's ropes: "rope", and "local_rope" if layers with windows have another theta."""
 
     def number(name: str, default: float) -> float:
         return header.optional(header.key(name), default)

@@ -180,9 +180,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
 
 
 def _is_zero_bias(files: ModelFiles, name: str) -> bool:
-    """Return whether a tensor is a bias of zeros that GPTQ tools write for a quantised layer without a bias.
-    Raises ValueError if such a bias is not zero.
-    """
+    """Return whether a tensor is a zero bias that GPTQ tools add. Raises ValueError if it is not zero."""
     stem, dot, _ = name.rpartition(".bias")
     weight = files.tensors.get(f"{stem}.weight")
     if not dot or weight is None or weight.quantised is None:

@@ -130,9 +130,7 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
 
 
 def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
-    """Return the value for a module in config[key], a dict by pattern; without a match, the default. As in
-    PEFT, the first pattern that matches the module's full name, or its end after a dot, decides.
-    """
+    """Return config[key]'s value for a module: the first pattern that matches its name's end decides."""
     for pattern, value in (config.get(key) or {}).items():
         if matches_module(pattern, (module,), key):
             return value
@@ -349,9 +347,7 @@ def _is_head(name: Any) -> bool:
 
 
 def _tensor_name(files: SafetensorsFiles, tensor: Tensor) -> str:
-    """Return the name of a parameter in an adapter's files. The bias of an adapted layer may be
-    MODULE.base_layer.bias, since peft wraps the layer.
-    """
+    """Return a parameter's name in an adapter's files, where peft wraps an adapted layer with a bias."""
     wrapped = f"{PREFIX}{tensor.module}.base_layer.bias"
     return wrapped if tensor.path.endswith("_bias") and wrapped in files.tensors else PREFIX + tensor.name
 

@@ -113,9 +113,7 @@ def save_adapter(
 
 
 def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:
-    """Convert adapter_config.json to PEFT's type TRAINABLE_TOKENS, for an adapter with only token rows, in
-    the embedding table and, for `with_head`, in the head.
-    """
+    """Convert adapter_config.json to PEFT's type TRAINABLE_TOKENS, for an adapter of token rows only."""
     ids = config["trainable_token_indices"]
     common = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version")
     return {
@@ -132,9 +130,7 @@ def _whole(value: float) -> float:
 
 
 def _check_pair(path: str, pair: dict[str, Any], layout: PairRanks | None) -> None:
-    """Raise ValueError unless a pair has a pair's leaves, and the highest rank that the settings declare for
-    its layers. layout: these ranks, None if the settings declare no pair at `path`.
-    """
+    """Raise ValueError unless a pair has its leaves and the rank that the settings declare in `layout`."""
     if set(pair) - {"magnitude"} != {"a", "b", "scale"}:
         raise ValueError(
             f"cannot write the adapter at {path or '/'} as PEFT's LoRA: it needs the leaves a, b and scale, "
