@@ -36,9 +36,7 @@ def fan_in(size: int) -> Init:
 
 
 def kaiming_uniform(size: int) -> Init:
-    """Return an initialiser: uniform in +-sqrt(1 / size), as torch's kaiming_uniform_(a=sqrt(5)). size: the
-    kernel's input size (fan-in).
-    """
+    """Return an initialiser: uniform in +-sqrt(1 / size); torch's kaiming_uniform_(a=sqrt(5)) of fan-in."""
     bound = size**-0.5
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:

@@ -284,11 +284,7 @@ def _text_with(token: str, added: Sequence[str]) -> str:
 
 
 def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int, is_head: bool) -> LazyTensor:
-    """Return an embedding table [V, D], or a head [D, V], extended to `vocab` tokens.
-
-    sources: by id of a new token, the ids whose mean row it gets; () for the mean of all rows, which padding
-    gets too.
-    """
+    """Return a table [V, D], head [D, V], of `vocab` rows. sources: ids whose mean a new row gets, () all."""
 
     def make(_: tuple[int, ...]) -> np.ndarray:
         old = leaf.make(()).astype(np.float32)

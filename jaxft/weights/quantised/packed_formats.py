@@ -296,9 +296,7 @@ def not_read(where: str, weights: str, readable: str) -> ValueError:
 
 
 def block_sizes(where: str, name: str, value: Any) -> tuple[int, int]:
-    """Return the setting `name` as (outputs, inputs) of a block. Raises ValueError unless its value is a pair
-    of positive integers.
-    """
+    """Return a block's (outputs, inputs) from a setting. Raises ValueError unless it is a positive pair."""
     sizes = tuple(value) if isinstance(value, list | tuple) else ()
     if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
         raise ValueError(
