@@ -133,18 +133,22 @@ def one_stack(
 class Family:
     """A family's functions and data.
 
-    config: the class of its configs. form: how its config.json differs from other families'. build(config,
-    **options of dense_model) -> Model. presets: configs by checkpoint name. read(hf, form) -> the fields of a
-    config as a dict, from the dict of a config.json; it raises ValueError for a missing or unsupported
-    setting. write(config, form) -> the dict of a config.json.
+    config: the class of its configs. form: how its config.json differs from other families'. decoder(config)
+    -> the DecoderSpec. presets: configs by checkpoint name. read(hf, form) -> the fields of a config as a
+    dict, from the dict of a config.json; it raises ValueError for a missing or unsupported setting.
+    write(config, form) -> the dict of a config.json.
     """
 
     config: type
     form: ConfigFormat
-    build: Callable[..., Model]
+    decoder: Callable[[Any], DecoderSpec]
     presets: Mapping[str, DenseConfig]
     read: Callable[[dict[str, Any], ConfigFormat], dict[str, Any]] = fields_from_hf
     write: Callable[[Any, ConfigFormat], dict[str, Any]] = fields_to_hf
+
+    def build(self, config: Any, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+        """Build the Model of a config. options: further arguments of dense_model."""
+        return dense_model(config, self.decoder(config), dtype, **options)
 
     def from_hf(self, hf: dict[str, Any]) -> DenseConfig:
         """Return the config for the dict of a config.json; see `read` for its errors."""
@@ -167,7 +171,7 @@ class Decoder:
 def dense_model(
     config: DenseConfig,
     architecture: DecoderSpec,
-    dtype: DTypeLike = jnp.bfloat16,
+    dtype: DTypeLike,
     remat: RematPolicy = "projections",
     residual: DTypeLike | None = None,
     attention_settings: AttentionSettings = AttentionSettings(),

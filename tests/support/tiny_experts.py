@@ -88,11 +88,15 @@ def layer(f: Any, p: Any, h: jax.Array, attend: Any, key: Any) -> tuple[jax.Arra
     return h + y.astype(h.dtype), extras
 
 
+def expert_decoder(config: ExpertConfig) -> DecoderSpec:
+    """The decoder of a config."""
+    attention = uniform(config.layers, config.head_dim, config.rope)
+    return one_stack(expert_specs(config), layer, attention, NAMES)
+
+
 def experts(config: ExpertConfig, dtype: Any = jnp.float32, **options: Any) -> Any:
     """Build the Model of a config."""
-    specs = expert_specs(config)
-    attention = uniform(config.layers, config.head_dim, config.rope)
-    return dense_model(config, one_stack(specs, layer, attention, NAMES), dtype, **options)
+    return dense_model(config, expert_decoder(config), dtype, **options)
 
 
 def read(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def write(config: ExpertConfig, form: ConfigFormat) -> dict[str, Any]:
 
 
 FORMAT = replace(llama.LLAMA.form, model_type="tiny_experts")
-FAMILY = Family(ExpertConfig, FORMAT, experts, {}, read, write)
+FAMILY = Family(ExpertConfig, FORMAT, expert_decoder, {}, read, write)
 
 
 def three_stacks(dtype=jnp.float32):

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.annotations import POSITIVE_FLOAT32
-from jaxft.models.dense import Family, dense_mlp, dense_model, llama_specs, one_stack, self_attention
+from jaxft.models.dense import DecoderSpec, Family, dense_mlp, llama_specs, one_stack, self_attention
 from jaxft.models.dense_config import (
     FULL,
     SLIDING,
@@ -25,7 +25,7 @@ from jaxft.models.dense_config import (
     typed_layers,
     window_from_hf,
 )
-from jaxft.models.model import ForwardOptions, Model
+from jaxft.models.model import ForwardOptions
 from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, uniform
 from jaxft.nn.layers import lm_head, rms_norm, split_keys
@@ -168,34 +168,28 @@ _GEMMA2_PRESETS: dict[str, Gemma2Config] = {
 }  # fmt: skip
 
 
-def gemma(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Gemma 1 config. options: further arguments of dense_model."""
+def _gemma_decoder(config: GemmaConfig) -> DecoderSpec:
     attention = uniform(config.layers, config.head_dim, config.rope)
-    return _gemma_model(config, _gemma_specs(config), {}, attention, dtype, **options)
+    return _decoder(config, _gemma_specs(config), {}, attention)
 
 
-def gemma2(config: Gemma2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Gemma 2 config. options: further arguments of dense_model."""
-    attention = _capped_attention(config, config.rope)
-    return _gemma_model(config, _four_norms(config), _FOUR_NORMS, attention, dtype, **options)
+def _gemma2_decoder(config: Gemma2Config) -> DecoderSpec:
+    return _decoder(config, _four_norms(config), _FOUR_NORMS, _capped_attention(config, config.rope))
 
 
-def vaultgemma(config: VaultGemmaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a VaultGemma config. options: further arguments of dense_model."""
-    attention = _capped_attention(config, config.rope)
-    return _gemma_model(config, _gemma_specs(config), _FOUR_NORMS, attention, dtype, **options)
+def _vaultgemma_decoder(config: VaultGemmaConfig) -> DecoderSpec:
+    return _decoder(config, _gemma_specs(config), _FOUR_NORMS, _capped_attention(config, config.rope))
 
 
 # Functions that all Gemma families share.
 
 
-def _gemma_model(
-    config: DenseConfig, specs: dict[str, Any], names: WeightNames, attention: AttentionLayers,
-    dtype: DTypeLike, **options: Any,
-) -> Model:  # fmt: skip
-    """Build the Model of any Gemma family. names: tensor names that differ from Llama's."""
+def _decoder(
+    config: DenseConfig, specs: dict[str, Any], names: WeightNames, attention: AttentionLayers
+) -> DecoderSpec:
+    """Return the DecoderSpec of any Gemma family. names: tensor names that differ from Llama's."""
     cap = config.final_softcap if isinstance(config, Gemma2Config) else None
-    architecture = one_stack(
+    return one_stack(
         specs,
         _gemma_layer,
         attention,
@@ -204,7 +198,6 @@ def _gemma_model(
         embed_scale=config.width**0.5,
         logits=lm_head if cap is None else partial(_capped_logits, cap),
     )
-    return dense_model(config, architecture, dtype, **options)
 
 
 def offset_rms_norm(
@@ -282,13 +275,11 @@ class Gemma3Config(Gemma2Config):
         check_rope(self.local_rope, self.head_dim, self.max_positions)
 
 
-def gemma3(config: Gemma3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Gemma 3 config. options: further arguments of dense_model."""
+def _gemma3_decoder(config: Gemma3Config) -> DecoderSpec:
     specs = _four_norms(config)
     norm = ParamSpec((config.layers, config.head_dim), ("layers", "norm"), full(0.0))
     specs["layers"]["attn"] |= {"q_norm": norm, "k_norm": norm}
-    attention = _capped_attention(config, config.local_rope)
-    return _gemma_model(config, specs, _FOUR_NORMS, attention, dtype, **options)
+    return _decoder(config, specs, _FOUR_NORMS, _capped_attention(config, config.local_rope))
 
 
 GEMMA3_DEFAULTS: dict[str, Any] = {
@@ -348,10 +339,8 @@ _GEMMA3 = ConfigFormat(
     fixed=_FIXED | {"attn_logit_softcapping": None}, defaults={"rope_theta": {FULL: 1e6, SLIDING: 1e4}},
     activation=_ACTIVATION, local_theta="rope_local_base_freq",
 )  # fmt: skip
-GEMMA = Family(
-    GemmaConfig, ConfigFormat("gemma", "GemmaForCausalLM", _FIXED), gemma, _GEMMA_PRESETS, _read_gemma,
-    _write_gemma,
-)  # fmt: skip
-GEMMA2 = Family(Gemma2Config, _GEMMA2, gemma2, _GEMMA2_PRESETS, _read_gemma2, _write_gemma2)
-VAULT_GEMMA = Family(VaultGemmaConfig, _VAULT_GEMMA, vaultgemma, {}, _read_gemma2, _write_gemma2)
-GEMMA3 = Family(Gemma3Config, _GEMMA3, gemma3, _GEMMA3_PRESETS, _read_gemma3, _write_gemma3)
+_GEMMA = ConfigFormat("gemma", "GemmaForCausalLM", _FIXED)
+GEMMA = Family(GemmaConfig, _GEMMA, _gemma_decoder, _GEMMA_PRESETS, _read_gemma, _write_gemma)
+GEMMA2 = Family(Gemma2Config, _GEMMA2, _gemma2_decoder, _GEMMA2_PRESETS, _read_gemma2, _write_gemma2)
+VAULT_GEMMA = Family(VaultGemmaConfig, _VAULT_GEMMA, _vaultgemma_decoder, {}, _read_gemma2, _write_gemma2)
+GEMMA3 = Family(Gemma3Config, _GEMMA3, _gemma3_decoder, _GEMMA3_PRESETS, _read_gemma3, _write_gemma3)

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Annotated, Any
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.annotations import POSITIVE_FLOAT32
@@ -19,9 +18,9 @@ from jaxft.models.dense import (
     ATTENTION,
     MLP,
     QKV,
+    DecoderSpec,
     Family,
     add_biases,
-    dense_model,
     llama_specs,
     one_stack,
     prenorm_layer,
@@ -38,7 +37,7 @@ from jaxft.models.dense_config import (
     typed_layers,
     window_from_hf,
 )
-from jaxft.models.model import ForwardOptions, Model
+from jaxft.models.model import ForwardOptions
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
 from jaxft.nn.layers import lm_head
 from jaxft.nn.rope import Rope
@@ -95,10 +94,9 @@ PRESETS: dict[str, LlamaConfig] = {
 }  # fmt: skip
 
 
-def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Llama config. options: further arguments of dense_model."""
+def _llama_decoder(config: LlamaConfig) -> DecoderSpec:
     attention = uniform(config.layers, config.head_dim, config.rope)
-    return dense_model(config, one_stack(_specs(config), prenorm_layer, attention), dtype, **options)
+    return one_stack(_specs(config), prenorm_layer, attention)
 
 
 def _specs(c: Any) -> dict[str, Any]:
@@ -114,9 +112,10 @@ _BIASES = {"attention_bias": False, "mlp_bias": False}  # settings of config.jso
 LLAMA = Family(
     LlamaConfig,
     ConfigFormat("llama", "LlamaForCausalLM", fixed=_SILU | {"pretraining_tp": 1}, more=_BIASES),
-    llama,
+    _llama_decoder,
     PRESETS,
 )
+llama = LLAMA.build
 
 
 # ---- Mistral
@@ -127,10 +126,9 @@ class MistralConfig(WindowConfig):
     """Configuration of a Mistral model: sizes, rope, sliding window and special tokens."""
 
 
-def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Mistral config. options: further arguments of dense_model."""
+def _mistral_decoder(config: MistralConfig) -> DecoderSpec:
     attention = typed_layers(config, config.rope, config.rope)
-    return dense_model(config, one_stack(llama_specs(config), prenorm_layer, attention), dtype, **options)
+    return one_stack(llama_specs(config), prenorm_layer, attention)
 
 
 _MISTRAL_DEFAULTS = {"max_position_embeddings": 4096 * 32}
@@ -178,8 +176,9 @@ _MISTRAL_PRESETS: dict[str, MistralConfig] = {
     "mistralai/Mistral-Small-24B-Base-2501": _MISTRAL_SMALL,
     "mistralai/Mistral-Small-24B-Instruct-2501": _MISTRAL_SMALL,
 }  # fmt: skip
-MISTRAL = Family(MistralConfig, _MISTRAL, mistral, _MISTRAL_PRESETS, _read_mistral, _write_mistral)
-MINISTRAL = Family(MistralConfig, _MINISTRAL, mistral, {}, _read_mistral, _write_mistral)
+MISTRAL = Family(MistralConfig, _MISTRAL, _mistral_decoder, _MISTRAL_PRESETS, _read_mistral, _write_mistral)
+MINISTRAL = Family(MistralConfig, _MINISTRAL, _mistral_decoder, {}, _read_mistral, _write_mistral)
+mistral = MISTRAL.build
 
 
 # ---- Seed-OSS, CWM, InternLM 3, IQuest-Coder
@@ -192,14 +191,13 @@ class SeedOssConfig(LlamaConfig):
     attention_out_bias: bool = False
 
 
-def seed_oss(config: SeedOssConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Seed-OSS config. options: further arguments of dense_model."""
+def _seed_oss_decoder(config: SeedOssConfig) -> DecoderSpec:
     specs = llama_specs(config)
     add_biases(specs, QKV if config.attention_bias else ())
     add_biases(specs, ("o",) if config.attention_out_bias else ())
     add_biases(specs, MLP if config.mlp_bias else ())
     attention = uniform(config.layers, config.head_dim, config.rope)
-    return dense_model(config, one_stack(specs, prenorm_layer, attention), dtype, **options)
+    return one_stack(specs, prenorm_layer, attention)
 
 
 _SEED_OSS_36B = SeedOssConfig(
@@ -212,7 +210,7 @@ _SEED_OSS = ConfigFormat(
     {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
 )  # fmt: skip
 SEED_OSS = Family(
-    SeedOssConfig, _SEED_OSS, seed_oss,
+    SeedOssConfig, _SEED_OSS, _seed_oss_decoder,
     {f"ByteDance-Seed/Seed-OSS-36B-{kind}": _SEED_OSS_36B for kind in ("Base", "Instruct")},
 )  # fmt: skip
 
@@ -248,7 +246,7 @@ def _write_cwm(c: MistralConfig, form: ConfigFormat) -> dict[str, Any]:
     return fields_to_hf(c, form) | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
 
 
-CWM = Family(CwmConfig, _CWM, mistral, {}, _read_cwm, _write_cwm)
+CWM = Family(CwmConfig, _CWM, _mistral_decoder, {}, _read_cwm, _write_cwm)
 
 
 @dataclass(frozen=True)
@@ -274,7 +272,7 @@ def _write_internlm3(c: InternLM3Config, form: ConfigFormat) -> dict[str, Any]:
     return fields_to_hf(c, form) | {"qkv_bias": c.attention_bias, "bias": c.mlp_bias}
 
 
-INTERNLM3 = Family(InternLM3Config, _INTERNLM3, llama, {}, _read_internlm3, _write_internlm3)
+INTERNLM3 = Family(InternLM3Config, _INTERNLM3, _llama_decoder, {}, _read_internlm3, _write_internlm3)
 
 
 @dataclass(frozen=True)
@@ -286,7 +284,7 @@ _IQUEST_CODER = ConfigFormat(
     "iquestcoder", "IQuestCoderForCausalLM", _SILU | {"clip_qkv": None, "use_sliding_window": False},
     {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "head_dim": 128}, _BIASES,
 )  # fmt: skip
-IQUEST_CODER = Family(IQuestCoderConfig, _IQUEST_CODER, llama, {})
+IQUEST_CODER = Family(IQuestCoderConfig, _IQUEST_CODER, _llama_decoder, {})
 
 
 # ---- SmolLM3
@@ -303,10 +301,8 @@ class SmolLM3Config(WindowConfig):
     mlp_bias: bool = False
 
 
-def smollm3(config: SmolLM3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a SmolLM3 config. options: further arguments of dense_model."""
-    architecture = one_stack(_specs(config), prenorm_layer, _smollm3_attention(config))
-    return dense_model(config, architecture, dtype, **options)
+def _smollm3_decoder(config: SmolLM3Config) -> DecoderSpec:
+    return one_stack(_specs(config), prenorm_layer, _smollm3_attention(config))
 
 
 def _smollm3_attention(c: SmolLM3Config) -> AttentionLayers:
@@ -386,7 +382,10 @@ _SMOLLM3 = ConfigFormat(
     },
     _BIASES,
 )  # fmt: skip
-SMOLLM3 = Family(SmolLM3Config, _SMOLLM3, smollm3, SMOLLM3_PRESETS, _read_smollm3, _write_smollm3)
+SMOLLM3 = Family(
+    SmolLM3Config, _SMOLLM3, _smollm3_decoder, SMOLLM3_PRESETS, _read_smollm3, _write_smollm3
+)
+smollm3 = SMOLLM3.build
 
 
 # ---- Granite 3
@@ -410,17 +409,15 @@ class GraniteConfig(DenseConfig):
     mlp_bias: bool = False
 
 
-def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Granite config. options: further arguments of dense_model."""
+def _granite_decoder(config: GraniteConfig) -> DecoderSpec:
     attention = uniform(config.layers, config.head_dim, config.rope)
-    arch = one_stack(
+    return one_stack(
         _specs(config),
         _granite_layer,
         replace(attention, scale=config.attention_multiplier),
         embed_scale=config.embedding_multiplier,
         logits=partial(_granite_logits, config),
     )
-    return dense_model(config, arch, dtype, **options)
 
 
 def _granite_layer(
@@ -461,6 +458,7 @@ def _granite_presets(version: str, vocab: int, theta: float) -> dict[str, Granit
 GRANITE = Family(
     GraniteConfig,
     ConfigFormat("granite", "GraniteForCausalLM", _SILU, more=dict.fromkeys(_MULTIPLIERS, 1.0) | _BIASES),
-    granite,
+    _granite_decoder,
     _granite_presets("3.1", 49155, 5e6) | _granite_presets("3.3", 49159, 1e7),
 )
+granite = GRANITE.build

@@ -8,16 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.models.dense import (
     ATTENTION,
+    DecoderSpec,
     Family,
     add_biases,
     dense_mlp,
-    dense_model,
     head_norms,
     llama_specs,
     one_stack,
@@ -36,7 +34,7 @@ from jaxft.models.dense_config import (
     typed_layers,
     window_from_hf,
 )
-from jaxft.models.model import ForwardOptions, Model
+from jaxft.models.model import ForwardOptions
 from jaxft.nn.attention.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.param import ParamSpec, full
@@ -60,16 +58,14 @@ class Olmo3Config(Olmo2Config, WindowConfig):
     local_rope: Rope = Rope()
 
 
-def olmo2(config: Olmo2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of an OLMo 2 config. options: further arguments of dense_model."""
+def _olmo2_decoder(config: Olmo2Config) -> DecoderSpec:
     attention = uniform(config.layers, config.head_dim, config.rope)
-    return dense_model(config, one_stack(_specs(config), _layer, attention, _NAMES), dtype, **options)
+    return one_stack(_specs(config), _layer, attention, _NAMES)
 
 
-def olmo3(config: Olmo3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of an OLMo 3 config. options: further arguments of dense_model."""
+def _olmo3_decoder(config: Olmo3Config) -> DecoderSpec:
     attention = typed_layers(config, config.rope, config.local_rope)
-    return dense_model(config, one_stack(_specs(config), _layer, attention, _NAMES), dtype, **options)
+    return one_stack(_specs(config), _layer, attention, _NAMES)
 
 
 def _specs(c: Olmo2Config) -> dict[str, Any]:
@@ -177,8 +173,8 @@ _OLMO3 = ConfigFormat(
     "olmo3", "Olmo3ForCausalLM", {"hidden_act": "silu"}, _DEFAULTS | {"rope_theta": 500000.0}, _BIAS,
     local_theta="rope_theta",
 )  # fmt: skip
-OLMO2 = Family(Olmo2Config, _OLMO2, olmo2, _OLMO2_PRESETS)
-OLMO3 = Family(Olmo3Config, _OLMO3, olmo3, _OLMO3_PRESETS, _read_olmo3, _write_olmo3)
+OLMO2 = Family(Olmo2Config, _OLMO2, _olmo2_decoder, _OLMO2_PRESETS)
+OLMO3 = Family(Olmo3Config, _OLMO3, _olmo3_decoder, _OLMO3_PRESETS, _read_olmo3, _write_olmo3)
 
 
 # ---- EXAONE 4
@@ -189,14 +185,13 @@ class Exaone4Config(WindowConfig):
     """Sizes of an EXAONE 4. Layers with full attention have rope only if window is None."""
 
 
-def exaone4(config: Exaone4Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of an EXAONE 4 config. options: further arguments of dense_model."""
+def _exaone4_decoder(config: Exaone4Config) -> DecoderSpec:
     specs = _postnorm_specs(config)
     norm = ParamSpec((config.layers, config.head_dim), ("layers", "norm"), full(1.0))
     specs["layers"]["attn"] |= {"q_norm": norm, "k_norm": norm}
     full_rope = config.rope if config.window is None else Rope(kind="none")
     attention = typed_layers(config, full_rope, config.rope)
-    return dense_model(config, one_stack(specs, _exaone4_layer, attention, _NAMES), dtype, **options)
+    return one_stack(specs, _exaone4_layer, attention, _NAMES)
 
 
 def _exaone4_layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Extras]:
@@ -241,4 +236,6 @@ _EXAONE4_PRESETS: dict[str, Exaone4Config] = {
 _EXAONE4 = ConfigFormat(
     "exaone4", "Exaone4ForCausalLM", {"hidden_act": "silu"}, {"rms_norm_eps": 1e-5, "bos_token_id": 0}
 )
-EXAONE4 = Family(Exaone4Config, _EXAONE4, exaone4, _EXAONE4_PRESETS, _read_exaone4, _write_exaone4)
+EXAONE4 = Family(
+    Exaone4Config, _EXAONE4, _exaone4_decoder, _EXAONE4_PRESETS, _read_exaone4, _write_exaone4
+)

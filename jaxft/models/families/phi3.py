@@ -12,13 +12,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from jaxft.distributed.sharding import constrain, mesh_size
-from jaxft.models.dense import Family, attention_output, dense_model, llama_specs, one_stack
+from jaxft.models.dense import DecoderSpec, Family, attention_output, llama_specs, one_stack
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf, window_from_hf
-from jaxft.models.model import ForwardOptions, Model
+from jaxft.models.model import ForwardOptions
 from jaxft.nn.adapters.lora import Adapted
 from jaxft.nn.attention.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import biased_linear, gated, rms_norm, saveable, split_keys
@@ -38,10 +37,9 @@ class Phi3Config(DenseConfig):
     window: int | None = None
 
 
-def phi3(config: Phi3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Phi-3 config. options: further arguments of dense_model."""
+def _phi3_decoder(config: Phi3Config) -> DecoderSpec:
     attention = uniform(config.layers, config.head_dim, config.rope, config.window)
-    return dense_model(config, one_stack(_specs(config), _layer, attention, _NAMES), dtype, **options)
+    return one_stack(_specs(config), _layer, attention, _NAMES)
 
 
 def _specs(c: Phi3Config) -> dict[str, Any]:
@@ -248,4 +246,5 @@ _FORMAT = ConfigFormat(
     "phi3", "Phi3ForCausalLM", fixed={"hidden_act": "silu"}, partial_rope=True,
     defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 32000},
 )  # fmt: skip
-PHI3 = Family(Phi3Config, _FORMAT, phi3, PHI3_PRESETS, _read, _write)
+PHI3 = Family(Phi3Config, _FORMAT, _phi3_decoder, PHI3_PRESETS, _read, _write)
+phi3 = PHI3.build

@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-
 from jaxft.models.dense import (
     ATTENTION,
     QKV,
+    DecoderSpec,
     Family,
     add_biases,
-    dense_model,
     head_norms,
     llama_specs,
     one_stack,
@@ -28,7 +25,7 @@ from jaxft.models.dense_config import (
     typed_layers,
     window_from_hf,
 )
-from jaxft.models.model import ForwardOptions, Model
+from jaxft.models.model import ForwardOptions
 from jaxft.nn.attention.layer_attention import Attend
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
@@ -47,23 +44,21 @@ class Qwen3Config(QwenConfig):
     attention_bias: bool = False
 
 
-def qwen2(config: QwenConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Qwen2 or Qwen2.5 config. options: further arguments of dense_model."""
+def _qwen2_decoder(config: QwenConfig) -> DecoderSpec:
     specs = llama_specs(config)
     add_biases(specs, QKV)
     attention = typed_layers(config, config.rope, config.rope)
-    return dense_model(config, one_stack(specs, prenorm_layer, attention), dtype, **options)
+    return one_stack(specs, prenorm_layer, attention)
 
 
-def qwen3(config: Qwen3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Qwen3 config. options: further arguments of dense_model."""
+def _qwen3_decoder(config: Qwen3Config) -> DecoderSpec:
     specs = llama_specs(config)
     norm = ParamSpec((config.layers, config.head_dim), ("layers", "norm"), full(1.0))
     specs["layers"]["attn"] |= {"q_norm": norm, "k_norm": norm}
     if config.attention_bias:
         add_biases(specs, ATTENTION)
     attention = typed_layers(config, config.rope, config.rope)
-    return dense_model(config, one_stack(specs, _qwen3_layer, attention), dtype, **options)
+    return one_stack(specs, _qwen3_layer, attention)
 
 
 def _qwen3_layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Any]:
@@ -156,5 +151,6 @@ _QWEN2 = ConfigFormat("qwen2", "Qwen2ForCausalLM", defaults=_DEFAULTS)
 _QWEN3 = ConfigFormat(
     "qwen3", "Qwen3ForCausalLM", defaults={**_DEFAULTS, "head_dim": 128}, more={"attention_bias": False}
 )
-QWEN2 = Family(QwenConfig, _QWEN2, qwen2, _QWEN2_PRESETS, _read, _write)
-QWEN3 = Family(Qwen3Config, _QWEN3, qwen3, _QWEN3_PRESETS, _read, _write)
+QWEN2 = Family(QwenConfig, _QWEN2, _qwen2_decoder, _QWEN2_PRESETS, _read, _write)
+QWEN3 = Family(Qwen3Config, _QWEN3, _qwen3_decoder, _QWEN3_PRESETS, _read, _write)
+qwen3 = QWEN3.build
