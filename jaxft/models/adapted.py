@@ -151,9 +151,7 @@ def _specs(model: Model, settings: HeadSettings) -> dict[str, Any]:
 
 @struct
 class Viewed:
-    """The name of the critic, reward model or teacher whose parameters `view` has returned; a pytree without
-    leaves.
-    """
+    """The name of the further model whose parameters `view` returned; a pytree without leaves."""
 
     name: str = static()
 
@@ -218,9 +216,7 @@ def adapted(model: Model, settings: Adapter | None) -> Model:
 
 
 def _reading(model: Model, base: Callable[[Params], Params], specs: Params) -> Model:
-    """Return `model` for parameters with other specs: each function first turns them into the parameters of
-    `model`, by base(params).
-    """
+    """Return `model` over other specs, whose parameters base(params) turns into the model's."""
 
     def on_whole(fn: Callable) -> Callable:
         return lambda params, *rest, **kw: fn(base(params), *rest, **kw)

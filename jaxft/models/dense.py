@@ -10,7 +10,7 @@ Adapters, quantisation, files, optimizers and plans work on them as on other ker
 forward_flops: dense_flops counts every kernel as used.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,8 +21,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxft.distributed.sharding import check_context_divides, constrain
-from jaxft.models.dense_config import Activation, DenseConfig
-from jaxft.models.model import ForwardOptions, Model, dense_flops, forward_options, layer_axes
+from jaxft.models.dense_config import Activation, ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
+from jaxft.models.model import ForwardOptions, Model, dense_flops
 from jaxft.nn import tree
 from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.attention_mixer import attention_mixer
@@ -42,6 +42,7 @@ from jaxft.nn.layers import (
 from jaxft.nn.matmul import accumulation_dtype, gather_layer
 from jaxft.nn.param import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
 from jaxft.nn.stack import (
+    REMAT,
     BlockLayer,
     Layer,
     Mix,
@@ -114,14 +115,48 @@ def with_attention(config: DenseConfig, attention: AttentionLayers) -> Mixer:
 
 
 def one_stack(
-    specs: Specs, names: WeightNames, layer: LayerFunction, attention: AttentionLayers, **more: Any
+    specs: Specs,
+    layer: LayerFunction,
+    attention: AttentionLayers,
+    names: WeightNames | None = None,
+    **more: Any,
 ) -> DecoderSpec:
     """Return the DecoderSpec of a family whose layers all have attention and are computed by one function.
 
-    more: further fields of the DecoderSpec.
+    names: of parameters, see names_of. more: further fields of the DecoderSpec.
     """
     stack = StackSpec("layers", len(attention.layout), (LayerSpec(layer, with_attention),))
-    return DecoderSpec(specs, names, (stack,), attention, **more)
+    return DecoderSpec(specs, names_of(specs, names), (stack,), attention, **more)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's functions and data.
+
+    config: the class of its configs. form: how its config.json differs from other families'. decoder(config)
+    -> the DecoderSpec. presets: configs by checkpoint name. read(hf, form) -> the fields of a config as a
+    dict, from the dict of a config.json; it raises ValueError for a missing or unsupported setting.
+    write(config, form) -> the dict of a config.json.
+    """
+
+    config: type
+    form: ConfigFormat
+    decoder: Callable[[Any], DecoderSpec]
+    presets: Mapping[str, DenseConfig]
+    read: Callable[[dict[str, Any], ConfigFormat], dict[str, Any]] = fields_from_hf
+    write: Callable[[Any, ConfigFormat], dict[str, Any]] = fields_to_hf
+
+    def build(self, config: Any, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
+        """Build the Model of a config. options: further arguments of dense_model."""
+        return dense_model(config, self.decoder(config), dtype, **options)
+
+    def from_hf(self, hf: dict[str, Any]) -> DenseConfig:
+        """Return the config for the dict of a config.json; see `read` for its errors."""
+        return self.config(**self.read(hf, self.form))
+
+    def to_hf(self, config: Any) -> dict[str, Any]:
+        """Return the dict of the config.json for a config."""
+        return self.write(config, self.form)
 
 
 @dataclass(frozen=True)
@@ -136,17 +171,23 @@ class Decoder:
 def dense_model(
     config: DenseConfig,
     architecture: DecoderSpec,
-    dtype: DTypeLike = jnp.bfloat16,
+    dtype: DTypeLike,
     remat: RematPolicy = "projections",
     residual: DTypeLike | None = None,
     attention_settings: AttentionSettings = AttentionSettings(),
 ) -> Model:
-    """Build the Model of an architecture. dtype, remat, residual: see ForwardOptions. attention_settings:
-    choose a kernel; the soft cap is the architecture's.
+    """Build the Model of an architecture. Raises ValueError for an unknown remat policy.
+
+    dtype, remat: see ForwardOptions. residual: dtype of the residual stream between layers, None for float32
+    or wider; bfloat16 halves the memory of layers' inputs, and rounds the stream once per layer.
+    attention_settings: choose a kernel; the soft cap is the architecture's.
     """
+    if remat not in REMAT:
+        raise ValueError(f"unknown remat={remat!r}; use one of {', '.join(REMAT)}")
     settings = replace(attention_settings, softcap=architecture.attention.settings.softcap)
     layers = replace(architecture.attention, settings=settings)
-    options = forward_options(config, dtype, remat, residual)
+    stream = accumulation_dtype(dtype) if residual is None else jnp.dtype(residual)
+    options = ForwardOptions(config, dtype, stream, remat)
     d = Decoder(options, architecture, _stacks(options, architecture, layers))
     return Model(
         config=config,
@@ -186,9 +227,7 @@ def _stacks(options: ForwardOptions, architecture: DecoderSpec, attention: Atten
 
 
 def _numbered(specs: Specs, stacks: Stacks) -> Specs:
-    """Set the `numbers` of stacked specs (see ParamSpec), unless the model has one stack of blocks of one
-    layer and the default, 0, 1, ..., is right.
-    """
+    """Set the `numbers` of stacked specs (see ParamSpec), unless the default, 0, 1, ..., is right."""
     if len(layers_of(stacks)) == 1:
         return specs
     numbers = {place.path: place.layer.numbers for place in layer_places(stacks)}
@@ -215,8 +254,10 @@ def _one_layer(f: ForwardOptions, compute: LayerFunction, specs: Specs) -> Layer
     `compute` gets the residual stream in float32 or wider; its result is rounded once, to the stream's dtype.
     """
 
+    axes = jax.tree.map(lambda spec: spec.axes[1:], specs, is_leaf=is_spec)  # without the stacked axis
+
     def layer(p: Params, h: Array, mix: Mix, key: Array | None) -> tuple[Array, Extras]:
-        p = gather_layer(p, layer_axes(specs))
+        p = gather_layer(p, axes)
         out, extras = compute(f, p, h.astype(accumulation_dtype(f.dtype)), mix, key)
         return out.astype(h.dtype), extras
 
@@ -336,14 +377,23 @@ def dense_mlp(c: DenseConfig, p: Params, x_BTD: Float[Array, "B T D"], keys: Any
 def prenorm_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
     norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
+    multiplier: Array | None = None,
 ) -> tuple[Float[Array, "B T D"], Extras]:  # fmt: skip
-    """Compute Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`."""
+    """Compute Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`.
+
+    multiplier: a factor on the outputs of attention and MLP, None for 1.
+    """
     c, keys = f.config, split_keys(key, 7)
+
+    def add(h: Array, branch: Array) -> Array:
+        branch = branch.astype(h.dtype)
+        return h + (branch if multiplier is None else branch * multiplier)
+
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
     o, extras = self_attention(c, p["attn"], x, attend, keys[:4], norms)
-    h_BTD = h_BTD + o.astype(h_BTD.dtype)
+    h_BTD = add(h_BTD, o)
     x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
-    return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype), extras
+    return add(h_BTD, dense_mlp(c, p["mlp"], x, keys[4:])), extras
 
 
 def head_norms(c: DenseConfig, dtype: DTypeLike) -> Callable:
@@ -386,39 +436,17 @@ def llama_specs(c: DenseConfig) -> dict[str, Any]:
     return specs
 
 
-def qkv_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Return the specs of the biases of the q, k and v projections."""
-    Q, K = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    return {
-        "q_bias": ParamSpec((c.layers, Q), ("layers", "heads"), full(0.0), c.heads),
-        "k_bias": ParamSpec((c.layers, K), ("layers", "kv_heads"), full(0.0), c.kv_heads),
-        "v_bias": ParamSpec((c.layers, K), ("layers", "kv_heads"), full(0.0), c.kv_heads),
-    }
+QKV, ATTENTION, MLP = ("q", "k", "v"), ("q", "k", "v", "o"), ("gate", "up", "down")  # projections
 
 
-def attention_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Return the specs of the biases of the q, k, v and o projections."""
-    return qkv_biases(c) | {"o_bias": ParamSpec((c.layers, c.width), ("layers", "norm"), full(0.0))}
-
-
-def mlp_biases(c: DenseConfig) -> dict[str, ParamSpec]:
-    """Return the specs of the biases of the gate, up and down projections."""
-    L, D, F = c.layers, c.width, c.mlp
-    return {
-        "gate_bias": ParamSpec((L, F), ("layers", "mlp"), full(0.0)),
-        "up_bias": ParamSpec((L, F), ("layers", "mlp"), full(0.0)),
-        "down_bias": ParamSpec((L, D), ("layers", "norm"), full(0.0)),
-    }
-
-
-def with_biases(specs: dict[str, Any], c: DenseConfig, attention: bool, mlp: bool) -> dict[str, Any]:
-    """Return `specs` with biases in the projections of attention, of the MLP, or of both."""
-    layers = dict(specs["layers"])
-    if attention:
-        layers["attn"] = layers["attn"] | attention_biases(c)
-    if mlp:
-        layers["mlp"] = layers["mlp"] | mlp_biases(c)
-    return {**specs, "layers": layers}
+def add_biases(specs: dict[str, Any], names: Sequence[str]) -> None:
+    """Add a bias to each of the projections `names` in the specs of a model with one stack."""
+    for name in names:
+        parameters = specs["layers"]["attn" if name in ATTENTION else "mlp"]
+        weight = parameters[name]
+        (L, _, outs), axis = weight.shape, weight.axes[-1]
+        axis, heads = ("norm", None) if axis == "out_width" else (axis, weight.heads)
+        parameters[f"{name}_bias"] = ParamSpec((L, outs), ("layers", axis), full(0.0), heads)
 
 
 LLAMA_NAMES: WeightNames = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from jaxft.annotations import POSITIVE_FLOAT32, between, check_bounds
+from jaxft.annotations import POSITIVE_FLOAT32, NonNegativeInt, at_least, between, check_bounds
 from jaxft.nn.attention.layer_attention import AttentionLayers, LayerKind
 from jaxft.nn.rope import USED, Rope, check_rope
 from jaxft.nn.tree import nearest
@@ -40,17 +40,12 @@ class DenseConfig:
     norm_eps: Annotated[float, POSITIVE_FLOAT32, "rms_norm_eps"] = 1e-5
     tied: bool = False
     max_positions: Size = 2048
-    bos: int | None = 1
-    eos: tuple[int, ...] = (2,)
+    bos: Annotated[int | None, at_least(0)] = 1
+    eos: tuple[NonNegativeInt, ...] = (2,)
     activation: Activation = "silu"
 
     def __post_init__(self):
         check_bounds(self, "config:")
-        for token in (*self.eos, *([] if self.bos is None else [self.bos])):
-            if type(token) is not int or token < 0:
-                raise ValueError(
-                    f"config: bos and eos must be token ids, whole numbers from 0 on; got {token!r}"
-                )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"config: {self.heads} query heads are not divisible by {self.kv_heads} kv heads; "
@@ -146,6 +141,10 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     for name in ("bos_token_id", "eos_token_id"):
         token_ids(hf.get(name), f"config: {name}", hf["vocab_size"])
     ropes = _ropes(hf, form, get("max_position_embeddings"))
+    activation = hf.get(form.activation, DEFAULTS["hidden_act"])
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"config: {form.activation}={activation!r:.60} is not supported; use {known}")
     return {
         "vocab": hf["vocab_size"],
         "width": width,
@@ -159,7 +158,7 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
         "max_positions": extended_positions(ropes["rope"], get("max_position_embeddings")),
         "bos": get("bos_token_id"),
         "eos": tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
-        "activation": _activation(hf.get(form.activation, DEFAULTS["hidden_act"]), form.activation),
+        "activation": ACTIVATIONS[activation],
         **ropes,
         **{name: bool(x) if isinstance(form.more[name], bool) else x for name, x in more.items()},
     }
@@ -205,12 +204,6 @@ def _number(value: Any, name: str) -> float:
     return float(value)
 
 
-def _activation(name: Any, key: str) -> Activation:
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"config: {key}={name!r:.60} is not supported; use {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
 def fields_to_hf(c: DenseConfig, form: ConfigFormat, local_rope: Rope | None = None) -> dict[str, Any]:
     """Return the dict of the config.json for a config, with rope settings that transformers 4 and 5 both
     read.
@@ -223,8 +216,8 @@ def fields_to_hf(c: DenseConfig, form: ConfigFormat, local_rope: Rope | None = N
     if local_rope is None:
         rope = rope_to_hf(c.rope, length, form.model_type)
     else:
-        ropes = dict(zip(LAYER_TYPES, (c.rope, local_rope), strict=True))
-        rope = ropes_to_hf(ropes, length, form.model_type)
+        nested = {FULL: _parameters(c.rope, length), SLIDING: _parameters(local_rope, length)}
+        rope = for_transformers_4(nested, form.model_type) | {"rope_parameters": nested}
     names = (name for name, ours in ACTIVATIONS.items() if ours == c.activation)
     return {
         "architectures": [form.architecture],
@@ -279,8 +272,14 @@ def window_from_hf(hf: Mapping[str, Any]) -> int | None:
     return window
 
 
-def typed_layers(c: WindowConfig, kinds: Mapping[str, LayerKind]) -> AttentionLayers:
-    """Return the AttentionLayers of a config's layer_types. kinds: the LayerKind of each type."""
+def alternating(layers: int, period: int) -> tuple[str, ...]:
+    """Return the layer types of a model in which every period-th layer has full attention."""
+    return tuple(SLIDING if (i + 1) % period else FULL for i in range(layers))
+
+
+def typed_layers(c: WindowConfig, full: Rope, sliding: Rope) -> AttentionLayers:
+    """Return the AttentionLayers of a config's layer_types. full, sliding: the rope of each type."""
+    kinds = {FULL: LayerKind(full), SLIDING: LayerKind(sliding, c.window)}
     used = list(dict.fromkeys(c.types))
     return AttentionLayers(
         tuple(kinds[name] for name in used), tuple(used.index(name) for name in c.types), c.head_dim
@@ -490,12 +489,6 @@ def extended_positions(rope: Rope, max_positions: int) -> int:
 def rope_to_hf(rope: Rope, max_positions: int, model_type: str) -> Settings:
     """Return a Rope as settings of config.json that transformers 4 and 5 both read."""
     return for_transformers_4(_parameters(rope, max_positions), model_type)
-
-
-def ropes_to_hf(ropes: Mapping[str, Rope], max_positions: int, model_type: str) -> Settings:
-    """Return the Rope of each layer type as settings of config.json (see ropes_from_hf)."""
-    nested = {name: _parameters(rope, max_positions) for name, rope in ropes.items()}
-    return for_transformers_4(nested, model_type) | {"rope_parameters": nested}
 
 
 def _parameters(rope: Rope, max_positions: int) -> Settings:

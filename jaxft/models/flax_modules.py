@@ -33,7 +33,6 @@ cannot be updated. `rngs={"dropout": key}` enables dropout.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -47,21 +46,6 @@ from jaxft.models.model import Model
 from jaxft.nn import param, tree
 from jaxft.nn.quant import is_qtensor
 from jaxft.nn.tree import Params
-
-
-@dataclass(frozen=True, eq=False)
-class StaticModel:
-    """A hashable wrapper of a Model, for a static attribute of an nnx Module. Two wrappers are equal if they
-    wrap the same Model object.
-    """
-
-    model: Model
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StaticModel) and self.model is other.model
-
-    def __hash__(self) -> int:
-        return id(self.model)
 
 
 class NnxModel(nnx.Module):
@@ -85,22 +69,20 @@ class NnxModel(nnx.Module):
             if rngs is None:
                 raise ValueError("NnxModel needs params, or rngs to initialise them: rngs=nnx.Rngs(0)")
             params = param.init_params(model.specs, rngs.params(), param_dtype)
-        self.static = StaticModel(model)
+        self.model = model
         self.params = nnx.data(jax.tree.map(nnx.Param, params, is_leaf=is_qtensor))
         has_stream = rngs is not None and ("dropout" in rngs or "default" in rngs)
         self.rngs = rngs.dropout.fork() if rngs is not None and has_stream else nnx.data(None)
         self.deterministic = False
 
     def __call__(self, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> Float[Array, "B T V"]:
-        """Return the logits of every position, in float32 or wider. rngs: for dropout; None uses the rngs
-        that were passed at construction.
-        """
-        model, params = self.static.model, self.tree()
-        return model.logits(model.head(params), model.hidden(params, tokens, self._dropout_key(rngs))[0])
+        """Return logits of every position in float32 or wider. rngs: for dropout; None: the module's."""
+        params, h = self.tree(), self.hidden(tokens, rngs=rngs)
+        return self.model.logits(self.model.head(params), h)
 
     def hidden(self, tokens: Tokens, *, rngs: nnx.Rngs | None = None) -> Float[Array, "B T D"]:
         """Return the hidden states after the final norm, which `model.logits` reads."""
-        return self.static.model.hidden(self.tree(), tokens, self._dropout_key(rngs))[0]
+        return self.model.hidden(self.tree(), tokens, self._dropout_key(rngs))[0]
 
     def tree(self) -> Params:
         """Return the parameters as nested dicts of arrays and QTensors, the tree of the Model."""

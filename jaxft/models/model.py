@@ -7,57 +7,20 @@ head or a temperature) is made by `dataclasses.replace`.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxft.models.dense_config import DenseConfig
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.cache import Cache
 from jaxft.nn.attention.layer_attention import AttentionLayers
-from jaxft.nn.matmul import accumulation_dtype
-from jaxft.nn.param import Specs, is_spec, kernel, spec_paths
-from jaxft.nn.stack import RematPolicy, Stacks, check_remat
+from jaxft.nn.param import Specs, kernel, spec_paths
+from jaxft.nn.stack import RematPolicy, Stacks
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.nn.tree import LayerOutputs, Params
 
-
-@runtime_checkable
-class ModelConfig(Protocol):
-    """The sizes that code outside models/ reads. A family's config is a frozen dataclass with more fields."""
-
-    @property
-    def vocab(self) -> int:
-        """Rows of the embedding table."""
-
-    @property
-    def width(self) -> int:
-        """Size of the residual stream."""
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-
-    @property
-    def heads(self) -> int:
-        """Query heads."""
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads, a divisor of `heads`."""
-
-    @property
-    def head_dim(self) -> int:
-        """Size of a head."""
-
-    @property
-    def eos(self) -> tuple[int, ...]:
-        """Token ids that end a completion."""
-
-    @property
-    def max_positions(self) -> int:
-        """The maximum number of tokens of a row."""
+Config = TypeVar("Config", bound=DenseConfig)
 
 
 def no_scalar_head(params: Params, h: Array) -> Array:
@@ -65,11 +28,11 @@ def no_scalar_head(params: Params, h: Array) -> Array:
     raise ValueError("this model has no scalar head; add one with models.adapted.with_scalar_head")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal and hashed by identity
 class Model:
     """A language model as pure functions of a parameter tree, with its sizes and dtypes.
 
-    config: sizes.
+    config: sizes; a family's own class adds fields.
     specs: ParamSpec tree of all parameters.
     weight_names: names of the tensors in Hugging Face files by path; see nn/tensor_names.py.
     attention: rope, window and soft cap of each layer.
@@ -99,7 +62,7 @@ class Model:
         without one (see models/adapted.py).
     """
 
-    config: ModelConfig
+    config: DenseConfig
     specs: Specs
     weight_names: WeightNames
     attention: AttentionLayers
@@ -122,9 +85,6 @@ class Model:
     teacher: "Model | None" = None
 
 
-Config = TypeVar("Config", bound=ModelConfig)
-
-
 @dataclass(frozen=True)
 class ForwardOptions(Generic[Config]):
     """The compute options of a family's forward pass.
@@ -139,26 +99,8 @@ class ForwardOptions(Generic[Config]):
     remat: RematPolicy
 
 
-def forward_options(
-    config: Config, dtype: Any, remat: RematPolicy, residual: Any = None
-) -> ForwardOptions[Config]:
-    """Return the ForwardOptions of a family's builder. Raises ValueError for an unknown remat policy.
-
-    residual: None for float32 or wider; bfloat16 halves the memory of layers' inputs, and rounds the stream
-    once per layer.
-    """
-    check_remat(remat)
-    residual = accumulation_dtype(dtype) if residual is None else jnp.dtype(residual)
-    return ForwardOptions(config, dtype, residual, remat)
-
-
-def layer_axes(specs: Specs) -> Any:
-    """Return the logical axes of a layer's parameters, without the stacked axis, for matmul.gather_layer."""
-    return jax.tree.map(lambda spec: spec.axes[1:], specs, is_leaf=is_spec)
-
-
 def dense_flops(
-    config: ModelConfig,
+    config: DenseConfig,
     specs: Specs,
     attention: AttentionLayers,
     tokens: int,

@@ -1,109 +1,32 @@
 """The family of each `model_type` in config.json; the text decoder of multimodal checkpoints; and the error
 for an unsupported model, which names the parts of it that jaxft lacks.
 
-To add a family, write its file next to llama.py and add a row to FAMILIES.
+To add a family, write its file next to llama.py and name it in FAMILIES.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxft.models.dense_config import ACTIVATIONS, ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf
+from jaxft.models.dense import Family
+from jaxft.models.dense_config import ACTIVATIONS, DenseConfig
 from jaxft.models.families import gemma, llama, olmo, phi3, qwen
 from jaxft.models.families.gemma import GEMMA3_DEFAULTS
-from jaxft.models.model import Model, ModelConfig
+from jaxft.models.model import Model
 from jaxft.nn.tree import nearest
 
-
-@dataclass(frozen=True)
-class Family:
-    """A family's functions and data.
-
-    config: the class of its configs. form: how its config.json differs from other families'. build(config,
-    **options of dense_model) -> Model. presets: configs by checkpoint name. read(hf, form) -> the fields of a
-    config as a dict, from the dict of a config.json; it raises ValueError for a missing or unsupported
-    setting. write(config, form) -> the dict of a config.json.
-    """
-
-    config: type
-    form: ConfigFormat
-    build: Callable[..., Model]
-    presets: Mapping[str, ModelConfig]
-    read: Callable[[dict[str, Any], ConfigFormat], dict[str, Any]] = fields_from_hf
-    write: Callable[[Any, ConfigFormat], dict[str, Any]] = fields_to_hf
-
-    def from_hf(self, hf: dict[str, Any]) -> ModelConfig:
-        """Return the config for the dict of a config.json; see `read` for its errors."""
-        return self.config(**self.read(hf, self.form))
-
-    def to_hf(self, config: Any) -> dict[str, Any]:
-        """Return the dict of the config.json for a config."""
-        return self.write(config, self.form)
-
-
 FAMILIES: dict[str, Family] = {
-    "llama": Family(llama.LlamaConfig, llama.LLAMA_FORMAT, llama.llama, llama.PRESETS),
-    "mistral": Family(
-        llama.MistralConfig, llama.MISTRAL_FORMAT, llama.mistral, llama.MISTRAL_PRESETS,
-        llama.read_mistral, llama.write_mistral,
-    ),
-    "ministral": Family(
-        llama.MistralConfig, llama.MINISTRAL_FORMAT, llama.mistral, {}, llama.read_mistral,
-        llama.write_mistral,
-    ),
-    "qwen2": Family(
-        qwen.QwenConfig, qwen.QWEN2_FORMAT, qwen.qwen2, qwen.QWEN2_PRESETS, qwen.read_qwen, qwen.write_qwen,
-    ),
-    "qwen3": Family(
-        qwen.Qwen3Config, qwen.QWEN3_FORMAT, qwen.qwen3, qwen.QWEN3_PRESETS, qwen.read_qwen, qwen.write_qwen,
-    ),
-    "olmo2": Family(olmo.Olmo2Config, olmo.OLMO2_FORMAT, olmo.olmo2, olmo.OLMO2_PRESETS),
-    "olmo3": Family(
-        olmo.Olmo3Config, olmo.OLMO3_FORMAT, olmo.olmo3, olmo.OLMO3_PRESETS, olmo.read_olmo3,
-        olmo.write_olmo3,
-    ),
-    "granite": Family(
-        llama.GraniteConfig, llama.GRANITE_FORMAT, llama.granite, llama.GRANITE_PRESETS,
-    ),
-    "exaone4": Family(
-        olmo.Exaone4Config, olmo.EXAONE4_FORMAT, olmo.exaone4, olmo.EXAONE4_PRESETS,
-        olmo.read_exaone4, olmo.write_exaone4,
-    ),
-    "seed_oss": Family(llama.SeedOssConfig, llama.SEED_OSS_FORMAT, llama.seed_oss, llama.SEED_OSS_PRESETS),
-    "cwm": Family(llama.CwmConfig, llama.CWM_FORMAT, llama.mistral, {}, llama.read_cwm, llama.write_cwm),
-    "internlm3": Family(
-        llama.InternLM3Config, llama.INTERNLM3_FORMAT, llama.llama, {}, llama.read_internlm3,
-        llama.write_internlm3,
-    ),
-    "iquestcoder": Family(llama.IQuestCoderConfig, llama.IQUEST_CODER_FORMAT, llama.llama, {}),
-    "gemma": Family(
-        gemma.GemmaConfig, gemma.GEMMA_FORMAT, gemma.gemma, gemma.GEMMA_PRESETS, gemma.read_gemma,
-        gemma.write_gemma,
-    ),
-    "gemma2": Family(
-        gemma.Gemma2Config, gemma.GEMMA2_FORMAT, gemma.gemma2, gemma.GEMMA2_PRESETS, gemma.read_gemma2,
-        gemma.write_gemma2,
-    ),
-    "vaultgemma": Family(
-        gemma.VaultGemmaConfig, gemma.VAULT_GEMMA_FORMAT, gemma.vaultgemma, {}, gemma.read_gemma2,
-        gemma.write_gemma2,
-    ),
-    "gemma3_text": Family(
-        gemma.Gemma3Config, gemma.GEMMA3_FORMAT, gemma.gemma3, gemma.GEMMA3_PRESETS, gemma.read_gemma3,
-        gemma.write_gemma3,
-    ),
-    "phi3": Family(
-        phi3.Phi3Config, phi3.PHI3_FORMAT, phi3.phi3, phi3.PHI3_PRESETS, phi3.read_phi3, phi3.write_phi3,
-    ),
-    "smollm3": Family(
-        llama.SmolLM3Config, llama.SMOLLM3_FORMAT, llama.smollm3, llama.SMOLLM3_PRESETS,
-        llama.read_smollm3, llama.write_smollm3,
-    ),
+    family.form.model_type: family
+    for family in (
+        llama.LLAMA, llama.MISTRAL, llama.MINISTRAL, qwen.QWEN2, qwen.QWEN3, olmo.OLMO2, olmo.OLMO3,
+        llama.GRANITE, olmo.EXAONE4, llama.SEED_OSS, llama.CWM, llama.INTERNLM3, llama.IQUEST_CODER,
+        gemma.GEMMA, gemma.GEMMA2, gemma.VAULT_GEMMA, gemma.GEMMA3, phi3.PHI3, llama.SMOLLM3,
+    )
 }  # fmt: skip
 
 
-def preset_config(ref: str) -> ModelConfig | None:
+def preset_config(ref: str) -> DenseConfig | None:
     """Return the config of a checkpoint name that is a preset of a family; None for other names."""
     return next((f.presets[ref] for f in FAMILIES.values() if ref in f.presets), None)
 
@@ -113,10 +36,13 @@ def preset(ref: str, **options: Any) -> Model | None:
 
     options: see Family.build.
     """
-    for family in FAMILIES.values():
-        if ref in family.presets:
-            return family.build(family.presets[ref], **options)
-    return None
+    config = preset_config(ref)
+    return None if config is None else _family_with(config).build(config, **options)
+
+
+def _family_with(config: DenseConfig) -> Family:
+    """Return the family whose configs have the class of `config`."""
+    return next(family for family in FAMILIES.values() if type(config) is family.config)
 
 
 def family_of(hf_config: dict[str, Any]) -> Family:
@@ -129,16 +55,11 @@ def family_of(hf_config: dict[str, Any]) -> Family:
     return FAMILIES[kind]
 
 
-def is_tied(config: ModelConfig) -> bool:
-    """Return whether the language model head is tied to the embedding."""
-    return isinstance(config, DenseConfig) and config.tied
-
-
 # Model types without a sequence classifier in transformers 5.
 WITHOUT_CLASSIFIER = ("granite", "cwm", "internlm3", "iquestcoder", "vaultgemma")
 
 
-def has_classifier(config: ModelConfig) -> bool:
+def has_classifier(config: DenseConfig) -> bool:
     """Return whether transformers has a sequence classifier for this family, which can load jaxft's reward
     models; True for a config of no family.
     """
@@ -150,15 +71,13 @@ def with_vocab(model: Model, vocab: int) -> Model:
     """Return the Model of the same family and config, but with an embedding table of `vocab` rows. It has the
     dtype of `model`, and the defaults of all other options.
     """
-    family = next(family for family in FAMILIES.values() if type(model.config) is family.config)
     config: Any = model.config
-    return family.build(replace(config, vocab=vocab), dtype=model.dtype)
+    return _family_with(config).build(replace(config, vocab=vocab), dtype=model.dtype)
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def config_to_hf(config: DenseConfig) -> dict[str, Any]:
     """Return the dict of the config.json for a config of any family."""
-    family = next(family for family in FAMILIES.values() if type(config) is family.config)
-    return family.to_hf(config)
+    return _family_with(config).to_hf(config)
 
 
 # The error for an unsupported model_type
@@ -407,9 +326,7 @@ def _defaults(decoder: str, text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_plain_rope(text: dict[str, Any]) -> dict[str, Any]:
-    """Remove M-RoPE's settings from a text_config: its three positions of a token are equal in a text, so
-    that it is plain rope.
-    """
+    """Remove M-RoPE's settings: the three positions of a token are equal in a text, so it is plain rope."""
     out = dict(text)
     for name in ("rope_parameters", "rope_scaling"):
         if isinstance(text.get(name), dict):

@@ -268,12 +268,8 @@ def head_of_tokens(head: dict[str, Weight], ids: Int[Array, " U"]) -> dict[str, 
     head: the result of head_params. ids: the tokens, each once. Only their rows of the table, or their
     columns of the matrix, are read.
     """
-    part = {}
-    if "embed" in head:
-        part["embed"] = _rows(head["embed"], ids)
-    if "head" in head:
-        part["head"] = _columns(head["head"], ids)
-    return part
+    parts = {"embed": _rows, "head": _columns}
+    return {name: part(head[name], ids) for name, part in parts.items() if name in head}
 
 
 def _rows(table: Weight, ids: Int[Array, " U"]) -> Float[Array, "U D"]:

@@ -49,9 +49,7 @@ def wide_dot(x: Array, w: Array, dims: Any) -> Array:
 
 
 def wide_einsum(spec: str, x: Array, y: Array, widen: bool = True) -> Array:
-    """jnp.einsum with the result in the accumulation dtype. widen=False: never copy the operands to float32,
-    as _widened does on some CPUs.
-    """
+    """jnp.einsum in the accumulation dtype. widen=False: never copy operands to float32 (see _widened)."""
     wide = accumulation_dtype(x.dtype)
 
     def product(x, y):
@@ -125,16 +123,17 @@ def expand_after(w: Weight, x: Array) -> Array:
 def times(x: Float[Array, "... I"], w: Weight, out: DTypeLike) -> Float[Array, "... O"]:
     """Return `x @ w` in dtype `out`, multiplied in FP8 if multiplies_in_fp8(w)."""
     if multiplies_in_fp8(w):
-        return times_in_fp8(x, w).astype(out)
+        rounded, scale = round_rows(x, E4M3)
+        return (_product(rounded, w, 0, x.dtype) * scale * _channel_scales(w, scale)).astype(out)
     return dot(x, expand_after(w, x), (-1, 0), out)
 
 
 def times_transposed(g: Float[Array, "... O"], w: Weight, out: DTypeLike) -> Float[Array, "... I"]:
-    """Return `g @ w^T` in dtype `out`, in FP8 if multiplies_in_fp8(w). It is the gradient of x in `times(x,
-    w)`.
-    """
+    """Return `g @ w^T` in dtype `out`, in FP8 if multiplies_in_fp8(w): the gradient of x in `times(x, w)`."""
     if multiplies_in_fp8(w):
-        return times_transposed_in_fp8(g, w).astype(out)
+        wide = g.astype(accumulation_dtype(g.dtype))
+        rounded, scale = round_rows(wide * _channel_scales(w, wide), COTANGENT)
+        return (_product(rounded, w, 1, g.dtype) * scale).astype(out)
     return dot(g, expand_after(w, g), (-1, 1), out)
 
 
@@ -297,9 +296,7 @@ def _input_gradients_joined(g, w, b):
 
 
 def _input_gradients(g, w, b):
-    """Return `g w^T` and `g b^T` by two matmuls, which saves the copies of the joined one; for devices that
-    run the two at their full rate.
-    """
+    """Return `g w^T` and `g b^T` by two matmuls, for devices that run both at full rate: no copies."""
     return times_transposed(g, w, g.dtype), dot(g, b.astype(g.dtype), (-1, 1), g.dtype)
 
 
@@ -419,9 +416,7 @@ class InputTap:
 
 
 def with_taps(params: Params, paths: Collection[str]) -> tuple[Params, Tapped]:
-    """Put a tap on each weight at `paths`. Return the parameters with taps, and the Tapped that collects the
-    inputs of these weights by path.
-    """
+    """Put a tap on each weight at `paths`. Return (parameters with taps, the Tapped that collects inputs)."""
     tapped = Tapped()
 
     def leaf(path: str, w: Any) -> Any:
@@ -467,19 +462,6 @@ def multiplies_in_fp8(w: Any) -> bool:
     if not isinstance(w, QTensor) or not is_scaled_by_channel(w):
         return False
     return _on_device() if w.fp8_matmul is None else w.fp8_matmul
-
-
-def times_in_fp8(x: Float[Array, "*N I"], w: QTensor) -> Float[Array, "*N O"]:
-    """Return `x @ w` in float32 or wider, with the rows of x rounded to E4M3."""
-    rounded, scale = round_rows(x, E4M3)
-    return _product(rounded, w, 0, x.dtype) * scale * _channel_scales(w, scale)
-
-
-def times_transposed_in_fp8(g: Float[Array, "*N O"], w: QTensor) -> Float[Array, "*N I"]:
-    """Return `g @ w^T` in float32 or wider, with the rows of `g * (scales of w)` rounded to COTANGENT."""
-    wide = g.astype(accumulation_dtype(g.dtype))
-    rounded, scale = round_rows(wide * _channel_scales(w, wide), COTANGENT)
-    return _product(rounded, w, 1, g.dtype) * scale
 
 
 def _channel_scales(w: QTensor, like: Array) -> Array:

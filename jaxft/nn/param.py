@@ -36,9 +36,7 @@ def fan_in(size: int) -> Init:
 
 
 def kaiming_uniform(size: int) -> Init:
-    """Return an initialiser: uniform in +-sqrt(1 / size), as torch's kaiming_uniform_(a=sqrt(5)). size: the
-    kernel's input size (fan-in).
-    """
+    """Return an initialiser: uniform in +-sqrt(1 / size); torch's kaiming_uniform_(a=sqrt(5)) of fan-in."""
     bound = size**-0.5
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
@@ -85,11 +83,6 @@ class KernelAxes(NamedTuple):
     lead: tuple[str, ...]
     ins: str
     outs: str
-
-    @property
-    def is_router(self) -> bool:
-        """Whether the kernel is a router, which scores experts; in transformers it is no linear layer."""
-        return self.outs == "expert_scores"
 
 
 def lead_axes(spec: ParamSpec) -> tuple[str, ...]:
@@ -156,9 +149,7 @@ def init_params(specs: Specs, key: jax.Array, dtype: DTypeLike = jnp.float32) ->
 
 
 def sharding_of(spec: ParamSpec, mesh: Mesh, path: str) -> Any:
-    """Return the NamedSharding of a parameter. path: its name in errors. Raises ValueError if an axis cannot
-    be sharded over the mesh.
-    """
+    """Return a parameter's NamedSharding. Raises ValueError, naming `path`, if an axis cannot be sharded."""
     return sharding.array_sharding(mesh, spec.axes, spec.shape, path, spec.heads)
 
 

@@ -288,7 +288,10 @@ def _per_input(q: QTensor, x: Array) -> Array:
     """Repeat the entries of x, one per block, for each input of the block: [..., N, O] to [..., I, O]."""
     if q.index is not None:
         return jnp.take_along_axis(x, q.index[..., None], axis=-2)
-    return qf.repeat_blocks(x, q.block or q.shape[-2], q.shape[-2])
+    (*lead, blocks, outs), ins = x.shape, q.shape[-2]
+    block = q.block or ins
+    wide = jnp.broadcast_to(x[..., None, :], (*lead, blocks, block, outs))
+    return wide.reshape(*lead, blocks * block, outs)[..., :ins, :]
 
 
 def grid(q: QTensor) -> tuple[Float[Array, "*L I O"], Float[Array, "*L I O"] | None]:
@@ -310,9 +313,7 @@ def take_rows(q: QTensor, ids: Int[Array, "*N"]) -> Float[Array, "*N O"]:
 
 
 def _decoded(q: QTensor, codes: Array, per_input: Callable[[Array], Array]) -> Array:
-    """Return the dequantised weight of unpacked codes. per_input: repeats entries per block to the codes'
-    shape.
-    """
+    """Return the dequantised weight of unpacked codes. per_input: repeats block entries to their shape."""
     scale = q.scale if q.outer is None else qf.decode_scales(q.scale, q.outer, q.mean)
     value = FORMATS[q.kind].decode(codes) * per_input(scale.astype(jnp.float32))
     if q.offset is not None:

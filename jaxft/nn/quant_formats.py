@@ -317,24 +317,13 @@ def unpack(packed: UInt8[Array, "*L I2 O"]) -> UInt8[Array, "*L I O"]:
 
 
 def to_blocks(x: Float[Any, "*L I O"], block: int) -> Float[Any, "*L N block O"]:
-    """Split the input axis into blocks. A short last block is padded with copies of its last row, which leave
-    its maximum and minimum unchanged.
-    """
+    """Split the input axis into blocks; a short last one repeats its last row, which keeps its extremes."""
     xp = x.__array_namespace__()
     *lead, ins, outs = x.shape
     padding = -ins % block
     if padding:
         x = xp.pad(x, [(0, 0)] * len(lead) + [(0, padding), (0, 0)], mode="edge")
     return x.reshape(*lead, (ins + padding) // block, block, outs)
-
-
-def repeat_blocks(scale: Float[Array, "*L N O"], block: int, ins: int) -> Float[Array, "*L I O"]:
-    """Repeat the scale of each block for the inputs of the block. ins: the number of inputs, I."""
-    *lead, blocks, outs = scale.shape
-    wide = jnp.broadcast_to(scale[..., None, :], (*lead, blocks, block, outs)).reshape(
-        *lead, blocks * block, outs
-    )
-    return wide[..., :ins, :]
 
 
 def as_zero_or_normal(x: Any) -> Any:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from jaxft.annotations import ABOVE_ZERO_TO_ONE, above, at_least, check_bounds
+from jaxft.annotations import ABOVE_ZERO_TO_ONE, PositiveFloat, above, at_least, check_bounds
 from jaxft.nn.layers import to_rank
 from jaxft.nn.matmul import accumulation_dtype
 
@@ -78,8 +78,8 @@ class Rope:
     attention_factor: Annotated[float | None, at_least(0)] = None
     mscale: Annotated[float | None, at_least(0)] = None
     mscale_all_dim: Annotated[float | None, at_least(0)] = None
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
+    short_factor: tuple[PositiveFloat, ...] = ()
+    long_factor: tuple[PositiveFloat, ...] = ()
 
     def __post_init__(self):
         check_bounds(self, "config: rope:")
@@ -91,15 +91,11 @@ class Rope:
                     "remove it"
                 )
         original = self.original_max_positions
-        needs_original = "original_max_positions" in used
-        if needs_original and (original is None or original < 1):
+        if "original_max_positions" in used and (original is None or original < 1):
             raise ValueError(
                 f"config: rope type {self.kind!r} needs original_max_position_embeddings above 0, got "
                 f"{original}"
             )
-        self._check_kind()
-
-    def _check_kind(self) -> None:
         low, high = self.low_freq_factor, self.high_freq_factor
         if not 0 < low < high < math.inf:
             raise ValueError(
@@ -113,11 +109,6 @@ class Rope:
             )
         if self.kind == "yarn" and self.theta == 1:
             raise ValueError("config: rope_theta must be above 1 for rope type 'yarn', got 1")
-        for name in ("short_factor", "long_factor"):
-            if not all(0 < x < math.inf for x in getattr(self, name)):
-                raise ValueError(
-                    f"config: rope's {name} must be finite numbers above 0, got {getattr(self, name)}"
-                )
         if self.kind == "longrope" and self.original_max_positions == 1:
             raise ValueError(
                 "config: original_max_position_embeddings must be above 1 for rope type 'longrope', got 1"
@@ -149,8 +140,7 @@ def check_rope(rope: Rope, head_dim: int, max_positions: int) -> None:
     if not all((x < 3.4e38).all() for x in angles):
         raise ValueError(
             f"config: rope's angles are not finite with rope_theta={rope.theta}, factor={rope.factor} and "
-            f"{max_positions} positions; "
-            "use smaller values"
+            f"{max_positions} positions; use smaller values"
         )
 
 

@@ -13,7 +13,7 @@ residual stream [B, T, D]. It calls `mix` once, with attention `mix(q, k, v) -> 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -190,12 +190,6 @@ class LayerMean:
     numbers: tuple[int, ...] = static(default=())
 
 
-def check_remat(policy: str) -> None:
-    """Raise ValueError for a name of a remat policy that is not in REMAT."""
-    if policy not in REMAT:
-        raise ValueError(f"unknown remat={policy!r}; use one of {', '.join(get_args(RematPolicy))}")
-
-
 def scan_stacks(
     stacks: Stacks,
     h_BTD: Float[Array, "B T D"],
@@ -285,10 +279,7 @@ def _of_layers(x: Array, numbers: range) -> Array:
 
 
 def _joined(by_layer: Sequence[tuple[range, LayerOutputs]]) -> LayerOutputs:
-    """Return the outputs by name, each stacked over all layers that have it, in the order of the layers.
-
-    by_layer: for each BlockLayer its `numbers` and its outputs, stacked over blocks.
-    """
+    """Return outputs by name, stacked over all layers that have them, in the order of the layers."""
     joined: LayerOutputs = {}
     for name in dict.fromkeys(name for _, outputs in by_layer for name in outputs):
         parts = [(numbers, outputs[name]) for numbers, outputs in by_layer if name in outputs]

@@ -107,9 +107,7 @@ def numbers_at(spec: ParamSpec, axes: tuple[str, ...]) -> dict[tuple[int, ...], 
 
 
 def _path_template(path: str, spec: ParamSpec) -> str:
-    """Return the template of a name from a parameter's path: {i} follows the stack's name, {x} precedes the
-    last name, as in layers.{i}.mlp.{x}.gate.
-    """
+    """Return the template of a name by a parameter's path, as in layers.{i}.mlp.{x}.gate."""
     axes, (*above, last) = lead_axes(spec), path.split("/")
     stack = [*above[:1], *(["{i}"] if "layers" in axes else [])]
     return ".".join([*stack, *above[1:], *(["{x}"] if "experts" in axes else []), last])

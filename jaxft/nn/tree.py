@@ -74,11 +74,6 @@ def nearest(name: str, available: list[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(name, available, n=count, cutoff=0.3) or available[:count]
 
 
-def _prefixes(path: str) -> list[str]:
-    parts = path.split("/")
-    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
-
-
 @dataclasses.dataclass(frozen=True)
 class BoundedPattern:
     """A regular expression from a setting or a file, whose matching time is limited.
@@ -129,7 +124,12 @@ def mask_by_path(tree: Any, pattern: str, setting: str = "pattern") -> Mask:
     {'q': {'a': True, 'b': True, 'w': False}}
     """
     compiled = regex(pattern, setting)
-    mask = map_with_path(lambda path, _: any(compiled.fullmatch(p) for p in _prefixes(path)), tree)
+
+    def matches(path: str, _: Any) -> bool:
+        parts = path.split("/")
+        return any(compiled.fullmatch("/".join(parts[: i + 1])) for i in range(len(parts)))
+
+    mask = map_with_path(matches, tree)
     if not any(jax.tree.leaves(mask)):
         available = list(paths(tree))
         near = ", ".join(nearest(pattern, available))

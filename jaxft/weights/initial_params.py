@@ -17,7 +17,6 @@ from jaxft.nn.adapters.lora_specs import differing_fields
 from jaxft.nn.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.param_loading import (
-    ParamReader,
     load_param,
     param_readers,
     read_table_rows,
@@ -148,7 +147,10 @@ def _with_base_weights(
             "files; set model="
         )
     readers = pretrained.open_params(ref, model)
-    readers.setdefault("head", _tied_head(readers["embed"]))
+    if "head" not in readers:  # the embedding table [V, D], transposed
+        (tensor,) = readers["embed"].tensors
+        tensor = replace(tensor, transposed=True, values=tensor.values[::-1])
+        readers["head"] = replace(readers["embed"], tensors=(tensor,), shape=tensor.values, layout=None)
     dtype = np.promote_types(model.dtype, np.float32)
 
     def start(path: str, spec: param.ParamSpec, fresh: jax.Array) -> jax.Array:
@@ -165,13 +167,6 @@ def _with_base_weights(
         return load_param(readers[above], like, to, unchanged=False)
 
     return tree.map_with_path(start, specs, params, is_leaf=param.is_spec)
-
-
-def _tied_head(table: ParamReader) -> ParamReader:
-    """Return a reader of a tied head [D, V], which transposes the embedding table [V, D]."""
-    (tensor,) = table.tensors
-    tensor = replace(tensor, transposed=True, values=tensor.values[::-1])
-    return replace(table, tensors=(tensor,), shape=tensor.values, layout=None)
 
 
 def _start_folder(settings: HeadSettings) -> Path:

@@ -65,9 +65,7 @@ class ParamReader:
 
 
 def param_readers(files: ModelFiles, model: Model) -> dict[str, ParamReader]:
-    """Return a reader for every base parameter by path. Raises ValueError unless the files contain exactly
-    the model's tensors.
-    """
+    """Return readers of all base parameters by path. Raises ValueError for other tensors than the model's."""
     hf_read.check_tensors(files, model)
     readers = {}
     specs = spec_paths(model.specs.get("base", model.specs))
@@ -120,9 +118,7 @@ def read_whole(reader: ParamReader) -> np.ndarray:
 
 
 def read_table_rows(reader: ParamReader, numbers: Sequence[int], transposed: bool) -> np.ndarray:
-    """Return the vectors [N, D] of the token ids `numbers`: rows of a table [V, D], or columns of a head
-    [D, V] if `transposed`.
-    """
+    """Return the vectors [N, D] of token ids, from a table [V, D] or, if `transposed`, a head [D, V]."""
     rows, (tensor,) = [], reader.tensors
     for number in numbers:
         row = (slice(number, number + 1),)
@@ -355,9 +351,7 @@ class Buffers:
                     _copy_into(buffer[(..., *to)], x[of])
 
     def to_devices(self) -> Leaf:
-        """Copy the shards to their devices and return the parameter. Each buffer is released before the next
-        is copied.
-        """
+        """Copy the shards to their devices, releasing each buffer in turn, and return the parameter."""
         arrays: dict[str, Any] = {}
         for name, x in self.arrays.items():
             devices: dict[Limits, list[jax.Device]] = {}

@@ -17,7 +17,8 @@ from jax.typing import DTypeLike
 from jaxft.distributed.exit import shorten_error
 from jaxft.models import model_types
 from jaxft.models.adapted import adapted
-from jaxft.models.model import Model, ModelConfig
+from jaxft.models.dense_config import DenseConfig
+from jaxft.models.model import Model
 from jaxft.models.model_types import text_config
 from jaxft.nn import param, tree
 from jaxft.nn.adapters.lora import Adapter
@@ -84,7 +85,7 @@ def model_for(ref: str, **options: Any) -> Model:
         config = read_config(located)
         family = model_types.family_of(config)
         parsed = family.from_hf(config)
-        if model_types.is_tied(parsed) and _has_other_head(located):
+        if parsed.tied and _has_other_head(located):
             parsed = family.from_hf({**config, "tie_word_embeddings": False})
     except ValueError as e:
         named = str(e).startswith((f"{located.path}:", f"{located.path}/"))
@@ -126,7 +127,7 @@ def file_notes(ref: str, model: Model) -> list[str]:
     if rates:
         stated = ", ".join(f"{name}={rate}" for name, rate in rates.items())
         notes.append(f"{ref}: its config.json has {stated}, which is not applied; adapter.dropout is")
-    if "head" in model.weight_names and model_types.is_tied(model_types.family_of(config).from_hf(config)):
+    if "head" in model.weight_names and model_types.family_of(config).from_hf(config).tied:
         notes.append(
             f"{ref}: its config.json has tie_word_embeddings=true, but {hf_read.HEAD} is not the embedding: "
             "the head is a matrix of its own"
@@ -142,7 +143,7 @@ def open_files(ref: str) -> ModelFiles:
     return hf_read.open_folder(located.path)
 
 
-def check_preset(ref: str, config: ModelConfig) -> None:
+def check_preset(ref: str, config: DenseConfig) -> None:
     """Raise ValueError if the files of `ref`, a preset's name, have other settings than the preset `config`.
 
     BOS, EOS and max_positions may differ: they change no value that the model computes.

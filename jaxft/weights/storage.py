@@ -45,9 +45,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model and, by path, how each of its parameters is stored. model: its specs are the full tree
-    {"base", "adapter", ...heads}.
-    """
+    """A model over the full tree {"base", "adapter", ...heads}, and the storage of each parameter by path."""
 
     model: Model
     storage: dict[str, Storage]
@@ -113,9 +111,7 @@ def in_base(path: str) -> bool:
 
 
 def quantised_paths(base: Any, quant: Quant) -> list[str]:
-    """Return the paths of the base's kernels that `quant.targets` selects. Raises ValueError if a pattern
-    matches none.
-    """
+    """Return the paths of the kernels that `quant.targets` selects. Raises ValueError if there are none."""
     if quant.targets == "all-linear":
         return target_paths(base, "all-linear")
     matrices = [path for path, spec in param.spec_paths(base).items() if param.kernel(spec)]
@@ -129,9 +125,7 @@ def quantised_paths(base: Any, quant: Quant) -> list[str]:
 
 
 def keeps_layout(storage: Storage, layout: QTensor) -> bool:
-    """Return whether a parameter with this layout in the checkpoint can be stored with its codes and scales
-    unchanged.
-    """
+    """Return whether a parameter with this layout in the checkpoint can keep its codes and scales."""
     if not storage.quantised:
         return False
     if storage.layout is not None:
@@ -154,9 +148,7 @@ def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:
 
 
 def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
-    """Return the sharding of a parameter as it is stored; for a QTensor, a QTensor with the sharding of each
-    array. path: for messages.
-    """
+    """Return the sharding of a parameter as stored, for a QTensor one for each array. path: for messages."""
     full = param.sharding_of(spec, mesh, path)
     if not isinstance(leaf, QTensor):
         return full

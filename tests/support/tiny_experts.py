@@ -14,6 +14,7 @@ import numpy as np
 from jaxft.models.adapted import adapted
 from jaxft.models.dense import (
     DecoderSpec,
+    Family,
     LayerSpec,
     StackSpec,
     dense_model,
@@ -26,7 +27,6 @@ from jaxft.models.dense import (
 )
 from jaxft.models.dense_config import ConfigFormat, fields_from_hf, fields_to_hf
 from jaxft.models.families import llama
-from jaxft.models.model_types import Family
 from jaxft.nn import tree
 from jaxft.nn.attention.layer_attention import uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
@@ -88,11 +88,15 @@ def layer(f: Any, p: Any, h: jax.Array, attend: Any, key: Any) -> tuple[jax.Arra
     return h + y.astype(h.dtype), extras
 
 
+def expert_decoder(config: ExpertConfig) -> DecoderSpec:
+    """The decoder of a config."""
+    attention = uniform(config.layers, config.head_dim, config.rope)
+    return one_stack(expert_specs(config), layer, attention, NAMES)
+
+
 def experts(config: ExpertConfig, dtype: Any = jnp.float32, **options: Any) -> Any:
     """Build the Model of a config."""
-    specs = expert_specs(config)
-    attention = uniform(config.layers, config.head_dim, config.rope)
-    return dense_model(config, one_stack(specs, names_of(specs, NAMES), layer, attention), dtype, **options)
+    return dense_model(config, expert_decoder(config), dtype, **options)
 
 
 def read(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
@@ -103,8 +107,8 @@ def write(config: ExpertConfig, form: ConfigFormat) -> dict[str, Any]:
     return fields_to_hf(config, form) | {"num_experts": config.experts}
 
 
-FORMAT = replace(llama.LLAMA_FORMAT, model_type="tiny_experts")
-FAMILY = Family(ExpertConfig, FORMAT, experts, {}, read, write)
+FORMAT = replace(llama.LLAMA.form, model_type="tiny_experts")
+FAMILY = Family(ExpertConfig, FORMAT, expert_decoder, {}, read, write)
 
 
 def three_stacks(dtype=jnp.float32):

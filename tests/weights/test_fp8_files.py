@@ -169,7 +169,7 @@ DAMAGED = {
     ),
     "integer scales": (
         lambda s: s.update({f"{UP}_scale": s[f"{UP}_scale"].int()}),
-        "the dtype of .*_scale is not",
+        "the dtype of .*_scale is int32, but",
     ),
     "a scale of activations": (
         lambda s: s.update({UP.replace("weight", "input_scale"): torch.ones(1)}),

@@ -230,7 +230,7 @@ def test_what_gguf_cannot_express_is_refused_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize("name", ["phi3", "olmo2"])
 def test_heads_that_do_not_make_up_the_width_are_refused_where_llama_cpp_expects_it(tmp_path, name):
     reference = tiny_family(name, vocab_size=ROWS, head_dim=32)
-    words = rf"4 heads of 32 cannot be written .* {name}: .* the width of 64\. Write a Hugging Face folder"
+    words = rf"4 heads of 32 cannot be written .* {name}: .* the width of 64; write a Hugging Face folder"
     refused(tmp_path / "tiny.gguf", words, reference)
 
 

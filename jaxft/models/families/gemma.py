@@ -11,22 +11,23 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.annotations import POSITIVE_FLOAT32
-from jaxft.models.dense import dense_mlp, dense_model, llama_specs, names_of, one_stack, self_attention
+from jaxft.models.dense import DecoderSpec, Family, dense_mlp, llama_specs, one_stack, self_attention
 from jaxft.models.dense_config import (
     FULL,
     SLIDING,
     ConfigFormat,
     DenseConfig,
     WindowConfig,
+    alternating,
     fields_from_hf,
     fields_to_hf,
     read_layer_types,
     typed_layers,
     window_from_hf,
 )
-from jaxft.models.model import ForwardOptions, Model
+from jaxft.models.model import ForwardOptions
 from jaxft.nn.attention.attention import AttentionSettings
-from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
+from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, uniform
 from jaxft.nn.layers import lm_head, rms_norm, split_keys
 from jaxft.nn.matmul import accumulation_dtype
 from jaxft.nn.param import ParamSpec, full
@@ -59,24 +60,19 @@ class VaultGemmaConfig(Gemma2Config):
     """Sizes of a VaultGemma, a Gemma 2 without the norms after attention and MLP."""
 
 
-TANH = "gelu_pytorch_tanh"
-COMMON: dict[str, Any] = {
+_TANH = "gelu_pytorch_tanh"
+_COMMON: dict[str, Any] = {
     "head_dim": 256, "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1,
     "max_position_embeddings": 8192,
 }  # fmt: skip
-GEMMA2_DEFAULTS = {
-    **COMMON, "num_key_value_heads": 4, "hidden_activation": TANH, "query_pre_attn_scalar": 256,
+_GEMMA2_DEFAULTS = {
+    **_COMMON, "num_key_value_heads": 4, "hidden_activation": _TANH, "query_pre_attn_scalar": 256,
     "sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
 }  # fmt: skip
-_FIXED = {"attention_bias": False}
-GEMMA_FORMAT = ConfigFormat("gemma", "GemmaForCausalLM", _FIXED)
-GEMMA2_FORMAT = ConfigFormat("gemma2", "Gemma2ForCausalLM", _FIXED, activation="hidden_activation")
-VAULT_GEMMA_FORMAT = ConfigFormat(
-    "vaultgemma", "VaultGemmaForCausalLM", _FIXED, activation="hidden_activation"
-)
+_FIXED: dict[str, Any] = {"attention_bias": False}
 
 
-def check_causal(hf: dict[str, Any]) -> None:
+def _check_causal(hf: dict[str, Any]) -> None:
     """Raise ValueError for an encoder, such as EmbeddingGemma."""
     if hf.get("use_bidirectional_attention"):
         raise ValueError(
@@ -85,29 +81,26 @@ def check_causal(hf: dict[str, Any]) -> None:
         )
 
 
-def read_gemma(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a GemmaConfig from `hf`, the dict of a config.json."""
-    check_causal(hf)
-    act = hf.get("hidden_act", TANH)
-    act = TANH if act == "gelu" else act  # the first files call the approximation gelu
+def _read_gemma(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    _check_causal(hf)
+    act = hf.get("hidden_act", _TANH)
+    act = _TANH if act == "gelu" else act  # the first files call the approximation gelu
     if hf.get("hidden_activation") not in (None, act):
         raise ValueError(
             f"config: hidden_activation={hf['hidden_activation']!r:.60} (read by transformers 4) and "
-            f"hidden_act={act!r:.60} (read by transformers 5) differ; set both to {TANH!r}, Google's value"
+            f"hidden_act={act!r:.60} (read by transformers 5) differ; set both to {_TANH!r}, Google's value"
         )
-    defaults = COMMON | {"num_key_value_heads": 16}
-    return fields_from_hf({**defaults, **hf, "hidden_act": act}, form)
+    return fields_from_hf({**_COMMON, "num_key_value_heads": 16, **hf, "hidden_act": act}, form)
 
 
-def write_gemma(c: GemmaConfig, form: ConfigFormat) -> dict[str, Any]:
-    """Return the dict of a Gemma 1's config.json."""
+def _write_gemma(c: GemmaConfig, form: ConfigFormat) -> dict[str, Any]:
     hf = fields_to_hf(c, form)
     return hf | {"hidden_activation": hf["hidden_act"]}
 
 
-def capped_fields(hf: dict[str, Any], form: ConfigFormat, period: int) -> dict[str, Any]:
+def _capped_fields(hf: dict[str, Any], form: ConfigFormat, period: int) -> dict[str, Any]:
     """Return the fields of a Gemma2Config. Without layer_types, every period-th layer has full attention."""
-    check_causal(hf)
+    _check_causal(hf)
     fields = fields_from_hf(hf, form)
     types = read_layer_types(hf, alternating(fields["layers"], period))
     return fields | {
@@ -119,7 +112,7 @@ def capped_fields(hf: dict[str, Any], form: ConfigFormat, period: int) -> dict[s
     }
 
 
-def capped_settings(c: Gemma2Config) -> dict[str, Any]:
+def _capped_settings(c: Gemma2Config) -> dict[str, Any]:
     """Return the settings of config.json for the fields that Gemma2Config adds to DenseConfig."""
     scalar = c.query_pre_attn_scalar
     return {
@@ -131,14 +124,12 @@ def capped_settings(c: Gemma2Config) -> dict[str, Any]:
     }
 
 
-def read_gemma2(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a Gemma2Config or VaultGemmaConfig from `hf`, the dict of a config.json."""
-    return capped_fields({**GEMMA2_DEFAULTS, **hf}, form, 2)
+def _read_gemma2(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
+    return _capped_fields({**_GEMMA2_DEFAULTS, **hf}, form, 2)
 
 
-def write_gemma2(c: Gemma2Config, form: ConfigFormat) -> dict[str, Any]:
-    """Return the dict of a Gemma 2's or VaultGemma's config.json."""
-    return fields_to_hf(c, form) | capped_settings(c)
+def _write_gemma2(c: Gemma2Config, form: ConfigFormat) -> dict[str, Any]:
+    return fields_to_hf(c, form) | _capped_settings(c)
 
 
 _END_OF_TURN = 107
@@ -148,7 +139,7 @@ _G: dict[str, Any] = dict(
 )  # fmt: skip
 _GEMMA_2B = GemmaConfig(**_G, width=2048, layers=18, heads=8, kv_heads=1, mlp=16384)
 _GEMMA_7B = GemmaConfig(**_G, width=3072, layers=28, heads=16, kv_heads=16, mlp=24576)
-GEMMA_PRESETS: dict[str, GemmaConfig] = {
+_GEMMA_PRESETS: dict[str, GemmaConfig] = {
     f"google/{name}": config
     for config, names in (
         (_GEMMA_2B, ("gemma-2b", "gemma-2b-it", "gemma-1.1-2b-it")),
@@ -156,11 +147,6 @@ GEMMA_PRESETS: dict[str, GemmaConfig] = {
     )
     for name in names
 }
-
-
-def alternating(layers: int, period: int) -> tuple[str, ...]:
-    """Return the layer types of a model in which every period-th layer has full attention."""
-    return tuple(SLIDING if (i + 1) % period else FULL for i in range(layers))
 
 
 def _gemma2(size: str, **sizes: Any) -> dict[str, Gemma2Config]:
@@ -172,7 +158,7 @@ def _gemma2(size: str, **sizes: Any) -> dict[str, Gemma2Config]:
     return {name: config, f"{name}-it": replace(config, eos=(1, _END_OF_TURN))}
 
 
-GEMMA2_PRESETS: dict[str, Gemma2Config] = {
+_GEMMA2_PRESETS: dict[str, Gemma2Config] = {
     **_gemma2("2b", width=2304, layers=26, heads=8, kv_heads=4, mlp=9216),
     **_gemma2("9b", width=3584, layers=42, heads=16, kv_heads=8, mlp=14336),
     **_gemma2(
@@ -182,45 +168,36 @@ GEMMA2_PRESETS: dict[str, Gemma2Config] = {
 }  # fmt: skip
 
 
-def gemma(config: GemmaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Gemma 1 config. options: further arguments of dense_model."""
+def _gemma_decoder(config: GemmaConfig) -> DecoderSpec:
     attention = uniform(config.layers, config.head_dim, config.rope)
-    return gemma_model(config, gemma_specs(config), {}, attention, dtype, **options)
+    return _decoder(config, _gemma_specs(config), {}, attention)
 
 
-def gemma2(config: Gemma2Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Gemma 2 config. options: further arguments of dense_model."""
-    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
-    attention = capped_attention(config, kinds)
-    return gemma_model(config, four_norms(config), FOUR_NORMS, attention, dtype, **options)
+def _gemma2_decoder(config: Gemma2Config) -> DecoderSpec:
+    return _decoder(config, _four_norms(config), _FOUR_NORMS, _capped_attention(config, config.rope))
 
 
-def vaultgemma(config: VaultGemmaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a VaultGemma config. options: further arguments of dense_model."""
-    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
-    attention, names = capped_attention(config, kinds), {"layers/mlp_norm": FOUR_NORMS["layers/mlp_norm"]}
-    return gemma_model(config, gemma_specs(config), names, attention, dtype, **options)
+def _vaultgemma_decoder(config: VaultGemmaConfig) -> DecoderSpec:
+    return _decoder(config, _gemma_specs(config), _FOUR_NORMS, _capped_attention(config, config.rope))
 
 
 # Functions that all Gemma families share.
 
 
-def gemma_model(
-    config: DenseConfig, specs: dict[str, Any], names: WeightNames, attention: AttentionLayers,
-    dtype: DTypeLike, **options: Any,
-) -> Model:  # fmt: skip
-    """Build the Model of any Gemma family. names: tensor names that differ from Llama's."""
+def _decoder(
+    config: DenseConfig, specs: dict[str, Any], names: WeightNames, attention: AttentionLayers
+) -> DecoderSpec:
+    """Return the DecoderSpec of any Gemma family. names: tensor names that differ from Llama's."""
     cap = config.final_softcap if isinstance(config, Gemma2Config) else None
-    architecture = one_stack(
+    return one_stack(
         specs,
-        names_of(specs, names),
-        gemma_layer,
+        _gemma_layer,
         attention,
+        names,
         norm=offset_rms_norm,
         embed_scale=config.width**0.5,
-        logits=lm_head if cap is None else partial(capped_logits, cap),
+        logits=lm_head if cap is None else partial(_capped_logits, cap),
     )
-    return dense_model(config, architecture, dtype, **options)
 
 
 def offset_rms_norm(
@@ -231,22 +208,20 @@ def offset_rms_norm(
     return rms_norm(x, wide + jnp.ones((), wide.dtype), eps, out)
 
 
-def capped_logits(cap: float, params: Params, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
+def _capped_logits(cap: float, params: Params, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Return `cap * tanh(logits / cap)` in float32 or wider."""
     logits = lm_head(params, h)
     limit = jnp.asarray(cap, logits.dtype)
     return limit * jnp.tanh(logits / limit)
 
 
-def capped_attention(c: Gemma2Config, kinds: dict[str, LayerKind]) -> AttentionLayers:
-    """Return the AttentionLayers of a config, with its scale and soft cap of the scores. kinds: the LayerKind
-    of each layer type.
-    """
-    layers = typed_layers(c, kinds)
+def _capped_attention(c: Gemma2Config, local_rope: Rope) -> AttentionLayers:
+    """Return the config's AttentionLayers, with scale and soft cap. local_rope: of layers with a window."""
+    layers = typed_layers(c, c.rope, local_rope)
     return replace(layers, scale=c.query_pre_attn_scalar**-0.5, settings=AttentionSettings(c.attn_softcap))
 
 
-def gemma_layer(
+def _gemma_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
 ) -> tuple[Float[Array, "B T D"], Extras]:
     """Compute Llama's layer with Gemma's norms. Norms of q and k per head, and norms of the outputs of
@@ -267,22 +242,22 @@ def gemma_layer(
     return h_BTD + norm(down, "post_mlp_norm", p, h_BTD.dtype), extras
 
 
-def gemma_specs(c: DenseConfig) -> dict[str, Any]:
+def _gemma_specs(c: DenseConfig) -> dict[str, Any]:
     """Return the specs of Gemma 1's parameters: Llama's, with norm weights that are initialised to 0."""
     specs, norm = llama_specs(c), ParamSpec((c.layers, c.width), ("layers", "norm"), full(0.0))
     specs["layers"] |= {"attn_norm": norm, "mlp_norm": norm}
     return specs | {"final_norm": ParamSpec((c.width,), ("norm",), full(0.0))}
 
 
-def four_norms(c: DenseConfig) -> dict[str, Any]:
+def _four_norms(c: DenseConfig) -> dict[str, Any]:
     """Return the specs of Gemma 2's parameters: Gemma 1's, and norms after attention and MLP."""
-    specs = gemma_specs(c)
+    specs = _gemma_specs(c)
     norm = specs["layers"]["attn_norm"]
     specs["layers"] |= {"post_attn_norm": norm, "post_mlp_norm": norm}
     return specs
 
 
-FOUR_NORMS: WeightNames = {
+_FOUR_NORMS: WeightNames = {
     "layers/post_attn_norm": TensorName("model.layers.{i}.post_attention_layernorm.weight"),
     "layers/mlp_norm": TensorName("model.layers.{i}.pre_feedforward_layernorm.weight"),
     "layers/post_mlp_norm": TensorName("model.layers.{i}.post_feedforward_layernorm.weight"),
@@ -300,43 +275,30 @@ class Gemma3Config(Gemma2Config):
         check_rope(self.local_rope, self.head_dim, self.max_positions)
 
 
-def gemma3(config: Gemma3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Gemma 3 config. options: further arguments of dense_model."""
-    specs = four_norms(config)
+def _gemma3_decoder(config: Gemma3Config) -> DecoderSpec:
+    specs = _four_norms(config)
     norm = ParamSpec((config.layers, config.head_dim), ("layers", "norm"), full(0.0))
     specs["layers"]["attn"] |= {"q_norm": norm, "k_norm": norm}
-    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.local_rope, config.window)}
-    return gemma_model(config, specs, FOUR_NORMS, capped_attention(config, kinds), dtype, **options)
+    return _decoder(config, specs, _FOUR_NORMS, _capped_attention(config, config.local_rope))
 
 
 GEMMA3_DEFAULTS: dict[str, Any] = {
-    **GEMMA2_DEFAULTS, "max_position_embeddings": 131072, "attn_logit_softcapping": None,
+    **_GEMMA2_DEFAULTS, "max_position_embeddings": 131072, "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
 }  # fmt: skip
-GEMMA3_FORMAT = ConfigFormat(
-    "gemma3_text",
-    "Gemma3ForCausalLM",
-    # transformers ignores a soft cap of Gemma 3's scores
-    fixed={"attention_bias": False, "attn_logit_softcapping": None},
-    defaults={"rope_theta": {FULL: 1e6, SLIDING: 1e4}},
-    activation="hidden_activation",
-    local_theta="rope_local_base_freq",
-)
 
 
-def read_gemma3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a Gemma3Config from `hf`, the dict of a config.json."""
+def _read_gemma3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     period = hf.get("sliding_window_pattern", 6)
     if type(period) is not int or period < 1:
         raise ValueError(
             f"config: sliding_window_pattern must be a positive whole number, got {period!r:.60}"
         )
-    return capped_fields({**GEMMA3_DEFAULTS, **hf}, form, period)
+    return _capped_fields({**GEMMA3_DEFAULTS, **hf}, form, period)
 
 
-def write_gemma3(c: Gemma3Config, form: ConfigFormat) -> dict[str, Any]:
-    """Return the dict of a text-only Gemma 3's config.json."""
-    return fields_to_hf(c, form, c.local_rope) | capped_settings(c)
+def _write_gemma3(c: Gemma3Config, form: ConfigFormat) -> dict[str, Any]:
+    return fields_to_hf(c, form, c.local_rope) | _capped_settings(c)
 
 
 _GEMMA3_END_OF_TURN = 106
@@ -357,7 +319,7 @@ def _gemma3(base: str, chat: str, **sizes: Any) -> dict[str, Gemma3Config]:
     }
 
 
-GEMMA3_PRESETS: dict[str, Gemma3Config] = {
+_GEMMA3_PRESETS: dict[str, Gemma3Config] = {
     **_gemma3("270m", "270m-it", width=640, layers=18, heads=4, kv_heads=1, mlp=2048, **_SHORT),
     **_gemma3("1b-pt", "1b-it", width=1152, layers=26, heads=4, kv_heads=1, mlp=6912, **_SHORT),
     **_gemma3("4b-pt", "4b-it", width=2560, layers=34, heads=8, kv_heads=4, mlp=10240, **_LONG),
@@ -367,3 +329,18 @@ GEMMA3_PRESETS: dict[str, Gemma3Config] = {
         query_pre_attn_scalar=168.0, **_LONG,
     ),
 }  # fmt: skip
+
+_ACTIVATION = "hidden_activation"
+_GEMMA2 = ConfigFormat("gemma2", "Gemma2ForCausalLM", _FIXED, activation=_ACTIVATION)
+_VAULT_GEMMA = ConfigFormat("vaultgemma", "VaultGemmaForCausalLM", _FIXED, activation=_ACTIVATION)
+_GEMMA3 = ConfigFormat(
+    "gemma3_text", "Gemma3ForCausalLM",
+    # transformers ignores a soft cap of Gemma 3's scores
+    fixed=_FIXED | {"attn_logit_softcapping": None}, defaults={"rope_theta": {FULL: 1e6, SLIDING: 1e4}},
+    activation=_ACTIVATION, local_theta="rope_local_base_freq",
+)  # fmt: skip
+_GEMMA = ConfigFormat("gemma", "GemmaForCausalLM", _FIXED)
+GEMMA = Family(GemmaConfig, _GEMMA, _gemma_decoder, _GEMMA_PRESETS, _read_gemma, _write_gemma)
+GEMMA2 = Family(Gemma2Config, _GEMMA2, _gemma2_decoder, _GEMMA2_PRESETS, _read_gemma2, _write_gemma2)
+VAULT_GEMMA = Family(VaultGemmaConfig, _VAULT_GEMMA, _vaultgemma_decoder, {}, _read_gemma2, _write_gemma2)
+GEMMA3 = Family(Gemma3Config, _GEMMA3, _gemma3_decoder, _GEMMA3_PRESETS, _read_gemma3, _write_gemma3)

@@ -11,22 +11,19 @@ from functools import partial
 from typing import Annotated, Any
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.annotations import POSITIVE_FLOAT32
-from jaxft.distributed.sharding import constrain
 from jaxft.models.dense import (
-    attention_biases,
-    dense_model,
+    ATTENTION,
+    MLP,
+    QKV,
+    DecoderSpec,
+    Family,
+    add_biases,
     llama_specs,
-    mlp_biases,
-    names_of,
     one_stack,
     prenorm_layer,
-    qkv_biases,
-    self_attention,
-    with_biases,
 )
 from jaxft.models.dense_config import (
     FULL,
@@ -40,9 +37,9 @@ from jaxft.models.dense_config import (
     typed_layers,
     window_from_hf,
 )
-from jaxft.models.model import ForwardOptions, Model
+from jaxft.models.model import ForwardOptions
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
-from jaxft.nn.layers import gated_mlp, lm_head, rms_norm, split_keys
+from jaxft.nn.layers import lm_head
 from jaxft.nn.rope import Rope
 from jaxft.nn.tree import Params
 
@@ -53,12 +50,6 @@ class LlamaConfig(DenseConfig):
 
     attention_bias: bool = False
     mlp_bias: bool = False
-
-
-BIASES = {"attention_bias": False, "mlp_bias": False}  # settings of config.json with their defaults
-LLAMA_FORMAT = ConfigFormat(
-    "llama", "LlamaForCausalLM", fixed={"hidden_act": "silu", "pretraining_tp": 1}, more=BIASES
-)
 
 
 _LLAMA3: dict[str, Any] = {"vocab": 128256, "max_positions": 131072, "kv_heads": 8, "bos": 128000}
@@ -103,11 +94,28 @@ PRESETS: dict[str, LlamaConfig] = {
 }  # fmt: skip
 
 
-def llama(config: LlamaConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Llama config. options: further arguments of dense_model."""
-    specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
+def _llama_decoder(config: LlamaConfig) -> DecoderSpec:
     attention = uniform(config.layers, config.head_dim, config.rope)
-    return dense_model(config, one_stack(specs, names_of(specs), prenorm_layer, attention), dtype, **options)
+    return one_stack(_specs(config), prenorm_layer, attention)
+
+
+def _specs(c: Any) -> dict[str, Any]:
+    """Return Llama's specs, with biases as the config's attention_bias and mlp_bias state."""
+    specs = llama_specs(c)
+    add_biases(specs, ATTENTION if c.attention_bias else ())
+    add_biases(specs, MLP if c.mlp_bias else ())
+    return specs
+
+
+_SILU = {"hidden_act": "silu"}
+_BIASES = {"attention_bias": False, "mlp_bias": False}  # settings of config.json with their defaults
+LLAMA = Family(
+    LlamaConfig,
+    ConfigFormat("llama", "LlamaForCausalLM", fixed=_SILU | {"pretraining_tp": 1}, more=_BIASES),
+    _llama_decoder,
+    PRESETS,
+)
+llama = LLAMA.build
 
 
 # ---- Mistral
@@ -118,37 +126,28 @@ class MistralConfig(WindowConfig):
     """Configuration of a Mistral model: sizes, rope, sliding window and special tokens."""
 
 
-def mistral(config: MistralConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Mistral config. options: further arguments of dense_model."""
-    specs = llama_specs(config)
-    kinds = {FULL: LayerKind(config.rope), SLIDING: LayerKind(config.rope, config.window)}
-    attention = typed_layers(config, kinds)
-    return dense_model(config, one_stack(specs, names_of(specs), prenorm_layer, attention), dtype, **options)
+def _mistral_decoder(config: MistralConfig) -> DecoderSpec:
+    attention = typed_layers(config, config.rope, config.rope)
+    return one_stack(llama_specs(config), prenorm_layer, attention)
 
 
 _MISTRAL_DEFAULTS = {"max_position_embeddings": 4096 * 32}
-MISTRAL_FORMAT = ConfigFormat("mistral", "MistralForCausalLM", defaults=_MISTRAL_DEFAULTS)
-MINISTRAL_FORMAT = ConfigFormat("ministral", "MinistralForCausalLM", defaults=_MISTRAL_DEFAULTS)
+_MISTRAL = ConfigFormat("mistral", "MistralForCausalLM", defaults=_MISTRAL_DEFAULTS)
+_MINISTRAL = ConfigFormat("ministral", "MinistralForCausalLM", defaults=_MISTRAL_DEFAULTS)
 
 
-def read_mistral(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a MistralConfig from `hf`, the dict of a config.json."""
+def _read_mistral(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     fields, window = fields_from_hf(hf, form), window_from_hf({"sliding_window": 4096, **hf})
     # transformers reads a config.json of model_type mistral that has layer_types as a ministral's.
     types = read_layer_types(hf, (SLIDING if window else FULL,) * fields["layers"])
-    if SLIDING not in types:
-        return fields
-    return fields | {"window": window, "layer_types": types}
+    return fields | ({"window": window, "layer_types": types} if SLIDING in types else {})
 
 
-def write_mistral(c: MistralConfig, form: ConfigFormat) -> dict[str, Any]:
+def _write_mistral(c: MistralConfig, form: ConfigFormat) -> dict[str, Any]:
     """Return the dict of a config.json, of model_type "ministral" if only some layers have a window."""
     if len(set(c.layer_types)) == 2:
-        return fields_to_hf(c, MINISTRAL_FORMAT) | {
-            "sliding_window": c.window,
-            "layer_types": list(c.layer_types),
-        }
-    return fields_to_hf(c, MISTRAL_FORMAT) | {"sliding_window": c.window}
+        return _write_cwm(c, _MINISTRAL)
+    return fields_to_hf(c, _MISTRAL) | {"sliding_window": c.window}
 
 
 _MISTRAL_7B: dict[str, Any] = dict(width=4096, layers=32, heads=32, kv_heads=8, head_dim=128, mlp=14336)
@@ -162,7 +161,7 @@ _MISTRAL_NEMO = MistralConfig(
 )  # fmt: skip
 _MISTRAL_SMALL = replace(_MISTRAL_NEMO, mlp=32768, rope=Rope(1e8), max_positions=32768)
 
-MISTRAL_PRESETS: dict[str, MistralConfig] = {
+_MISTRAL_PRESETS: dict[str, MistralConfig] = {
     "mistralai/Mistral-7B-v0.1": _MISTRAL_WINDOW,
     "mistralai/Mistral-7B-Instruct-v0.1": _MISTRAL_WINDOW,
     "mistralai/Mistral-7B-Instruct-v0.2": replace(_MISTRAL_V3, vocab=32000),
@@ -177,51 +176,43 @@ MISTRAL_PRESETS: dict[str, MistralConfig] = {
     "mistralai/Mistral-Small-24B-Base-2501": _MISTRAL_SMALL,
     "mistralai/Mistral-Small-24B-Instruct-2501": _MISTRAL_SMALL,
 }  # fmt: skip
+MISTRAL = Family(MistralConfig, _MISTRAL, _mistral_decoder, _MISTRAL_PRESETS, _read_mistral, _write_mistral)
+MINISTRAL = Family(MistralConfig, _MINISTRAL, _mistral_decoder, {}, _read_mistral, _write_mistral)
+mistral = MISTRAL.build
 
 
 # ---- Seed-OSS, CWM, InternLM 3, IQuest-Coder
 
 
-_SILU = {"hidden_act": "silu"}
-
-
 @dataclass(frozen=True)
 class SeedOssConfig(LlamaConfig):
-    """Sizes of a Seed-OSS. attention_bias: whether q, k and v have biases; attention_out_bias: whether o has
-    one.
-    """
+    """Sizes of a Seed-OSS. attention_bias, attention_out_bias: whether q, k and v, and o, have biases."""
 
     attention_out_bias: bool = False
 
 
-def seed_oss(config: SeedOssConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Seed-OSS config. options: further arguments of dense_model."""
-    specs, biases = llama_specs(config), attention_biases(config)
-    if config.attention_bias:
-        specs["layers"]["attn"] |= qkv_biases(config)
-    if config.attention_out_bias:
-        specs["layers"]["attn"]["o_bias"] = biases["o_bias"]
-    if config.mlp_bias:
-        specs["layers"]["mlp"] |= mlp_biases(config)
+def _seed_oss_decoder(config: SeedOssConfig) -> DecoderSpec:
+    specs = llama_specs(config)
+    add_biases(specs, QKV if config.attention_bias else ())
+    add_biases(specs, ("o",) if config.attention_out_bias else ())
+    add_biases(specs, MLP if config.mlp_bias else ())
     attention = uniform(config.layers, config.head_dim, config.rope)
-    arch = one_stack(specs, names_of(specs), prenorm_layer, attention)
-    return dense_model(config, arch, dtype, **options)
-
-
-SEED_OSS_FORMAT = ConfigFormat(
-    "seed_oss", "SeedOssForCausalLM", _SILU | {"pretraining_tp": 1},
-    {"max_position_embeddings": 524288, "bos_token_id": 0, "head_dim": 128},
-    {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
-)  # fmt: skip
+    return one_stack(specs, prenorm_layer, attention)
 
 
 _SEED_OSS_36B = SeedOssConfig(
     vocab=155136, width=5120, layers=64, heads=80, kv_heads=8, head_dim=128, mlp=27648, rope=Rope(1e7),
     norm_eps=1e-6, max_positions=524288, bos=0, eos=(2,), attention_bias=True,
 )  # fmt: skip
-SEED_OSS_PRESETS: dict[str, SeedOssConfig] = {
-    f"ByteDance-Seed/Seed-OSS-36B-{kind}": _SEED_OSS_36B for kind in ("Base", "Instruct")
-}
+_SEED_OSS = ConfigFormat(
+    "seed_oss", "SeedOssForCausalLM", _SILU | {"pretraining_tp": 1},
+    {"max_position_embeddings": 524288, "bos_token_id": 0, "head_dim": 128},
+    {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+)  # fmt: skip
+SEED_OSS = Family(
+    SeedOssConfig, _SEED_OSS, _seed_oss_decoder,
+    {f"ByteDance-Seed/Seed-OSS-36B-{kind}": _SEED_OSS_36B for kind in ("Base", "Instruct")},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,7 +220,7 @@ class CwmConfig(MistralConfig):
     """Sizes of a CWM, which Mistral's builder builds."""
 
 
-CWM_FORMAT = ConfigFormat(
+_CWM = ConfigFormat(
     "cwm", "CwmForCausalLM", _SILU | {"pretraining_tp": 1, "mlp_bias": False},
     {
         "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "bos_token_id": 128000, "head_dim": 128,
@@ -242,8 +233,7 @@ _CWM_ROPE = {
 }  # fmt: skip
 
 
-def read_cwm(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a CwmConfig from `hf`, the dict of a config.json."""
+def _read_cwm(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     if not hf.get("rope_parameters") and not hf.get("rope_scaling"):
         theta = hf.get("rope_theta") or _CWM_ROPE["rope_theta"]
         hf = {**hf, "rope_parameters": {**_CWM_ROPE, "rope_theta": theta}}
@@ -252,9 +242,11 @@ def read_cwm(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     return fields | {"window": window, "layer_types": types}
 
 
-def write_cwm(c: CwmConfig, form: ConfigFormat) -> dict[str, Any]:
-    """Return the dict of a CWM's config.json."""
+def _write_cwm(c: MistralConfig, form: ConfigFormat) -> dict[str, Any]:
     return fields_to_hf(c, form) | {"sliding_window": c.window, "layer_types": list(c.layer_types)}
+
+
+CWM = Family(CwmConfig, _CWM, _mistral_decoder, {}, _read_cwm, _write_cwm)
 
 
 @dataclass(frozen=True)
@@ -262,14 +254,13 @@ class InternLM3Config(LlamaConfig):
     """Sizes of an InternLM 3, which Llama's builder builds."""
 
 
-INTERNLM3_FORMAT = ConfigFormat(
+_INTERNLM3 = ConfigFormat(
     "internlm3", "InternLM3ForCausalLM", _SILU,
     {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "head_dim": 128},
 )  # fmt: skip
 
 
-def read_internlm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of an InternLM3Config from `hf`, the dict of a config.json."""
+def _read_internlm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     qkv = bool(hf.get("qkv_bias", hf.get("attention_bias", False)))
     bias = bool(hf.get("bias", hf.get("mlp_bias", False)))
     if qkv != bias:
@@ -277,9 +268,11 @@ def read_internlm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     return fields_from_hf(hf, form) | {"attention_bias": bias, "mlp_bias": bias}
 
 
-def write_internlm3(c: InternLM3Config, form: ConfigFormat) -> dict[str, Any]:
-    """Return the dict of an InternLM 3's config.json."""
+def _write_internlm3(c: InternLM3Config, form: ConfigFormat) -> dict[str, Any]:
     return fields_to_hf(c, form) | {"qkv_bias": c.attention_bias, "bias": c.mlp_bias}
+
+
+INTERNLM3 = Family(InternLM3Config, _INTERNLM3, _llama_decoder, {}, _read_internlm3, _write_internlm3)
 
 
 @dataclass(frozen=True)
@@ -287,10 +280,11 @@ class IQuestCoderConfig(LlamaConfig):
     """Sizes of an IQuest-Coder, which Llama's builder builds."""
 
 
-IQUEST_CODER_FORMAT = ConfigFormat(
+_IQUEST_CODER = ConfigFormat(
     "iquestcoder", "IQuestCoderForCausalLM", _SILU | {"clip_qkv": None, "use_sliding_window": False},
-    {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "head_dim": 128}, BIASES,
+    {"rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "head_dim": 128}, _BIASES,
 )  # fmt: skip
+IQUEST_CODER = Family(IQuestCoderConfig, _IQUEST_CODER, _llama_decoder, {})
 
 
 # ---- SmolLM3
@@ -307,11 +301,8 @@ class SmolLM3Config(WindowConfig):
     mlp_bias: bool = False
 
 
-def smollm3(config: SmolLM3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a SmolLM3 config. options: further arguments of dense_model."""
-    specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
-    architecture = one_stack(specs, names_of(specs), prenorm_layer, _smollm3_attention(config))
-    return dense_model(config, architecture, dtype, **options)
+def _smollm3_decoder(config: SmolLM3Config) -> DecoderSpec:
+    return one_stack(_specs(config), prenorm_layer, _smollm3_attention(config))
 
 
 def _smollm3_attention(c: SmolLM3Config) -> AttentionLayers:
@@ -324,22 +315,8 @@ def _smollm3_attention(c: SmolLM3Config) -> AttentionLayers:
     return AttentionLayers(tuple(kinds), tuple(map(kinds.index, layers)), c.head_dim)
 
 
-SMOLLM3_FORMAT = ConfigFormat(
-    "smollm3",
-    "SmolLM3ForCausalLM",
-    fixed={"hidden_act": "silu"},
-    defaults={
-        "max_position_embeddings": 32768, "rope_theta": 2000000.0, "tie_word_embeddings": True,
-        "bos_token_id": 128000, "eos_token_id": 128001, "num_key_value_heads": 4,
-    },
-    more={"attention_bias": False, "mlp_bias": False},
-)  # fmt: skip
-
-
 def _rope_layers(hf: dict[str, Any], count: int) -> tuple[bool, ...]:
-    """Return whether each layer has rope, from no_rope_layers (where 1 means with rope) or
-    no_rope_layer_interval in config.json.
-    """
+    """Return whether each layer has rope, by no_rope_layers (1: with rope) or no_rope_layer_interval."""
     flags = hf.get("no_rope_layers")
     if flags is not None:
         if not isinstance(flags, list | tuple) or len(flags) < count or any(x not in (0, 1) for x in flags):
@@ -361,8 +338,7 @@ def _sliding(hf: dict[str, Any], has_rope: Sequence[bool]) -> dict[str, Any]:
     config.json, the layers without rope have the window, if use_sliding_window is true.
     """
     window, used = window_from_hf(hf), bool(hf.get("use_sliding_window", False))
-    default = [SLIDING if used and window and not rotated else FULL for rotated in has_rope]
-    types = read_layer_types(hf, default)
+    types = read_layer_types(hf, [SLIDING if used and window and not x else FULL for x in has_rope])
     if SLIDING not in types:
         return {}
     if window is None or not used:
@@ -373,21 +349,19 @@ def _sliding(hf: dict[str, Any], has_rope: Sequence[bool]) -> dict[str, Any]:
     return {"window": window, "layer_types": types}
 
 
-def read_smollm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a SmolLM3Config from `hf`, the dict of a config.json."""
+def _read_smollm3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     fields = fields_from_hf(hf, form)
     has_rope = _rope_layers(hf, fields["layers"])
     return fields | _sliding(hf, has_rope) | {"has_rope": has_rope}
 
 
-def write_smollm3(c: SmolLM3Config, form: ConfigFormat) -> dict[str, Any]:
-    """Return the dict of a SmolLM3's config.json, with pad_token_id null; transformers' default is 128004."""
+def _write_smollm3(c: SmolLM3Config, form: ConfigFormat) -> dict[str, Any]:
     return fields_to_hf(c, form) | {
         "no_rope_layers": [int(rotated) for rotated in c.has_rope or (True,) * c.layers],
         "use_sliding_window": SLIDING in c.layer_types,
         "sliding_window": c.window,
         "layer_types": list(c.types),
-        "pad_token_id": None,
+        "pad_token_id": None,  # transformers' default is 128004
     }
 
 
@@ -400,12 +374,24 @@ SMOLLM3_PRESETS: dict[str, SmolLM3Config] = {
     "HuggingFaceTB/SmolLM3-3B": SmolLM3Config(**_SMOLLM3_3B, eos=(128012,)),
     "HuggingFaceTB/SmolLM3-3B-Base": SmolLM3Config(**_SMOLLM3_3B, eos=(128001,)),
 }
+_SMOLLM3 = ConfigFormat(
+    "smollm3", "SmolLM3ForCausalLM", _SILU,
+    {
+        "max_position_embeddings": 32768, "rope_theta": 2000000.0, "tie_word_embeddings": True,
+        "bos_token_id": 128000, "eos_token_id": 128001, "num_key_value_heads": 4,
+    },
+    _BIASES,
+)  # fmt: skip
+SMOLLM3 = Family(
+    SmolLM3Config, _SMOLLM3, _smollm3_decoder, SMOLLM3_PRESETS, _read_smollm3, _write_smollm3
+)
+smollm3 = SMOLLM3.build
 
 
 # ---- Granite 3
 
 
-MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+_MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 
 
 @dataclass(frozen=True)
@@ -423,44 +409,27 @@ class GraniteConfig(DenseConfig):
     mlp_bias: bool = False
 
 
-def granite(config: GraniteConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Granite config. options: further arguments of dense_model."""
-    specs = with_biases(llama_specs(config), config, config.attention_bias, config.mlp_bias)
+def _granite_decoder(config: GraniteConfig) -> DecoderSpec:
     attention = uniform(config.layers, config.head_dim, config.rope)
-    arch = one_stack(
-        specs,
-        names_of(specs),
+    return one_stack(
+        _specs(config),
         _granite_layer,
         replace(attention, scale=config.attention_multiplier),
         embed_scale=config.embedding_multiplier,
         logits=partial(_granite_logits, config),
     )
-    return dense_model(config, arch, dtype, **options)
 
 
 def _granite_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
 ) -> tuple[Float[Array, "B T D"], Extras]:
-    """Compute `h += m attention(norm(h)); h += m mlp(norm(h))` with m = residual_multiplier."""
-    c, keys = f.config, split_keys(key, 7)
-    multiplier = jnp.asarray(c.residual_multiplier, h_BTD.dtype)
-    x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
-    o, extras = self_attention(c, p["attn"], x, attend, keys[:4])
-    h_BTD = h_BTD + o.astype(h_BTD.dtype) * multiplier
-    x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
-    down = constrain(gated_mlp(p["mlp"], x, keys[4:]), "rows", "time", "act_width")
-    return h_BTD + down.astype(h_BTD.dtype) * multiplier, extras
+    multiplier = jnp.asarray(f.config.residual_multiplier, h_BTD.dtype)
+    return prenorm_layer(f, p, h_BTD, attend, key, multiplier=multiplier)
 
 
 def _granite_logits(c: GraniteConfig, head: Params, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
     logits = lm_head(head, h)
     return logits / jnp.asarray(c.logits_scaling, logits.dtype)
-
-
-GRANITE_FORMAT = ConfigFormat(
-    "granite", "GraniteForCausalLM", {"hidden_act": "silu"},
-    more={**dict.fromkeys(MULTIPLIERS, 1.0), "attention_bias": False, "mlp_bias": False},
-)  # fmt: skip
 
 
 _GRANITE_2B: dict[str, Any] = dict(
@@ -474,9 +443,7 @@ _GRANITE_8B: dict[str, Any] = dict(
 
 
 def _granite_presets(version: str, vocab: int, theta: float) -> dict[str, GraniteConfig]:
-    """Return presets of a release's base models and their instruction-tuned versions, which have the same
-    settings.
-    """
+    """Return presets of a release's base and instruction-tuned models, which have the same settings."""
     common: dict[str, Any] = dict(
         vocab=vocab, rope=Rope(theta), tied=True, max_positions=131072, bos=0, eos=(0,),
         embedding_multiplier=12.0, residual_multiplier=0.22,
@@ -488,7 +455,10 @@ def _granite_presets(version: str, vocab: int, theta: float) -> dict[str, Granit
     }
 
 
-GRANITE_PRESETS: dict[str, GraniteConfig] = {
-    **_granite_presets("3.1", 49155, 5e6),
-    **_granite_presets("3.3", 49159, 1e7),
-}
+GRANITE = Family(
+    GraniteConfig,
+    ConfigFormat("granite", "GraniteForCausalLM", _SILU, more=dict.fromkeys(_MULTIPLIERS, 1.0) | _BIASES),
+    _granite_decoder,
+    _granite_presets("3.1", 49155, 5e6) | _granite_presets("3.3", 49159, 1e7),
+)
+granite = GRANITE.build

@@ -12,13 +12,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from jaxft.distributed.sharding import constrain, mesh_size
-from jaxft.models.dense import attention_output, dense_model, llama_specs, names_of, one_stack
+from jaxft.models.dense import DecoderSpec, Family, attention_output, llama_specs, one_stack
 from jaxft.models.dense_config import ConfigFormat, DenseConfig, fields_from_hf, fields_to_hf, window_from_hf
-from jaxft.models.model import ForwardOptions, Model
+from jaxft.models.model import ForwardOptions
 from jaxft.nn.adapters.lora import Adapted
 from jaxft.nn.attention.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import biased_linear, gated, rms_norm, saveable, split_keys
@@ -38,11 +37,9 @@ class Phi3Config(DenseConfig):
     window: int | None = None
 
 
-def phi3(config: Phi3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Phi-3 config. options: further arguments of dense_model."""
-    specs, attention = _specs(config), uniform(config.layers, config.head_dim, config.rope, config.window)
-    architecture = one_stack(specs, names_of(specs, _NAMES), _layer, attention)
-    return dense_model(config, architecture, dtype, **options)
+def _phi3_decoder(config: Phi3Config) -> DecoderSpec:
+    attention = uniform(config.layers, config.head_dim, config.rope, config.window)
+    return one_stack(_specs(config), _layer, attention, _NAMES)
 
 
 def _specs(c: Phi3Config) -> dict[str, Any]:
@@ -161,18 +158,10 @@ def _by_device(
     return x.reshape(*above, x.shape[-1] * x.shape[-2])
 
 
-PHI3_FORMAT = ConfigFormat(
-    "phi3",
-    "Phi3ForCausalLM",
-    fixed={"hidden_act": "silu"},
-    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 32000},
-    partial_rope=True,
-)
 _OLD_LONGROPE = ("su", "yarn")  # in a Phi-3's config.json, transformers reads both as longrope
 
 
-def read_phi3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a Phi3Config from `hf`, the dict of a config.json."""
+def _read(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     for group in ("rope_scaling", "rope_parameters"):
         rope = hf.get(group)
         if isinstance(rope, dict):
@@ -187,8 +176,8 @@ def read_phi3(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     return fields | {"window": window_from_hf(hf)}
 
 
-def write_phi3(c: Phi3Config, form: ConfigFormat) -> dict[str, Any]:
-    """Return the dict of a Phi-3's config.json, with pad_token_id null; transformers' default is 32000."""
+def _write(c: Phi3Config, form: ConfigFormat) -> dict[str, Any]:
+    # transformers' default of pad_token_id is 32000
     return fields_to_hf(c, form) | {"sliding_window": c.window, "pad_token_id": None}
 
 
@@ -253,3 +242,9 @@ PHI3_PRESETS: dict[str, Phi3Config] = {
         bos=199999, eos=(200020, 199999), **_longrope((1.0,) * 48, _PHI4_MINI_LONG, rotated=0.75),
     ),
 }  # fmt: skip
+_FORMAT = ConfigFormat(
+    "phi3", "Phi3ForCausalLM", fixed={"hidden_act": "silu"}, partial_rope=True,
+    defaults={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "eos_token_id": 32000},
+)  # fmt: skip
+PHI3 = Family(Phi3Config, _FORMAT, _phi3_decoder, PHI3_PRESETS, _read, _write)
+phi3 = PHI3.build

@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-
 from jaxft.models.dense import (
-    attention_biases,
-    dense_model,
+    ATTENTION,
+    QKV,
+    DecoderSpec,
+    Family,
+    add_biases,
     head_norms,
     llama_specs,
-    names_of,
     one_stack,
     prenorm_layer,
-    qkv_biases,
 )
 from jaxft.models.dense_config import (
     FULL,
@@ -27,8 +25,8 @@ from jaxft.models.dense_config import (
     typed_layers,
     window_from_hf,
 )
-from jaxft.models.model import ForwardOptions, Model
-from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, LayerKind
+from jaxft.models.model import ForwardOptions
+from jaxft.nn.attention.layer_attention import Attend
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
 from jaxft.nn.tree import Params
@@ -46,51 +44,28 @@ class Qwen3Config(QwenConfig):
     attention_bias: bool = False
 
 
-def qwen2(config: QwenConfig, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Qwen2 or Qwen2.5 config. options: further arguments of dense_model."""
+def _qwen2_decoder(config: QwenConfig) -> DecoderSpec:
     specs = llama_specs(config)
-    specs["layers"]["attn"] |= qkv_biases(config)
-    return dense_model(
-        config, one_stack(specs, names_of(specs), prenorm_layer, _attention(config)), dtype, **options
-    )
+    add_biases(specs, QKV)
+    attention = typed_layers(config, config.rope, config.rope)
+    return one_stack(specs, prenorm_layer, attention)
 
 
-def qwen3(config: Qwen3Config, dtype: DTypeLike = jnp.bfloat16, **options: Any) -> Model:
-    """Build the Model of a Qwen3 config. options: further arguments of dense_model."""
-    specs, L = llama_specs(config), config.layers
-    norms = ("q_norm", "k_norm")
-    specs["layers"]["attn"] |= {
-        name: ParamSpec((L, config.head_dim), ("layers", "norm"), full(1.0)) for name in norms
-    }
+def _qwen3_decoder(config: Qwen3Config) -> DecoderSpec:
+    specs = llama_specs(config)
+    norm = ParamSpec((config.layers, config.head_dim), ("layers", "norm"), full(1.0))
+    specs["layers"]["attn"] |= {"q_norm": norm, "k_norm": norm}
     if config.attention_bias:
-        specs["layers"]["attn"] |= attention_biases(config)
-    return dense_model(
-        config, one_stack(specs, names_of(specs), _qwen3_layer, _attention(config)), dtype, **options
-    )
+        add_biases(specs, ATTENTION)
+    attention = typed_layers(config, config.rope, config.rope)
+    return one_stack(specs, _qwen3_layer, attention)
 
 
 def _qwen3_layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Any]:
     return prenorm_layer(f, p, h, attend, key, head_norms(f.config, f.dtype))
 
 
-def _attention(c: QwenConfig) -> AttentionLayers:
-    kinds = {FULL: LayerKind(c.rope), SLIDING: LayerKind(c.rope, c.window)}
-    return typed_layers(c, kinds)
-
-
-_DEFAULTS = {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None}
-QWEN2_FORMAT = ConfigFormat("qwen2", "Qwen2ForCausalLM", defaults=_DEFAULTS)
-QWEN3_FORMAT = ConfigFormat(
-    "qwen3", "Qwen3ForCausalLM", defaults={**_DEFAULTS, "head_dim": 128}, more={"attention_bias": False}
-)
-
-
-def read_qwen(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
-    """Return the fields of a QwenConfig or Qwen3Config from `hf`, the dict of a config.json.
-
-    Raises ValueError for an invalid value, such as a max_window_layers that is not a whole number, and for
-    sliding_attention in layer_types without use_sliding_window.
-    """
+def _read(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     fields = fields_from_hf(hf, form)
     if not hf.get("use_sliding_window", False):
         if SLIDING in read_layer_types(hf, (FULL,) * fields["layers"]):
@@ -102,15 +77,13 @@ def read_qwen(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     window, first = window_from_hf({"sliding_window": 4096, **hf}), hf.get("max_window_layers", 28)
     if type(first) is not int:
         raise ValueError(f"config: max_window_layers must be a whole number, got {first!r:.60}")
-    default = [SLIDING if window and i >= first else FULL for i in range(fields["layers"])]
-    types = read_layer_types(hf, default)
-    if SLIDING not in types:
-        return fields
-    return fields | {"window": window, "layer_types": types}
+    types = read_layer_types(
+        hf, [SLIDING if window and i >= first else FULL for i in range(fields["layers"])]
+    )
+    return fields | ({"window": window, "layer_types": types} if SLIDING in types else {})
 
 
-def write_qwen(c: QwenConfig, form: ConfigFormat) -> dict[str, Any]:
-    """Return the dict of a Qwen2's or Qwen3's config.json."""
+def _write(c: QwenConfig, form: ConfigFormat) -> dict[str, Any]:
     types = list(c.types)
     return fields_to_hf(c, form) | {
         "use_sliding_window": SLIDING in types,
@@ -152,7 +125,7 @@ def _qwen3(size: str, **sizes: Any) -> dict[str, Qwen3Config]:
 
 
 _SMALL = {"vocab": 151936, "tied": True}
-QWEN2_PRESETS: dict[str, QwenConfig] = {
+_QWEN2_PRESETS: dict[str, QwenConfig] = {
     **_qwen25("0.5B", width=896, layers=24, heads=14, kv_heads=2, mlp=4864, **_SMALL, head_dim=64),
     **_qwen25("1.5B", width=1536, layers=28, heads=12, kv_heads=2, mlp=8960, **_SMALL),
     **_qwen25("3B", width=2048, layers=36, heads=16, kv_heads=2, mlp=11008, **_SMALL),
@@ -161,14 +134,23 @@ QWEN2_PRESETS: dict[str, QwenConfig] = {
     **_qwen25("32B", width=5120, layers=64, heads=40, kv_heads=8, mlp=27648),
     **_qwen25("72B", width=8192, layers=80, heads=64, kv_heads=8, mlp=29568),
 }
-QWEN3_PRESETS: dict[str, Qwen3Config] = {
+_QWEN3_PRESETS: dict[str, Qwen3Config] = {
     **_qwen3("0.6B", width=1024, layers=28, heads=16, mlp=3072, tied=True),
     **_qwen3("1.7B", width=2048, layers=28, heads=16, mlp=6144, tied=True),
     **_qwen3("4B", width=2560, layers=36, heads=32, mlp=9728, tied=True),
     **_qwen3("8B", width=4096, layers=36, heads=32, mlp=12288),
     **_qwen3("14B", width=5120, layers=40, heads=40, mlp=17408),
-}
-QWEN3_PRESETS["Qwen/Qwen3-32B"] = Qwen3Config(
-    vocab=151936, width=5120, layers=64, heads=64, kv_heads=8, head_dim=128, mlp=25600, rope=Rope(1e6),
-    norm_eps=1e-6, max_positions=40960, bos=_ENDOFTEXT, eos=(_IM_END, _ENDOFTEXT),
-)  # fmt: skip
+    "Qwen/Qwen3-32B": Qwen3Config(
+        vocab=151936, width=5120, layers=64, heads=64, kv_heads=8, head_dim=128, mlp=25600, rope=Rope(1e6),
+        norm_eps=1e-6, max_positions=40960, bos=_ENDOFTEXT, eos=(_IM_END, _ENDOFTEXT),
+    ),
+}  # fmt: skip
+
+_DEFAULTS = {"max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": None}
+_QWEN2 = ConfigFormat("qwen2", "Qwen2ForCausalLM", defaults=_DEFAULTS)
+_QWEN3 = ConfigFormat(
+    "qwen3", "Qwen3ForCausalLM", defaults={**_DEFAULTS, "head_dim": 128}, more={"attention_bias": False}
+)
+QWEN2 = Family(QwenConfig, _QWEN2, _qwen2_decoder, _QWEN2_PRESETS, _read, _write)
+QWEN3 = Family(Qwen3Config, _QWEN3, _qwen3_decoder, _QWEN3_PRESETS, _read, _write)
+qwen3 = QWEN3.build

@@ -36,16 +36,6 @@ class TokenRows:
     ids: tuple[int, ...] = static()
 
 
-def attach_replacement(name: str, base: Any, node: Mapping[str, Any], token_ids: tuple[int, ...]) -> Any:
-    """Return the node that replaces the base's parameter `name`: an array, Replaced or TokenRows.
-
-    node: the adapter's {"weight": array} or {"rows": array}. token_ids: the tokens of these rows.
-    """
-    if "rows" in node:
-        return TokenRows(base, node["rows"], token_ids)
-    return Replaced(node["weight"], base) if name == "embed" else node["weight"]
-
-
 def is_replacement(node: Any) -> bool:
     """Return whether a node of an adapter's tree replaces a parameter, or rows of it."""
     return isinstance(node, dict) and (node.keys() == {"weight"} or node.keys() == {"rows"})

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 
 from jaxft.annotations import BELOW_ONE, PositiveInt, at_least, between, check_bounds
 from jaxft.nn import tree
-from jaxft.nn.adapters import full_modules
+from jaxft.nn.adapters.full_modules import Replaced, TokenRows, is_replacement
 from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
 from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
 from jaxft.nn.tensor_names import SCORE_MODULES, is_name
@@ -197,7 +197,8 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
     blocks = [p for p, axes in kernels.items() if "layers" in axes.lead]
     heads = ["embed", "head"]  # also for a tied head, which has no leaf of its own in the base
     if targets == "all-linear":
-        return [p for p in blocks if not kernels[p].is_router]
+        # a router, which scores experts, is no linear layer in transformers
+        return [p for p in blocks if kernels[p].outs != "expert_scores"]
     if not targets:
         raise ValueError(
             "adapter.targets names no layer; use all-linear, or some of "
@@ -281,8 +282,10 @@ def attach(
             pair = node["a"], node["b"], node["scale"]
             of_rows = None if rows is None else jnp.broadcast_to(rows, (*node["scale"].shape[:-1], len(rows)))
             return Adapted(base, *pair, dropout, node.get("magnitude"), node.get("gain"), of_rows, over)
-        if full_modules.is_replacement(node):
-            return full_modules.attach_replacement(name, base, node, token_ids)
+        if is_replacement(node):
+            if "rows" in node:
+                return TokenRows(base, node["rows"], token_ids)
+            return Replaced(node["weight"], base) if name == "embed" else node["weight"]
         if not node:
             return base
         return {**base, **{inner: walk(inner, base.get(inner), node[inner]) for inner in node}}
@@ -298,7 +301,7 @@ def join_adapters(adapter: Any, other: Any) -> Any:
     """
     if not adapter:
         return other
-    if not other or full_modules.is_replacement(adapter):
+    if not other or is_replacement(adapter):
         return adapter
     if is_pair(adapter):
         factor = (other["scale"] / adapter["scale"])[..., None, None]
@@ -384,18 +387,6 @@ def merge_leaf(weight: Any, pair: dict[str, Any], dtype: DTypeLike) -> jax.Array
     low = jnp.einsum("...ir,...ro->...io", a * scale[..., None, None], b, precision=jax.lax.Precision.HIGHEST)
     merged = w + low
     return (rescaled(merged, pair["magnitude"]) if "magnitude" in pair else merged).astype(dtype)
-
-
-def merge_node(
-    path: str, weight: Any, node: dict[str, Any], dtype: DTypeLike, token_ids: tuple[int, ...] = ()
-) -> jax.Array:
-    """Return a base's parameter, or one layer of it, merged with the adapter's node at its path, in `dtype`.
-
-    token_ids: the tokens of a node with rows.
-    """
-    if full_modules.is_replacement(node):
-        return full_modules.merge_replacement(path, weight, node, dtype, token_ids)
-    return merge_leaf(weight, node, dtype)
 
 
 # DoRA (Liu et al. 2024, arXiv:2402.09353): a learned norm for each output of an adapted weight, `W' = m (W +

@@ -108,10 +108,7 @@ def _check_exclusions(excluded: str | frozenset[str], modules: Sequence[ModuleNa
 
 
 def _check_layers(settings: Adapter, targets: Sequence[str], layers: AbstractSet[int | None]) -> None:
-    """Raise ValueError if layers_to_transform is empty or lists a layer without any of the targets.
-
-    targets: their paths. layers: the numbers of the layers that have a target; None for one outside layers.
-    """
+    """Raise ValueError if layers_to_transform is empty or lists a layer without any of the targets."""
     numbers, with_target = settings.layers_to_transform, sorted(n for n in layers if n is not None)
     if numbers is None or (numbers and layers >= set(numbers)):
         return
@@ -129,9 +126,7 @@ def _check_layers(settings: Adapter, targets: Sequence[str], layers: AbstractSet
 
 
 def _check_own_tensor(path: str, base: Mapping[str, ParamSpec], names: WeightNames) -> None:
-    """Raise ValueError if an adapted kernel is not the weight of a linear layer in the model's files: its
-    LoRA pair would have no name in an adapter's file.
-    """
+    """Raise ValueError for a kernel that is no linear layer in files, where a pair would have no name."""
     if path in base.keys() & names.keys() - {"embed"} and not names[path].is_linear(base[path]):
         raise ValueError(
             f"adapter.targets: {path} is a part of {names[path].template} in the model's files, so that a "
@@ -199,10 +194,7 @@ def adapter_specs(specs: Specs, settings: Adapter, names: WeightNames | None = N
 def _pair_specs(
     spec: ParamSpec, layout: PairRanks, settings: Adapter, is_table: bool
 ) -> dict[str, ParamSpec]:
-    """Return the specs of a, b, scale and, with DoRA, magnitude for one kernel.
-
-    is_table: whether it is the embedding table, whose `a` starts at zero and `b` normal, as in PEFT.
-    """
+    """Return the specs of a kernel's pair. is_table: `a` starts at zero and `b` normal, as in PEFT."""
     *lead, size_in, size_out = spec.shape
     rank, ranks = max(layout.ranks), layout.ranks
     if settings.init == EVA:  # the ranks of the layers are known only when the run has read its rows
@@ -228,10 +220,7 @@ def most_components(rank: int, rho: float, inputs: int) -> int:
 
 
 def _zero_beyond(start: Init, ranks: Sequence[int]) -> Init:
-    """Return an initialiser of stacked [*L, I, R] that sets columns beyond the rank of each kernel to zero.
-
-    start: initialises the other columns. ranks: one for each kernel of the stack.
-    """
+    """Return an initialiser that sets the columns beyond each stacked kernel's rank to zero."""
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
         *lead, _, most = shape

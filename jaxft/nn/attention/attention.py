@@ -154,9 +154,7 @@ def kernel_for(
 
 
 def flash_reason(device: Any, head_dim: int, dtype: DTypeLike) -> str:
-    """Return why a GPU or TPU runs `flash` for any rows with this head_dim and dtype; "" if there is a faster
-    kernel for it, and on a CPU.
-    """
+    """Return why a GPU or TPU runs `flash` for this head_dim and dtype; "" if it need not, and on a CPU."""
     kind, dtype = device.device_kind, jnp.dtype(dtype)
     if device.platform == "tpu":
         takes = dtype in (jnp.bfloat16, jnp.float32)
@@ -229,7 +227,10 @@ def attention_by(
     heads, kv_heads, ways, (layout, kernel) = q_BTHE.shape[2], k_BTKE.shape[2], _head_shards(), choice
     of_queries = ranges.own_start, ranges.own_end, ranges.prompt_start, ranges.prompt_end
     arrays = q_BTHE, k_BTKE, v_BTKE, *of_queries
-    fn = _of_arrays(kernel, ranges.windowed, softcap)
+
+    def fn(q_BTHE, k_BTKE, v_BTKE, *of_queries):  # of arrays, which per_device can shard
+        return kernel(q_BTHE, k_BTKE, v_BTKE, KeyRanges(*of_queries, windowed=ranges.windowed), softcap)
+
     if layout == "rows":
         return per_device(fn, (Q, K, K, *(ROW,) * 4), Q, q_BTHE.shape)(*arrays)
     if layout == "gathered":
@@ -364,20 +365,8 @@ def attention_line(
     return f"attention: {name}" + (f": {'; '.join(reasons)}" if reasons else "")
 
 
-def _of_arrays(kernel: Kernel, windowed: bool, softcap: float | None) -> Kernel:
-    """Wrap a kernel so that it takes the key ranges as separate arrays, which per_device can shard."""
-
-    def fn(q_BTHE, k_BTKE, v_BTKE, *of_queries):
-        return kernel(q_BTHE, k_BTKE, v_BTKE, KeyRanges(*of_queries, windowed=windowed), softcap)
-
-    return fn
-
-
 def _one_key_head(kernel: Kernel, queries: int, shared: int) -> Kernel:
-    """Return a kernel that takes all key heads and uses only the one that this device's query heads share.
-
-    queries: query heads of a device. shared: query heads per key head.
-    """
+    """Return a kernel that uses only the key head which this device's query heads share."""
 
     def fn(q_BTHE, k_BTKE, v_BTKE, *rest):
         at = shard_start("context", queries) // np.int32(shared)

@@ -71,9 +71,7 @@ def _rows(a: AttentionLayers, tokens: Batch, dtype: DTypeLike) -> Pass:
 
 
 def _prompts(a: AttentionLayers, tokens: Batch, new: int, dtype: DTypeLike) -> Pass:
-    """Return the Pass over left-padded prompts. new: the maximum number of tokens of a completion, for ropes
-    that depend on the length of the text.
-    """
+    """Return the Pass over left-padded prompts. new: the maximum number of tokens of a completion."""
     T = tokens.ids.shape[1]
     lengths = tokens.positions[:, -1:] + 1 + new
     angles = generation_angles(a, tokens.positions, jnp.broadcast_to(lengths, (len(lengths), T)), dtype)

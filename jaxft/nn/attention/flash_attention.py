@@ -290,19 +290,13 @@ def _visits(ranges: KeyRanges, size: int, block: int) -> tuple[jax.Array, jax.Ar
 
 
 def _on_the_list(ranges: KeyRanges, size: int, block: int) -> KeyRanges:
-    """Return the ranges as [C, N], for N queries in each of C query blocks, as positions in the concatenated
-    keys of all rows. size: keys of a row.
-    """
+    """Return the ranges of C query blocks, [C, N], as positions in the keys of all rows, `size` each."""
     row = jnp.arange(ranges.own_start.shape[0], dtype=jnp.int32)[:, None] * size
     return jax.tree.map(lambda x: _blocks(x + row, block), ranges)
 
 
 def _scores(q_KME, k_KNE, ranges: KeyRanges, j: jax.Array, softcap: float | None):
-    """Return the masked scores of a query block and key block j, in float32 or wider, and the derivative of
-    the soft cap at each score (None without a cap).
-
-    ranges: of the block's queries.
-    """
+    """Return a query block's masked scores with key block j, and the soft cap's derivative or None."""
     (K, M, E), N = q_KME.shape, k_KNE.shape[1]
     seen_NN = visible(ranges, j * N + jnp.arange(N, dtype=jnp.int32))
     s_KMN = soft_capped(wide_einsum("kme,kne->kmn", q_KME, k_KNE) * E**-0.5, softcap)

@@ -109,9 +109,7 @@ def pallas_output(
     softcap: float | None,
     options: KernelOptions = KernelOptions(),
 ) -> tuple[Float[Array, "B T H E"], Float[Array, "B H T"]]:
-    """Return the output in float32 and the log-sum-exp of each query's scores, 1e30 for a query without keys;
-    see flash_attention.flash_output.
-    """
+    """Return float32 outputs and log-sum-exps (1e30 without keys), see flash_attention.flash_output."""
     T = qkv[0].shape[1]
     qkv, ranges, settings = _in_tiles(qkv, ranges, softcap, options)
     o, lse = output(qkv, ranges, replace(settings, wide=True))

@@ -73,10 +73,7 @@ def _mirrored(x: jax.Array, devices: int) -> jax.Array:
 
 
 def _exchanged(x_BL: jax.Array, devices: int) -> jax.Array:
-    """Exchange parts of rows with the mirror device; return the two parts that this device computes.
-
-    x_BL: the two parts [B, L, ...] that it stores.
-    """
+    """Exchange stored parts [B, L, ...] with the mirror device; return the two that this one computes."""
     length = x_BL.shape[1]
     half = length // 2
     arrived = _mirrored(x_BL[:, length - half :], devices)
@@ -142,10 +139,7 @@ def _next_device(tree: Any, devices: int) -> Any:
 
 
 def _ranges_in_block(ranges: KeyRanges, step: jax.Array, devices: int, length: int) -> KeyRanges:
-    """Return the ranges as indices into the block of keys that this device has at a step of the ring.
-
-    length: tokens of a row that a device stores.
-    """
+    """Return the ranges as indices into the keys that this device has at a step of the ring."""
     source = lax.rem(lax.axis_index("context") - step + np.int32(devices), np.int32(devices))
     return in_parts(ranges, early_and_late(source, devices, length))
 

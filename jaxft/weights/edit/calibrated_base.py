@@ -11,7 +11,6 @@ codes.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -278,13 +277,8 @@ def codes_name(ref: str, quant: Quant, rows: str, ranks: Mapping[str, Any]) -> s
     model's name, "-" and a hash. rows: CalibrationRows.digest. ranks: by path of a parameter, the rank of the
     low-rank correction in each layer.
     """
-    located = hub.locate(ref)
-    files = hub.files_of(located)
-    names = [[path.name, sha256] for path, sha256 in zip(files, files_sha256(files), strict=True)]
     format = quant.kind, *with_defaults(quant.kind, quant.block, quant.double)
-    key = json.dumps([VERSION, names, format, quant.targets, rows, dict(ranks)])
-    digest = hashlib.sha256(key.encode()).hexdigest()[:24]
-    return f"{Path((hub.hub_name(ref) or (str(located.path), None))[0]).name}-{digest}"
+    return hub.cache_name(ref, VERSION, [format, quant.targets, rows, dict(ranks)], digits=24)
 
 
 def codes_folder(name: str) -> Path:

@@ -60,9 +60,7 @@ class InverseFactor(NamedTuple):
 
 @jax.jit
 def inverse_factor(moment: Float[Array, "I I"]) -> InverseFactor:
-    """Damp a moment, the sum of x x^T over a layer's inputs x, and factorise its inverse. Weights with the
-    same inputs can share the result.
-    """
+    """Damp a moment (the sum of x x^T over a layer's inputs) and factorise its inverse."""
     order = jnp.argsort(-jnp.diagonal(moment))
     moment = damped(moment)[order][:, order]
     mean = jnp.mean(jnp.diagonal(moment))
@@ -129,9 +127,7 @@ def _output_error(q: QTensor, weight: Array, moment: Array) -> Array:
 
 
 def _with_scales(q: QTensor, scale: Any) -> QTensor:
-    """Replace the scales of a QTensor on the host by `scale` [N, O], one row for each of N blocks of inputs.
-    They are quantised if the QTensor's scales are.
-    """
+    """Replace a host QTensor's scales by `scale` [N, O], quantised if the QTensor's scales are."""
     scale = np.asarray(scale).astype(FORMATS[q.kind].scale_dtype)
     if q.outer is None:
         return replace(q, scale=scale)
@@ -140,9 +136,7 @@ def _with_scales(q: QTensor, scale: Any) -> QTensor:
 
 
 def _with_searched_scales(plain: QTensor, weight: Array, squares: Array) -> QTensor:
-    """Replace scales and offsets by those with the least error. squares: sum of squares [I] of each input, by
-    which the errors of its row of `weight` [I, O] are weighted.
-    """
+    """Replace scales and offsets by those with the least error, inputs weighted by `squares` [I]."""
     if plain.block is None:
         return plain
     scale, offset = _searched_scales(weight, squares, plain.kind, plain.block)
@@ -176,9 +170,7 @@ def _searched_scales(weight: Array, squares: Array, kind: str, block: int) -> tu
 
 @jax.jit
 def _descended_codes(q: QTensor, weight: Array, moment: Array) -> Array:
-    """Return codes [I, O] after one pass over all inputs, each set to its best value given the other codes.
-    moment: the damped gram of the inputs.
-    """
+    """Return codes [I, O] after one pass over all inputs, each set to its best value given the others."""
     format, (scale, offset) = FORMATS[q.kind], grid(q)
     codes = qf.unpack(q.codes) if is_paired(q.kind) else jnp.asarray(q.codes)
     value = format.decode(codes) * scale

@@ -29,13 +29,12 @@ from jaxft.weights.hf.complete_folders import (
     cache_folder,
     cached_folder,
     check_new_folder,
-    files_sha256,
     folder_damage,
     new_folder,
 )
 from jaxft.weights.hf.hf_read import stop_tokens
 from jaxft.weights.hf.safetensors import read_model_json, write_model_json
-from jaxft.weights.param_loading import ParamReader, param_readers
+from jaxft.weights.param_loading import param_readers
 
 UNTRAINED = "untrained_tokens.json"
 TokenStart = Literal["pieces", "mean"]  # of a new token's row: the mean of its pieces' rows, or of all
@@ -87,11 +86,14 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
     check_new_folder(out)
     model = pretrained.model_for(ref)
     readers = param_readers(pretrained.open_files(ref), model)
+    for path, reader in readers.items():
+        if reader.tensors[0].name in reader.files.quantised:  # has no dtype of its own
+            readers[path] = replace(reader, dtype=np.dtype(model.dtype))
     known = pretrained.load_tokenizer(ref).get_vocab()
     larger, tokenizer, pieces = _extended_model(model, ref, extension)
     vocab = larger.config.vocab
     sources = {number: parts if extension.start == "pieces" else () for number, parts in pieces.items()}
-    base = lazy_params({path: _in_own_dtype(reader, model) for path, reader in readers.items()})
+    base = lazy_params(readers)
     for path in ("embed", "head"):
         if path in base:
             base[path] = _extended(base[path], sources, vocab, is_head=path == "head")
@@ -115,9 +117,7 @@ def extend_model(out: Path, ref: str, extension: Extension) -> list[str]:
 def _extended_model(
     model: Model, ref: str, extension: Extension
 ) -> tuple[Model, Any, dict[int, tuple[int, ...]]]:
-    """Return the model with a vocabulary for the new tokens, the extended tokenizer, and by id of each new
-    token the ids into which its text was split before.
-    """
+    """Return (model with room for new tokens, tokenizer, by new id the ids of its text before)."""
     tokenizer, vocab = pretrained.load_tokenizer(ref), model.config.vocab
     pieces = add_tokens(tokenizer, extension)
     if pieces and max(pieces) >= vocab:
@@ -157,23 +157,17 @@ def extended_ref(ref: str, extension: Extension | None, drafts: Path | None = No
         return ref, []
     if drafts is not None:
         return _draft(drafts, ref, extension), []
-    located = hub.locate(ref)
-    files = hub.files_of(located)
-    names = [[path.name, known] for path, known in zip(files, files_sha256(files), strict=True)]
-    parts = [VERSION, names, extension.tokens, extension.start, extension.multiple]
+    settings: list[Any] = [extension.tokens, extension.start, extension.multiple]
     if extension.special_tokens or extension.template is not None:
         named = None if extension.template is None else find_template(extension.template)
-        parts += [extension.special_tokens, named and [named.source, named.tokens]]
-    key = json.dumps(parts)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    base = Path((hub.hub_name(ref) or (str(located.path), None))[0]).name
-    out = cache_folder() / hub.EXTENDED / f"{base}-{digest}"
+        settings += [extension.special_tokens, named and [named.source, named.tokens]]
+    out = cache_folder() / hub.EXTENDED / hub.cache_name(ref, VERSION, settings, digits=16)
     damage = folder_damage(out) if out.is_dir() else None
     if damage is not None or not out.is_dir():
         with cached_folder(out) as part:
             if not _link_model(part, ref, extension):
                 extend_model(part, ref, extension)
-    for file in files:
+    for file in hub.files_of(hub.locate(ref)):
         if (out / file.name).is_symlink():
             _link(out / file.name, file)  # the model may have been moved
     replaced = f"the model with new tokens cannot be used: {damage}; it is written again"
@@ -217,9 +211,7 @@ def _link(path: Path, file: Path) -> None:
 
 
 def _known_tokens_note(extension: Extension, known: Mapping[str, int]) -> list[str]:
-    """Return a line if the tokenizer had some of a named template's special tokens already, since a base
-    model may not be trained on them. known: ids by token.
-    """
+    """Return a line if a template's special tokens were known: a base may not be trained on them."""
     named = () if extension.template is None else find_template(extension.template).tokens
     ids = {token: known[token] for token in named if token in known}
     if not ids:
@@ -285,9 +277,7 @@ def add_tokens(tokenizer: Any, extension: Extension) -> dict[int, tuple[int, ...
 
 
 def _text_with(token: str, added: Sequence[str]) -> str:
-    """Return `token` between two characters with which it forms no other of the tokens `added`; the token
-    alone if there are no such characters.
-    """
+    """Return `token` between two characters that form no other added token with it; else alone."""
     for before, after in (("a", "b"), ("1", "2"), (" ", " "), ("\n", "\n")):
         text = before + token + after
         if not any(other in text and other not in token for other in added):
@@ -295,18 +285,8 @@ def _text_with(token: str, added: Sequence[str]) -> str:
     return token
 
 
-def _in_own_dtype(reader: ParamReader, model: Model) -> ParamReader:
-    """Return a reader in the dtype of the files, or in the compute dtype if they are quantised."""
-    is_quantised = reader.tensors[0].name in reader.files.quantised
-    return replace(reader, dtype=np.dtype(model.dtype)) if is_quantised else reader
-
-
 def _extended(leaf: LazyTensor, sources: dict[int, tuple[int, ...]], vocab: int, is_head: bool) -> LazyTensor:
-    """Return an embedding table [V, D], or a head [D, V], extended to `vocab` tokens.
-
-    sources: by id of a new token, the ids whose mean row it gets; () for the mean of all rows, which padding
-    gets too.
-    """
+    """Return a table [V, D], head [D, V], of `vocab` rows. sources: ids whose mean a new row gets, () all."""
 
     def make(_: tuple[int, ...]) -> np.ndarray:
         old = leaf.make(()).astype(np.float32)

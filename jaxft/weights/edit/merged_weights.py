@@ -127,9 +127,7 @@ def merge_on_read(
 def _merged_part(
     reader: ParamReader, node: Params, token_ids: tuple[int, ...], tensor: Tensor, index: Index = ()
 ) -> np.ndarray:
-    """Return the part of a tensor's values at `index`, merged with an adapter. node: the adapter's leaves for
-    the tensor's parameter. token_ids: see merge_files.
-    """
+    """Return the part of a tensor at `index`, merged with the adapter's leaves for it, `node`."""
     if "magnitude" in node and index:  # norms are over all inputs
         return _merged_part(reader, node, token_ids, tensor)[index]
     index = full_index(index, tensor.values)
@@ -181,6 +179,8 @@ def _merged(path: str, leaf: Any, node: Params, dtype: DTypeLike, token_ids: tup
     def make(index: tuple[int, ...]) -> np.ndarray:
         weight = layer_on_host(leaf, index)
         of_part = {name: layer_on_host(x, index) for name, x in node.items()}
-        return np.asarray(lora.merge_node(path, weight, of_part, dtype, token_ids))
+        if full_modules.is_replacement(of_part):
+            return np.asarray(full_modules.merge_replacement(path, weight, of_part, dtype, token_ids))
+        return np.asarray(lora.merge_leaf(weight, of_part, dtype))
 
     return LazyTensor(leaf.shape, np.dtype(dtype), make)

@@ -33,7 +33,7 @@ from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_read
 from jaxft.weights.hf.hf_read import EMBEDDING, HEAD
 from jaxft.weights.peft.peft_tensors import Pair, adaptable_tensors, adapter_of, module_list
-from jaxft.weights.tensors import ModelFiles, Tensor, TensorTable, stack, tensors_of
+from jaxft.weights.tensors import ModelFiles, Tensor, stack, tensors_of
 
 CombineMethod = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties"]
 PRUNING = ("ties", "dare_linear", "dare_ties")
@@ -167,9 +167,7 @@ def _check_plain(adapter: NamedAdapter) -> None:
 
 
 def _part(pair: Params, index: tuple[int, ...], rank: int, weight: float) -> _Part:
-    """Return an adapter's pair of one module, without the zeros beyond its rank. pair: leaves of the module's
-    parameter. index: the module's index along their leading axes. weight: the adapter's weight.
-    """
+    """Return an adapter's pair of a module, without the zeros beyond its rank. index: on lead axes."""
     a, b, scale = (pair[name][index] for name in ("a", "b", "scale"))
     return _Part(a[:, :rank].astype(np.float32), b[:rank].astype(np.float32), weight * float(scale))
 
@@ -194,10 +192,15 @@ def _check_ranks(tensor: Tensor, parts: list[_Part], how: Combination) -> None:
             f"{where}: the adapters have the ranks {', '.join(map(str, ranks))}, and --method {how.method} "
             "needs equal ones; use --method svd or cat"
         )
-    if how.rank is not None and how.rank > min(ends):
+    if how.rank is not None:
+        _check_rank(how.rank, where, ends)
+
+
+def _check_rank(rank: int, name: str, sides: tuple[int, ...]) -> None:
+    if rank > min(sides):
         raise ValueError(
-            f"--rank {how.rank}: {where} is a matrix of {ends[0]} x {ends[1]}, which has at most rank "
-            f"{min(ends)}; use --rank {min(ends)} or less"
+            f"--rank {rank}: {name} is a matrix of {sides[0]} x {sides[1]}, which has at most rank "
+            f"{min(sides)}; use --rank {min(sides)} or less"
         )
 
 
@@ -233,9 +236,7 @@ def _combined(parts: list[_Part], how: Combination, name: str) -> tuple[_A, _B]:
 def _merged(
     values: Float[np.ndarray, "K M N"], weights: Float[np.ndarray, " K"], how: Combination, name: str
 ) -> Float[np.ndarray, "M N"]:
-    """Combine the A, or the B, of K pairs elementwise by linear, ties or a DARE method. weights: one for each
-    pair. name: text that the random seed depends on.
-    """
+    """Combine the A, or the B, of K pairs by linear, ties or DARE. name: text that the seed depends on."""
     density = DEFAULT_DENSITY if how.density is None else how.density
     if how.method == "ties":
         values = np.stack([_largest(x, density) for x in values])
@@ -343,7 +344,8 @@ def extract_adapter(
     if the rank is larger than a side of a matrix.
     """
     table, paths = tensors_of(model, tied_head=True), target_paths(model.specs, what.targets)
-    _check_rank(what.rank, {path: table[path] for path in paths})
+    for path in paths:
+        _check_rank(what.rank, path, table[path][0].values[-2:])
     base, tuned = pretrained.open_files(base_ref), pretrained.open_files(tuned_ref)
     _check_same_shapes(base, tuned, model)
     _check_same_settings(base_ref, tuned_ref, model)
@@ -383,16 +385,6 @@ def extract_adapter(
     return Extracted(tree.nested(nodes), settings, kinds, _lines(changed, what.save_others))
 
 
-def _check_rank(rank: int, table: TensorTable) -> None:
-    for path, tensors in table.items():
-        sides = tensors[0].values[-2:]
-        if rank > min(sides):
-            raise ValueError(
-                f"--rank {rank}: {path} is a matrix of {sides[0]} x {sides[1]}, which has at most rank "
-                f"{min(sides)}; use --rank {min(sides)} or less"
-            )
-
-
 def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> None:
     """Raise ValueError, naming the tensor, if the tuned model lacks one of the base or has another shape."""
     before, after = ({name: x.shape for name, x in files.tensors.items()} for files in (base, tuned))
@@ -417,9 +409,7 @@ def _check_same_shapes(base: ModelFiles, tuned: ModelFiles, model: Model) -> Non
 
 
 def _check_same_settings(base_ref: str, tuned_ref: str, model: Model) -> None:
-    """Raise ValueError if the configs of two models differ in a setting that no adapter can store, such as
-    rope_theta, or if the tuned model's tensors do not fit its config. model: the base's.
-    """
+    """Raise ValueError if configs differ in what no adapter stores, or tensors do not fit the config."""
     pretrained.check_preset(base_ref, model.config)
     theirs = pretrained.model_for(tuned_ref)
     pretrained.check_preset(tuned_ref, theirs.config)
@@ -484,9 +474,7 @@ def _kind_error(path: str, squares: np.ndarray) -> KindError:
 def _with_others(
     settings: Adapter, changed: dict[str, float], tuned: ModelFiles, model: Model
 ) -> tuple[dict[str, dict[str, np.ndarray]], Adapter]:
-    """Return (nodes {"weight"} by path, adapter settings) that store the parameters at the paths in `changed`
-    in full, with the tuned model's values.
-    """
+    """Return (nodes {"weight"}, adapter settings) that store the parameters in `changed` in full."""
     modules = {path for path in changed if not path.endswith("_bias")}
     if "embed" in modules and "head" not in model.specs:
         modules.add("head")  # which follows the table in the tuned model
@@ -502,9 +490,7 @@ def _with_others(
 
 
 def _lines(changed: dict[str, float], saved: bool) -> list[str]:
-    """Return a line about changed parameters without a pair, or []. changed: norm of the change by path, as a
-    fraction of the base's norm. saved: whether the adapter stores them.
-    """
+    """Return a line about changed parameters without a pair, or []. changed: relative change by path."""
     if not changed:
         return []
     named = ", ".join(f"{path} by {100 * change:.2g} %" for path, change in changed.items())

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from jaxft.weights.gguf.gguf_file import GgufHeader
+from jaxft.weights.gguf.gguf_file import GgufHeader, unwritable
 
 NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -149,9 +149,7 @@ def hf_name(architecture: Architecture, name: str) -> str:
 
 
 def gguf_name(architecture: str, name: str) -> str:
-    """Return the GGUF name of a tensor by its Hugging Face name. Raises ValueError for a tensor that the
-    architecture does not have.
-    """
+    """Return a tensor's GGUF name by its Hugging Face name. Raises ValueError if there is none."""
     spec = ARCHITECTURES[architecture]
     plain = {hf: gguf for gguf, hf in NAMES.items()}
     if name in plain:
@@ -160,9 +158,8 @@ def gguf_name(architecture: str, name: str) -> str:
     layer, _, module = module.partition(".")
     modules = {hf: gguf for gguf, hf in spec.modules.items()}
     if module not in modules or (kind == "bias" and modules[module] not in spec.biases):
-        raise ValueError(
-            f"{name} cannot be written as GGUF: llama.cpp's architecture {architecture} has no such tensor. "
-            "Write a Hugging Face folder, without --gguf"
+        raise unwritable(
+            f"{name} cannot be written as GGUF: llama.cpp's architecture {architecture} has no such tensor"
         )
     return f"blk.{layer}.{modules[module]}.{kind}"
 
@@ -196,22 +193,15 @@ def kv_head_count(header: GgufHeader) -> int:
 
 
 def _count_in_all_layers(header: GgufHeader, name: str) -> int:
-    """Return the number of heads at the key `name`, which some files state per layer. Raises ValueError if
-    layers differ.
-    """
+    """Return the count at `name`, which some files list by layer. Raises ValueError if layers differ."""
     key = header.key(name)
     if isinstance(header.metadata.get(key), list):
         counts = header.array(key, int) or []
         if len(set(counts)) != 1:
-            raise ValueError(
-                f"{header.path}: metadata {key} must be the same for all layers, got {counts[:8]}; "
-                "use the model's Hugging Face folder"
-            )
+            raise header.refusal(f"metadata {key} must be the same for all layers, got {counts[:8]}")
         count = counts[0]
     else:
         count = header.required(key, int)
     if count < 1:
-        raise ValueError(
-            f"{header.path}: metadata {key} must be above 0, got {count}; use the model's Hugging Face folder"
-        )
+        raise header.refusal(f"metadata {key} must be above 0, got {count}")
     return count

@@ -14,7 +14,6 @@ import numpy as np
 from jaxft.models import model_types
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.families.llama import MistralConfig
-from jaxft.models.model import ModelConfig
 from jaxft.nn.rope import Rope, rotated_dims
 from jaxft.weights.gguf.gguf_architectures import (
     ARCHITECTURES,
@@ -130,9 +129,9 @@ def _check_metadata(header: GgufHeader, settings: GgufSettings) -> None:
         key = name.removeprefix(f"{header.architecture}.")
         neutral = key in known or (key in NEUTRAL_METADATA and value == NEUTRAL_METADATA[key])
         if name != key and not neutral:
-            raise ValueError(
-                f"{header.path}: metadata {name[:60]}={str(value)[:60]!r} is not supported, because it may "
-                "change what the model computes; use the model's Hugging Face folder"
+            raise header.refusal(
+                f"metadata {name[:60]}={str(value)[:60]!r} is not supported, because it may change what the "
+                "model computes"
             )
 
 
@@ -149,10 +148,7 @@ def _sizes(header: GgufHeader, settings: GgufSettings) -> Sizes:
     rotated = header.optional(header.key("rope.dimension_count"), head_dim)
     if values != head_dim or not (rotated == head_dim or (settings.partial_rope and 0 < rotated < head_dim)):
         what = f"rope rotates {rotated}" if values == head_dim else f"values have {values}"
-        raise ValueError(
-            f"{header.path}: {what} of {head_dim} head dimensions, which is not supported; "
-            "use the model's Hugging Face folder"
-        )
+        raise header.refusal(f"{what} of {head_dim} head dimensions, which is not supported")
     return Sizes(layers, width, heads, head_dim, rotated)
 
 
@@ -174,17 +170,11 @@ def _layer_types(header: GgufHeader, sizes: Sizes, period: int) -> list[str]:
     if isinstance(header.metadata.get(key), list):
         windowed = header.array(key, bool) or []
         if len(windowed) != sizes.layers:
-            raise ValueError(
-                f"{header.path}: metadata {key} has {len(windowed)} entries for {sizes.layers} layers; "
-                "use the model's Hugging Face folder"
-            )
+            raise header.refusal(f"metadata {key} has {len(windowed)} entries for {sizes.layers} layers")
     else:
         period = header.optional(key, period)
         if period < 1:
-            raise ValueError(
-                f"{header.path}: metadata {key} must be above 0, got {period}; "
-                "use the model's Hugging Face folder"
-            )
+            raise header.refusal(f"metadata {key} must be above 0, got {period}")
         windowed = [layer % period < period - 1 for layer in range(sizes.layers)]
     return ["sliding_attention" if window else "full_attention" for window in windowed]
 
@@ -290,9 +280,9 @@ def _granite(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
     Raises ValueError for rope.scaling.finetuned=false, which means no rope.
     """
     if not header.optional(header.key("rope.scaling.finetuned"), True):
-        raise ValueError(
-            f"{header.path}: metadata {header.key('rope.scaling.finetuned')} is false, which means a Granite "
-            "without rope; it is not supported; use the model's Hugging Face folder"
+        raise header.refusal(
+            f"metadata {header.key('rope.scaling.finetuned')} is false, which means a Granite without rope; "
+            "it is not supported"
         )
     return {
         **_one_rope(header, sizes),
@@ -306,7 +296,7 @@ def _granite(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
 # Writing
 
 
-def architecture_for(config: ModelConfig) -> str:
+def architecture_for(config: DenseConfig) -> str:
     """Return the GGUF architecture of a model. Raises ValueError if jaxft writes none for its family."""
     kind = model_types.config_to_hf(config)["model_type"]
     if kind not in ARCHITECTURE_OF:
@@ -320,12 +310,10 @@ def architecture_for(config: ModelConfig) -> str:
     return ARCHITECTURE_OF[kind]
 
 
-def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
+def config_fields(config: DenseConfig) -> tuple[list[Field], dict[str, np.ndarray]]:
     """Return (metadata that states a model's architecture, tables of rope divisors by tensor name). Raises
     ValueError for a model that jaxft cannot write as GGUF.
     """
-    if not isinstance(config, DenseConfig):
-        raise TypeError(f"expected a DenseConfig, got {type(config).__name__}")
     name, hf = architecture_for(config), model_types.config_to_hf(config)
     sizes = {
         "vocab_size": config.vocab,
@@ -346,11 +334,8 @@ def config_fields(config: ModelConfig) -> tuple[list[Field], dict[str, np.ndarra
     return [*fields, *rope, *special], tables
 
 
-def context_notes(config: ModelConfig) -> list[str]:
-    """Return warnings if llama.cpp computes the same log-probs as jaxft only for texts up to some length, or
-    only with some context size.
-    """
-    assert isinstance(config, DenseConfig)  # checked by config_fields
+def context_notes(config: DenseConfig) -> list[str]:
+    """Return warnings if llama.cpp computes jaxft's log-probs only up to some length or context size."""
     name, rope, notes = architecture_for(config), config.rope, []
     exact, original = _exact_context(name, config), rope.original_max_positions or 0
     if exact < config.max_positions:
@@ -415,9 +400,7 @@ def _granite_fields(name: str, hf: dict[str, Any]) -> list[Field]:
 
 
 def _exact_context(architecture: str, config: DenseConfig) -> int:
-    """Return the length up to which llama.cpp computes the same as the model: the window if llama.cpp ignores
-    windows in this architecture, else the model's context.
-    """
+    """Return the length up to which llama.cpp computes the same: the window, if it ignores windows."""
     window = model_types.config_to_hf(config).get("sliding_window")
     if not window or WINDOW in ARCHITECTURES[architecture].reads:
         return config.max_positions

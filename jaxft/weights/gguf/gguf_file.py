@@ -68,6 +68,10 @@ class GgufHeader:
         """Return the metadata key of a setting of the architecture: llama.block_count for block_count."""
         return f"{self.architecture}.{name}"
 
+    def refusal(self, reason: str) -> ValueError:
+        """Return the error for a file that jaxft does not read, for a reason such as "it has no tokens"."""
+        return ValueError(f"{self.path}: {reason}; use the model's Hugging Face folder")
+
     def required(self, key: str, kind: type[T]) -> T:
         """Return a metadata value. Raises ValueError if it is missing or of another type."""
         if key not in self.metadata:
@@ -302,6 +306,11 @@ def _parse(cursor: _Cursor, total: int, path: Path) -> tuple[dict[str, Any], dic
 
 
 # Writing
+
+
+def unwritable(reason: str) -> ValueError:
+    """Return the error for a model or a tokenizer that cannot be written as GGUF."""
+    return ValueError(f"{reason}; write a Hugging Face folder, without --gguf")
 
 
 class Field(NamedTuple):

@@ -96,10 +96,7 @@ class FittedType:
 
 
 def _fitted_bytes(values: np.ndarray, importance: np.ndarray | None, kind: str) -> np.ndarray:
-    """Return a matrix [rows, inputs] as the bytes of a type in FITTED.
-
-    importance: weight of each input, such as its mean square over calibration rows; None for equal weights.
-    """
+    """Return a matrix [rows, inputs] as the bytes of a type in FITTED. importance: see tensor_bytes."""
     spec = FITTED[kind]
     block, sub = spec.blocks
     large, small = CHUNKS

@@ -11,7 +11,7 @@ import numpy as np
 from jaxft.models.dense_config import DenseConfig
 from jaxft.nn.rope import Rope, attention_scaling, frequencies
 from jaxft.weights.gguf.gguf_architectures import FREQUENCIES, LONG, SHORT
-from jaxft.weights.gguf.gguf_file import FLOAT_TYPES, Field, GgufHeader
+from jaxft.weights.gguf.gguf_file import FLOAT_TYPES, Field, GgufHeader, unwritable
 from jaxft.weights.gguf.gguf_tensors import read_dequantised
 
 YARN_NUMBERS = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow"}  # by config.json's names
@@ -59,9 +59,9 @@ def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
     if LONG in header.tensors or SHORT in header.tensors:
         kind = "longrope" if kind_key not in header.metadata else kind  # Phi-3's files lack that key
     if kind not in ("none", "linear", "yarn", "longrope"):
-        raise ValueError(
-            f"{header.path}: rope scaling {kind[:60]!r} is not supported; jaxft reads none, linear, yarn, "
-            "longrope and Llama 3's scaling; use the model's Hugging Face folder"
+        raise header.refusal(
+            f"rope scaling {kind[:60]!r} is not supported; jaxft reads none, linear, yarn, longrope and "
+            "Llama 3's scaling"
         )
     _check_keys(header, kind)
     if kind == "yarn":
@@ -71,10 +71,7 @@ def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
     factor, has_table = _linear_factor(header), FREQUENCIES in header.tensors
     if factor != 1.0 and (kind == "none" or has_table):
         other = FREQUENCIES if has_table else f"{kind_key}=none"
-        raise ValueError(
-            f"{header.path}: rope has the linear factor {factor} and {other}, which contradict each other; "
-            "use the model's Hugging Face folder"
-        )
+        raise header.refusal(f"rope has the linear factor {factor} and {other}, which contradict each other")
     if has_table:
         return _llama3_scaling(header, rotated)
     return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
@@ -92,23 +89,17 @@ def _check_keys(header: GgufHeader, kind: str) -> None:
         stated += [f"metadata {header.key(name)}"] if kind not in kinds and value not in neutral else []
     if stated:
         is_stated = header.key("rope.scaling.type") in header.metadata
-        raise ValueError(
-            f"{header.path}: {stated[0]} does not belong to rope scaling {kind!r} "
-            f"({'stated' if is_stated else 'not stated'} in the file); use the model's Hugging Face folder"
-        )
+        where = f"({'stated' if is_stated else 'not stated'} in the file)"
+        raise header.refusal(f"{stated[0]} does not belong to rope scaling {kind!r} {where}")
 
 
 def _linear_factor(header: GgufHeader) -> float:
-    """Return the factor that divides positions: rope.scaling.factor, or rope.scale_linear in files from
-    before September 2023. 0 means 1, as in llama.cpp.
-    """
+    """Return the divisor of positions (rope.scale_linear in files before September 2023); 0 means 1."""
     keys = (header.key("rope.scaling.factor"), header.key("rope.scale_linear"))
     given = {key: header.required(key, float) or 1.0 for key in keys if key in header.metadata}
     if len(set(given.values())) > 1:
         stated = " and ".join(f"{key}={value}" for key, value in given.items())
-        raise ValueError(
-            f"{header.path}: metadata {stated} contradict each other; use the model's Hugging Face folder"
-        )
+        raise header.refusal(f"metadata {stated} contradict each other")
     return shortest(next(iter(given.values()), 1.0))
 
 
@@ -129,10 +120,7 @@ def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
     extrapolation = header.optional(header.key("rope.scaling.yarn_ext_factor"), 1.0)
     if not math.isfinite(factor) or factor < 1 or extrapolation not in (1.0, -1.0):
         wrong = f"factor {factor}" if extrapolation in (1.0, -1.0) else f"yarn_ext_factor {extrapolation}"
-        raise ValueError(
-            f"{header.path}: yarn rope scaling with {wrong} is not supported; use the model's Hugging Face "
-            "folder"
-        )
+        raise header.refusal(f"yarn rope scaling with {wrong} is not supported")
     scaling: dict[str, Any] = {
         "rope_type": "yarn",
         "factor": factor,
@@ -150,10 +138,7 @@ def _yarn_scaling(header: GgufHeader) -> dict[str, Any]:
     extra, multiplier = None if extra == 1.0 else extra, multiplier or None
     given = [name for name, x in zip(names, (extra, attention, multiplier), strict=True) if x is not None]
     if len(given) > 1:
-        raise ValueError(
-            f"{header.path}: yarn rope scaling has two attention factors, {' and '.join(given)}; use the "
-            "model's Hugging Face folder"
-        )
+        raise header.refusal(f"yarn rope scaling has two attention factors, {' and '.join(given)}")
     if multiplier is not None:
         return scaling | {"mscale": 1.0, "mscale_all_dim": multiplier}
     if extra is not None:
@@ -169,17 +154,12 @@ def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
     """
     missing = [name for name in (LONG, SHORT) if name not in header.tensors]
     if missing:
-        raise ValueError(
-            f"{header.path}: rope scaling 'longrope' needs tensor {missing[0]}; "
-            "use the model's Hugging Face folder"
-        )
+        raise header.refusal(f"rope scaling 'longrope' needs tensor {missing[0]}")
     long, short = (_table(header, name) for name in (LONG, SHORT))
     for name, table in ((LONG, long), (SHORT, short)):
         if len(table) != rotated // 2:
-            raise ValueError(
-                f"{header.path}: {name} has {len(table)} numbers, but rope rotates {rotated // 2} pairs of "
-                "dimensions; "
-                "use the model's Hugging Face folder"
+            raise header.refusal(
+                f"{name} has {len(table)} numbers, but rope rotates {rotated // 2} pairs of dimensions"
             )
     scaling = {
         "rope_type": "longrope",
@@ -189,10 +169,9 @@ def _longrope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
     }
     length, original = header.required(header.key("context_length"), int), _original_length(header)
     if original < 2 or length < original:
-        raise ValueError(
-            f"{header.path}: rope scaling 'longrope' from {original} to {length} tokens is not supported; "
-            "the original length must be above 1 and at most the context length. "
-            "Use the model's Hugging Face folder"
+        raise header.refusal(
+            f"rope scaling 'longrope' from {original} to {length} tokens is not supported; the original "
+            "length must be above 1 and at most the context length"
         )
     default = math.sqrt(1 + math.log(length / original) / math.log(original))
     attention = shortest(header.optional(header.key("rope.scaling.attn_factor"), 1.0))
@@ -205,15 +184,13 @@ def _table(header: GgufHeader, name: str) -> np.ndarray:
     """Return a table of divisors in float64. Raises ValueError if they are not all positive and finite."""
     table = header.tensors[name]
     if table.kind not in FLOAT_TYPES or not math.prod(table.shape):
-        raise ValueError(
-            f"{header.path}: {name} must have numbers of type {', '.join(FLOAT_TYPES)}, got {table.kind} "
-            f"{table.shape}; use the model's Hugging Face folder"
+        raise header.refusal(
+            f"{name} must have numbers of type {', '.join(FLOAT_TYPES)}, got {table.kind} {table.shape}"
         )
     divisors = read_dequantised(table).astype(np.float64).ravel()
     if not (np.isfinite(divisors) & (divisors > 0)).all():
-        raise ValueError(
-            f"{header.path}: {name} must contain finite numbers above 0, got {divisors.min():g} to "
-            f"{divisors.max():g}; use the model's Hugging Face folder"
+        raise header.refusal(
+            f"{name} must contain finite numbers above 0, got {divisors.min():g} to {divisors.max():g}"
         )
     return divisors
 
@@ -237,10 +214,7 @@ def _llama3_scaling(header: GgufHeader, rotated: int) -> dict[str, Any]:
                 "high_freq_factor": high,
                 "original_max_position_embeddings": original,
             }
-    raise ValueError(
-        f"{header.path}: {FREQUENCIES} is not a table of Llama 3's rope scaling, the only supported one; use "
-        "the model's Hugging Face folder"
-    )
+    raise header.refusal(f"{FREQUENCIES} is not a table of Llama 3's rope scaling, the only supported one")
 
 
 def _llama3_limits(divisors: np.ndarray, factor: float, turns: np.ndarray) -> list[tuple[float, float]]:
@@ -298,8 +272,5 @@ def rope_fields(name: str, config: DenseConfig) -> tuple[list[Field], dict[str, 
         plain = frequencies(Rope(rope.theta, rotated=rope.rotated), config.head_dim)
         tables[FREQUENCIES] = (plain / frequencies(rope, config.head_dim)).astype(np.float32)
     if rope.kind not in ("default", "linear", "yarn", "longrope", "llama3"):
-        raise ValueError(
-            f"rope type {rope.kind!r} cannot be written as GGUF; llama.cpp does not have it; "
-            "write a Hugging Face folder, without --gguf"
-        )
+        raise unwritable(f"rope type {rope.kind!r} cannot be written as GGUF; llama.cpp does not have it")
     return fields, tables

@@ -73,9 +73,7 @@ def _single(raw: np.ndarray) -> np.ndarray:
 
 
 def _fields(raw: np.ndarray, group: int, bits: int) -> np.ndarray:
-    """Unpack numbers of 1, 2 or 4 bits. Each `group` bytes yield the numbers in their lowest bits first, then
-    the numbers in the next bits, and so on.
-    """
+    """Unpack numbers of 1, 2 or 4 bits: of each `group` bytes the lowest bits first, then the next."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     grouped = raw.reshape(*raw.shape[:-1], -1, 1, group)
     return (grouped >> shifts & np.uint8(2**bits - 1)).reshape(*raw.shape[:-1], -1)
@@ -192,9 +190,7 @@ def _read(tensor: GgufTensor, heads: int | None, plus_one: bool, index: Index) -
 
 
 def _quantised(tensor: GgufTensor, format: BlockFormat | None, heads: int | None) -> QuantisedTensor:
-    """Return a quantised weight. format: None if no QTensor has its values; then it is read dequantised.
-    heads: see _rows_in_file.
-    """
+    """Return a quantised weight. format: None reads it dequantised. heads: see _rows_in_file."""
     (outs, ins), method = tensor.shape, f"GGUF {tensor.kind}"
     if format is None:
         read, reason = partial(_read_expanded, tensor, heads), "no packed form has its values"
@@ -272,9 +268,7 @@ def _read_bytes(tensor: GgufTensor, rows: Any, columns: slice) -> np.ndarray:
 
 
 def _rows_in_file(tensor: GgufTensor, heads: int | None) -> np.ndarray:
-    """Return for each row of the Hugging Face tensor its row number in the file. heads: number of heads of q
-    or k, where llama.cpp interleaves the two halves of each head; None for tensors in the same order.
-    """
+    """Return each Hugging Face row's number in the file. heads: of q or k, whose halves interleave."""
     count = math.prod(tensor.shape[:-1])
     rows = np.arange(count)
     return rows.reshape(heads, count // heads // 2, 2).swapaxes(1, 2).reshape(count) if heads else rows

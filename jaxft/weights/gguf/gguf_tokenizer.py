@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxft.weights.gguf.gguf_file import Field, GgufHeader, read_gguf_header
+from jaxft.weights.gguf.gguf_file import Field, GgufHeader, read_gguf_header, unwritable
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's token types
 SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom", "unk": "unknown", "pad": "padding"}
@@ -104,10 +104,7 @@ def _pre_tokenizer_of(header: GgufHeader) -> PreTokenizer:
             "split text; convert the model again with a newer llama.cpp, or use its Hugging Face folder"
         )
     if name not in PRE_TOKENIZERS:
-        raise ValueError(
-            f"{header.path}: pre-tokenizer {name[:60]!r} (tokenizer.ggml.pre) is not supported; use the "
-            "model's Hugging Face folder"
-        )
+        raise header.refusal(f"pre-tokenizer {name[:60]!r} (tokenizer.ggml.pre) is not supported")
     return PRE_TOKENIZERS[name]
 
 
@@ -135,15 +132,13 @@ def build_tokenizer(header: GgufHeader) -> Any:
     tokens = header.array("tokenizer.ggml.tokens", str)
     model = header.required("tokenizer.ggml.model", str)
     if model not in ("gpt2", "llama"):
-        raise ValueError(
-            f"{header.path}: its tokenizer is of type {model[:60]!r}; only byte-level BPE ('gpt2') and "
-            "SentencePiece BPE ('llama') are read from GGUF. Use the model's Hugging Face folder"
+        raise header.refusal(
+            f"its tokenizer is of type {model[:60]!r}; only byte-level BPE ('gpt2') and SentencePiece BPE "
+            "('llama') are read from GGUF"
         )
     if tokens is None or len(set(tokens)) != len(tokens):
         what = "is missing" if tokens is None else "repeats a token"
-        raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.tokens {what}; use the model's Hugging Face folder"
-        )
+        raise header.refusal(f"metadata tokenizer.ggml.tokens {what}")
     types = header.array("tokenizer.ggml.token_type", int)
     if types is None and model == "gpt2":
         types = [NORMAL] * len(tokens)
@@ -201,10 +196,7 @@ def special_token_id(header: GgufHeader, name: str) -> int | None:
         return None if default is None or count is None or default >= count else default
     index = header.required(key, int)
     if index < 0 or (count is not None and index >= count):
-        raise ValueError(
-            f"{header.path}: {SPECIAL_TOKENS[name]}_token_id is {index}, the vocabulary has {count} tokens; "
-            "use the model's Hugging Face folder"
-        )
+        raise header.refusal(f"{SPECIAL_TOKENS[name]}_token_id is {index}, the vocabulary has {count} tokens")
     return index
 
 
@@ -214,16 +206,13 @@ def _byte_level(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
     pre = _pre_tokenizer_of(header)
     listed = header.array("tokenizer.ggml.merges", str)
     if listed is None:
-        raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.merges is missing; use the model's Hugging Face folder"
-        )
+        raise header.refusal("metadata tokenizer.ggml.merges is missing")
     pairs = [merge.split(" ") for merge in listed]
     wrong = [index for index, pair in enumerate(pairs) if len(pair) != 2]
     if wrong:
-        raise ValueError(
-            f"{header.path}: entry {wrong[0]} of metadata tokenizer.ggml.merges has the value "
-            f"{listed[wrong[0]][:80]!r}, which is not a pair of tokens separated by one space; "
-            "use the model's Hugging Face folder"
+        raise header.refusal(
+            f"entry {wrong[0]} of metadata tokenizer.ggml.merges has the value {listed[wrong[0]][:80]!r}, "
+            "which is not a pair of tokens separated by one space"
         )
     merges = [(first, second) for first, second in pairs]
     tokenizer = _bpe(header, tokens, merges, ignore_merges=pre.whole_words)
@@ -239,9 +228,7 @@ def _bpe(header: GgufHeader, tokens: list[str], merges: list[tuple[str, str]], *
     try:
         return Tokenizer(models.BPE(vocab=vocab, merges=merges, **settings))
     except Exception as e:  # tokenizers raises plain Exception
-        raise ValueError(
-            f"{header.path}: its merges do not fit its vocabulary: {e}; use the model's Hugging Face folder"
-        ) from e
+        raise header.refusal(f"its merges do not fit its vocabulary: {e}") from e
 
 
 def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> Any:
@@ -253,9 +240,9 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> A
 
     scores = header.array("tokenizer.ggml.scores", float)
     if scores is None or len(scores) != len(tokens):
-        raise ValueError(
-            f"{header.path}: metadata tokenizer.ggml.scores must have an entry for each of the "
-            f"{len(tokens)} tokens, got {len(scores or [])}; use the model's Hugging Face folder"
+        raise header.refusal(
+            f"metadata tokenizer.ggml.scores must have an entry for each of the {len(tokens)} tokens, got "
+            f"{len(scores or [])}"
         )
     plain = {
         token: score
@@ -280,15 +267,12 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int]) -> A
 
 
 def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Return all pairs of tokens that concatenate to a token, sorted by its score, best first: SentencePiece
-    merges the neighbours whose token has the best score. scores: by token.
-    """
+    """Return all pairs of tokens that concatenate to a token, best score first, as SentencePiece merges."""
     merges: list[tuple[float, str, str]] = []
     for token, score in scores.items():
         if len(token) > LONGEST_PIECE:
-            raise ValueError(
-                f"{header.path}: token {token[:20]!r}... has {len(token)} characters, which is more than "
-                f"{LONGEST_PIECE}; use the model's Hugging Face folder"
+            raise header.refusal(
+                f"token {token[:20]!r}... has {len(token)} characters, which is more than {LONGEST_PIECE}"
             )
         parts = ((token[:at], token[at:]) for at in range(1, len(token)))
         merges += [(score, *part) for part in parts if part[0] in scores and part[1] in scores]
@@ -297,9 +281,7 @@ def _merges(header: GgufHeader, scores: dict[str, float]) -> list[tuple[str, str
 
 
 def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list[str]) -> Any:
-    """Return the post-processor that adds BOS and EOS tokens if the metadata state so, else as llama.cpp does
-    by default. ids: ids of "bos" and "eos". tokens: all tokens by id.
-    """
+    """Return the post-processor that adds BOS and EOS as the metadata state, else as llama.cpp does."""
     from tokenizers import processors
 
     starts = header.required("tokenizer.ggml.model", str) == "llama" or _pre_tokenizer_of(header).bos
@@ -316,10 +298,7 @@ def _post_processor(header: GgufHeader, ids: dict[str, int | None], tokens: list
             single=single, pair=[*single, *(part for part in second if part)], special_tokens=named
         )
     except Exception as e:  # tokenizers raises plain Exception
-        raise ValueError(
-            f"{header.path}: its start or end token cannot be added to texts: {e}; "
-            "use the model's Hugging Face folder"
-        ) from e
+        raise header.refusal(f"its start or end token cannot be added to texts: {e}") from e
 
 
 # Writing
@@ -335,25 +314,23 @@ def tokenizer_fields(tokenizer: Any, rows: int, ends: Sequence[int]) -> list[Fie
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE":
-        raise ValueError(
+        raise unwritable(
             f"a tokenizer of type {model['type']!r} cannot be written as GGUF; jaxft writes byte-level and "
-            "SentencePiece BPE; "
-            "write a Hugging Face folder, without --gguf"
+            "SentencePiece BPE"
         )
     tokens, types = _tokens(tokenizer, state, rows)
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
     prefix = "tokenizer.ggml"
     if not merges:
-        raise ValueError(
-            "a BPE tokenizer without merges cannot be written as GGUF; "
-            "write a Hugging Face folder, without --gguf"
-        )
+        raise unwritable("a BPE tokenizer without merges cannot be written as GGUF")
     if model.get("byte_fallback"):
+        ids = tokenizer("x", add_special_tokens=False).input_ids
+        (first_token, *_) = tokenizer.convert_ids_to_tokens(ids)
         of_model = [
             Field(f"{prefix}.model", "STRING", "llama"),
             Field(f"{prefix}.pre", "STRING", "default"),
             Field(f"{prefix}.scores", "FLOAT32", _scores(tokens, merges)),
-            Field(f"{prefix}.add_space_prefix", "BOOL", _begins_with_space(tokenizer)),
+            Field(f"{prefix}.add_space_prefix", "BOOL", first_token.startswith(SPACE)),
         ]
     else:
         of_model = [
@@ -396,25 +373,15 @@ def _tokens(tokenizer: Any, state: dict[str, Any], rows: int) -> tuple[list[str]
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, ...]]) -> list[float]:
-    """Return a score for each token, with which SentencePiece merges in the order of `merges`: 0, -1, -2, ...
-    for tokens in the order in which they are merged, as in SentencePiece's own files.
-    """
+    """Return the scores with which SentencePiece merges in the order of `merges`: 0, -1, -2, ..."""
     rank: dict[str, int] = {}
     for merge in merges:
         rank.setdefault("".join(merge), len(rank))
     return [-float(rank.get(token, len(rank))) for token in tokens]
 
 
-def _begins_with_space(tokenizer: Any) -> bool:
-    """Return whether the tokenizer puts a space in front of texts."""
-    ids = tokenizer("x", add_special_tokens=False).input_ids
-    return bool(tokenizer.convert_ids_to_tokens(ids)[0].startswith(SPACE))
-
-
 def _pre_name(tokenizer: Any, whole_words: bool) -> str:
-    """Return llama.cpp's name of the PreTokenizer that splits SPLIT_PROBES as the tokenizer does and has this
-    value of `whole_words`. Raises ValueError if there is none.
-    """
+    """Return llama.cpp's name of the PreTokenizer that splits SPLIT_PROBES alike, or raise ValueError."""
     from tokenizers import Tokenizer, models
 
     def pieces(core: Any) -> list[list[str]]:
@@ -432,17 +399,14 @@ def _pre_name(tokenizer: Any, whole_words: bool) -> str:
         _apply_pre_tokenizer(core, pre)
         if pieces(core) == expected:
             return name
-    raise ValueError(
+    raise unwritable(
         "this tokenizer splits text as none of llama.cpp's pre-tokenizers that jaxft knows "
-        f"({', '.join(PRE_TOKENIZERS)}), so it cannot be written as GGUF; write a Hugging Face folder, "
-        "without --gguf"
+        f"({', '.join(PRE_TOKENIZERS)}), so it cannot be written as GGUF"
     )
 
 
 def _special_fields(tokenizer: Any, ends: Sequence[int], rows: int) -> list[Field]:
-    """Return the metadata of special tokens, of adding BOS and EOS to texts, and of chat templates. ends,
-    rows: as in tokenizer_fields.
-    """
+    """Return metadata of special tokens and chat templates. ends, rows: see tokenizer_fields."""
     eos = tokenizer.eos_token_id
     others = [end for end in ends if end != eos and end < rows]
     eos = others.pop(0) if eos is None and others else eos
@@ -489,9 +453,8 @@ def tokenizer_notes(path: Path, tokenizer: Any) -> list[str]:
     texts = [*SPLIT_PROBES, "".join(special)]
     wrong = [text for text in texts if _ids(read, text) != _ids(tokenizer, text)]
     if 2 * len(wrong) > len(texts):
-        raise ValueError(
-            f"this tokenizer cannot be written as GGUF: the text {wrong[0][:40]!r} would have other token "
-            "ids; write a Hugging Face folder, without --gguf"
+        raise unwritable(
+            f"this tokenizer cannot be written as GGUF: the text {wrong[0][:40]!r} would have other token ids"
         )
     shown = f"{wrong[0][:40]!r}" if wrong else ""
     return [f"warning: texts such as {shown} have other token ids in GGUF"] if wrong else []
@@ -502,16 +465,16 @@ def _check_tokens(read: Any, tokenizer: Any) -> None:
     ids = read.get_vocab()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if ids.get(token) != number:
-            raise ValueError(
+            raise unwritable(
                 f"this tokenizer cannot be written as GGUF: its token {token[:40]!r} has id {number}, and in "
-                f"the file {ids.get(token)}; write a Hugging Face folder, without --gguf"
+                f"the file {ids.get(token)}"
             )
     for number, token in tokenizer.added_tokens_decoder.items():
         text = f"a{token.content}b"
         if _ids(read, text).count(number) != _ids(tokenizer, text).count(number):
-            raise ValueError(
+            raise unwritable(
                 f"this tokenizer cannot be written as GGUF: its token {token.content[:40]!r} (id {number}) "
-                "would be split; write a Hugging Face folder, without --gguf"
+                "would be split"
             )
 
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxft.models import model_types
-from jaxft.models.model import Model, ModelConfig
+from jaxft.models.dense_config import DenseConfig
+from jaxft.models.model import Model
 from jaxft.nn.adapters.lora import pairs_by_path
 from jaxft.nn.rope import USED, Rope, attention_scaling, frequencies
 from jaxft.nn.tree import Params
@@ -42,6 +43,7 @@ from jaxft.weights.gguf.gguf_file import (
     GgufTensorToWrite,
     metadata_bytes,
     read_gguf_header,
+    unwritable,
     write_gguf_file,
 )
 from jaxft.weights.gguf.gguf_quantize import MIXTURES, WRITTEN_TYPES, MixtureModel, tensor_bytes, tensor_kind
@@ -214,9 +216,7 @@ def _kept_fields(source: GgufHeader) -> list[Field]:
 
 
 def _kept_kind(source: GgufHeader, name: str, changed: bool) -> str:
-    """Return the type of a tensor in the source file; a head that is not in it gets the embedding's type.
-    Raises ValueError if the tensor's values are `changed` and jaxft does not write this type.
-    """
+    """Return a tensor's type in the source file (a new head gets the embedding's), if it can be written."""
     tensor = source.tensors.get(name) or source.tensors["token_embd.weight"]
     if changed and tensor.kind not in WRITTEN_TYPES:
         raise ValueError(
@@ -237,9 +237,7 @@ def _general_fields(options: GgufOptions) -> list[Field]:
 
 
 def permute_heads(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Order the rows of q or k as llama.cpp does: in each head, two dimensions that rope rotates together are
-    neighbours.
-    """
+    """Order the rows of q or k as llama.cpp does: dimensions that rope rotates together are neighbours."""
     rows = len(weight)
     halves = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
@@ -259,7 +257,7 @@ class RopeNumbers(NamedTuple):
     scale: float
 
 
-def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader | None = None) -> list[str]:
+def check_config(path: Path, config: DenseConfig, tied: bool, source: GgufHeader | None = None) -> list[str]:
     """Raise ValueError unless llama.cpp computes a written file as jaxft computes a model of this config.
 
     tied: whether the head is the embedding; config.tied may differ after an adapter changed the head. source:
@@ -270,26 +268,24 @@ def check_config(path: Path, config: ModelConfig, tied: bool, source: GgufHeader
     before = _differences(config, source) if source else []
     new = [setting for setting in lacking if setting not in before]
     if new:
-        raise ValueError(
-            f"this model cannot be written as GGUF: llama.cpp's architecture {name} lacks {', '.join(new)}. "
-            "Write a Hugging Face folder, without --gguf"
+        raise unwritable(
+            f"this model cannot be written as GGUF: llama.cpp's architecture {name} lacks {', '.join(new)}"
         )
     if name in (NEVER_TIED if tied else ALWAYS_TIED):
         actual, expected = ("tied", "untied") if tied else ("untied", "tied")
-        raise ValueError(
+        raise unwritable(
             f"this model cannot be written as GGUF: its input and output embeddings are {actual}, but "
-            f"{expected} in llama.cpp's architecture {name}. Write a Hugging Face folder, without --gguf"
+            f"{expected} in llama.cpp's architecture {name}"
         )
     if name in HEADS_OF_WIDTH and config.heads * config.head_dim != config.width:
-        raise ValueError(
+        raise unwritable(
             f"{config.heads} heads of {config.head_dim} cannot be written as GGUF of architecture {name}: "
-            f"llama.cpp expects that they make up the width of {config.width}. Write a Hugging Face folder, "
-            "without --gguf"
+            f"llama.cpp expects that they make up the width of {config.width}"
         )
     return [f"warning: llama.cpp ignores {', '.join(lacking)}, in the source file too"] if lacking else []
 
 
-def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
+def _differences(config: DenseConfig, header: GgufHeader) -> list[str]:
     """Return as name=value the settings of a config that llama.cpp ignores or reads otherwise in a file."""
     architecture = ARCHITECTURES[header.architecture]
     seen = _as_llama_cpp_reads(header)
@@ -326,9 +322,7 @@ def _differences(config: ModelConfig, header: GgufHeader) -> list[str]:
 
 
 def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
-    """Return a header without the metadata that llama.cpp ignores for its architecture, and without rope
-    tables that it does not load.
-    """
+    """Return a header without the metadata and rope tables that llama.cpp ignores for its architecture."""
     prefix, architecture = f"{header.architecture}.", ARCHITECTURES[header.architecture]
     known = {prefix + key for key in ALWAYS_READ | architecture.reads}
     metadata = {key: x for key, x in header.metadata.items() if not key.startswith(prefix) or key in known}
@@ -341,9 +335,7 @@ def _as_llama_cpp_reads(header: GgufHeader) -> GgufHeader:
 
 
 def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dict[str, RopeNumbers]:
-    """Return the ropes that llama.cpp computes, by config field: "rope", and "local_rope" for architectures
-    whose layers with windows have another theta.
-    """
+    """Return llama.cpp's ropes: "rope", and "local_rope" if layers with windows have another theta."""
 
     def number(name: str, default: float) -> float:
         return header.optional(header.key(name), default)
@@ -366,24 +358,14 @@ def _ropes(header: GgufHeader, architecture: Architecture, head_dim: int) -> dic
         scale *= (1 + growth) / (1 + growth * number("rope.scaling.yarn_log_multiplier", 0.0))
     exponents = -np.arange(0, dims, 2) / dims
     freqs = theta**exponents * (divided / factor + 1 - divided)
-    short, long = (freqs / _divisors(header, table) for table in _tables(architecture, kind))
+    longrope = kind == "longrope" or FREQUENCIES not in architecture.tables
+    tables = [header.tensors.get(name) for name in ((SHORT, LONG) if longrope else (FREQUENCIES,) * 2)]
+    short, long = (freqs if table is None else freqs / read_dequantised(table) for table in tables)
     ropes = {"rope": RopeNumbers(short, long, original, scale)}
     if architecture.local_theta:
         local = number(architecture.local_theta, 10000.0) ** exponents
         ropes["local_rope"] = RopeNumbers(local, local, original, local_scale)
     return ropes
-
-
-def _tables(architecture: Architecture, kind: str) -> tuple[str, str]:
-    """Return the names of two tensors, which a file may lack: the divisors of the rope frequencies for short
-    and for long texts. kind: the file's rope scaling type.
-    """
-    longrope = kind == "longrope" or FREQUENCIES not in architecture.tables
-    return (SHORT, LONG) if longrope else (FREQUENCIES, FREQUENCIES)
-
-
-def _divisors(header: GgufHeader, table: str) -> np.ndarray | float:
-    return read_dequantised(header.tensors[table]) if table in header.tensors else 1.0
 
 
 def _same_rope(rope: Rope, head_dim: int, numbers: RopeNumbers) -> bool:

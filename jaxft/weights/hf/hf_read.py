@@ -80,9 +80,7 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 
 
 def open_folder(folder: Path) -> ModelFiles:
-    """Open the safetensors files of a folder; for a multimodal model, only the text decoder, under the names
-    of the text-only model.
-    """
+    """Open a folder's safetensors files; of a multimodal model, the decoder named as a text-only model."""
     path = folder / "config.json"
     stored = open_safetensors(folder, weight_files(folder))
     config = read_model_json(path) if path.is_file() else {}
@@ -118,9 +116,7 @@ def decoder_tensors(where: str, stored: Iterable[str]) -> dict[str, str]:
 
 
 def text_part_of(ref: str) -> TextPart | None:
-    """Return the text decoder of the multimodal model `ref`; None for a text model, and for one that is not
-    on this machine.
-    """
+    """Return the text decoder of the multimodal model `ref`; None for others, and if it is not here."""
     path = hub.small_file(ref, "config.json")
     return None if path is None else text_part(read_model_json(path))
 
@@ -184,9 +180,7 @@ def check_tensors(files: ModelFiles, model: Model) -> None:
 
 
 def _is_zero_bias(files: ModelFiles, name: str) -> bool:
-    """Return whether a tensor is a bias of zeros that GPTQ tools write for a quantised layer without a bias.
-    Raises ValueError if such a bias is not zero.
-    """
+    """Return whether a tensor is a zero bias that GPTQ tools add. Raises ValueError if it is not zero."""
     stem, dot, _ = name.rpartition(".bias")
     weight = files.tensors.get(f"{stem}.weight")
     if not dot or weight is None or weight.quantised is None:
@@ -232,9 +226,7 @@ def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
 
 
 def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[int] | None:
-    """Return the eos_token_id of a config.json with the ids `more` added: an int, a list of several, or
-    None.
-    """
+    """Return config.json's eos_token_id with the ids `more` added: an int, a list of several, or None."""
     ids = eos if isinstance(eos, list | tuple) else [] if eos is None else [eos]
     ids = list(dict.fromkeys([*ids, *more]))
     return ids[0] if len(ids) == 1 else ids or None

@@ -109,6 +109,8 @@ def save_folder(
     options.text_only are written as a text model. With several processes, all call this; process 0 writes,
     and its error is raised on all.
     """
+    import huggingface_hub
+
     folder = Path(folder)
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
     tensors = tensors_to_write(base, model, options.quant)
@@ -117,24 +119,20 @@ def save_folder(
         if located is not None and multimodal_config(located):
             _save_multimodal(folder, model, base, tokenizer, located, options)
             return
-    shards: list[list[TensorToWrite]] = [[]]
-    size = 0
-    for t in tensors:
-        size += t.size
-        if shards[-1] and size > options.max_shard:
-            shards.append([])
-            size = t.size
-        shards[-1].append(t)
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    files = files if len(shards) > 1 else ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
-        write_safetensors(folder / file, shard)
-    weight_map = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
+    by_name = {t.name: t for t in tensors}
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        by_name,
+        get_storage_size=lambda t: t.size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=options.max_shard,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_safetensors(folder / file, [by_name[name] for name in names])
     parameters = sum(math.prod(leaf.shape) for leaf in tree.paths(base, is_qtensor).values())
     totals = {"total_parameters": parameters, "total_size": sum(t.size for t in tensors)}
 
     def write_others() -> None:
-        _write_index(folder, weight_map, totals)
+        _write_index(folder, split.tensor_to_filename, totals)
         config, generation = _source_configs(model, ref)
         _write_configs(folder, config, generation, tokenizer, base, options.quant)
 
@@ -269,19 +267,11 @@ def _source_configs(model: Model, ref: str | Located | None) -> tuple[dict[str, 
         generation.pop("pad_token_id", None)
     if config.get("pad_token_id", 0) not in range(model.config.vocab):
         config["pad_token_id"] = None  # not removed, since some families have a default
-    return _with_rope_of_4(config), generation
-
-
-def _with_rope_of_4(config: dict[str, Any]) -> dict[str, Any]:
-    """Return config.json with the rope settings added under the keys that transformers 4 and llama.cpp's
-    converter read.
-
-    A config.json by transformers 5 has rope_parameters only, and 4.57 would silently take its own defaults.
-    """
-    new = config.get("rope_parameters")
-    if not isinstance(new, dict) or config.get("rope_scaling"):
-        return config
-    return {**config, **for_transformers_4(new, config.get("model_type", ""))}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and not config.get("rope_scaling"):
+        # written by transformers 5; 4.57 and llama.cpp's converter would silently take their own defaults
+        config |= for_transformers_4(rope, config.get("model_type", ""))
+    return config, generation
 
 
 def _write_configs(

@@ -3,6 +3,7 @@ contains one.
 """
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -10,13 +11,14 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jaxft.data.decisions import DECISION_FILE
 from jaxft.distributed.disk import temporary_folder
 from jaxft.distributed.exit import shorten_error
 from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import tokenizer_files
-from jaxft.weights.hf.complete_folders import cache_folder, file_sha256
+from jaxft.weights.hf.complete_folders import cache_folder, file_sha256, files_sha256
 
 SMALL_FILES = ("config.json", "generation_config.json", "README.md", *tokenizer_files.FILES)
 # Files of multimodal models, of which merged models have copies.
@@ -139,9 +141,7 @@ def _check_links(folder: Path) -> None:
 
 
 def is_extended(path: str | Path) -> bool:
-    """Return whether a path leads to a model with new tokens or another template in this machine's cache (see
-    weights/edit/extended_model.py).
-    """
+    """Return whether a path is a model of weights/edit/extended_model.py in this machine's cache."""
     return Path(path).parent == cache_folder() / EXTENDED
 
 
@@ -151,6 +151,18 @@ def files_of(located: Located) -> list[Path]:
         return part_files(located.path)
     paths = {path for pattern in (*SMALL_FILES, *WEIGHT_FILES) for path in located.path.glob(pattern)}
     return sorted(path for path in paths if path.is_file() and path.suffix != ".md")
+
+
+def cache_name(ref: str, version: int, settings: list[Any], digits: int) -> str:
+    """Return the name of a cache folder for a result that depends on the files of the model `ref` and on
+    `settings`: the model's name, "-" and `digits` digits of a hash.
+    """
+    located = locate(ref)
+    files = files_of(located)
+    hashes = [[path.name, sha256] for path, sha256 in zip(files, files_sha256(files), strict=True)]
+    key = json.dumps([version, hashes, *settings])
+    name, _ = hub_name(ref) or (str(located.path), None)
+    return f"{Path(name).name}-{hashlib.sha256(key.encode()).hexdigest()[:digits]}"
 
 
 def _gguf_of_folder(folder: Path) -> Path | None:

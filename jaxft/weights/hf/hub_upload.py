@@ -97,19 +97,30 @@ def upload_files(
     for an existing public repository unless target.public is set. Raises OSError if the upload fails; the
     branch then keeps its files.
     """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
     api, progress = _signed_in(target), _Progress()
     with _one_line(target, progress):
-        private = _open_repository(api, target, progress)
+        private = _is_private(api, target)
+        if private is None:
+            private = not target.public
+            api.create_repo(target.repo, private=private)
+            progress.created.append("the repository")
         before = _open_branch(api, target, progress)
         there = api.list_repo_files(target.repo, revision=target.branch)
         added = {**{name: x for name, x in (defaults or {}).items() if name not in there}, **files}
         stale = stale_files(there, added)
+        operations: list[Any] = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(x) if isinstance(x, Path) else x)
+            for name, x in added.items()
+        ]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
         progress.committing = True
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             info = api.create_commit(
                 target.repo,
-                operations=_operations(added, stale),
+                operations=operations,
                 commit_message=target.message,
                 revision=target.branch,
                 parent_commit=before,  # so that a commit since then is an error
@@ -199,9 +210,7 @@ class _Public(ValueError):
 
 @dataclass
 class _Progress:
-    """The progress of an upload. created: such as "the repository". committing: whether the commit has
-    started.
-    """
+    """The progress of an upload. created: such as "the repository". committing: the commit has started."""
 
     created: list[str] = field(default_factory=list)
     committing: bool = False
@@ -264,16 +273,6 @@ def _is_private(api: Any, target: HubTarget) -> bool | None:
     return bool(info.private)
 
 
-def _open_repository(api: Any, target: HubTarget, progress: _Progress) -> bool:
-    """Create the repository if it does not exist. Return whether it is private."""
-    private = _is_private(api, target)
-    if private is None:
-        api.create_repo(target.repo, private=not target.public)
-        progress.created.append("the repository")
-        private = not target.public
-    return private
-
-
 def _open_branch(api: Any, target: HubTarget, progress: _Progress) -> str:
     """Create the branch from main if it does not exist. Return the hash of the branch's last commit."""
     from huggingface_hub import errors
@@ -286,21 +285,8 @@ def _open_branch(api: Any, target: HubTarget, progress: _Progress) -> str:
         return str(api.model_info(target.repo, revision=target.branch).sha)
 
 
-def _operations(files: Mapping[str, FileContent], stale: Iterable[str]) -> list[Any]:
-    """Return the operations of a commit that adds `files` and deletes the files `stale`."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-    added = [
-        CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(x) if isinstance(x, Path) else x)
-        for name, x in files.items()
-    ]
-    return [*added, *(CommitOperationDelete(path_in_repo=name) for name in stale)]
-
-
 def _reason(error: Exception, where: str, uploading: bool) -> str:
-    """Return as one line why an upload failed and, if one is known, the remedy. uploading: whether the commit
-    had started.
-    """
+    """Return in one line why an upload failed and any known remedy. uploading: the commit had started."""
     from huggingface_hub import errors
 
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error

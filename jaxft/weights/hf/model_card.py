@@ -63,8 +63,6 @@ def front_matter(card: Card) -> str:
     """Return the metadata as YAML between two lines `---`: license, library_name, pipeline_tag and tags, and
     base_model and datasets if they are on the hub.
     """
-    import huggingface_hub
-
     source = _source_metadata(card.base)
     named = hub.hub_name(card.base)
     base = named[0] if named else None
@@ -73,43 +71,43 @@ def front_matter(card: Card) -> str:
     sources = parse_sources(card.data) if card.data else ()
     datasets = [name for source in sources if (name := hub_dataset(source.ref))]
     licence = {key: source[key] for key in LICENSE_KEYS if key in source}
+    generation = "image-text-to-text" if card.multimodal else "text-generation"
     fields: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": card.relation if base else None,
         "library_name": card.library,
         "license": "unknown",
         **licence,
-        "pipeline_tag": _pipeline(card),
+        "pipeline_tag": "text-classification" if card.scores else generation,
         "tags": ["jaxft", *(["lora"] if card.relation == "adapter" else [])],
         "datasets": datasets or None,
     }
-    known = {name: value for name, value in fields.items() if value is not None}
-    return f"---\n{huggingface_hub.ModelCardData(**known).to_yaml()}\n---"
+    return _as_yaml(fields)
 
 
-def _pipeline(card: Card) -> str:
-    if card.scores:
-        return "text-classification"
-    return "image-text-to-text" if card.multimodal else "text-generation"
+def _as_yaml(fields: dict[str, Any]) -> str:
+    """Return the fields that are not None as YAML between two lines `---`."""
+    import huggingface_hub
+
+    stated = {name: value for name, value in fields.items() if value is not None}
+    return f"---\n{huggingface_hub.ModelCardData(**stated).to_yaml()}\n---"
 
 
 def gguf_card(header: gguf_file.GgufHeader, title: str) -> str:
     """Return the card of a repository with a GGUF file, from the file's header."""
-    import huggingface_hub
-
     stated, is_adapter = gguf_metadata(header), header.metadata.get("general.type") == "adapter"
-    relation = {"base_model_relation": "adapter" if is_adapter else "quantized"}
+    relation = "adapter" if is_adapter else "quantized"
     fields: dict[str, Any] = {
-        **({"base_model": stated["base_model"], **relation} if "base_model" in stated else {}),
+        "base_model": stated.get("base_model"),
+        "base_model_relation": relation if "base_model" in stated else None,
         "library_name": "gguf",
         "license": stated.get("license", "unknown"),
         "pipeline_tag": "text-generation",
         "tags": ["gguf", *(["lora"] if is_adapter else [])],
     }
-    front = huggingface_hub.ModelCardData(**fields).to_yaml()
     what = "A LoRA adapter" if is_adapter else "A language model"
     options = "-m BASE.gguf --lora FILE.gguf" if is_adapter else "-m FILE.gguf"
-    lines = [f"---\n{front}\n---", f"# {title}\n", f"{what} in the GGUF format.\n", f"{USE_SECTION}\n"]
+    lines = [_as_yaml(fields), f"# {title}\n", f"{what} in the GGUF format.\n", f"{USE_SECTION}\n"]
     lines += [f"    llama-cli {options}", *([] if is_adapter else ["    jaxft generate --model FILE.gguf"])]
     return "\n".join(lines) + "\n"
 

@@ -130,9 +130,7 @@ def cached_base_notes(folder: Path, ref: str) -> list[str]:
 
 
 def left_out_notes(model: Model, start: str | None) -> list[str]:
-    """Return a line if `model` has a scalar head and the adapter in `start` trained the language model head,
-    which is then not loaded; else [].
-    """
+    """Return a line if the adapter in `start` trained a language model head that `model` lacks, else []."""
     if model.generates or start is None or not peft_read.has_language_head(adapter_folder(start)):
         return []
     return [

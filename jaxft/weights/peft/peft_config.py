@@ -68,8 +68,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             )
         if (folder / "model" / "config.json").is_file():
             raise FileNotFoundError(
-                f"{path}: no such file; {folder} has a model and no adapter, so use "
-                f"model={folder / 'model'}"
+                f"{path}: no such file; {folder} has a model and no adapter, so use model={folder / 'model'}"
             )
     if not path.exists():
         raise FileNotFoundError(
@@ -92,13 +91,13 @@ def check_plain_lora(where: Path, config: dict[str, Any]) -> None:
     for key, plain in PLAIN_LORA.items():
         if key in config and not _is_one_of(config[key], plain):
             raise ValueError(
-                f"{where}: {key}={_short(config[key])} is not supported; jaxft reads LoRA with {key}="
+                f"{where}: {key}={config[key]!r:.80} is not supported; jaxft reads LoRA with {key}="
                 f"{' or '.join(repr(value) for value in plain if value != [])}; {MERGE}"
             )
     for key, value in config.items():
         if key not in PLAIN_LORA and key not in OTHERS and not _is_one_of(value, (None, False, [], {})):
             raise ValueError(
-                f"{where}: jaxft does not know the field {_short(key)} (={_short(value)}), which may change "
+                f"{where}: jaxft does not know the field {key!r:.80} (={value!r:.80}), which may change "
                 f"what the adapter computes; set it to null if it does not, else {MERGE}"
             )
 
@@ -121,20 +120,20 @@ def check_targets(
     for field in ("target_modules", "exclude_modules"):
         value = config.get(field)
         if not isinstance(value, str | None) and not _are_strings(value):
-            raise ValueError(f"{where}: {field}={_short(value)}; correct it to a string or a list of strings")
+            raise ValueError(f"{where}: {field}={value!r:.80}; correct it to a string or a list of strings")
     targets = config.get("target_modules")
     is_default = targets in (None, "all-linear")  # None: peft's default for the architecture
     left_out_by = _target_rule(where, config, ".*" if is_default else targets)
     for module in present:
         if key := left_out_by(module):
             raise ValueError(
-                f"{where}: {key}={_short(config[key])} leaves out {module}, but the adapter has a LoRA pair "
+                f"{where}: {key}={config[key]!r:.80} leaves out {module}, but the adapter has a LoRA pair "
                 f"of it, which peft would ignore; correct {key}, or remove the pair's tensors"
             )
     for module in () if is_default or not targets else absent:
         if not left_out_by(module):
             raise ValueError(
-                f"{where}: target_modules={_short(targets)} has {module} of this model, but the adapter has "
+                f"{where}: target_modules={targets!r:.80} has {module} of this model, but the adapter has "
                 "no LoRA pair of it; use the base model of the adapter, or download the adapter again"
             )
 
@@ -151,11 +150,11 @@ def _target_rule(where: Path, config: dict[str, Any], targets: Any) -> Callable[
     listed, unlisted = (x if isinstance(x, str) else frozenset(x) for x in (targets, excluded))
     numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
     if any(type(x) is not int for x in numbers):
-        raise ValueError(f"{where}: layers_to_transform={_short(layers)}; correct it to layer numbers")
+        raise ValueError(f"{where}: layers_to_transform={layers!r:.80}; correct it to layer numbers")
     patterns = config.get("layers_pattern") or ".*"
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not _are_strings(patterns):
-        raise ValueError(f"{where}: layers_pattern={_short(patterns)}; correct it to strings")
+        raise ValueError(f"{where}: layers_pattern={patterns!r:.80}; correct it to strings")
 
     def left_out_by(module: str) -> str | None:
         if not is_listed(listed, (module,), str(where)):
@@ -169,21 +168,6 @@ def _target_rule(where: Path, config: dict[str, Any], targets: Any) -> Callable[
         return None if rest and named and int(rest[0]) in numbers else "layers_to_transform"
 
     return left_out_by
-
-
-def check_tensor_names(files: SafetensorsFiles, dora: bool) -> None:
-    """Raise ValueError for DoRA tensors if use_dora is false. dora: the configuration's use_dora."""
-    for name in files.tensors:
-        if "lora_magnitude_vector" in name and not dora:
-            raise ValueError(
-                f"{files.where}: tensor {name} belongs to DoRA, but adapter_config.json has use_dora=false; "
-                "correct the one that is wrong"
-            )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 # Names of tensors

@@ -26,13 +26,13 @@ from jaxft.weights.peft.peft_config import (
     PREFIX,
     check_plain_lora,
     check_targets,
-    check_tensor_names,
     config_of_decoder,
     of_decoder,
     read_adapter_config,
     with_plain_names,
 )
 from jaxft.weights.peft.peft_tensors import (
+    MAGNITUDE,
     ONLY_TOKEN_ROWS,
     ONLY_TOKENS,
     Pair,
@@ -98,9 +98,7 @@ def read_parts(
 
 
 def read_declared(folder: str | Path, model: Model) -> tuple[tuple[str, ...], Adapter]:
-    """Check an adapter folder as read_parts does, but without the base. Return (names of the parts, such as
-    ("adapter", "score"), settings).
-    """
+    """Check an adapter folder as read_parts does, without the base. Return (names of its parts, settings)."""
     parts, settings = _read(Path(folder), model, _no_first_pair)
     return tuple(parts), settings
 
@@ -111,7 +109,11 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
     table = adaptable_tensors(model)
     files, prefix = of_decoder(_open_stored(folder))
     config = config_of_decoder(config, prefix, [x.module for tensors in table.values() for x in tensors])
-    check_tensor_names(files, default.dora)
+    if (vector := next((name for name in files.tensors if MAGNITUDE in name), None)) and not default.dora:
+        raise ValueError(
+            f"{files.where}: tensor {vector} belongs to DoRA, but adapter_config.json has use_dora=false; "
+            "correct the one that is wrong"
+        )
     if has_head or not model.generates:
         config, files = without_head(config, files)
     elif config.get("ensure_weight_tying") and "head" not in model.weight_names:
@@ -154,9 +156,7 @@ def _read(folder: Path, model: Model, read_first: ReadFirstPair) -> tuple[dict[s
 
 
 def _with_tied_head(config: dict[str, Any]) -> dict[str, Any]:
-    """Return an adapter's configuration with lm_head added to modules_to_save or to target_modules, whichever
-    lists the embeddings.
-    """
+    """Add lm_head to modules_to_save or to target_modules, whichever lists the embeddings."""
     saved, targets = config.get("modules_to_save") or [], config.get("target_modules") or []
     if isinstance(saved, list) and any(is_saved(str(name), TABLE_MODULE) for name in saved):
         return {**config, "modules_to_save": [*saved, HEAD_MODULE]}

@@ -119,9 +119,8 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
     rank = _matching(config, "rank_pattern", module, config["r"])
     if a.shape != (ins, rank) or b.shape != (rank, outs):
         raise ValueError(
-            f"{files.where}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; "
-            f"rank {rank} on this model needs {(rank, ins)} and {(outs, rank)}; use the base model of the "
-            "adapter"
+            f"{files.where}: {module} has lora_A {a.T.shape} and lora_B {b.T.shape}; rank {rank} on this "
+            f"model needs {(rank, ins)} and {(outs, rank)}; use the base model of the adapter"
         )
     alpha = float(_matching(config, "alpha_pattern", module, config["lora_alpha"]))
     if not config.get("use_dora"):
@@ -131,9 +130,7 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
 
 
 def _matching(config: dict[str, Any], key: str, module: str, default: Any) -> Any:
-    """Return the value for a module in config[key], a dict by pattern; without a match, the default. As in
-    PEFT, the first pattern that matches the module's full name, or its end after a dot, decides.
-    """
+    """Return config[key]'s value for a module: the first pattern that matches its name's end decides."""
     for pattern, value in (config.get(key) or {}).items():
         if matches_module(pattern, (module,), key):
             return value
@@ -332,9 +329,7 @@ def read_modules(
 
 
 def without_head(config: dict[str, Any], files: SafetensorsFiles) -> tuple[dict[str, Any], SafetensorsFiles]:
-    """Return an adapter's configuration and tensors without the language model head's entries, for a model
-    that has a scalar head instead.
-    """
+    """Return an adapter's configuration and tensors without the language model head's entries."""
 
     def others(names: Any) -> Any:
         return [name for name in names if not _is_head(name)] if isinstance(names, list) else names
@@ -352,9 +347,7 @@ def _is_head(name: Any) -> bool:
 
 
 def _tensor_name(files: SafetensorsFiles, tensor: Tensor) -> str:
-    """Return the name of a parameter in an adapter's files. The bias of an adapted layer may be
-    MODULE.base_layer.bias, since peft wraps the layer.
-    """
+    """Return a parameter's name in an adapter's files, where peft wraps an adapted layer with a bias."""
     wrapped = f"{PREFIX}{tensor.module}.base_layer.bias"
     return wrapped if tensor.path.endswith("_bias") and wrapped in files.tensors else PREFIX + tensor.name
 
@@ -372,9 +365,10 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
     )
     ends = {str(name).rpartition(".")[2]: ids for name, ids in by_module.items()}
     ids: Any = ends.get("embed_tokens")
-    if not _are_ids(ids, model.config.vocab) or any(
+    are_ids = isinstance(ids, list) and all(type(i) is int and 0 <= i < model.config.vocab for i in ids)
+    if not are_ids or len(set(ids)) < len(ids) or any(
         name not in ("embed_tokens", "lm_head") or other != ids for name, other in ends.items()
-    ):
+    ):  # fmt: skip
         raise ValueError(
             f"{where}: trainable token indices {repr(listed)[:80]}; expected ids from 0 to "
             f"{model.config.vocab - 1}, the same for embed_tokens and lm_head. Other rows are not supported; "
@@ -389,14 +383,6 @@ def _read_tokens(where: Path, config: Mapping[str, Any], files: SafetensorsFiles
         used.add(name)
     settings = {"trainable_token_indices": tuple(ids), "token_head": "head" in nodes or not own_head}
     return Modules(nodes, settings, used)
-
-
-def _are_ids(ids: Any, vocab: int) -> bool:
-    return (
-        isinstance(ids, list)
-        and all(type(i) is int and 0 <= i < vocab for i in ids)
-        and len(set(ids)) == len(ids)
-    )
 
 
 def module_tensors(

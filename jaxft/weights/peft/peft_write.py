@@ -47,7 +47,7 @@ def save_adapter(
     process 0 writes.
     """
     folder = Path(folder)
-    pairs = _pairs(adapter)
+    pairs = pairs_by_path(adapter)
     if not pairs:
         raise ValueError(f"{folder}: the adapter has no pairs to write; train some, or save the base")
     nodes = {path: node for path, node in pairs.items() if is_replacement(node)}
@@ -73,7 +73,8 @@ def save_adapter(
         dtype, shape = np.dtype(score.dtype), score.shape[::-1]
         tensors.append(TensorToWrite(SCORE_TENSOR, dtype, shape, lambda: layer_on_host(score).T))
     sync.exchange_first(sync.gather_texts, lambda: folder.mkdir(parents=True, exist_ok=True))
-    write_safetensors(folder / "adapter_model.safetensors", [_in_full(tensor, prefix) for tensor in tensors])
+    in_base = [replace(x, name=PREFIX + full_name(x.name.removeprefix(PREFIX), prefix)) for x in tensors]
+    write_safetensors(folder / "adapter_model.safetensors", in_base)
     fields = module_fields(nodes, settings, model, full_names=part is not None)
     base, revision = hub.hub_name(base_ref) or (base_ref, None)
     config: dict[str, Any] = {
@@ -111,15 +112,8 @@ def save_adapter(
     )
 
 
-def _in_full(tensor: TensorToWrite, prefix: str) -> TensorToWrite:
-    """Rename an adapter's tensor to the name in the base that PEFT loads. prefix: see full_name."""
-    return replace(tensor, name=PREFIX + full_name(tensor.name.removeprefix(PREFIX), prefix))
-
-
 def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:
-    """Convert adapter_config.json to PEFT's type TRAINABLE_TOKENS, for an adapter with only token rows, in
-    the embedding table and, for `with_head`, in the head.
-    """
+    """Convert adapter_config.json to PEFT's type TRAINABLE_TOKENS, for an adapter of token rows only."""
     ids = config["trainable_token_indices"]
     common = ("task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version")
     return {
@@ -131,28 +125,17 @@ def _only_tokens(config: dict[str, Any], with_head: bool) -> dict[str, Any]:
     }
 
 
-def _pairs(adapter: Params) -> dict[str, dict[str, Any]]:
-    """Return the leaves of each adapted parameter by its path: {"a", "b", "scale"} of a LoRA pair, with DoRA
-    also "magnitude", or the leaf of a parameter that is trained in full. Raises ValueError for other leaves.
-    """
-    pairs = pairs_by_path(adapter)
-    for path, pair in pairs.items():
-        if set(pair) - {"magnitude"} != {"a", "b", "scale"} and not is_replacement(pair):
-            raise ValueError(
-                f"cannot write the adapter at {path or '/'} as PEFT's LoRA: it needs the leaves a, b and "
-                f"scale, or weight, got {sorted(pair)}; merge it into the base instead"
-            )
-    return pairs
-
-
 def _whole(value: float) -> float:
     return int(value) if value == int(value) else value
 
 
 def _check_pair(path: str, pair: dict[str, Any], layout: PairRanks | None) -> None:
-    """Raise ValueError unless a pair has the highest rank that the settings declare for its layers. layout:
-    these ranks, None if the settings declare no pair at `path`.
-    """
+    """Raise ValueError unless a pair has its leaves and the rank that the settings declare in `layout`."""
+    if set(pair) - {"magnitude"} != {"a", "b", "scale"}:
+        raise ValueError(
+            f"cannot write the adapter at {path or '/'} as PEFT's LoRA: it needs the leaves a, b and scale, "
+            f"or weight, got {sorted(pair)}; merge it into the base instead"
+        )
     a, b = pair["a"], pair["b"]
     rank = 0 if layout is None else max(layout.ranks)
     if b.shape[-2] != a.shape[-1] or a.shape[-1] != rank:

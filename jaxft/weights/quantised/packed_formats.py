@@ -116,10 +116,7 @@ def group_size(where: str, settings: ff.QuantConfig) -> int | None:
     bits = settings.get("bits", settings.get("w_bit"))
     group = settings.get("group_size", settings.get("q_group_size", -1))
     if bits != 4:
-        raise ValueError(
-            f"{where}: {settings['quant_method']} weights of {bits!r:.60} bits, but jaxft reads only 4 bits; "
-            "use the model's unquantised weights"
-        )
+        raise not_read(where, f"{settings['quant_method']} weights of {bits!r:.60} bits", "only 4 bits")
     if type(group) is not int or group == 0 or group < -1:
         raise ValueError(
             f"{where}: quantization_config.group_size is {group!r}, expected a number of inputs or -1; "
@@ -141,11 +138,8 @@ def variant(where: str, settings: ff.QuantConfig, keys: tuple[str, ...], readabl
             f"{where}: quantization_config has {stated}, which are different layouts; remove the wrong one"
         )
     if not names <= set(readable):
-        raise ValueError(
-            f"{where}: {settings['quant_method']} weights with {stated} in quantization_config, but jaxft "
-            f"reads {' and '.join(readable)}; "
-            "use the model's unquantised weights"
-        )
+        weights = f"{settings['quant_method']} weights with {stated} in quantization_config"
+        raise not_read(where, weights, " and ".join(readable))
     return names.pop()
 
 
@@ -302,9 +296,7 @@ def not_read(where: str, weights: str, readable: str) -> ValueError:
 
 
 def block_sizes(where: str, name: str, value: Any) -> tuple[int, int]:
-    """Return the setting `name` as (outputs, inputs) of a block. Raises ValueError unless its value is a pair
-    of positive integers.
-    """
+    """Return a block's (outputs, inputs) from a setting. Raises ValueError unless it is a positive pair."""
     sizes = tuple(value) if isinstance(value, list | tuple) else ()
     if len(sizes) != 2 or not all(type(n) is int and n > 0 for n in sizes):
         raise ValueError(
@@ -347,11 +339,8 @@ def _scaled_weight(
     rows, columns = blocks_of(outs, ins)
     grid = -(-outs // rows), -(-ins // columns)
     if given.dtype not in FLOATS.values():
-        raise ValueError(
-            f"{files.where}: the dtype of {scales} is not one of {', '.join(FLOATS)}"
-            f"{'' if given.dtype == UNSUPPORTED else f', but {given.dtype}'}; use the model's "
-            "unquantised weights"
-        )
+        got = "unknown" if given.dtype == UNSUPPORTED else given.dtype
+        raise not_read(files.where, f"the dtype of {scales} is {got}", " and ".join(FLOATS))
     alike = grid, grid[:1] if grid[1] == 1 else grid, () if grid == (1, 1) else grid
     if given.shape not in alike:
         raise ValueError(
@@ -459,9 +448,7 @@ def _write_compressed(name: str, layout: QTensor) -> list[ff.WrittenTensor]:
 
 
 def _config_compressed(quant: Quant, plain: list[str], packed: list[str]) -> ff.QuantConfig:
-    """Return the quantization_config; fp8 quantises activations too, per token, int8 and int4 do not. plain,
-    packed: see FileFormat.
-    """
+    """Return the quantization_config; fp8 also quantises activations per token. Arguments: see FileFormat."""
     numbers = _numbers(quant.kind)
     grouped = {"strategy": "group", "group_size": quant.block} if quant.block else {"strategy": "channel"}
     token = {**numbers, "strategy": "token", "dynamic": True}
