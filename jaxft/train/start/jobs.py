@@ -196,7 +196,9 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     tokenizer = pretrained.load_tokenizer(lead.weights)
     rows = list(runs.values()) if len({run.data.seed for run in runs.values()}) > 1 else [lead]
     sources = tuple(processes.first_then_others(partial(run.data.open, tokenizer, shards)) for run in rows)
-    general = evaluate.general_source(lead.data, lead.general, tokenizer, shards)
+    general = None
+    if lead.general is not None:
+        general = evaluate.general_rows(lead.data, lead.general).open(tokenizer, shards)
     for source in (*sources, *([general] if general else [])):
         _check_token_ids(source, lead)
     largest = max(source.info.stats.largest_id for source in sources)
