@@ -175,10 +175,10 @@ def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_tr
     monkeypatch.setattr(halving, "compile_sweep", compile_sweep)
     write_trial = halving.write_trial
 
-    def die_in_the_last_stage(lab, folder, wave, label, result):
+    def die_in_the_last_stage(lab, folder, wave, label, *result):
         if wave.first and label == "ipo":  # the other loss has its new checkpoint, the log has no line
             raise Killed
-        return write_trial(lab, folder, wave, label, result)
+        return write_trial(lab, folder, wave, label, *result)
 
     monkeypatch.setattr(halving, "write_trial", die_in_the_last_stage)
     with pytest.raises(Killed):

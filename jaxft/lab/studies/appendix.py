@@ -10,6 +10,7 @@ import io
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from jaxft.objectives.metrics import HELD_OUT, KL
 from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, MARGIN
 from jaxft.report.charts import Panel, draw
 from jaxft.report.document import html_page
-from jaxft.report.html_elements import escaped, flat_values, folded, html_table, record_table, section
+from jaxft.report.html_elements import escaped, flat_values, folded, html_table, record_table, sections
 from jaxft.report.statistics import paired_difference
 
 REPORT, TABLES = "report.html", "tables"
@@ -130,15 +131,9 @@ def losses_table(study: StudyResult) -> PaperTable:
             )
         )
     head = (
-        "",
-        study.metric,
-        "of each seed",
-        "margin, nats",
-        "KL per token",
-        "chosen log-prob",
-        "nats per extra token",
-        "best setting",
-    )
+        "", study.metric, "of each seed", "margin, nats", "KL per token", "chosen log-prob",
+        "nats per extra token", "best setting",
+    )  # fmt: skip
     return PaperTable(
         "losses",
         f"Means over {study.losses[0].final.shape[1]} held-out prompts that selected nothing and {seeds} "
@@ -174,7 +169,7 @@ def duels_table(study: StudyResult) -> PaperTable:
             f"{d.p:.2g}",
             f"{d.difference.effect:+.2f}",
             f"{d.difference.wins:.2f}",
-            _error_ratio(d),
+            f"{d.difference.error / d.difference.unpaired_error:.2f}" if d.difference.unpaired_error else "-",
             d.verdict.partition(";")[0],  # without how much data is missing, which the conclusions have
         )
         for d in study.duels
@@ -190,9 +185,9 @@ def duels_table(study: StudyResult) -> PaperTable:
     )
 
 
-def _error_ratio(duel: Duel) -> str:
-    unpaired = duel.difference.unpaired_error
-    return f"{duel.difference.error / unpaired:.2f}" if unpaired else "-"
+def _result(duel: Duel, winner: int) -> str:
+    """Return the result of a comparison as text. winner: see MatchedKL."""
+    return {1: f"{duel.other} is better", -1: f"{duel.one} is better", 0: "not distinguishable"}[winner]
 
 
 def same_kl_table(study: StudyResult) -> PaperTable:
@@ -204,7 +199,7 @@ def same_kl_table(study: StudyResult) -> PaperTable:
             f"{point.difference.mean:+.4f}",
             point.difference.interval.text(4),
             f"{point.p:.2g}",
-            {1: f"{d.other} is better", -1: f"{d.one} is better", 0: "not distinguishable"}[point.winner],
+            _result(d, point.winner),
         )
         for d in study.duels
         for point in d.matched
@@ -227,9 +222,7 @@ def same_length_table(study: StudyResult) -> PaperTable:
             f"{compared.mean:+.4f}",
             compared.interval.text(4),
             f"{point.length_p:.2g}",
-            {1: f"{d.other} is better", -1: f"{d.one} is better", 0: "not distinguishable"}[
-                point.length_winner
-            ],
+            _result(d, point.length_winner),
         )
         for d in study.duels
         for point in d.matched
@@ -249,15 +242,11 @@ def same_length_table(study: StudyResult) -> PaperTable:
 
 def sensitivity_table(study: StudyResult) -> PaperTable:
     """Return the best, median and worst metric of each loss's trials: how much its setting matters."""
-    rows = [
-        (
-            loss.label,
-            *(_finite_text(x) for x in (known.best, known.median, known.worst)),
-            f"{len(loss.trials)}",
-        )
-        for loss in study.losses
-        for known in (loss.sensitivity,)
-    ]
+    rows = []
+    for loss in study.losses:
+        known = loss.sensitivity
+        values = map(_finite_text, (known.best, known.median, known.worst))
+        rows.append((loss.label, *values, f"{len(loss.trials)}"))
     return PaperTable(
         "sensitivity",
         f"The trials of each loss at step {study.losses[0].sensitivity.step}, which all of them have "
@@ -311,8 +300,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
         length[loss.label] = (kl[order].tolist(), slopes[order].tolist())
         chosen[loss.label] = (x[1:], _means_by_step(curves, CHOSEN_LOGP))
         margin[loss.label] = (x, [0.0, *_means_by_step(curves, MARGIN)])
-    ends = [max(kl) for kl, _ in against_kl.values()]
-    log_kl = is_wide(ends)
+    log_kl = is_wide([max(kl) for kl, _ in against_kl.values()])
     return [
         Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps, faint=of_seeds),
         Panel(
@@ -363,7 +351,10 @@ def picture_html(panels: Sequence[Panel], about: str) -> str:
 def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
     """Return the HTML page of a study: its declaration, conclusions, `tables` and curves."""
     named = {table.name: table.html() for table in tables}
-    distinguished = {table.name: _distinguished(table) for table in tables}
+    better = {table.name: sum(row[-1].endswith("is better") for row in table.rows) for table in tables}
+    distinguished = {
+        x.name: f"a loss is better in {better[x.name]} of {len(x.rows)} comparisons" for x in tables
+    }
     declared = study.declaration
     conclusions = "".join(f"<li>{escaped(line)}</li>" for line in study.lines())
     note = '<p class="note">Means over the seeds; the faint lines are the single seeds.</p>'
@@ -390,33 +381,21 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
         "loss sources": {name: x["fn"] for name, x in declared["study"]["losses"].items()},
         "versions": declared["versions"],
     }
-    shown = {
-        "Results": section("results", "Results", f"{_summary(study)}<ul>{conclusions}</ul>{named['losses']}"),
-        "Comparisons": section(
-            "comparisons",
-            "Comparisons",
-            named["duels"]
-            + folded(f"At the same KL to the reference: {distinguished['same_kl']}", named["same_kl"])
-            + folded(f"At the same KL and length: {distinguished['same_length']}", named["same_length"]),
-        ),
-        "Curves": section("curves", "Curves", pictures),
-        "Sensitivity": section(
-            "sensitivity", "Sensitivity", named["sensitivity"] + folded("All trials", named["trials"])
-        ),
-        "Declaration": section("declaration", "Declaration", record_table({"": facts})),
-        "Settings": section(
-            "settings", "Settings", folded("The recipe", record_table({"": _recipe(declared["study"])}))
+    recipe = flat_values(declared["study"]["recipe"])
+    parts = {
+        "Results": f"{_summary(study)}<ul>{conclusions}</ul>{named['losses']}",
+        "Comparisons": named["duels"]
+        + folded(f"At the same KL to the reference: {distinguished['same_kl']}", named["same_kl"])
+        + folded(f"At the same KL and length: {distinguished['same_length']}", named["same_length"]),
+        "Curves": pictures,
+        "Sensitivity": named["sensitivity"] + folded("All trials", named["trials"]),
+        "Declaration": record_table({"": facts}),
+        "Settings": folded(
+            "The recipe", record_table({"": {name: x for name, x in recipe.items() if x is not None}})
         ),
     }
     note = f"A study declared before training, written by jaxft {__version__}"
-    titled = {link: (link.lower(), text) for link, text in shown.items()}
-    return html_page(study.folder.resolve().name, note, titled)
-
-
-def _distinguished(table: PaperTable) -> str:
-    """Return in how many rows of a table a loss is better, as the title of the folded table."""
-    count = sum(row[-1].endswith("is better") for row in table.rows)
-    return f"a loss is better in {count} of {len(table.rows)} comparisons"
+    return html_page(study.folder.resolve().name, note, sections(parts))
 
 
 METRICS = {
@@ -448,13 +427,5 @@ def _searched(values: Any) -> str:
 
 
 def _stages(study: StudyResult) -> list[str]:
-    counts: dict[tuple[int, int], int] = {}
-    for entry in study.log:
-        if "wave" in entry:
-            key = entry["steps"][1], entry["seed"]
-            counts[key] = counts.get(key, 0) + 1
+    counts = Counter((entry["steps"][1], entry["seed"]) for entry in study.log if "wave" in entry)
     return [f"{count} to step {step} with seed {seed}" for (step, seed), count in counts.items()]
-
-
-def _recipe(declared: dict) -> dict:
-    return {name: value for name, value in flat_values(declared["recipe"]).items() if value is not None}

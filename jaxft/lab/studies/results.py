@@ -241,10 +241,8 @@ def read_study(folder: Path) -> StudyResult:
     declaration = read_saved_json(folder / DECLARATION)
     pairs = HeldOutPairs.of_json(declaration["facts"]["held_out"])
     metric, margin = declaration["study"]["metric"], declaration["study"]["margin"]
-    waves = [entry for entry in log if "wave" in entry]
-    losses = tuple(
-        _loss_outcome(folder, label, log, waves, (metric, pairs)) for label in declaration["study"]["losses"]
-    )
+    labels = declaration["study"]["losses"]
+    losses = tuple(_loss_outcome(folder, label, declaration, log, pairs) for label in labels)
     duels = duels_of(losses, margin, length_weights(pairs))
     return StudyResult(folder, declaration, metric, losses, duels, pairs, tuple(log), digest)
 
@@ -274,17 +272,16 @@ def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
 def _loss_outcome(
     folder: Path,
     label: str,
+    declared: Mapping[str, Any],
     log: Sequence[Mapping[str, Any]],
-    waves: Sequence[Mapping[str, Any]],
-    compared: tuple[str, HeldOutPairs],
+    pairs: HeldOutPairs,
 ) -> LossOutcome:
-    """Read a loss's results. waves: the log's entries about waves. compared: (metric, held-out pairs)."""
-    declared = read_saved_json(folder / DECLARATION)
+    """Read a loss's results. declared: the study's declaration."""
     winner, seeds = log[-1]["winners"][label], declared["study"]["seeds"]
     last: dict[int, tuple[int, float | None]] = {}
     stages: dict[int, list[float | None]] = {}
-    for wave in waves:
-        if wave["seed"] == seeds[0]:
+    for wave in log:
+        if "wave" in wave and wave["seed"] == seeds[0]:
             step, score = wave["steps"][1], wave["scores"][label]
             last[wave["trials"][label]] = step, score
             stages.setdefault(step, []).append(score)
@@ -294,7 +291,8 @@ def _loss_outcome(
     values = sorted(-math.inf if x is None else x for x in scores)
     sensitivity = Sensitivity(step, values[-1], median(values), values[0])
     finals = [trial_folder(folder, label, winner["trial"], seed) for seed in seeds]
-    curves = final_curves([read_evaluations(final / EVALUATIONS) for final in finals], *compared)
+    runs = [read_evaluations(final / EVALUATIONS) for final in finals]
+    curves = final_curves(runs, declared["study"]["metric"], pairs)
     return LossOutcome(label, winner["setting"], trials, sensitivity, curves)
 
 
