@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxft.batch import TrainState, widened
-from jaxft.data.source import Source
+from jaxft.data.source import HeldOutMetrics, Source
 from jaxft.distributed import sharding
 from jaxft.engine.state import Decoding
 from jaxft.nn import tree
@@ -47,20 +47,13 @@ class HeldOutValues(NamedTuple):
     prompts: dict[str, FloatMetrics]
 
 
-class HeldOut(NamedTuple):
-    """An evaluation of held-out rows: metrics, and {index of the row: {metric: value}} in `rows`."""
+def divided(total: Metrics) -> HeldOutMetrics:
+    """Return held-out metrics that are summed over all batches, each divided by its weight."""
+    return HeldOutMetrics(held_out_floats(total), row_values(total))
 
-    metrics: FloatMetrics
-    rows: RowValues
 
-    @staticmethod
-    def of(total: Metrics) -> "HeldOut":
-        """Return the evaluation of metrics that are summed over all batches: divide each by its weight."""
-        return HeldOut(held_out_floats(total), row_values(total))
-
-    def named_metrics(self) -> FloatMetrics:
-        """Return the metrics with the prefix eval_ that they have in the log."""
-        return {HELD_OUT + name: value for name, value in self.metrics.items()}
+def _as_logged(rows: HeldOutMetrics) -> FloatMetrics:
+    return {HELD_OUT + name: value for name, value in rows.metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -72,14 +65,14 @@ class Compiled:
     averaged(states) -> the states with the weights that are evaluated and exported: with optim.ema or a
     schedule-free optimizer the averaged weights, else the same. evaluate, general and sample take averaged
     states. evaluate(states, with_rows), general(states): metrics of the held-out rows and of the general
-    text, {} if the run has none; with_rows=True adds the metrics of single rows, see HeldOut. sample(states):
+    text, {} if the run has none; with_rows=True adds the metrics of single rows. sample(states):
     completions of held-out prompts and their scores. last_loss(states, batch): the loss of a training batch
     in a forward pass without dropout; {} with held-out rows, whose loss is computed after the last step
     anyway.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
-    evaluate: Callable[[States, bool], list[HeldOut]]
+    evaluate: Callable[[States, bool], list[HeldOutMetrics]]
     general: Callable[[States], list[dict[str, float]]]
     sample: Callable[[States], list[Scored]]
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
@@ -103,12 +96,12 @@ class Compiled:
             sample=clock.timed("sampling", "held-out prompts", self.sample),
         )
 
-    def held_out_metrics(self, states: States, scores: bool = False) -> list[FloatMetrics]:
+    def held_out_metrics(self, states: States, scores: bool) -> list[FloatMetrics]:
         """Return each member's metrics of the held-out rows, named as in the log, with averaged weights.
         scores: also complete held-out prompts and add the mean scores.
         """
         states = self.averaged(states)
-        of_rows = [rows.named_metrics() for rows in self.evaluate(states, False)]
+        of_rows = [_as_logged(rows) for rows in self.evaluate(states, False)]
         if not scores:
             return of_rows
         return [{**rows, **more.metrics} for rows, more in zip(of_rows, self.sample(states), strict=True)]
@@ -124,7 +117,7 @@ class Compiled:
         held_out, sampled = self.evaluate(states, True), self.sample(states)
         evaluations = [
             Evaluation(
-                metrics={**rows.named_metrics(), **more, **scored.metrics},
+                metrics={**_as_logged(rows), **more, **scored.metrics},
                 samples=scored.samples,
                 scored=scored.scored,
                 intervals=scored.intervals,
@@ -133,8 +126,8 @@ class Compiled:
             )
             for rows, more, scored in zip(held_out, general, sampled, strict=True)
         ]
-        pairs = zip(held_out, sampled, strict=True)
-        return evaluations, [HeldOutValues(rows.rows, scored.values) for rows, scored in pairs]
+        values = [HeldOutValues(x.rows, y.values) for x, y in zip(held_out, sampled, strict=True)]
+        return evaluations, values
 
 
 def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
@@ -159,9 +152,9 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
         state, metrics = train_step(states[0], frozen[0], sharding.shard_batch(p.mesh, batch))
         return (state,), metrics
 
-    def evaluate(states: States, with_rows: bool) -> list[HeldOut]:
+    def evaluate(states: States, with_rows: bool) -> list[HeldOutMetrics]:
         evaluated = source.evaluate(states[0])
-        return [HeldOut.of(held_out(states, with_rows)[0]) if evaluated is None else HeldOut(*evaluated)]
+        return [divided(held_out(states, with_rows)[0]) if evaluated is None else evaluated]
 
     def general_text(states: States) -> list[FloatMetrics]:
         return [as_floats(total) for total in general(states, False)]

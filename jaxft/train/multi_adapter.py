@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxft.batch import TrainState
+from jaxft.data.source import HeldOutMetrics
 from jaxft.distributed import sharding, threads
 from jaxft.nn import tree
 from jaxft.nn.adapters import lora
@@ -29,13 +30,13 @@ from jaxft.optim.optimizer import Optimizer
 from jaxft.train.compiled import (
     EVALUATING,
     Compiled,
-    HeldOut,
     RowMetrics,
     States,
     compile_averages,
     compile_eval,
     compile_last_loss,
     compile_samples,
+    divided,
 )
 from jaxft.train.evaluate import evaluate
 from jaxft.train.logs.clock import Clock
@@ -94,14 +95,8 @@ def combine_objectives(
     objectives: Sequence[Objective], separate_rows: bool = False, at_once: int = 1
 ) -> MultiAdapter:
     """Combine the objectives of several adapters into one MultiAdapter, which documents the arguments.
-
-    Raises ValueError if `at_once` does not divide their number, and for different kinds of reference.
+    Raises ValueError for different kinds of reference.
     """
-    if len(objectives) % at_once:
-        divisors = " or ".join(str(n) for n in range(1, len(objectives) + 1) if len(objectives) % n == 0)
-        raise ValueError(
-            f"{len(objectives)} adapters don't divide into blocks of {at_once}; use at_once={divisors}"
-        )
     kinds = [o.facts.reference for o in objectives]
     used = sorted({kind for kind in kinds if kind != "none"})
     if len(used) > 1:
@@ -356,8 +351,8 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     with clock.part("evaluation"):
         totals = compile_eval(of_rows, job.held_out, partial(clock.over, EVALUATING))
 
-    def held_out(states: States, with_rows: bool) -> list[HeldOut]:
-        return [HeldOut.of(total) for total in totals(states, with_rows)]
+    def held_out(states: States, with_rows: bool) -> list[HeldOutMetrics]:
+        return [divided(total) for total in totals(states, with_rows)]
 
     last_loss = compile_last_loss(job.sources[0], of_rows)
     texts = combine_objectives([o.text or o for o in objectives], at_once=at_once)

@@ -36,6 +36,7 @@ from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.metric_names import COMPLETION_LENGTH, SCORES
+from jaxft.runs.metrics_log import json_value
 from jaxft.runs.run_texts import Sample
 from jaxft.train.evaluate.completer import (
     Completer,
@@ -419,15 +420,11 @@ class CompletionScorer:
                 "prompt": prompt_texts[i],
                 "completion": text,
                 "finish": "stop" if ended[i] else "length",
-                "scores": {part.name: _or_none(part.values.ravel()[i]) for part in scores},
+                "scores": {part.name: json_value(part.values.ravel()[i]) for part in scores},
             }
             for i, text in enumerate(texts)
         ]
         return Evaluated(metrics, results, notes, by_row)
-
-
-def _or_none(score: float) -> float | None:
-    return None if math.isnan(score) else float(score)
 
 
 def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, list[float]]:

@@ -218,12 +218,11 @@ def _as_in_run(run: Run, quant: Quant) -> Calibration:
     run's rows. data.columns and data.format=plain apply to them only if the run's rows are for SFT.
     """
     assert quant.calibrate is not None
-    rows = Calibration(quant.calibrate, tokens=quant.calibrate_tokens, max_length=run.data.max_length)
     data = run.data
-    if isinstance(data, DataSettings):
-        rows = replace(
-            rows, invalid=data.invalid, invalid_limit=data.invalid_limit, template=data.template_settings
-        )
+    rows = Calibration(
+        quant.calibrate, tokens=quant.calibrate_tokens, max_length=data.max_length, invalid=data.invalid,
+        invalid_limit=data.invalid_limit, template=data.template_settings,
+    )  # fmt: skip
     if isinstance(data, Rows):
         rows = replace(rows, columns=data.columns, format=PLAIN if data.format == PLAIN else "auto")
     return rows
