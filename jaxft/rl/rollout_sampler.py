@@ -239,13 +239,9 @@ def from_bytes(content: bytes) -> list[Trajectory]:
         for count, sampled, reward, begins in facts["segments"]:
             segments.append(Segment(tokens[:count], logps[:count] if sampled else None, reward, begins))
             tokens, logps = tokens[count:], logps[count * sampled :]
-        faults, tuples = (
-            (Fault(*fault) for fault in facts["faults"]),
-            {k: tuple(facts[k]) for k in ("start", "turns")},
-        )
-        trajectories.append(
-            Trajectory(**facts | tuples | {"segments": tuple(segments), "faults": tuple(faults)})
-        )
+        facts |= {name: tuple(facts[name]) for name in ("start", "turns")}
+        faults = tuple(Fault(*fault) for fault in facts["faults"])
+        trajectories.append(Trajectory(**facts | {"segments": tuple(segments), "faults": faults}))
     return trajectories
 
 
