@@ -108,14 +108,10 @@ def read_world_run(folder: Path) -> WorldRun:
             f"{folder / METRICS} has no {keys[1]}; train it with score functions of its world and "
             "loop.eval_scores=true"
         )
-    kl, true, proxy = np.array([[_number(entry.get(key)) for key in keys] for entry in entries]).T
+    values = [[entry.get(key) for key in keys] for entry in entries]
+    kl, true, proxy = np.array(values, np.float64).T  # NaN for a value that was not finite, null in the log
     rows = read_held_out(folder)
     return WorldRun(kl, true, proxy, {name: row[TRUE] for name, row in rows.items() if TRUE in row})
-
-
-def _number(value: Any) -> float:
-    """Return a logged value, NaN for one that was not finite (null in the log) or is missing."""
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def rewards(runs: Sequence[WorldRun]) -> Float[np.ndarray, "S P"]:

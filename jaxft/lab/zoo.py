@@ -46,7 +46,7 @@ from jaxft.lab.loss_evaluation import (
     NamedLoss,
     Probe,
     format_number,
-    loss_knobs,
+    loss_beta,
     margin_curve,
     margin_span,
     probe,
@@ -116,9 +116,8 @@ def zoo_toy() -> Toy:
 def describe_loss(loss: NamedLoss) -> Specimen:
     """Compute the results of a loss that the page shows. Raises ValueError if the loss fails."""
     seen, toy = probe(loss.label, loss.fn), zoo_toy()
-    beta = loss_knobs(loss.fn).get("beta", (None, None))[1]
-    numeric = isinstance(beta, int | float) and not isinstance(beta, bool)
-    betas = [beta * factor for factor in BETAS] if numeric and beta > 0 else []
+    beta = loss_beta(loss.fn, 0.0)
+    betas = [beta * factor for factor in BETAS] if beta > 0 else []
     by_beta = sorted(((x, _quality(seen, toy, beta=x)) for x in betas), key=lambda pair: pair[1].kl)
     reach = margin_span(seen)
     return Specimen(

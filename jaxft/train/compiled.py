@@ -14,11 +14,9 @@ from jaxft.engine.state import Decoding
 from jaxft.nn import tree
 from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
-from jaxft.runs.run_texts import Evaluation
+from jaxft.runs.run_texts import Evaluation, Sample
 from jaxft.train.evaluate.evaluate import held_out_floats
 from jaxft.train.evaluate.scored_completions import (
-    Completed,
-    Scored,
     compile_sampler,
     held_out_prompts,
     make_scorer,
@@ -32,6 +30,7 @@ States = tuple[TrainState, ...]  # of the members of a job
 RowMetrics = Callable[[States, Iterable[Batch], bool], list[Metrics]]  # see programs.compile_metrics
 CompileRows = Callable[[Batch, int], RowMetrics]  # of the shape of a batch, and the number of batches
 RowValues = dict[int, FloatMetrics]  # of held-out rows by index
+ScoredSamples = tuple[Evaluation, dict[str, FloatMetrics]]  # see make_scorer
 LAST_LOSS = "last_loss"
 EVALUATING, EVALUATING_TEXT = "batches of held-out rows evaluated", "batches of general text evaluated"
 
@@ -74,7 +73,7 @@ class Compiled:
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
     evaluate: Callable[[States, bool], list[HeldOutMetrics]]
     general: Callable[[States], list[dict[str, float]]]
-    sample: Callable[[States], list[Scored]]
+    sample: Callable[[States], list[ScoredSamples]]
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
     averaged: Callable[[States], States]
 
@@ -104,7 +103,8 @@ class Compiled:
         of_rows = [_as_logged(rows) for rows in self.evaluate(states, False)]
         if not scores:
             return of_rows
-        return [{**rows, **more.metrics} for rows, more in zip(of_rows, self.sample(states), strict=True)]
+        scored = [evaluation["metrics"] for evaluation, _ in self.sample(states)]
+        return [{**rows, **more} for rows, more in zip(of_rows, scored, strict=True)]
 
     def evaluation(self, states: States) -> tuple[list[Evaluation], list[HeldOutValues]]:
         """Evaluate held-out rows, general text and completions of held-out prompts with averaged weights.
@@ -115,18 +115,10 @@ class Compiled:
         states = self.averaged(states)
         general = [{"general_loss": metrics["loss"]} if metrics else {} for metrics in self.general(states)]
         held_out, sampled = self.evaluate(states, True), self.sample(states)
-        evaluations = [
-            Evaluation(
-                metrics={**_as_logged(rows), **more, **scored.metrics},
-                samples=scored.samples,
-                scored=scored.scored,
-                intervals=scored.intervals,
-                score_faults=scored.faults,
-                nonfinite=scored.nonfinite,
-            )
-            for rows, more, scored in zip(held_out, general, sampled, strict=True)
-        ]
-        values = [HeldOutValues(x.rows, y.values) for x, y in zip(held_out, sampled, strict=True)]
+        evaluations, values = list[Evaluation](), list[HeldOutValues]()
+        for rows, more, (scored, of_prompts) in zip(held_out, general, sampled, strict=True):
+            evaluations.append({**scored, "metrics": {**_as_logged(rows), **more, **scored["metrics"]}})
+            values.append(HeldOutValues(rows.rows, of_prompts))
         return evaluations, values
 
 
@@ -169,7 +161,9 @@ def compile_averages(job: Job) -> Callable[[States], States]:
     return lambda states: tuple(average(state) for average, state in zip(averages, states, strict=True))
 
 
-def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Callable[[States], list[Scored]]:
+def compile_samples(
+    job: Job, frozen: tuple[Params, ...], clock: Clock
+) -> Callable[[States], list[ScoredSamples]]:
     """Return `sample(states)`: each member's completions of the held-out prompts, with scores.
 
     Members whose adapters have the same shapes share one compiled program. clock: shows the progress.
@@ -177,7 +171,7 @@ def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Calla
     run, prompts = job.lead.run, held_out_prompts(job.lead.run, job.sources[0])
     texts = prompt_texts(prompts, job.tokenizer, job.stop)
     score = make_scorer(run.scoring, run.samples, texts)
-    by_shape: dict[str, Callable[[Params], list[Completed]]] = {}
+    by_shape: dict[str, Callable[[Params], list[Sample]]] = {}
     complete = []
     for member in job.members:
         p = member.programs
@@ -188,7 +182,7 @@ def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Calla
             by_shape[key] = compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
         complete.append(by_shape[key])
 
-    def sample(states: States) -> list[Scored]:
+    def sample(states: States) -> list[ScoredSamples]:
         return [
             score(call(tree.combine(state.trainable, fixed)))
             for call, state, fixed in zip(complete, states, frozen, strict=True)

@@ -54,16 +54,6 @@ class SharedFrozen(NamedTuple):
     own: tuple[Params, ...]
 
 
-class Block(NamedTuple):
-    """A block of adapters that go through the model together.
-
-    number: its index, from 0. rows: rows of each adapter in a microbatch.
-    """
-
-    number: int | Int[Array, ""]
-    rows: int
-
-
 @dataclass(frozen=True)
 class MultiAdapter:
     """K objectives over one base, with an adapter each.
@@ -134,7 +124,7 @@ def gradients(
             jax.tree.map(partial(block_rows, number=number), batch) if adapters.separate_rows else batch
         )
         params = ({"base": no_base, **stacks[0]}, {"base": frozen.base, **stacks[1]})
-        objective = _block_objective(adapters, Block(number, rows), references)
+        objective = _block_objective(adapters, number, rows, references)
         grads, metrics = accumulate_gradients(objective, params, own_batch, key, aux)
         return own_params(grads), metrics
 
@@ -179,7 +169,7 @@ def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
             if adapters.coupled:
                 G = adapters.at_once
                 return jax.tree.map(lambda x: x.reshape(G, x.shape[0] // G, *x.shape[1:]), outputs)
-            return _loss(same_rows, Block(number, rows), outputs, aux)[1]
+            return _loss(same_rows, number, rows, outputs, aux)[1]
 
         return _map_blocks(same_rows, block, stacks, _own_references(same_rows, aux))
 
@@ -200,16 +190,21 @@ def own_params(params: Params) -> Params:
     return {name: x for name, x in params.items() if name != "base"}
 
 
-def _block_objective(adapters: MultiAdapter, block: Block, references: Params | None) -> Objective:
-    """Return a block's objective: the sum of its adapters' losses. references: each adapter's reference
-    policy, [K, ...]; None if there is none or all share one.
+def _block_objective(
+    adapters: MultiAdapter, number: int | Int[Array, ""], rows: int, references: Params | None
+) -> Objective:
+    """Return the objective of a block, the adapters that go through the model together: the sum of their
+    losses.
+
+    number: the block's index, from 0. rows: rows of each adapter in a microbatch. references: each adapter's
+    reference policy, [K, ...]; None if there is none or all share one.
     """
 
     def forward(params: Params, batch: Batch, key: Array | None, aux: Aux) -> Outputs:
         return _forward(adapters, params, batch, references)
 
     def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
-        return _loss(adapters, block, outputs, aux)
+        return _loss(adapters, number, rows, outputs, aux)
 
     return Objective(forward, loss, facts=Facts(coupled=adapters.coupled))
 
@@ -290,18 +285,18 @@ def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: P
 
 
 def _loss(
-    adapters: MultiAdapter, block: Block, outputs: Outputs, aux: Sequence[Aux]
+    adapters: MultiAdapter, number: int | Int[Array, ""], rows: int, outputs: Outputs, aux: Sequence[Aux]
 ) -> tuple[Array, Metrics]:
-    """Return (sum of the losses, metrics [at_once]) of a block's outputs.
+    """Return (sum of the losses, metrics [at_once]) of a block's outputs. number, rows: see _block_objective.
 
     outputs: the rows of all microbatches, one microbatch after the other.
     """
     G, objectives = adapters.at_once, adapters.objectives
 
     def of_adapter(g: int, x: Array) -> Array:
-        micro = x.shape[0] // (G * block.rows)
-        rows = x.reshape(micro, G, block.rows, *x.shape[1:])[:, g]
-        return rows.reshape(micro * block.rows, *x.shape[1:])
+        micro = x.shape[0] // (G * rows)
+        own = x.reshape(micro, G, rows, *x.shape[1:])[:, g]
+        return own.reshape(micro * rows, *x.shape[1:])
 
     parts = [jax.tree.map(partial(of_adapter, g), outputs) for g in range(G)]
     shapes = [jax.eval_shape(o.loss, parts[0], a)[1] for o, a in zip(objectives, aux, strict=True)]
@@ -313,7 +308,7 @@ def _loss(
         return total, stack_metrics([metrics for _, metrics in losses], names)
 
     branches = [partial(block_loss, first) for first in range(0, len(objectives), G)]
-    return branches[0](parts) if len(branches) == 1 else jax.lax.switch(block.number, branches, parts)
+    return branches[0](parts) if len(branches) == 1 else jax.lax.switch(number, branches, parts)
 
 
 def _union(each: Sequence[Metrics]) -> Metrics:

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.lab.studies.results import Duel, FinalCurve, LossOutcome, StudyResult
+from jaxft.lab.studies.results import Duel, FinalCurve, LossOutcome, StudyResult, finite_mean
 from jaxft.objectives.metrics import HELD_OUT, KL
 from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, MARGIN
 from jaxft.report.charts import Panel, draw
@@ -117,7 +117,7 @@ def losses_table(study: StudyResult) -> PaperTable:
         finite = [curve for curve in loss.curves if not curve.diverged]
         values = np.stack([curve.values[-1] for curve in finite or loss.curves])
         interval = paired_difference(np.zeros_like(values), values).interval.text(4) if finite else ""
-        each = [f"{_mean(c.values[-1]):.4f}" if not c.diverged else "diverged" for c in loss.curves]
+        each = [f"{finite_mean(c.values[-1]):.4f}" if not c.diverged else "diverged" for c in loss.curves]
         rows.append(
             (
                 loss.label,
@@ -144,12 +144,6 @@ def losses_table(study: StudyResult) -> PaperTable:
         head,
         tuple(rows),
     )
-
-
-def _mean(values: np.ndarray) -> float:
-    """Return the mean of the finite values, NaN if there is none."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else math.nan
 
 
 def _mean_metric(loss: LossOutcome, name: str) -> str:
@@ -286,7 +280,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
     of_seeds, of_seeds_by_kl = {}, {}
     for loss in study.losses:
         curves = loss.curves
-        x, each = curves[0].steps, [[_mean(values) for values in curve.values] for curve in curves]
+        x, each = curves[0].steps, [[finite_mean(values) for values in curve.values] for curve in curves]
         mean = np.mean(each, 0)
         steps[loss.label] = (x, mean.tolist())
         kl = np.mean([curve.kl for curve in curves], 0)

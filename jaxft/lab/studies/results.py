@@ -40,6 +40,12 @@ KL_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the largest KL that both losses reach
 START = {ACCURACY: 0.5}  # at step 0, where the policy is the reference; the margin is 0 there
 
 
+def finite_mean(values: np.ndarray) -> float:
+    """Return the mean of the finite values, NaN if there is none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
 @dataclass(frozen=True)
 class FinalCurve:
     """The E evaluations of a loss's final run; the first one is at step 0.
@@ -105,8 +111,7 @@ class LossOutcome:
     @property
     def mean(self) -> float:
         """The mean final value over prompts and the seeds that did not diverge; NaN if all did."""
-        known = self.final[np.isfinite(self.final)]
-        return float(known.mean()) if known.size else math.nan
+        return finite_mean(self.final)
 
     @property
     def largest_kl(self) -> float:

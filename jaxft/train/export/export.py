@@ -177,13 +177,10 @@ def export_model(
         summary.append(quantizer.layout_name)
     if layouts:
         sizes = {path: math.prod(layout.shape) for path, layout in layouts.items()}
-        mean = sum(bits_per_param(layout) * sizes[path] for path, layout in layouts.items()) / sum(
-            sizes.values()
-        )
-        summary.append(f"{mean:.3f} bits per quantised parameter")
-        summary.append(
-            f"quantisation changed these by {100 * quantisation.fraction:.2f} % (root mean square)"
-        )
+        bits = sum(bits_per_param(layout) * sizes[path] for path, layout in layouts.items())
+        summary.append(f"{bits / sum(sizes.values()):.3f} bits per quantised parameter")
+        change = 100 * quantisation.fraction
+        summary.append(f"quantisation changed these by {change:.2f} % (root mean square)")
     summary += quantizer.notes if quantizer else []
     if cast.fraction:
         summary.append(f"rounding changed the weights by {100 * cast.fraction:.3f} % (root mean square)")
