@@ -178,11 +178,8 @@ def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
 
 def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -> Metrics:
     """Return each adapter's metrics, [K], from the outputs of all held-out batches, [K, rows, ...]."""
-    each = [
-        objective.for_evaluation().loss(jax.tree.map(lambda x, k=k: x[k], outputs), aux[k])[1]
-        for k, objective in enumerate(adapters.objectives)
-    ]
-    return stack_metrics(each)
+    own = zip(adapters.objectives, _slices(outputs, len(aux)), aux, strict=True)
+    return stack_metrics([o.for_evaluation().loss(x, a)[1] for o, x, a in own])
 
 
 def own_params(params: Params) -> Params:
@@ -220,6 +217,10 @@ def _row_count(batch: Batch) -> int:
 
 def _first(stack: Any) -> Any:
     return jax.tree.map(lambda x: x[0], stack)
+
+
+def _slices(stack: Any, count: int) -> list[Any]:
+    return [jax.tree.map(lambda x, k=k: x[k], stack) for k in range(count)]
 
 
 def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: Params | None) -> Any:
@@ -373,7 +374,10 @@ def make_step(adapters: MultiAdapter, job: Job) -> Callable:
     def step(states: States, frozen: Any, batch: Batch) -> tuple[States, Metrics]:
         trainable, aux = [s.trainable for s in states], [s.aux for s in states]
         grads, metrics = gradients(adapters, trainable, frozen, batch, aux)
-        batches = _own_batches(batch, len(states)) if adapters.separate_rows else [batch] * len(states)
+        batches, K = [batch] * len(states), len(states)
+        if adapters.separate_rows:  # [K * micro, rows, ...]
+            micro = jax.tree.leaves(batch)[0].shape[0] // K
+            batches = [jax.tree.map(lambda x, k=k: x[k * micro : (k + 1) * micro], batch) for k in range(K)]
         done = [
             update(state, k, grads, metrics, batches[k])
             for k, (update, state) in enumerate(zip(updates, states, strict=True))
@@ -382,12 +386,6 @@ def make_step(adapters: MultiAdapter, job: Job) -> Callable:
         return tuple(state for state, _ in done), {**metrics, **counts}
 
     return step
-
-
-def _own_batches(batch: Batch, count: int) -> list[Batch]:
-    """Split a batch [count * micro, rows, ...] into the batches [micro, rows, ...] of `count` members."""
-    micro = jax.tree.leaves(batch)[0].shape[0] // count
-    return [jax.tree.map(lambda x, k=k: x[k * micro : (k + 1) * micro], batch) for k in range(count)]
 
 
 def compile_sweep_metrics(
@@ -406,12 +404,9 @@ def compile_sweep_metrics(
         trainable, aux = [s.trainable for s in states], [s.aux for s in states]
         return compiled(trainable, frozen, sharding.shard_batch(mesh, batch), aux)
 
-    def read(total: Metrics) -> list[Metrics]:
-        return [jax.tree.map(lambda x, k=k: x[k], total) for k in range(count)]
-
     if not adapters.coupled:
-        return lambda states, batches, with_rows: read(
-            evaluate.sum_metrics(partial(on_batch, states), batches, with_rows)
+        return lambda states, batches, with_rows: _slices(
+            evaluate.sum_metrics(partial(on_batch, states), batches, with_rows), count
         )
 
     def all_rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -424,7 +419,7 @@ def compile_sweep_metrics(
     def coupled(states: States, batches: Iterable[Batch], with_rows: bool) -> list[Metrics]:
         outputs = [jax.device_get(on_batch(states, batch)) for batch in batches]
         joined = jax.tree.map(lambda *x: np.concatenate(x, 1), *outputs)
-        return read(jax.device_get(compute_metrics(joined, jax.device_get(_loss_aux(states)))))
+        return _slices(jax.device_get(compute_metrics(joined, jax.device_get(_loss_aux(states)))), count)
 
     return coupled
 

@@ -108,16 +108,9 @@ def general_rows(data: DataSettings, general: str) -> Rows:
     in `data`, the run's.
     """
     return Rows(
-        general,
-        held_out=general,
-        format="text",
-        loss_on="all",
-        too_long="truncate",
-        max_length=data.max_length,
-        batch=data.batch,
-        micro=data.micro,
-        packing=bool(data.packing),
-    )
+        general, held_out=general, format="text", loss_on="all", too_long="truncate",
+        max_length=data.max_length, batch=data.batch, micro=data.micro, packing=bool(data.packing),
+    )  # fmt: skip
 
 
 class EvaluationLimit(NamedTuple):

@@ -408,17 +408,10 @@ def bind_sources(
     """
     p = job.lead.programs
     bound = BoundRun(
-        mesh=p.mesh,
-        model=p.partition.model,
-        objective=p.objective,
-        state=p.state,
-        frozen_shapes=p.frozen,
-        frozen=frozen[0],
-        stop=job.stop,
-        folder=job.folder,
-        fused_backward=p.optimizer.fused_backward,
+        mesh=p.mesh, model=p.partition.model, objective=p.objective, state=p.state, frozen_shapes=p.frozen,
+        frozen=frozen[0], stop=job.stop, folder=job.folder, fused_backward=p.optimizer.fused_backward,
         counter=counter,
-    )
+    )  # fmt: skip
     stored = saved["sources"] if saved else [None] * len(job.sources)
     sources = [source.bind(bound, old) for source, old in zip(job.sources, stored, strict=True)]
     return replace(job, sources=tuple(sources))
