@@ -21,6 +21,7 @@ results as JSON. Reward models: score.py.
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def write_tasks(path: Path | None, run: str | None, results: dict[str, Any]) -> 
     if path is None and run is not None:
         folder = local_folder(run) / "lm_eval"
         folder.mkdir(exist_ok=True)
-        path = folder / harness.report_name()
+        path = folder / time.strftime("results_%Y-%m-%dT%H-%M-%S.json")
     if path is None:
         return
     for name, result in results.items():

@@ -452,11 +452,10 @@ def objective_of(run: Any, loss: NamedLoss) -> Any:
     """
     from jaxft.objectives.preference import implicit_reward, no_extra_metrics, preference
 
+    beta = loss_beta(loss.fn, 0.1)
     if run.objective(run.model).facts.reference == "none":
-        return partial(preference, loss=loss.fn, beta=loss_beta(loss))
-    return partial(
-        run.objective, loss=loss.fn, beta=loss_beta(loss), reward=implicit_reward, extra=no_extra_metrics
-    )
+        return partial(preference, loss=loss.fn, beta=beta)
+    return partial(run.objective, loss=loss.fn, beta=beta, reward=implicit_reward, extra=no_extra_metrics)
 
 
 def file_name(label: str) -> str:

@@ -38,7 +38,7 @@ from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.setting_values import describe_kind
 from jaxft.serve.served_models import ServeFlags
 from jaxft.serve.server import ServerLimits
-from jaxft.train.evaluate.harness import HarnessSettings
+from jaxft.train.evaluate.evaluate_models import EvaluatedModels
 from jaxft.train.export.calibrate import Calibration
 from jaxft.train.settings import Loop
 from jaxft.weights.edit.new_adapters import Combination
@@ -138,7 +138,7 @@ def test_the_type_of_a_setting_is_shown_with_its_bounds():
         (lambda: MeshShape(-2), "mesh.data=-2; expected -1, or at least 1"),
         (lambda: MeshShape(tensor=2.5), "mesh.tensor=2.5; expected a whole number"),
         (lambda: MeshShape(fsdp=-1), "mesh.data and mesh.fsdp are -1"),
-        (lambda: HarnessSettings(batch=0), "batch=0; expected at least 1"),
+        (lambda: EvaluatedModels(batch=0), "batch=0; expected at least 1"),
         (lambda: Calibration("rows.jsonl", tokens=-5, max_length=-9), "tokens=-5; expected at least 1"),
         (lambda: Calibration("rows.jsonl", invalid_limit=7), "invalid_limit=7; expected from 0 to 1"),
         (lambda: Calibration("rows.jsonl", invalid="skip"), "invalid='skip'; use one of few, error, drop"),

@@ -326,8 +326,7 @@ def program_tracers(
     states = {rows: state_shapes(d, slots, rows, mesh) for rows in sizes}
 
     def add(name: tuple[Any, ...], fn: Any, to: int, *inputs: Any) -> None:
-        """to: rows of the state that fn returns. inputs: of fn; the second one is donated, except for keep.
-        """
+        """to: rows of the returned state. inputs: of fn; the second one is donated, except for keep."""
         where = None if mesh is None else jax.tree.map(lambda x: x.sharding, states[to])
         donated = () if name[0] in ("empty", "keep") else (1,)
         run = jax.jit(fn, donate_argnums=donated, out_shardings=where)

@@ -146,17 +146,9 @@ class Risk(NamedTuple):
     of_theta: Callable[[np.ndarray], tuple[float, np.ndarray]]  # change of logits = features @ theta
 
 
-class Population(NamedTuple):
-    """All ordered pairs of a toy as a batch. responses: kind, such as "chosen" -> each pair's response, as an
-    index into the toy's.
-    """
-
-    pair: PairBatch
-    responses: dict[str, Int[np.ndarray, " pairs"]]
-
-
-def population(probe: Probe, toy: Toy) -> Population:
-    """Return the toy's ordered pairs, weighted by how often each occurs; the weights sum to 1.
+def population(probe: Probe, toy: Toy) -> tuple[PairBatch, dict[str, Int[np.ndarray, " pairs"]]]:
+    """Return (the toy's ordered pairs, weighted by how often each occurs, kind such as "chosen" -> each
+    pair's response, as an index into the toy's). The weights sum to 1.
 
     A coupled loss may count pairs, so it gets COPIES pairs of equal weight: each pair is repeated as often as
     its weight, rounded, demands. A `mismatched` response is independent of the pair, `gold` is the one of the
@@ -183,7 +175,7 @@ def population(probe: Probe, toy: Toy) -> Population:
     means: Any = {kind: np.full_like(x.length, weight @ x.length[:, 0]) for kind, x in pair.responses.items()}
     responses = {kind: replace(x, mean_length=means[kind]) for kind, x in pair.responses.items()}
     given: Any = weight[:, None]
-    return Population(replace(pair, responses=responses, columns=columns, weight=given), index)
+    return replace(pair, responses=responses, columns=columns, weight=given), index
 
 
 def open_risk(probe: Probe, toy: Toy, **knobs: float) -> Risk:
@@ -321,14 +313,6 @@ def best_policy(toy: Toy, beta: float) -> Float[np.ndarray, " N"]:
 # Displacement
 
 
-@dataclass(frozen=True)
-class Displacement:
-    """Changes of the mean log-probs of chosen and rejected responses, in nats, at the end of a path."""
-
-    chosen: float
-    rejected: float
-
-
 class DisplacementPath(NamedTuple):
     """Changes of the mean log-probs of chosen and rejected responses [n + 1] before and after n steps."""
 
@@ -355,14 +339,15 @@ def displacement_path(risk: Risk, toy: Toy) -> DisplacementPath:
     return DisplacementPath(*np.array(moved).T)
 
 
-def displacement(path: DisplacementPath) -> Displacement | None:
-    """Return the changes at the end of a path; None if its margin does not rise to END_MARGIN.
+def displacement(path: DisplacementPath) -> tuple[float, float] | None:
+    """Return the changes of the mean log-probs of (chosen, rejected) responses, in nats, at the end of a
+    path; None if its margin does not rise to END_MARGIN.
 
     Chosen responses may lose probability although the margin grows, where responses share features
     (Razin et al. 2024, arXiv:2410.08847).
     """
     chosen, rejected = float(path.chosen[-1]), float(path.rejected[-1])
-    return Displacement(chosen, rejected) if chosen - rejected >= END_MARGIN else None
+    return (chosen, rejected) if chosen - rejected >= END_MARGIN else None
 
 
 def overlapping(overlap: float = 0.9) -> Toy:
@@ -409,25 +394,11 @@ def vector_field(probe: Probe, reach: float, count: int = 9) -> PushField:
 # Checks of claims
 
 
-@dataclass(frozen=True)
-class Optimum:
-    """The policy of the lowest risk of a loss. margins: for each response four rewards that it implies, by
-    name, such as "summed log-ratios".
-    """
-
-    toy: Toy
-    minimum: Minimum
-    margins: dict[str, np.ndarray]  # name -> [5]
+Margins = dict[str, np.ndarray]  # name, such as "summed log-ratios" -> rewards of the responses
 
 
-def find_optimum(probe: Probe) -> Optimum:
-    """Minimise the risk of a loss on the toy of five responses."""
-    toy = bradley_terry_toy(TOY_REWARD, TOY_REFERENCE, TOY_LENGTH)
-    minimum = minimise(open_risk(probe, toy), toy)
-    return Optimum(toy, minimum, _margins(toy, minimum.logp))
-
-
-def _margins(toy: Toy, logp: np.ndarray) -> dict[str, np.ndarray]:
+def _margins(toy: Toy, logp: np.ndarray) -> Margins:
+    """Return four rewards that a policy with log-probs logp implies for each response."""
     summed = {"log-ratios": logp - toy.reference, "log-probs": logp}
     return {
         **{f"summed {name}": x for name, x in summed.items()},
@@ -435,14 +406,17 @@ def _margins(toy: Toy, logp: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def check_optimum(optimum: Optimum, claims: tuple[str, ...]) -> tuple[Check, Check, Check]:
-    """Check whether the policy of the lowest risk is finite, orders the responses by true reward, and has
-    margins that are the true log-odds. claims: names of CLAIMS.
+def check_optimum(probe: Probe, claims: tuple[str, ...]) -> tuple[Check, Check, Check]:
+    """Check whether on the toy of five responses the policy of the lowest risk is finite, orders the
+    responses by true reward, and has margins that are the true log-odds. claims: names of CLAIMS.
     """
+    toy = bradley_terry_toy(TOY_REWARD, TOY_REFERENCE, TOY_LENGTH)
+    minimum = minimise(open_risk(probe, toy), toy)
+    margins, local = _margins(toy, minimum.logp), _margins(toy, minimum.local)
     return (
-        _check_finite(optimum.minimum, "finite" in claims),
-        _check_order(optimum, "bradley_terry" in claims),
-        _check_calibration(optimum, "calibrated" in claims),
+        _check_finite(minimum, "finite" in claims),
+        _check_order(toy.reward, margins, local, "bradley_terry" in claims),
+        _check_calibration(toy.reward, margins, "calibrated" in claims),
     )
 
 
@@ -456,9 +430,8 @@ def _claimed(name: str, claimed: bool, holds: bool, message: str) -> Check:
 def _check_finite(minimum: Minimum, claimed: bool) -> Check:
     name = "optimum"
     if not np.isfinite(minimum.risk):
-        return Check(
-            name, False, "the expected loss is not finite at the reference or at the best policy found"
-        )
+        message = "the expected loss is not finite at the reference or at the best policy found"
+        return Check(name, False, message)
     if not minimum.bounded:
         message = "the expected loss falls without bound as a response's probability goes to 0"
         return Check(name, False, f"{message}; bound it, with log_sigmoid or a square of the margin")
@@ -475,18 +448,20 @@ def _orders(values: np.ndarray, reward: np.ndarray) -> int:
     return int((steps > least).all()) - int((steps < -least).all())
 
 
-def _check_order(optimum: Optimum, claimed: bool) -> Check:
-    name, reward = "Bradley-Terry", optimum.toy.reward
-    if np.abs(optimum.margins["summed log-ratios"]).max() < 1e-3:
+def _check_order(reward: np.ndarray, margins: Margins, local: Margins, claimed: bool) -> Check:
+    """Check the order of the margins of the optimum and, in `local`, of the end of a descent from the
+    reference.
+    """
+    name = "Bradley-Terry"
+    if np.abs(margins["summed log-ratios"]).max() < 1e-3:
         message = "with unlimited data the loss is lowest at the reference: noisy labels teach it nothing"
         return _claimed(name, claimed, False, message)
-    orders = {what: _orders(x, reward) for what, x in optimum.margins.items()}
-    fits = sorted(orders, key=lambda what: -np.corrcoef(optimum.margins[what], reward)[0, 1])
+    orders = {what: _orders(x, reward) for what, x in margins.items()}
+    fits = sorted(orders, key=lambda what: -np.corrcoef(margins[what], reward)[0, 1])
     right = [what for what in fits if orders[what] > 0]
     if not right and min(orders.values()) < 0:
         message = "with unlimited data the loss orders responses in reverse of their true reward"
         return Check(name, False, f"{message}; change its sign")
-    local = _margins(optimum.toy, optimum.minimum.local)
     if right and _orders(local[right[0]], reward) < 0:
         message = (
             f"{right[0]} order the responses by true reward at the optimum, but descent from the reference "
@@ -499,11 +474,11 @@ def _check_order(optimum: Optimum, claimed: bool) -> Check:
     return _claimed(name, claimed, False, message)
 
 
-def _check_calibration(optimum: Optimum, claimed: bool) -> Check:
+def _check_calibration(reward: np.ndarray, margins: Margins, claimed: bool) -> Check:
     """Check that log-odds = k margin for one kind of margin; k is fitted by least squares."""
-    odds = optimum.toy.reward[:, None] - optimum.toy.reward[None, :]
+    odds = reward[:, None] - reward[None, :]
     fits = []
-    for what, x in optimum.margins.items():
+    for what, x in margins.items():
         margin = x[:, None] - x[None, :]
         size = float((margin * margin).sum())
         k = float((odds * margin).sum()) / size if size > 1e-12 else 0.0
@@ -544,6 +519,6 @@ def check_displacement(probe: Probe, claimed: bool) -> Check:
     name = "displacement"
     if moved is None:
         return _claimed(name, claimed, False, "from the reference the margin never rises by 1 nat")
-    message = f"{format_number(moved.chosen)} on chosen, {format_number(moved.rejected)} on rejected"
+    message = f"{format_number(moved[0])} on chosen, {format_number(moved[1])} on rejected"
     message = f"{message} while the margin rises by 1 nat, if the two share 90 % of their features"
-    return _claimed(name, claimed, moved.chosen > 0, message)
+    return _claimed(name, claimed, moved[0] > 0, message)

@@ -210,7 +210,8 @@ def margin_gradients(parts: Prepared) -> MarginGradients:
 
     with jax.set_mesh(run.mesh):
         compiled, by_index = jax.jit(of_batch), dict[int, np.ndarray]()
-        for batch in map(_on_rows, _full_rows(run.source, np.concatenate([rows.train, rows.held]))):
+        for full in _full_rows(run.source, np.concatenate([rows.train, rows.held])):
+            batch = jax.tree.map(lambda x: x[0], full)
             gradients = np.asarray(compiled(run.trainable, run.frozen, batch))
             used = batch.index >= 0
             by_index |= dict(zip(batch.index[used].tolist(), gradients[used], strict=True))
@@ -231,11 +232,6 @@ def _full_rows(source: PairSource, members: Int[np.ndarray, " n"]) -> tuple[Pair
     shape = RowShape(length, most_reads, length // int(tokens.min()))
     plan = pair_layout.fit_rows(members, layout.lengths, pairs.targets, shape)
     return replace(layout, rows=replace(layout.rows, rows=1, shape=shape)).evaluation(plan)
-
-
-def _on_rows(batch: Pairs) -> Pairs:
-    """Return a batch [1, rows, ...] without its first axis."""
-    return jax.tree.map(lambda x: x[0], batch)
 
 
 def map_gradients(

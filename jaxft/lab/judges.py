@@ -115,20 +115,15 @@ class ModelJudge:
 class ServerJudge:
     """A model behind an OpenAI-compatible server, asked in both orders at temperature 0.
 
-    url: up to and including /v1. pause: seconds before the first retry of a failed request. Replies are
-    stored in replies.cache, so that no request is sent twice, also after an interruption. The key is read
-    from the environment variable OPENAI_API_KEY and stored nowhere.
+    url: up to and including /v1. name: the model's. pause: seconds before the first retry of a failed
+    request. Replies are stored in replies.cache, so that no request is sent twice, also after an
+    interruption. The key is read from the environment variable OPENAI_API_KEY and stored nowhere.
     """
 
     url: str
-    model: str
+    name: str
     replies: Replies = Replies()
     pause: float = PAUSE
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.model
 
     def compare(self, matches: Sequence[Match]) -> Verdicts:
         """Return the verdicts on matches.
@@ -136,13 +131,14 @@ class ServerJudge:
         Raises ValueError if more requests than the budget are needed, before any is sent; if a request fails;
         and if most replies have no verdict.
         """
-        requests = [self._body(messages) for messages in in_both_orders(matches)]
+        shared = {"model": self.name, "temperature": 0, "max_tokens": self.replies.max_new}
+        requests = [{**shared, "messages": messages} for messages in in_both_orders(matches)]
         cache = ReplyCache(self.replies.cache)
         new = {key: body for body in requests if (key := request_key(self.url, body)) not in cache.replies}
         budget = self.replies.budget
         if budget is not None and len(new) > budget:
             raise ValueError(
-                f"--budget {budget}: {len(new)} requests to {self.model} are needed "
+                f"--budget {budget}: {len(new)} requests to {self.name} are needed "
                 f"({len(requests) - len(new)} are in the cache); raise --budget, or use fewer prompts"
             )
         with concurrent.futures.ThreadPoolExecutor(self.replies.workers) as pool:
@@ -153,15 +149,7 @@ class ServerJudge:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return values_of([cache.replies[request_key(self.url, body)] for body in requests], self.model)
-
-    def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": self.replies.max_new,
-        }
+        return values_of([cache.replies[request_key(self.url, body)] for body in requests], self.name)
 
     def _reply(self, body: dict[str, Any]) -> str:
         """Send a request and return the reply's text. Retry after HTTP errors 429 and 5xx, failed connections

@@ -262,9 +262,7 @@ def verdict_lines(judged: Judged, one: str, other: str) -> list[str]:
         + (f"{better} is better" if better else needed_line(judged)),
     ]
     if result["without_verdict"]:
-        lines.append(
-            f"  {result['without_verdict']} prompts without a verdict in both orders are left out"
-        )
+        lines.append(f"  {result['without_verdict']} prompts without a verdict in both orders are left out")
     if bool(result["longer"]) != bool(result["shorter"]):
         never = "shorter" if result["longer"] else "longer"
         lines.append(

@@ -109,10 +109,11 @@ def loss_knobs(loss: Callable) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def loss_beta(loss: NamedLoss) -> float:
-    """Return the default of the loss's beta, which scales the logged rewards; 0.1 if it has none."""
-    default = loss_knobs(loss.fn).get("beta", (None, None))[1]
-    return float(default) if isinstance(default, int | float) else 0.1
+def loss_beta(loss: Callable, otherwise: float) -> float:
+    """Return the default of a loss's beta; `otherwise` if it has none, or no numeric one."""
+    default = loss_knobs(loss).get("beta", (None, None))[1]
+    is_number = isinstance(default, int | float) and not isinstance(default, bool)
+    return float(default) if is_number else otherwise
 
 
 def _function(name: str) -> tuple[Callable, Path]:

@@ -28,7 +28,7 @@ from jaxft.objectives.intervals import LEVEL
 from jaxft.objectives.metrics import HELD_OUT, KL
 from jaxft.report.charts import Panel, Points
 from jaxft.report.document import html_page
-from jaxft.report.html_elements import escaped, record_table, section
+from jaxft.report.html_elements import escaped, record_table, sections
 from jaxft.report.ranking import read_held_out
 from jaxft.report.statistics import Adjusted, Difference, holm, paired_difference
 from jaxft.runs.metric_names import SCORES
@@ -108,14 +108,10 @@ def read_world_run(folder: Path) -> WorldRun:
             f"{folder / METRICS} has no {keys[1]}; train it with score functions of its world and "
             "loop.eval_scores=true"
         )
-    kl, true, proxy = np.array([[_number(entry.get(key)) for key in keys] for entry in entries]).T
+    values = [[entry.get(key) for key in keys] for entry in entries]
+    kl, true, proxy = np.array(values, np.float64).T  # NaN for a value that was not finite, null in the log
     rows = read_held_out(folder)
     return WorldRun(kl, true, proxy, {name: row[TRUE] for name, row in rows.items() if TRUE in row})
-
-
-def _number(value: Any) -> float:
-    """Return a logged value, NaN for one that was not finite (null in the log) or is missing."""
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def rewards(runs: Sequence[WorldRun]) -> Float[np.ndarray, "S P"]:
@@ -282,20 +278,15 @@ def mean_curves(runs: Sequence[WorldRun]) -> Float[np.ndarray, "3 E"]:
 
     Raises ValueError if no run diverged, but their numbers of evaluations differ.
     """
-    most = max(len(run.true) for run in runs)
-    if any(run.diverged for run in runs):
-        padded = [
-            [np.pad(x, (0, most - len(x)), constant_values=math.nan) for x in (run.kl, run.true, run.proxy)]
-            for run in runs
-        ]
-        return np.mean(padded, axis=0)
     counts = {len(run.true) for run in runs}
-    if len(counts) > 1:
+    if len(counts) > 1 and not any(run.diverged for run in runs):
         raise ValueError(
             f"runs of one loss have {' and '.join(map(str, sorted(counts)))} evaluations with different "
             "seeds; leave out loop.patience, or train the shorter runs to the end"
         )
-    return np.mean([[run.kl, run.true, run.proxy] for run in runs], axis=0)
+    curves = [(x, max(counts) - len(x)) for run in runs for x in (run.kl, run.true, run.proxy)]
+    padded = np.stack([np.pad(x, (0, more), constant_values=math.nan) for x, more in curves])
+    return np.mean(padded.reshape(len(runs), 3, max(counts)), axis=0)
 
 
 def _last(runs: Sequence[WorldRun], name: str) -> float:
@@ -359,24 +350,14 @@ def robustness_page(levels: Sequence[FaultLevel], settings: Mapping[str, Any]) -
         pictures += f'<p class="note">{note}</p>'
     duels = baseline_table(levels).html() if len(levels[0].runs) > 1 else ""
     over_training = picture_html(optimisation_panels(levels), "Rewards against KL")
-    shown = {
-        "Robustness": section(
-            "robustness",
-            "Robustness",
-            f'<p class="text">{escaped(text)}.</p>{pictures}{cost_table(levels).html()}{duels}',
-        ),
-        "Over-optimisation": section(
-            "over-optimisation", "Over-optimisation", over_training + optimisation_table(levels).html()
-        ),
-        "Settings": section(
-            "settings",
-            "Settings",
-            record_table({level.name or "world": asdict(level.world) for level in levels})
-            + record_table({"": settings}),
-        ),
+    worlds = record_table({level.name or "world": asdict(level.world) for level in levels})
+    parts = {
+        "Robustness": f'<p class="text">{escaped(text)}.</p>{pictures}{cost_table(levels).html()}{duels}',
+        "Over-optimisation": over_training + optimisation_table(levels).html(),
+        "Settings": worlds + record_table({"": settings}),
     }
-    titled = {link: (link.lower(), html) for link, html in shown.items()}
-    return html_page("Losses in worlds with a planted fault", f"Written by jaxft {__version__}", titled)
+    note = f"Written by jaxft {__version__}"
+    return html_page("Losses in worlds with a planted fault", note, sections(parts))
 
 
 def write_robustness(levels: Sequence[FaultLevel], settings: Mapping[str, Any], folder: Path) -> list[Path]:

@@ -46,7 +46,7 @@ from jaxft.lab.loss_evaluation import (
     NamedLoss,
     Probe,
     format_number,
-    loss_knobs,
+    loss_beta,
     margin_curve,
     margin_span,
     probe,
@@ -55,7 +55,7 @@ from jaxft.objectives.losses.ranking_losses import RATING
 from jaxft.objectives.pair import declaration
 from jaxft.report.charts import COLOURS
 from jaxft.report.document import html_page
-from jaxft.report.html_elements import escaped, folded, html_table, section
+from jaxft.report.html_elements import escaped, folded, html_table, sections
 
 BETAS = tuple(10.0 ** (k / 4) for k in range(-6, 7))  # factors of a loss's default beta
 FLIPS = (0.0, 0.1, 0.2, 0.3, 0.4)
@@ -116,9 +116,8 @@ def zoo_toy() -> Toy:
 def describe_loss(loss: NamedLoss) -> Specimen:
     """Compute the results of a loss that the page shows. Raises ValueError if the loss fails."""
     seen, toy = probe(loss.label, loss.fn), zoo_toy()
-    beta = loss_knobs(loss.fn).get("beta", (None, None))[1]
-    numeric = isinstance(beta, int | float) and not isinstance(beta, bool)
-    betas = [beta * factor for factor in BETAS] if numeric and beta > 0 else []
+    beta = loss_beta(loss.fn, 0.0)
+    betas = [beta * factor for factor in BETAS] if beta > 0 else []
     by_beta = sorted(((x, _quality(seen, toy, beta=x)) for x in betas), key=lambda pair: pair[1].kl)
     reach = margin_span(seen)
     return Specimen(
@@ -388,15 +387,10 @@ def _figure(plot: Plot, frame: Frame, content: str, wide: bool = False) -> str:
 def zoo_page(specimens: Sequence[Specimen]) -> str:
     """Return the HTML page: an overview table and plot, then plots and checks of each loss."""
     toy = zoo_toy()
-    parts = {
-        "Overview": ("overview", section("overview", "Overview", _overview(specimens, toy))),
-        "Losses": (
-            "losses",
-            section("losses", "Losses", ARROW_HEAD + "\n".join(_loss_html(x, toy) for x in specimens)),
-        ),
-    }
+    losses = ARROW_HEAD + "\n".join(_loss_html(x, toy) for x in specimens)
     note = f"{len(specimens)} preference losses on a toy with known rewards, written by jaxft {__version__}"
-    return html_page("The zoo of preference losses", note, parts)
+    parts = {"Overview": _overview(specimens, toy), "Losses": losses}
+    return html_page("The zoo of preference losses", note, sections(parts))
 
 
 def write_zoo(losses: Sequence[NamedLoss], out: Path, report: Callable[[str], None]) -> int:
@@ -481,8 +475,8 @@ def _cells(x: Specimen, start: float, at_kl: float) -> list[str]:
     moved = displacement(x.path)
     changes = "-"
     if moved is not None:
-        chosen = f"{moved.chosen:+.2f}"
-        changes = f"{_marked(chosen) if moved.chosen < 0 else chosen} {moved.rejected:+.2f}"
+        chosen = f"{moved[0]:+.2f}"
+        changes = f"{_marked(chosen) if moved[0] < 0 else chosen} {moved[1]:+.2f}"
     return [
         ",<br>".join(x.needs),
         mark("Bradley-Terry", ("no order", "reverse", "lowest at the reference")),

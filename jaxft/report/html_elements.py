@@ -62,6 +62,11 @@ def section(anchor: str, title: str, content: str) -> str:
     return f'<section id="{anchor}"><h2>{title}</h2>\n{content}\n</section>' if content else ""
 
 
+def sections(contents: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Return title -> (anchor, section) of a page from title -> content; see html_page."""
+    return {title: (title.lower(), section(title.lower(), title, x)) for title, x in contents.items()}
+
+
 def flat_values(record: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Flatten nested dicts: {"optim": {"lr": 1}} becomes {"optim.lr": 1}. path: a prefix for the names."""
     flat: dict[str, Any] = {}

@@ -105,15 +105,9 @@ class OnlinePairs(Rollouts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rules = self.rules
-        applied = Rules(
-            rules.rewards,
-            reward_weights=rules.reward_weights,
-            combine=rules.combine,
-            shape=rules.shape,
-            train_on_truncated=rules.train_on_truncated,
-        )
-        ignored = [x.name for x in fields(rules) if getattr(rules, x.name) != getattr(applied, x.name)]
+        applied = ("rewards", "reward_weights", "combine", "shape", "train_on_truncated")
+        others = [x for x in fields(Rules) if x.name not in applied]
+        ignored = [x.name for x in others if getattr(self.rules, x.name) != x.default]
         if ignored:
             raise ValueError(
                 "online pairs use only rewards, reward_weights, combine, shape and train_on_truncated. "

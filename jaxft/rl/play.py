@@ -355,13 +355,11 @@ class _Rollout:
             most = self.play.limits.prompt
             text = f"the prompt has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
             return _Decision(episode.number, "end", fault=(LONG_PROMPT, text))
-        messages = (
-            chat.messages[: chat.response]
-            if isinstance(chat, Chat)
-            else [{"role": "user", "content": chat.prompt}]
-        )
+        messages = [{"role": "user", "content": chat.prompt}]
+        if isinstance(chat, Chat):
+            messages = list(chat.messages[: chat.response])
         episode.asked = len(messages)
-        return _Decision(episode.number, "start", ids, messages=list(messages))
+        return _Decision(episode.number, "start", ids, messages=messages)
 
     def _answered(self, episode: _Episode, answer: _Answer) -> _Decision:
         """Return the decision to continue an episode with the environment's answer, or to end it."""
@@ -555,12 +553,9 @@ def _fault_of(error: Any, limits: EpisodeLimits) -> tuple[str, str]:
     """Return (kind, text) of the fault for an exception that a call raised."""
     if isinstance(error, Overdue):
         return TIME_OUT, f"a call took more than data.timeout={limits.timeout:g} seconds"
-    kind, text = (
-        (WRONG_TYPE, str(error))
-        if isinstance(error, WrongType)
-        else (RAISED, f"{type(error).__name__}: {' '.join(str(error).split())}")
-    )
-    return kind, valid_text(text[:FAULT_SIZE])
+    if isinstance(error, WrongType):
+        return WRONG_TYPE, valid_text(str(error)[:FAULT_SIZE])
+    return RAISED, valid_text(f"{type(error).__name__}: {' '.join(str(error).split())}"[:FAULT_SIZE])
 
 
 def _with_prompt(chat: Chat | Completion, prompt: FirstPrompt) -> Chat:

@@ -47,14 +47,24 @@ CLASSIFIER = "ForSequenceClassification"  # the end of its architecture's name
 class LoadedRewardModel:
     """A frozen reward model on a mesh.
 
-    score(params, tokens) -> the reward of each row. model: the architecture, with its head and adapter, whose
-    parameters are `params`. pad: id of a padding token, at which no reward is read; None without one.
+    model: the architecture, with its head and adapter, whose parameters are `params`. pad: id of a padding
+    token, at which no reward is read; None without one.
     """
 
-    score: Callable[[Params, Tokens], Float[Array, "B"]]
     params: Params
     model: Model
     pad: int | None
+
+    def score(self, params: Params, tokens: Tokens) -> Float[Array, "B"]:
+        """Return the reward of each row, which holds one text, read at the last token that isn't `pad`.
+
+        Rows may be padded on either side.
+        """
+        T, valid = tokens.segments.shape[1], tokens.segments > 0
+        valid = valid if self.pad is None else valid & (tokens.ids != self.pad)
+        last_B = jnp.max(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
+        h_BTD, _ = self.model.hidden(params, tokens)
+        return adapted.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
 
 
 def load_reward_model(
@@ -82,8 +92,7 @@ def load_reward_model(
             "base": pretrained.load_base(ref, stored, mesh),
             **initial_params.init_all_but_base(stored.model, mesh, 0, head, ref),
         }
-    pad = pad_token_of(ref, adapter)
-    return LoadedRewardModel(partial(score_rows, stored.model, pad=pad), params, stored.model, pad)
+    return LoadedRewardModel(params, stored.model, pad_token_of(ref, adapter))
 
 
 def load_reward_adapters(
@@ -114,26 +123,13 @@ def load_reward_adapters(
         out, wide = {}, np.promote_types(model.dtype, np.float32)
         for (name, parts), equal in zip(parts_of.items(), of_equal_shapes(list(pairs.values())), strict=True):
             placed = adapter_folders.on_every_device({**parts, "adapter": equal}, wide, mesh)
-            pad, params = pad_token_of(ref, folders[name]), {**first.params, **placed}
-            score = partial(score_rows, first.model, pad=pad)
-            out[name] = LoadedRewardModel(score, params, first.model, pad)
+            params, pad = {**first.params, **placed}, pad_token_of(ref, folders[name])
+            out[name] = LoadedRewardModel(params, first.model, pad)
     return out
 
 
 def _headless(ref: str, dtype: DTypeLike) -> Model:
     return adapted.with_scalar_head(pretrained.model_for(ref, dtype=dtype))
-
-
-def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
-    """Return the reward of each row, which holds one text, read at the last token that isn't `pad`.
-
-    Rows may be padded on either side.
-    """
-    T, valid = tokens.segments.shape[1], tokens.segments > 0
-    valid = valid if pad is None else valid & (tokens.ids != pad)
-    last_B = jnp.max(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
-    h_BTD, _ = model.hidden(params, tokens)
-    return adapted.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
 
 
 def read_before_pad(batch: Pairs, pad: int) -> Pairs:

@@ -9,7 +9,7 @@ first step and repeats it from its record.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -262,14 +262,10 @@ class Rollouts(Prompts):
         """Read and tokenise the prompts; see DataSettings.open. `bind` returns the source that can sample."""
         names = [reward.name for reward in self.object_rewards]
         if names and (self.environment is None or len({*names}) < len(names)):
-            raise ValueError(
-                f"rewards {', '.join(names)} have the parameter environments; "
-                + (
-                    "set environment=my_env.py:Name"
-                    if self.environment is None
-                    else "rename one of the functions that have the same name"
-                )
-            )
+            advice = "set environment=my_env.py:Name"
+            if self.environment is not None:
+                advice = "rename one of the functions that have the same name"
+            raise ValueError(f"rewards {', '.join(names)} have the parameter environments; {advice}")
         self.play(tokenizer, ())  # raises ValueError for a tokenizer whose template shows no tools
         return PromptSource(self, tokenizer, *prompts.split_prompts(self, tokenizer, cache), shards)
 
@@ -534,26 +530,20 @@ def rollout_info(data: Rollouts, tokenizer: Any, train: PromptRows, eval_prompts
         f"{data.max_new} tokens is used for {data.steps_per_rollout} step{plural}{train.split.left_out}"
     )
     if tokenizer.eos_token_id is None:
-        summary += (
-            "; the tokenizer has no end token: the model's, the template's or data.max_new ends completions"
-        )
+        ends = "the model's, the template's or data.max_new ends completions"
+        summary += f"; the tokenizer has no end token: {ends}"
     out = [] if data.rules.train_on_truncated else ["completions truncated at data.max_new"]
     out += [] if data.rules.filter is None else ["completions that the filter leaves out"]
     learned = "100.0 % of the tokens of completions are learned"
     learned = f"all tokens of completions are learned, except in {' and '.join(out)}" if out else learned
     fingerprints = {reward.name: reward.fingerprint() for reward in data.rules.rewards}
     stats = SourceStats(
-        examples=len(train),
-        held_out=len(eval_prompts),
-        dropped=rows.dropped,
-        invalid=rows.invalid,
-        largest_id=rows.largest_id,
-        summary=summary,
-        learned=learned,
-    )
-    notes = (
-        restart_notes(data.played.schemas, tokenizer, data.template_settings) if data.max_turns > 1 else ()
-    )
+        examples=len(train), held_out=len(eval_prompts), dropped=rows.dropped, invalid=rows.invalid,
+        largest_id=rows.largest_id, summary=summary, learned=learned,
+    )  # fmt: skip
+    notes: Sequence[str] = ()
+    if data.max_turns > 1:
+        notes = restart_notes(data.played.schemas, tokenizer, data.template_settings)
     return SourceInfo(
         steps=rollouts * data.steps_per_rollout,
         steps_per_epoch=len(train) / data.batch * data.steps_per_rollout,

@@ -42,6 +42,7 @@ from jaxft.rl.rewards import begin_async
 from jaxft.rl.rollout_layout import BoundRun, uncounted
 from jaxft.rl.rollout_rules import ScoredEpisodes
 from jaxft.rl.trajectory import Episodes, Fault, Segment, Trajectory, collect
+from jaxft.runs.metrics_log import json_value
 
 TABLE_ROWS, PER_PROMPT = 8, 2  # of completions.jsonl, for each rollout
 RECORDS = "rollouts"  # the folder of recorded rollouts
@@ -70,17 +71,13 @@ def append_table(path: Path, step: int, scored: ScoredEpisodes, names: list[str]
                 "row": episodes.prompts.names[played.prompt],
                 "prompt": episodes.prompts.as_given(played.prompt),
                 "completion": played.text,
-                "rewards": {name: _json_number(x) for name, x in zip(names, by_reward[i], strict=True)},
-                "reward": _json_number(scores[i]),
+                "rewards": json_value(dict(zip(names, by_reward[i], strict=True))),
+                "reward": json_value(scores[i]),
             }
             if episodes.most_turns > 1:
                 entry |= {"turns": played.turns, "sampled_turns": len(played.sampled)}
                 entry |= {"fault": played.fault or None, "ended": played.ended}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-def _json_number(x: Any) -> float | None:
-    return None if np.isnan(x) else float(x)
 
 
 def inspect_episodes(folder: Path, number: int) -> Iterator[ShownExample]:
@@ -243,13 +240,9 @@ def from_bytes(content: bytes) -> list[Trajectory]:
         for count, sampled, reward, begins in facts["segments"]:
             segments.append(Segment(tokens[:count], logps[:count] if sampled else None, reward, begins))
             tokens, logps = tokens[count:], logps[count * sampled :]
-        faults, tuples = (
-            (Fault(*fault) for fault in facts["faults"]),
-            {k: tuple(facts[k]) for k in ("start", "turns")},
-        )
-        trajectories.append(
-            Trajectory(**facts | tuples | {"segments": tuple(segments), "faults": tuple(faults)})
-        )
+        facts |= {name: tuple(facts[name]) for name in ("start", "turns")}
+        faults = tuple(Fault(*fault) for fault in facts["faults"])
+        trajectories.append(Trajectory(**facts | {"segments": tuple(segments), "faults": faults}))
     return trajectories
 
 

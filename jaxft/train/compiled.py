@@ -8,17 +8,15 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxft.batch import TrainState, widened
-from jaxft.data.source import Source
+from jaxft.data.source import HeldOutMetrics, Source
 from jaxft.distributed import sharding
 from jaxft.engine.state import Decoding
 from jaxft.nn import tree
 from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.objectives.metrics import HELD_OUT, LOSS, FloatMetrics, as_floats, row_values
-from jaxft.runs.run_texts import Evaluation
+from jaxft.runs.run_texts import Evaluation, Sample
 from jaxft.train.evaluate.evaluate import held_out_floats
 from jaxft.train.evaluate.scored_completions import (
-    Completed,
-    Scored,
     compile_sampler,
     held_out_prompts,
     make_scorer,
@@ -32,6 +30,7 @@ States = tuple[TrainState, ...]  # of the members of a job
 RowMetrics = Callable[[States, Iterable[Batch], bool], list[Metrics]]  # see programs.compile_metrics
 CompileRows = Callable[[Batch, int], RowMetrics]  # of the shape of a batch, and the number of batches
 RowValues = dict[int, FloatMetrics]  # of held-out rows by index
+ScoredSamples = tuple[Evaluation, dict[str, FloatMetrics]]  # see make_scorer
 LAST_LOSS = "last_loss"
 EVALUATING, EVALUATING_TEXT = "batches of held-out rows evaluated", "batches of general text evaluated"
 
@@ -47,20 +46,13 @@ class HeldOutValues(NamedTuple):
     prompts: dict[str, FloatMetrics]
 
 
-class HeldOut(NamedTuple):
-    """An evaluation of held-out rows: metrics, and {index of the row: {metric: value}} in `rows`."""
+def divided(total: Metrics) -> HeldOutMetrics:
+    """Return held-out metrics that are summed over all batches, each divided by its weight."""
+    return HeldOutMetrics(held_out_floats(total), row_values(total))
 
-    metrics: FloatMetrics
-    rows: RowValues
 
-    @staticmethod
-    def of(total: Metrics) -> "HeldOut":
-        """Return the evaluation of metrics that are summed over all batches: divide each by its weight."""
-        return HeldOut(held_out_floats(total), row_values(total))
-
-    def named_metrics(self) -> FloatMetrics:
-        """Return the metrics with the prefix eval_ that they have in the log."""
-        return {HELD_OUT + name: value for name, value in self.metrics.items()}
+def _as_logged(rows: HeldOutMetrics) -> FloatMetrics:
+    return {HELD_OUT + name: value for name, value in rows.metrics.items()}
 
 
 @dataclass(frozen=True)
@@ -72,16 +64,16 @@ class Compiled:
     averaged(states) -> the states with the weights that are evaluated and exported: with optim.ema or a
     schedule-free optimizer the averaged weights, else the same. evaluate, general and sample take averaged
     states. evaluate(states, with_rows), general(states): metrics of the held-out rows and of the general
-    text, {} if the run has none; with_rows=True adds the metrics of single rows, see HeldOut. sample(states):
+    text, {} if the run has none; with_rows=True adds the metrics of single rows. sample(states):
     completions of held-out prompts and their scores. last_loss(states, batch): the loss of a training batch
     in a forward pass without dropout; {} with held-out rows, whose loss is computed after the last step
     anyway.
     """
 
     step: Callable[[States, tuple[Params, ...], Batch], tuple[States, Metrics]]
-    evaluate: Callable[[States, bool], list[HeldOut]]
+    evaluate: Callable[[States, bool], list[HeldOutMetrics]]
     general: Callable[[States], list[dict[str, float]]]
-    sample: Callable[[States], list[Scored]]
+    sample: Callable[[States], list[ScoredSamples]]
     last_loss: Callable[[States, Batch], list[FloatMetrics]]
     averaged: Callable[[States], States]
 
@@ -103,15 +95,16 @@ class Compiled:
             sample=clock.timed("sampling", "held-out prompts", self.sample),
         )
 
-    def held_out_metrics(self, states: States, scores: bool = False) -> list[FloatMetrics]:
+    def held_out_metrics(self, states: States, scores: bool) -> list[FloatMetrics]:
         """Return each member's metrics of the held-out rows, named as in the log, with averaged weights.
         scores: also complete held-out prompts and add the mean scores.
         """
         states = self.averaged(states)
-        of_rows = [rows.named_metrics() for rows in self.evaluate(states, False)]
+        of_rows = [_as_logged(rows) for rows in self.evaluate(states, False)]
         if not scores:
             return of_rows
-        return [{**rows, **more.metrics} for rows, more in zip(of_rows, self.sample(states), strict=True)]
+        scored = [evaluation["metrics"] for evaluation, _ in self.sample(states)]
+        return [{**rows, **more} for rows, more in zip(of_rows, scored, strict=True)]
 
     def evaluation(self, states: States) -> tuple[list[Evaluation], list[HeldOutValues]]:
         """Evaluate held-out rows, general text and completions of held-out prompts with averaged weights.
@@ -122,19 +115,11 @@ class Compiled:
         states = self.averaged(states)
         general = [{"general_loss": metrics["loss"]} if metrics else {} for metrics in self.general(states)]
         held_out, sampled = self.evaluate(states, True), self.sample(states)
-        evaluations = [
-            Evaluation(
-                metrics={**rows.named_metrics(), **more, **scored.metrics},
-                samples=scored.samples,
-                scored=scored.scored,
-                intervals=scored.intervals,
-                score_faults=scored.faults,
-                nonfinite=scored.nonfinite,
-            )
-            for rows, more, scored in zip(held_out, general, sampled, strict=True)
-        ]
-        pairs = zip(held_out, sampled, strict=True)
-        return evaluations, [HeldOutValues(rows.rows, scored.values) for rows, scored in pairs]
+        evaluations, values = list[Evaluation](), list[HeldOutValues]()
+        for rows, more, (scored, of_prompts) in zip(held_out, general, sampled, strict=True):
+            evaluations.append({**scored, "metrics": {**_as_logged(rows), **more, **scored["metrics"]}})
+            values.append(HeldOutValues(rows.rows, of_prompts))
+        return evaluations, values
 
 
 def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
@@ -159,9 +144,9 @@ def compile_run(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compiled:
         state, metrics = train_step(states[0], frozen[0], sharding.shard_batch(p.mesh, batch))
         return (state,), metrics
 
-    def evaluate(states: States, with_rows: bool) -> list[HeldOut]:
+    def evaluate(states: States, with_rows: bool) -> list[HeldOutMetrics]:
         evaluated = source.evaluate(states[0])
-        return [HeldOut.of(held_out(states, with_rows)[0]) if evaluated is None else HeldOut(*evaluated)]
+        return [divided(held_out(states, with_rows)[0]) if evaluated is None else evaluated]
 
     def general_text(states: States) -> list[FloatMetrics]:
         return [as_floats(total) for total in general(states, False)]
@@ -176,7 +161,9 @@ def compile_averages(job: Job) -> Callable[[States], States]:
     return lambda states: tuple(average(state) for average, state in zip(averages, states, strict=True))
 
 
-def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Callable[[States], list[Scored]]:
+def compile_samples(
+    job: Job, frozen: tuple[Params, ...], clock: Clock
+) -> Callable[[States], list[ScoredSamples]]:
     """Return `sample(states)`: each member's completions of the held-out prompts, with scores.
 
     Members whose adapters have the same shapes share one compiled program. clock: shows the progress.
@@ -184,7 +171,7 @@ def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Calla
     run, prompts = job.lead.run, held_out_prompts(job.lead.run, job.sources[0])
     texts = prompt_texts(prompts, job.tokenizer, job.stop)
     score = make_scorer(run.scoring, run.samples, texts)
-    by_shape: dict[str, Callable[[Params], list[Completed]]] = {}
+    by_shape: dict[str, Callable[[Params], list[Sample]]] = {}
     complete = []
     for member in job.members:
         p = member.programs
@@ -195,7 +182,7 @@ def compile_samples(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Calla
             by_shape[key] = compile_sampler(decoding, prompts, job.tokenizer, params, p.mesh, clock)
         complete.append(by_shape[key])
 
-    def sample(states: States) -> list[Scored]:
+    def sample(states: States) -> list[ScoredSamples]:
         return [
             score(call(tree.combine(state.trainable, fixed)))
             for call, state, fixed in zip(complete, states, frozen, strict=True)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxft.batch import TrainState
+from jaxft.data.source import HeldOutMetrics
 from jaxft.distributed import sharding, threads
 from jaxft.nn import tree
 from jaxft.nn.adapters import lora
@@ -29,13 +30,13 @@ from jaxft.optim.optimizer import Optimizer
 from jaxft.train.compiled import (
     EVALUATING,
     Compiled,
-    HeldOut,
     RowMetrics,
     States,
     compile_averages,
     compile_eval,
     compile_last_loss,
     compile_samples,
+    divided,
 )
 from jaxft.train.evaluate import evaluate
 from jaxft.train.logs.clock import Clock
@@ -51,16 +52,6 @@ class SharedFrozen(NamedTuple):
 
     base: Params
     own: tuple[Params, ...]
-
-
-class Block(NamedTuple):
-    """A block of adapters that go through the model together.
-
-    number: its index, from 0. rows: rows of each adapter in a microbatch.
-    """
-
-    number: int | Int[Array, ""]
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -94,14 +85,8 @@ def combine_objectives(
     objectives: Sequence[Objective], separate_rows: bool = False, at_once: int = 1
 ) -> MultiAdapter:
     """Combine the objectives of several adapters into one MultiAdapter, which documents the arguments.
-
-    Raises ValueError if `at_once` does not divide their number, and for different kinds of reference.
+    Raises ValueError for different kinds of reference.
     """
-    if len(objectives) % at_once:
-        divisors = " or ".join(str(n) for n in range(1, len(objectives) + 1) if len(objectives) % n == 0)
-        raise ValueError(
-            f"{len(objectives)} adapters don't divide into blocks of {at_once}; use at_once={divisors}"
-        )
     kinds = [o.facts.reference for o in objectives]
     used = sorted({kind for kind in kinds if kind != "none"})
     if len(used) > 1:
@@ -139,7 +124,7 @@ def gradients(
             jax.tree.map(partial(block_rows, number=number), batch) if adapters.separate_rows else batch
         )
         params = ({"base": no_base, **stacks[0]}, {"base": frozen.base, **stacks[1]})
-        objective = _block_objective(adapters, Block(number, rows), references)
+        objective = _block_objective(adapters, number, rows, references)
         grads, metrics = accumulate_gradients(objective, params, own_batch, key, aux)
         return own_params(grads), metrics
 
@@ -184,7 +169,7 @@ def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
             if adapters.coupled:
                 G = adapters.at_once
                 return jax.tree.map(lambda x: x.reshape(G, x.shape[0] // G, *x.shape[1:]), outputs)
-            return _loss(same_rows, Block(number, rows), outputs, aux)[1]
+            return _loss(same_rows, number, rows, outputs, aux)[1]
 
         return _map_blocks(same_rows, block, stacks, _own_references(same_rows, aux))
 
@@ -193,11 +178,8 @@ def make_adapters_eval_step(adapters: MultiAdapter) -> Callable:
 
 def loss_metrics(adapters: MultiAdapter, outputs: Outputs, aux: Sequence[Aux]) -> Metrics:
     """Return each adapter's metrics, [K], from the outputs of all held-out batches, [K, rows, ...]."""
-    each = [
-        objective.for_evaluation().loss(jax.tree.map(lambda x, k=k: x[k], outputs), aux[k])[1]
-        for k, objective in enumerate(adapters.objectives)
-    ]
-    return stack_metrics(each)
+    own = zip(adapters.objectives, _slices(outputs, len(aux)), aux, strict=True)
+    return stack_metrics([o.for_evaluation().loss(x, a)[1] for o, x, a in own])
 
 
 def own_params(params: Params) -> Params:
@@ -205,16 +187,21 @@ def own_params(params: Params) -> Params:
     return {name: x for name, x in params.items() if name != "base"}
 
 
-def _block_objective(adapters: MultiAdapter, block: Block, references: Params | None) -> Objective:
-    """Return a block's objective: the sum of its adapters' losses. references: each adapter's reference
-    policy, [K, ...]; None if there is none or all share one.
+def _block_objective(
+    adapters: MultiAdapter, number: int | Int[Array, ""], rows: int, references: Params | None
+) -> Objective:
+    """Return the objective of a block, the adapters that go through the model together: the sum of their
+    losses.
+
+    number: the block's index, from 0. rows: rows of each adapter in a microbatch. references: each adapter's
+    reference policy, [K, ...]; None if there is none or all share one.
     """
 
     def forward(params: Params, batch: Batch, key: Array | None, aux: Aux) -> Outputs:
         return _forward(adapters, params, batch, references)
 
     def loss(outputs: Outputs, aux: Aux) -> tuple[Array, Metrics]:
-        return _loss(adapters, block, outputs, aux)
+        return _loss(adapters, number, rows, outputs, aux)
 
     return Objective(forward, loss, facts=Facts(coupled=adapters.coupled))
 
@@ -230,6 +217,10 @@ def _row_count(batch: Batch) -> int:
 
 def _first(stack: Any) -> Any:
     return jax.tree.map(lambda x: x[0], stack)
+
+
+def _slices(stack: Any, count: int) -> list[Any]:
+    return [jax.tree.map(lambda x, k=k: x[k], stack) for k in range(count)]
 
 
 def _map_blocks(adapters: MultiAdapter, fn: Callable, stacks: Any, references: Params | None) -> Any:
@@ -295,18 +286,18 @@ def _forward(adapters: MultiAdapter, params: Params, batch: Batch, references: P
 
 
 def _loss(
-    adapters: MultiAdapter, block: Block, outputs: Outputs, aux: Sequence[Aux]
+    adapters: MultiAdapter, number: int | Int[Array, ""], rows: int, outputs: Outputs, aux: Sequence[Aux]
 ) -> tuple[Array, Metrics]:
-    """Return (sum of the losses, metrics [at_once]) of a block's outputs.
+    """Return (sum of the losses, metrics [at_once]) of a block's outputs. number, rows: see _block_objective.
 
     outputs: the rows of all microbatches, one microbatch after the other.
     """
     G, objectives = adapters.at_once, adapters.objectives
 
     def of_adapter(g: int, x: Array) -> Array:
-        micro = x.shape[0] // (G * block.rows)
-        rows = x.reshape(micro, G, block.rows, *x.shape[1:])[:, g]
-        return rows.reshape(micro * block.rows, *x.shape[1:])
+        micro = x.shape[0] // (G * rows)
+        own = x.reshape(micro, G, rows, *x.shape[1:])[:, g]
+        return own.reshape(micro * rows, *x.shape[1:])
 
     parts = [jax.tree.map(partial(of_adapter, g), outputs) for g in range(G)]
     shapes = [jax.eval_shape(o.loss, parts[0], a)[1] for o, a in zip(objectives, aux, strict=True)]
@@ -318,7 +309,7 @@ def _loss(
         return total, stack_metrics([metrics for _, metrics in losses], names)
 
     branches = [partial(block_loss, first) for first in range(0, len(objectives), G)]
-    return branches[0](parts) if len(branches) == 1 else jax.lax.switch(block.number, branches, parts)
+    return branches[0](parts) if len(branches) == 1 else jax.lax.switch(number, branches, parts)
 
 
 def _union(each: Sequence[Metrics]) -> Metrics:
@@ -356,8 +347,8 @@ def compile_sweep(job: Job, frozen: tuple[Params, ...], clock: Clock) -> Compile
     with clock.part("evaluation"):
         totals = compile_eval(of_rows, job.held_out, partial(clock.over, EVALUATING))
 
-    def held_out(states: States, with_rows: bool) -> list[HeldOut]:
-        return [HeldOut.of(total) for total in totals(states, with_rows)]
+    def held_out(states: States, with_rows: bool) -> list[HeldOutMetrics]:
+        return [divided(total) for total in totals(states, with_rows)]
 
     last_loss = compile_last_loss(job.sources[0], of_rows)
     texts = combine_objectives([o.text or o for o in objectives], at_once=at_once)
@@ -383,7 +374,10 @@ def make_step(adapters: MultiAdapter, job: Job) -> Callable:
     def step(states: States, frozen: Any, batch: Batch) -> tuple[States, Metrics]:
         trainable, aux = [s.trainable for s in states], [s.aux for s in states]
         grads, metrics = gradients(adapters, trainable, frozen, batch, aux)
-        batches = _own_batches(batch, len(states)) if adapters.separate_rows else [batch] * len(states)
+        batches, K = [batch] * len(states), len(states)
+        if adapters.separate_rows:  # [K * micro, rows, ...]
+            micro = jax.tree.leaves(batch)[0].shape[0] // K
+            batches = [jax.tree.map(lambda x, k=k: x[k * micro : (k + 1) * micro], batch) for k in range(K)]
         done = [
             update(state, k, grads, metrics, batches[k])
             for k, (update, state) in enumerate(zip(updates, states, strict=True))
@@ -392,12 +386,6 @@ def make_step(adapters: MultiAdapter, job: Job) -> Callable:
         return tuple(state for state, _ in done), {**metrics, **counts}
 
     return step
-
-
-def _own_batches(batch: Batch, count: int) -> list[Batch]:
-    """Split a batch [count * micro, rows, ...] into the batches [micro, rows, ...] of `count` members."""
-    micro = jax.tree.leaves(batch)[0].shape[0] // count
-    return [jax.tree.map(lambda x, k=k: x[k * micro : (k + 1) * micro], batch) for k in range(count)]
 
 
 def compile_sweep_metrics(
@@ -416,12 +404,9 @@ def compile_sweep_metrics(
         trainable, aux = [s.trainable for s in states], [s.aux for s in states]
         return compiled(trainable, frozen, sharding.shard_batch(mesh, batch), aux)
 
-    def read(total: Metrics) -> list[Metrics]:
-        return [jax.tree.map(lambda x, k=k: x[k], total) for k in range(count)]
-
     if not adapters.coupled:
-        return lambda states, batches, with_rows: read(
-            evaluate.sum_metrics(partial(on_batch, states), batches, with_rows)
+        return lambda states, batches, with_rows: _slices(
+            evaluate.sum_metrics(partial(on_batch, states), batches, with_rows), count
         )
 
     def all_rows(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -434,7 +419,7 @@ def compile_sweep_metrics(
     def coupled(states: States, batches: Iterable[Batch], with_rows: bool) -> list[Metrics]:
         outputs = [jax.device_get(on_batch(states, batch)) for batch in batches]
         joined = jax.tree.map(lambda *x: np.concatenate(x, 1), *outputs)
-        return read(jax.device_get(compute_metrics(joined, jax.device_get(_loss_aux(states)))))
+        return _slices(jax.device_get(compute_metrics(joined, jax.device_get(_loss_aux(states)))), count)
 
     return coupled
 

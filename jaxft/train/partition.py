@@ -63,10 +63,10 @@ def partition_params(
     """Choose the trainable parameters of a model with an adapter, and how each parameter is stored.
 
     pattern: regular expressions (OR-ed) over parameter paths; None for the patterns of
-    `trainable_patterns(model, adapter)`. An adapter's `scale` and the initial adapter are always frozen. ref:
-    where the weights come from; quant=checkpoint reads the headers of its files. dtype: dtype of trainable
-    base weights, by default at least float32; ValueError if there are none. Raises ValueError for a pattern
-    that matches nothing, and where `quant` selects a trainable parameter.
+    `trainable_patterns(model, adapter)`. An adapter's `scale`, the initial adapter and a teacher are always
+    frozen. ref: where the weights come from; quant=checkpoint reads the headers of its files. dtype: dtype of
+    trainable base weights, by default at least float32; ValueError if there are none. Raises ValueError for a
+    pattern that matches nothing, and where `quant` selects a trainable parameter.
     """
     whole = adapted(model, adapter)
     paths = jax.tree.map(lambda _: 0, whole.specs, is_leaf=param.is_spec)
@@ -74,7 +74,12 @@ def partition_params(
     mask = jax.tree.map(
         lambda *hits: any(hits), *(tree.mask_by_path(paths, regex, "train") for regex in patterns)
     )
-    mask = tree.map_with_path(lambda path, m: m and not _always_frozen(path), mask)
+
+    def is_trained(path: str, is_selected: bool) -> bool:
+        is_frozen = path.startswith((f"{INITIAL_ADAPTER}/", f"{TEACHER}/"))
+        return is_selected and not is_frozen and (in_base(path) or not path.endswith("/scale"))
+
+    mask = tree.map_with_path(is_trained, mask)
     if dtype is not None and not any(jax.tree.leaves(mask["base"])):
         name = jnp.dtype(dtype).name
         raise ValueError(
@@ -88,14 +93,6 @@ def partition_params(
     trainable = {path for path, is_trainable in tree.paths(mask).items() if is_trainable}
     stored = pretrained.stored_model(whole, quant, ref, trainable, dtype)
     return Partition(stored, mask, jax.tree.map(lambda m, s: s if m else None, mask, whole.specs))
-
-
-def _always_frozen(path: str) -> bool:
-    """Return whether the parameter at `path` is frozen even if a pattern matches it: an adapter's scale, the
-    initial adapter, a teacher.
-    """
-    frozen = path.startswith((f"{INITIAL_ADAPTER}/", f"{TEACHER}/"))
-    return frozen or path.endswith("/scale") and not in_base(path)
 
 
 def trainable_patterns(

@@ -180,10 +180,18 @@ class ModelKnobs(Knobs):
     def full_start(self, start: str | None) -> tuple[Self, str | None]:
         """Return (knobs, folder of an adapter) for full fine-tuning from `start`.
 
-        The knobs' `model` is the base that is trained, and the adapter is merged into it; None for no
-        adapter.
+        The knobs' `model` is the base that is trained: the full model of the run `start`, or else the present
+        one, into which the adapter in `start` is merged; None for no adapter. Raises FileNotFoundError for a
+        folder without weights.
         """
-        weights, merged = start_of_full(self.model, start)
+        weights, merged = self.model, start
+        if start is not None and not (adapter_folder(start) / "adapter_config.json").is_file():
+            weights, merged = str(Path(start) / "model"), None
+            if not (Path(weights) / "config.json").is_file():
+                raise FileNotFoundError(
+                    f"start={start}: not the folder of a finished run, nor of an adapter (relative to "
+                    f"{Path.cwd()}); set start= to such a folder, for example runs/sft"
+                )
         base = _extended(weights, self.extension)
         extended = replace(self, model=base, add_tokens=(), add_special_tokens=(), chat_template=None)
         return extended, merged
@@ -307,24 +315,6 @@ class FullKnobs(ModelKnobs):
         """Return the fields of a Run that these knobs decide."""
         base, start = self.full_start(self.start)
         return {"weights": base.model, "model": base.build(), "adapter": None, "start": start}
-
-
-def start_of_full(model: str, start: str | None) -> tuple[str, str | None]:
-    """Return (base weights, folder whose adapter is merged into them or None) for full fine-tuning.
-
-    A run whose result is a full model replaces the base. Raises FileNotFoundError for a folder without
-    weights.
-    """
-    if start is None:
-        return model, None
-    if (adapter_folder(start) / "adapter_config.json").is_file():
-        return model, start
-    if (Path(start) / "model" / "config.json").is_file():
-        return str(Path(start) / "model"), None
-    raise FileNotFoundError(
-        f"start={start}: not the folder of a finished run, nor of an adapter (relative to {Path.cwd()}); "
-        "set start= to such a folder, for example runs/sft"
-    )
 
 
 @dataclass(frozen=True)

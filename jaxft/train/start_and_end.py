@@ -27,7 +27,7 @@ from jaxft.train.export.results import write_held_out
 from jaxft.train.logs.logs import Logs, early_end_lines, first_evaluation_lines, with_part
 from jaxft.train.logs.meter import Meters
 from jaxft.train.logs.nonfinite import first_of_model, first_parameter
-from jaxft.train.start.jobs import Job, Member
+from jaxft.train.start.jobs import Job
 
 EVALUATED_LOSSES = {HELD_OUT + LOSS: "loss on held-out rows", GENERAL_LOSS: "loss on general text"}
 
@@ -203,11 +203,8 @@ def faults(state: TrainState, steps: int, end: Evaluation) -> list[str]:
     total, last = np.asarray(jax.device_get(state.bad)).tolist()
     problems = []
     if last:
-        problems.append(
-            f"the last {last} of {steps} steps were not finite"
-            if last > 1
-            else f"the last of {steps} steps was not finite"
-        )
+        which = f"the last {last} of {steps} steps were" if last > 1 else f"the last of {steps} steps was"
+        problems.append(f"{which} not finite")
     if 2 * (steps - total) < steps:
         problems.append(f"only {steps - total} of {steps} steps were finite")
     problems += [f"the {EVALUATED_LOSSES[name]} is not finite" for name in nonfinite_losses(end["metrics"])]
@@ -233,15 +230,13 @@ def evaluate_end(
         problems = faults(state, job.steps, end) + (last[number] if last else [])
         finished.append(not problems)
         if problems:
-            logs.alarm(number, job.steps, f"{'; '.join(problems)}. {_advice(member)}")
+            logs.alarm(
+                number,
+                job.steps,
+                f"{'; '.join(problems)}. The run is not finished and its weights are not written. Look at "
+                f"{member.folder / METRICS}; lower optim.lr with another name=, or raise loop.steps to train "
+                "on from the last checkpoint",
+            )
             if job.sweep is None:
                 raise processes.AgreedError(f"{member.folder}: not finished: {'; '.join(problems)}")
     return after, finished
-
-
-def _advice(member: Member) -> str:
-    where = member.folder / METRICS
-    return (
-        f"The run is not finished and its weights are not written. Look at {where}; lower optim.lr with "
-        "another name=, or raise loop.steps to train on from the last checkpoint"
-    )

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxft.data.data_settings import DataSettings
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.report import compare, ranking
@@ -20,17 +19,9 @@ from jaxft.train.settings import Run
 
 # Settings in which the members of a sweep may differ.
 MAY_DIFFER = (
-    "name",
-    "objective",
-    "optim",
-    "seed",
-    "data.seed",
-    "adapter.rank",
-    "adapter.alpha",
-    "adapter.rslora",
-    "adapter.rank_pattern",
-    "adapter.alpha_pattern",
-)
+    "name", "objective", "optim", "seed", "data.seed", "adapter.rank", "adapter.alpha", "adapter.rslora",
+    "adapter.rank_pattern", "adapter.alpha_pattern",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,14 +75,10 @@ class Sweep:
                 raise ValueError(
                     f"adapter.dropout={run.adapter.dropout} is not possible in a sweep; set adapter.dropout=0"
                 )
-        adapters = [run.adapter for run in runs]
-        if (
-            runs[0].adapter
-            and runs[0].adapter.changes_base
-            and any(other != adapters[0] for other in adapters)
-        ):
+        first = runs[0].adapter
+        if first and first.changes_base and any(run.adapter != first for run in runs):
             raise ValueError(
-                f"adapter.init={runs[0].adapter.init} changes the base, which the members of a sweep share, "
+                f"adapter.init={first.init} changes the base, which the members of a sweep share, "
                 "so they need the same adapter settings. Set adapter.init=default."
             )
         self._check_differences()
@@ -125,14 +112,7 @@ def with_one_split(runs: Mapping[str, Run]) -> dict[str, Run]:
     ]
     if all(data.seed_of_split == first for data in divided):
         return dict(runs)
-    return {label: _with_split_seed(run, first) for label, run in runs.items()}
-
-
-def _with_split_seed(run: Run, seed: int) -> Run:
-    """Return a run with data.split_seed=seed, unchanged if its data are of a user's own class."""
-    if not isinstance(run.data, DataSettings):
-        return run
-    return replace(run, data=replace(run.data, split_seed=seed))
+    return {label: replace(run, data=replace(run.data, split_seed=first)) for label, run in runs.items()}
 
 
 def reason_to_separate(runs: Mapping[str, Run]) -> str:

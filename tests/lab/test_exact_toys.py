@@ -164,10 +164,10 @@ def test_quality_is_the_expectation_over_responses():
 
 def test_shared_features_lower_the_chosen_response_under_dpo_and_not_under_dpop():
     toy = overlapping()
-    assert displacement(displacement_path(open_risk(probe("dpo", P.dpo), toy), toy)).chosen < 0
-    assert displacement(displacement_path(open_risk(probe("dpop", P.dpop), toy), toy)).chosen > 0
+    assert displacement(displacement_path(open_risk(probe("dpo", P.dpo), toy), toy))[0] < 0
+    assert displacement(displacement_path(open_risk(probe("dpop", P.dpop), toy), toy))[0] > 0
     apart = overlapping(overlap=0.0)
-    assert displacement(displacement_path(open_risk(probe("dpo", P.dpo), apart), apart)).chosen > 0
+    assert displacement(displacement_path(open_risk(probe("dpo", P.dpo), apart), apart))[0] > 0
 
 
 def test_the_field_of_dpo_is_its_formula():

@@ -16,6 +16,7 @@ import pytest
 from dpo_place import write_pair_place
 from prepared import working_directory
 
+from jaxft.lab.loss_evaluation import loss_beta
 from jaxft.lab.studies import halving, trial_arrays
 from jaxft.lab.studies.appendix import REPORT, write_appendix
 from jaxft.lab.studies.results import read_study
@@ -156,8 +157,8 @@ def test_the_state_of_a_loss_is_updated_from_rewards_with_its_own_beta():
     metrics = {"rewards/chosen": Sum(jnp.float32(6), jnp.float32(3)), "rewards/rejected": Sum(-2.0, 3.0)}
     state = objective.update(aux, {}, metrics)["loss"]  # 3 rewards of 2 nats and 3 of -2/3
     assert state["delta"] == pytest.approx(0.3 * (6 - 2) / 6) and state["count"] == 6
-    assert trial_arrays.own_beta(SearchedLoss(partial(bco, beta=0.7))) == 0.7
-    assert trial_arrays.own_beta(SearchedLoss(lambda pair: pair)) == 1.0
+    assert loss_beta(partial(bco, beta=0.7), 1.0) == 0.7
+    assert loss_beta(lambda pair: pair, 1.0) == 1.0
 
 
 @pytest.mark.slow
@@ -175,10 +176,10 @@ def test_a_killed_study_is_continued_bit_for_bit_and_compiles_nothing_between_tr
     monkeypatch.setattr(halving, "compile_sweep", compile_sweep)
     write_trial = halving.write_trial
 
-    def die_in_the_last_stage(lab, folder, wave, label, result):
+    def die_in_the_last_stage(lab, folder, wave, label, *result):
         if wave.first and label == "ipo":  # the other loss has its new checkpoint, the log has no line
             raise Killed
-        return write_trial(lab, folder, wave, label, result)
+        return write_trial(lab, folder, wave, label, *result)
 
     monkeypatch.setattr(halving, "write_trial", die_in_the_last_stage)
     with pytest.raises(Killed):

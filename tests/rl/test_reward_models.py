@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,7 +212,7 @@ def test_our_adapter_scores_as_peft_does_for_rows_padded_or_not(workdir):
         expected = theirs(padded, attention_mask=mask.long()).logits[:, 0].numpy()
     scores = loaded.score(loaded.params, left_pad(texts, 2))
     np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-4)
-    unpadded = [reward_models.score_rows(loaded.model, loaded.params, left_pad([ids], 1))[0] for ids in texts]
+    unpadded = [replace(loaded, pad=None).score(loaded.params, left_pad([ids], 1))[0] for ids in texts]
     np.testing.assert_allclose(unpadded, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -13,12 +13,11 @@ from scripts_in_process import call, load
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.runs.loaded_weights import load_each, named_weights
-from jaxft.train.evaluate import harness
 from jaxft.train.evaluate.harness import (
-    Continuation,
     HarnessBackend,
     HarnessResult,
-    HarnessSettings,
+    TaskEvaluation,
+    TokenScorer,
     batches_of,
     generation_config_notes,
     generation_settings,
@@ -239,14 +238,14 @@ def test_without_lm_eval_a_line_names_the_extra(place, tmp_path, monkeypatch, ca
 
 
 def test_continuations_with_the_same_input_share_a_row_and_shapes_are_few():
-    same = [Continuation([1, 2, 3], [n]) for n in range(40)]
-    others = [Continuation([5] * n, [7, 8]) for n in (1, 63, 64, 200, 400)]
+    same = [([1, 2, 3], [n]) for n in range(40)]
+    others = [([5] * n, [7, 8]) for n in (1, 63, 64, 200, 400)]
     rows = rows_of([*same, *others], 300)
     assert [len(row.reads) for row in rows] == [40, 2, 2, 2, 2, 2]
     assert rows[-1].ids == (5,) * 299 + (7,) and [read.position for read in rows[-1].reads] == [298, 299]
     shapes = [shape for shape, _ in batches_of(rows, 2, 300)]
     assert shapes == [(320, 32), (256, 32), (128, 32), (64, 64), (64, 32)]
-    many = rows_of([Continuation([1], [n]) for n in range(100)], 300)
+    many = rows_of([([1], [n]) for n in range(100)], 300)
     assert [len(row.reads) for row in many] == [64, 36]
     assert sorted(read.number for row in many for read in row.reads) == list(range(100))
 
@@ -262,27 +261,27 @@ def loaded(place):
 def test_log_probabilities_are_those_of_transformers(place, loaded):
     rng = np.random.default_rng(0)
     pairs = [
-        Continuation(rng.integers(0, 256, m).tolist(), rng.integers(0, 256, n).tolist())
+        (rng.integers(0, 256, m).tolist(), rng.integers(0, 256, n).tolist())
         for m, n in ((1, 1), (3, 2), (70, 5), (5, 70), (64, 1), (200, 9))
     ]
     greedy = rng.integers(0, 256, 4).tolist()
     with torch.no_grad():
-        pairs.append(Continuation(greedy, [int(place[1](torch.tensor([greedy])).logits[0, -1].argmax())]))
-    scorer = harness.make_token_scorer(loaded, 2, 100)
+        pairs.append((greedy, [int(place[1](torch.tensor([greedy])).logits[0, -1].argmax())]))
+    scorer = TokenScorer(loaded, 2, 100)
     found = scorer.scores(pairs)
-    for (context, tokens), score in zip(pairs, found, strict=True):
+    for (context, tokens), (logp, greedy) in zip(pairs, found, strict=True):
         ids = [*context, *tokens][-101:]
         with torch.no_grad():
             logps = place[1](torch.tensor([ids[:-1]])).logits.log_softmax(-1)[0, -len(tokens) :]
         expected = sum(float(row[token]) for row, token in zip(logps, tokens, strict=True))
-        assert score.logp == pytest.approx(expected, rel=1e-5)
-        assert score.greedy == all(int(row.argmax()) == t for row, t in zip(logps, tokens, strict=True))
-    assert [score.greedy for score in found] == [False] * 6 + [True]
+        assert logp == pytest.approx(expected, rel=1e-5)
+        assert greedy == all(int(row.argmax()) == t for row, t in zip(logps, tokens, strict=True))
+    assert [greedy for _, greedy in found] == [False] * 6 + [True]
     for wrong, message in (
-        (Continuation([1], []), "has no tokens"),
-        (Continuation([], [1]), "has no context tokens"),
-        (Continuation([1], [1] * 101), "101 tokens, more than the 100"),
-        (Continuation([1], [400]), "token id 400"),
+        (([1], []), "has no tokens"),
+        (([], [1]), "has no context tokens"),
+        (([1], [1] * 101), "101 tokens, more than the 100"),
+        (([1], [400]), "token id 400"),
     ):
         with pytest.raises(ValueError, match=message):
             scorer.scores([wrong])
@@ -290,7 +289,7 @@ def test_log_probabilities_are_those_of_transformers(place, loaded):
 
 @pytest.mark.slow
 def test_completions_are_transformers_up_to_the_first_stop_string(place, loaded):
-    backend, tokenizer = HarnessBackend(loaded, HarnessSettings(length=LENGTH, batch=3)), loaded.tokenizer
+    backend, tokenizer = HarnessBackend(loaded, TaskEvaluation("x", max_length=LENGTH), 3), loaded.tokenizer
     contexts = ["The rank is", "0123456789" * 9, "12", "", "Is it?"]
     complete, tokens = [], []
     for context in contexts:
@@ -307,13 +306,13 @@ def test_completions_are_transformers_up_to_the_first_stop_string(place, loaded)
     assert backend.completions([(context, {**given, "until": stop}) for context in contexts]) == expected
     assert "2 requests are longer than the 80 tokens" in backend.notes()[0]  # one of each call
     end = next(token for token in tokens[0][1:] if token != tokens[0][0])  # ends turns
-    ended = HarnessBackend(loaded._replace(stop=(end,)), HarnessSettings(length=LENGTH, batch=3))
+    ended = HarnessBackend(loaded._replace(stop=(end,)), TaskEvaluation("x", max_length=LENGTH), 3)
     expected = tokenizer.decode(tokens[0][: tokens[0].index(end)], skip_special_tokens=True)
     assert ended.completions([(contexts[0], given)]) == [expected] != [""]
 
 
 def test_penalties_of_the_model_are_a_warning_and_arguments_are_checked_before_requests(loaded, tmp_path):
-    backend = HarnessBackend(loaded, HarnessSettings(length=LENGTH))
+    backend = HarnessBackend(loaded, TaskEvaluation("x", max_length=LENGTH))
     backend.check_generation({"max_gen_toks": LENGTH - 1, "num_beams": 1})
     for given, message in (({"max_gen_toks": LENGTH}, "up to 80 tokens"), ({"num_beams": 4}, "num_beams=4")):
         with pytest.raises(ValueError, match=message):
@@ -350,7 +349,7 @@ def test_sampling_without_a_temperature_is_refused(given):
 
 
 def test_prompts_are_rendered_as_by_transformers(loaded):
-    backend, tokenizer = HarnessBackend(loaded, HarnessSettings(chat=True)), loaded.tokenizer
+    backend, tokenizer = HarnessBackend(loaded, TaskEvaluation("x", chat=True)), loaded.tokenizer
     turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": " yes "}]
     assert backend.chat_text(turns[:1], True) == tokenizer.apply_chat_template(turns[:1], tokenize=False)
     theirs = tokenizer.apply_chat_template(turns, tokenize=False, continue_final_message=True)
@@ -358,9 +357,9 @@ def test_prompts_are_rendered_as_by_transformers(loaded):
     assert backend.encode("<s>a") == [256, *backend.encode("a", False)] and backend.encode("a")[-1] != 257
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer.chat_template = strict + "{% for m in messages %}{{ m['content'] }};{% endfor %}"
-    backend = HarnessBackend(loaded, HarnessSettings(chat=True))
+    backend = HarnessBackend(loaded, TaskEvaluation("x", chat=True))
     assert backend.chat_text([{"role": "system", "content": "s"}, *turns[:1]], True) == "one?;"
     assert "1 prompt is without the system message" in backend.notes()[0]
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="--chat: the model's tokenizer has no chat template"):
-        HarnessBackend(loaded, HarnessSettings(chat=True))
+        HarnessBackend(loaded, TaskEvaluation("x", chat=True))

@@ -17,7 +17,6 @@ from jaxft.engine.state import Decoding
 from jaxft.objectives.intervals import mean_interval
 from jaxft.train.evaluate import scored_completions
 from jaxft.train.evaluate.scored_completions import (
-    Completed,
     PromptText,
     check_scoring,
     held_out_prompts,
@@ -27,8 +26,14 @@ from jaxft.train.evaluate.scored_completions import (
 from jaxft.train.settings import Run, Scoring
 
 TEXTS = [PromptText(f"question {i}", f"reference {i}") for i in range(4)]
-COMPLETIONS = [Completed(t.prompt, t.reference, t.reference, "stop") for t in TEXTS[:3]]
-COMPLETIONS += [Completed("question 3", "something", "reference 3", "length")]
+
+
+def completed(prompt, completion, reference, finish):
+    return {"prompt": prompt, "completion": completion, "reference": reference, "finish": finish}
+
+
+COMPLETIONS = [completed(t.prompt, t.reference, t.reference, "stop") for t in TEXTS[:3]]
+COMPLETIONS += [completed("question 3", "something", "reference 3", "length")]
 
 
 def same(prompt, completion, row):
@@ -40,38 +45,40 @@ def last_digit(prompt, completion, row):
 
 
 def test_scores_are_means_over_the_scored_prompts_and_samples_are_the_first():
-    found = make_scorer(Scoring((same, last_digit), prompts=3), 1, TEXTS)(COMPLETIONS)
-    assert found.metrics == {"eval_scores/same": 1.0, "eval_scores/last_digit": 1.0} and found.scored == 3
-    assert [sample["prompt"] for sample in found.samples] == ["question 0"] and found.faults == []
-    found = make_scorer(Scoring((same,)), 4, TEXTS)(COMPLETIONS)
-    assert found.metrics == {"eval_scores/same": 0.75} and found.scored == 4
-    assert found.samples[3]["completion"] == "something [...]"  # the score is of the text without the mark
+    found, _ = make_scorer(Scoring((same, last_digit), prompts=3), 1, TEXTS)(COMPLETIONS)
+    assert found["metrics"] == {"eval_scores/same": 1.0, "eval_scores/last_digit": 1.0}
+    assert found["scored"] == 3
+    assert [sample["prompt"] for sample in found["samples"]] == ["question 0"] and found["score_faults"] == []
+    found, _ = make_scorer(Scoring((same,)), 4, TEXTS)(COMPLETIONS)
+    assert found["metrics"] == {"eval_scores/same": 0.75} and found["scored"] == 4
+    assert found["samples"][3]["completion"] == "something [...]"  # the score is of the text without the mark
 
 
 def test_several_completions_of_a_prompt_have_a_mean_and_pass_at_k():
     right = [[True, False], [False, False], [True, True]]
     completions = [
-        Completed(text.prompt, text.reference if is_right else "other", text.reference, "stop")
+        completed(text.prompt, text.reference if is_right else "other", text.reference, "stop")
         for text, own in zip(TEXTS, right, strict=False)
         for is_right in own
     ]
-    completions[3] = completions[3]._replace(finish="nonfinite")
+    completions[3] = {**completions[3], "finish": "nonfinite"}
     scoring = Scoring((same,), samples=2, pass_at=(1, 2), regex="reference [02]")
-    found = make_scorer(scoring, 2, TEXTS[:3])(completions)
+    found, _ = make_scorer(scoring, 2, TEXTS[:3])(completions)
     of_same = {"same": 0.5, "pass@1/same": 0.5, "pass@2/same": 2 / 3}
     of_regex = {"matches": 0.5, "pass@1/matches": 0.5, "pass@2/matches": 2 / 3}
-    assert found.metrics == pytest.approx({f"eval_scores/{k}": v for k, v in {**of_same, **of_regex}.items()})
-    assert found.scored == 3 and found.nonfinite == 1
-    assert [(one["prompt"], one["completion"]) for one in found.samples] == [
+    expected = {f"eval_scores/{k}": v for k, v in {**of_same, **of_regex}.items()}
+    assert found["metrics"] == pytest.approx(expected)
+    assert found["scored"] == 3 and found["nonfinite"] == 1
+    assert [(one["prompt"], one["completion"]) for one in found["samples"]] == [
         ("question 0", "reference 0"),
         ("question 1", "other"),
     ]
 
 
 def test_a_completion_without_a_score_is_reported_and_in_no_mean():
-    found = make_scorer(Scoring((last_digit,)), 0, TEXTS)(COMPLETIONS)
-    assert found.metrics == {"eval_scores/last_digit": 1.0}  # of 0, 1 and 2
-    (fault,) = found.faults
+    found, _ = make_scorer(Scoring((last_digit,)), 0, TEXTS)(COMPLETIONS)
+    assert found["metrics"] == {"eval_scores/last_digit": 1.0}  # of 0, 1 and 2
+    (fault,) = found["score_faults"]
     assert fault.startswith("1 of 4 completions of held-out prompts have no score: reward last_digit raised")
     assert "held-out prompt 4" in fault
 
@@ -85,7 +92,8 @@ def test_without_functions_only_the_samples_are_completed():
     run = SimpleNamespace(samples=2, scoring=Scoring())
     source = SimpleNamespace(prompts=lambda count: list(range(min(count, 9))))
     assert held_out_prompts(run, source) == [0, 1]
-    assert make_scorer(Scoring(), 2, TEXTS)(COMPLETIONS)[1:3] == (0, {})
+    found, _ = make_scorer(Scoring(), 2, TEXTS)(COMPLETIONS)
+    assert found["scored"] == 0 and found["metrics"] == {}
     for prompts, expected in ((None, 9), (5, 5), (1, 2)):
         run = SimpleNamespace(samples=2, scoring=Scoring((same,), prompts))
         assert len(held_out_prompts(run, source)) == expected
@@ -146,20 +154,21 @@ def test_completions_in_batches_are_those_of_one_batch(monkeypatch):
     whole = scored_completions.compile_sampler(decoding, prompts, tokenizer, shapes)(params)
     monkeypatch.setattr(scored_completions, "COMPLETIONS_AT_ONCE", 2)
     assert scored_completions.compile_sampler(decoding, prompts, tokenizer, shapes)(params) == whole
-    assert [one.prompt for one in whole] == [" ".join(map(str, p.ids)) for p in prompts]
+    assert [one["prompt"] for one in whole] == [" ".join(map(str, p.ids)) for p in prompts]
     sampled = Sampling(max_new=4, temperature=1.0)
     twice = scored_completions.compile_sampler(Decoding(model, sampled, (7,), 2), prompts, tokenizer, shapes)(
         params
     )
     one, two = twice[::2], twice[1::2]
-    assert [x.prompt for x in one] == [x.prompt for x in two] == [x.prompt for x in whole] and one != two
-    assert len({one.completion for one in whole}) > 1
-    first = int(whole[0].completion.split()[0])  # as if the chat template ended turns with it
+    assert one != two
+    assert [x["prompt"] for x in one] == [x["prompt"] for x in two] == [x["prompt"] for x in whole]
+    assert len({one["completion"] for one in whole}) > 1
+    first = int(whole[0]["completion"].split()[0])  # as if the chat template ended turns with it
     ended = scored_completions.compile_sampler(
         Decoding(model, Sampling(max_new=4), (first,)), prompts, tokenizer, shapes
     )
-    assert ended(params)[0][1:] == ("", "1 2 7", "stop")
-    assert {one.reference for one in whole} == {"1 2"}  # a row's response ends with the stop token, too
+    assert [*ended(params)[0].values()][1:] == ["", "1 2 7", "stop"]
+    assert {one["reference"] for one in whole} == {"1 2"}  # a row's response ends with the stop token, too
 
 
 def test_a_run_logs_scores_in_its_files_and_last_lines_and_evaluate_has_the_same(
@@ -204,6 +213,6 @@ def test_a_run_logs_scores_in_its_files_and_last_lines_and_evaluate_has_the_same
 
 
 def test_a_completion_whose_logits_are_not_finite_is_counted_though_it_is_not_shown():
-    broken = [*COMPLETIONS[:3], Completed("question 3", "", "reference 3", "nonfinite")]
-    found = make_scorer(Scoring((same,)), 1, TEXTS)(broken)
-    assert found.nonfinite == 1 and len(found.samples) == 1
+    broken = [*COMPLETIONS[:3], completed("question 3", "", "reference 3", "nonfinite")]
+    found, _ = make_scorer(Scoring((same,)), 1, TEXTS)(broken)
+    assert found["nonfinite"] == 1 and len(found["samples"]) == 1

@@ -426,10 +426,8 @@ def test_the_base_is_in_memory_once_for_any_number_of_adapters(weights):
     assert arguments(4) - arguments(2) == 2 * (sum(x.nbytes for x in jax.tree.leaves(adapter)) + scales)
 
 
-def test_objectives_with_different_references_and_uneven_blocks_are_refused(weights):
+def test_objectives_with_different_references_are_refused(weights):
     t, objective, *_ = begin(MIXED[0], weights)
     moving = pairwise(P.dpo, EMAReference())(t.model)
     with pytest.raises(ValueError, match="different kinds of reference .moving, start."):
         combine_objectives([objective, moving])
-    with pytest.raises(ValueError, match="3 adapters don't divide into blocks of 2"):
-        combine_objectives([objective] * 3, at_once=2)

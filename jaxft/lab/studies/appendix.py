@@ -10,6 +10,7 @@ import io
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,12 @@ import numpy as np
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.lab.studies.results import Duel, FinalCurve, LossOutcome, StudyResult
+from jaxft.lab.studies.results import Duel, FinalCurve, LossOutcome, StudyResult, finite_mean
 from jaxft.objectives.metrics import HELD_OUT, KL
 from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, MARGIN
 from jaxft.report.charts import Panel, draw
 from jaxft.report.document import html_page
-from jaxft.report.html_elements import escaped, flat_values, folded, html_table, record_table, section
+from jaxft.report.html_elements import escaped, flat_values, folded, html_table, record_table, sections
 from jaxft.report.statistics import paired_difference
 
 REPORT, TABLES = "report.html", "tables"
@@ -116,7 +117,7 @@ def losses_table(study: StudyResult) -> PaperTable:
         finite = [curve for curve in loss.curves if not curve.diverged]
         values = np.stack([curve.values[-1] for curve in finite or loss.curves])
         interval = paired_difference(np.zeros_like(values), values).interval.text(4) if finite else ""
-        each = [f"{_mean(c.values[-1]):.4f}" if not c.diverged else "diverged" for c in loss.curves]
+        each = [f"{finite_mean(c.values[-1]):.4f}" if not c.diverged else "diverged" for c in loss.curves]
         rows.append(
             (
                 loss.label,
@@ -130,15 +131,9 @@ def losses_table(study: StudyResult) -> PaperTable:
             )
         )
     head = (
-        "",
-        study.metric,
-        "of each seed",
-        "margin, nats",
-        "KL per token",
-        "chosen log-prob",
-        "nats per extra token",
-        "best setting",
-    )
+        "", study.metric, "of each seed", "margin, nats", "KL per token", "chosen log-prob",
+        "nats per extra token", "best setting",
+    )  # fmt: skip
     return PaperTable(
         "losses",
         f"Means over {study.losses[0].final.shape[1]} held-out prompts that selected nothing and {seeds} "
@@ -149,12 +144,6 @@ def losses_table(study: StudyResult) -> PaperTable:
         head,
         tuple(rows),
     )
-
-
-def _mean(values: np.ndarray) -> float:
-    """Return the mean of the finite values, NaN if there is none."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else math.nan
 
 
 def _mean_metric(loss: LossOutcome, name: str) -> str:
@@ -174,7 +163,7 @@ def duels_table(study: StudyResult) -> PaperTable:
             f"{d.p:.2g}",
             f"{d.difference.effect:+.2f}",
             f"{d.difference.wins:.2f}",
-            _error_ratio(d),
+            f"{d.difference.error / d.difference.unpaired_error:.2f}" if d.difference.unpaired_error else "-",
             d.verdict.partition(";")[0],  # without how much data is missing, which the conclusions have
         )
         for d in study.duels
@@ -190,9 +179,9 @@ def duels_table(study: StudyResult) -> PaperTable:
     )
 
 
-def _error_ratio(duel: Duel) -> str:
-    unpaired = duel.difference.unpaired_error
-    return f"{duel.difference.error / unpaired:.2f}" if unpaired else "-"
+def _result(duel: Duel, winner: int) -> str:
+    """Return the result of a comparison as text. winner: see MatchedKL."""
+    return {1: f"{duel.other} is better", -1: f"{duel.one} is better", 0: "not distinguishable"}[winner]
 
 
 def same_kl_table(study: StudyResult) -> PaperTable:
@@ -204,7 +193,7 @@ def same_kl_table(study: StudyResult) -> PaperTable:
             f"{point.difference.mean:+.4f}",
             point.difference.interval.text(4),
             f"{point.p:.2g}",
-            {1: f"{d.other} is better", -1: f"{d.one} is better", 0: "not distinguishable"}[point.winner],
+            _result(d, point.winner),
         )
         for d in study.duels
         for point in d.matched
@@ -227,9 +216,7 @@ def same_length_table(study: StudyResult) -> PaperTable:
             f"{compared.mean:+.4f}",
             compared.interval.text(4),
             f"{point.length_p:.2g}",
-            {1: f"{d.other} is better", -1: f"{d.one} is better", 0: "not distinguishable"}[
-                point.length_winner
-            ],
+            _result(d, point.length_winner),
         )
         for d in study.duels
         for point in d.matched
@@ -249,15 +236,11 @@ def same_length_table(study: StudyResult) -> PaperTable:
 
 def sensitivity_table(study: StudyResult) -> PaperTable:
     """Return the best, median and worst metric of each loss's trials: how much its setting matters."""
-    rows = [
-        (
-            loss.label,
-            *(_finite_text(x) for x in (known.best, known.median, known.worst)),
-            f"{len(loss.trials)}",
-        )
-        for loss in study.losses
-        for known in (loss.sensitivity,)
-    ]
+    rows = []
+    for loss in study.losses:
+        known = loss.sensitivity
+        values = map(_finite_text, (known.best, known.median, known.worst))
+        rows.append((loss.label, *values, f"{len(loss.trials)}"))
     return PaperTable(
         "sensitivity",
         f"The trials of each loss at step {study.losses[0].sensitivity.step}, which all of them have "
@@ -297,7 +280,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
     of_seeds, of_seeds_by_kl = {}, {}
     for loss in study.losses:
         curves = loss.curves
-        x, each = curves[0].steps, [[_mean(values) for values in curve.values] for curve in curves]
+        x, each = curves[0].steps, [[finite_mean(values) for values in curve.values] for curve in curves]
         mean = np.mean(each, 0)
         steps[loss.label] = (x, mean.tolist())
         kl = np.mean([curve.kl for curve in curves], 0)
@@ -311,8 +294,7 @@ def curve_panels(study: StudyResult) -> list[Panel]:
         length[loss.label] = (kl[order].tolist(), slopes[order].tolist())
         chosen[loss.label] = (x[1:], _means_by_step(curves, CHOSEN_LOGP))
         margin[loss.label] = (x, [0.0, *_means_by_step(curves, MARGIN)])
-    ends = [max(kl) for kl, _ in against_kl.values()]
-    log_kl = is_wide(ends)
+    log_kl = is_wide([max(kl) for kl, _ in against_kl.values()])
     return [
         Panel(study.metric, "optimizer step", "mean over prompts and seeds", steps, faint=of_seeds),
         Panel(
@@ -363,7 +345,10 @@ def picture_html(panels: Sequence[Panel], about: str) -> str:
 def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
     """Return the HTML page of a study: its declaration, conclusions, `tables` and curves."""
     named = {table.name: table.html() for table in tables}
-    distinguished = {table.name: _distinguished(table) for table in tables}
+    better = {table.name: sum(row[-1].endswith("is better") for row in table.rows) for table in tables}
+    distinguished = {
+        x.name: f"a loss is better in {better[x.name]} of {len(x.rows)} comparisons" for x in tables
+    }
     declared = study.declaration
     conclusions = "".join(f"<li>{escaped(line)}</li>" for line in study.lines())
     note = '<p class="note">Means over the seeds; the faint lines are the single seeds.</p>'
@@ -390,33 +375,21 @@ def study_page(study: StudyResult, tables: Sequence[PaperTable]) -> str:
         "loss sources": {name: x["fn"] for name, x in declared["study"]["losses"].items()},
         "versions": declared["versions"],
     }
-    shown = {
-        "Results": section("results", "Results", f"{_summary(study)}<ul>{conclusions}</ul>{named['losses']}"),
-        "Comparisons": section(
-            "comparisons",
-            "Comparisons",
-            named["duels"]
-            + folded(f"At the same KL to the reference: {distinguished['same_kl']}", named["same_kl"])
-            + folded(f"At the same KL and length: {distinguished['same_length']}", named["same_length"]),
-        ),
-        "Curves": section("curves", "Curves", pictures),
-        "Sensitivity": section(
-            "sensitivity", "Sensitivity", named["sensitivity"] + folded("All trials", named["trials"])
-        ),
-        "Declaration": section("declaration", "Declaration", record_table({"": facts})),
-        "Settings": section(
-            "settings", "Settings", folded("The recipe", record_table({"": _recipe(declared["study"])}))
+    recipe = flat_values(declared["study"]["recipe"])
+    parts = {
+        "Results": f"{_summary(study)}<ul>{conclusions}</ul>{named['losses']}",
+        "Comparisons": named["duels"]
+        + folded(f"At the same KL to the reference: {distinguished['same_kl']}", named["same_kl"])
+        + folded(f"At the same KL and length: {distinguished['same_length']}", named["same_length"]),
+        "Curves": pictures,
+        "Sensitivity": named["sensitivity"] + folded("All trials", named["trials"]),
+        "Declaration": record_table({"": facts}),
+        "Settings": folded(
+            "The recipe", record_table({"": {name: x for name, x in recipe.items() if x is not None}})
         ),
     }
     note = f"A study declared before training, written by jaxft {__version__}"
-    titled = {link: (link.lower(), text) for link, text in shown.items()}
-    return html_page(study.folder.resolve().name, note, titled)
-
-
-def _distinguished(table: PaperTable) -> str:
-    """Return in how many rows of a table a loss is better, as the title of the folded table."""
-    count = sum(row[-1].endswith("is better") for row in table.rows)
-    return f"a loss is better in {count} of {len(table.rows)} comparisons"
+    return html_page(study.folder.resolve().name, note, sections(parts))
 
 
 METRICS = {
@@ -448,13 +421,5 @@ def _searched(values: Any) -> str:
 
 
 def _stages(study: StudyResult) -> list[str]:
-    counts: dict[tuple[int, int], int] = {}
-    for entry in study.log:
-        if "wave" in entry:
-            key = entry["steps"][1], entry["seed"]
-            counts[key] = counts.get(key, 0) + 1
+    counts = Counter((entry["steps"][1], entry["seed"]) for entry in study.log if "wave" in entry)
     return [f"{count} to step {step} with seed {seed}" for (step, seed), count in counts.items()]
-
-
-def _recipe(declared: dict) -> dict:
-    return {name: value for name, value in flat_values(declared["recipe"]).items() if value is not None}

@@ -206,7 +206,9 @@ def declared_lab(
     pairs = HeldOutPairs.of(job.sources[0], study.tuning)
     lines = plan_lines(study, pairs)
     check_losses(study, job)
-    now = declare(study, file, declared_facts(job, sources, pairs))
+    rows = {str(seed): source.info.fingerprint for seed, source in sources.items()}
+    facts = {"rows": rows, "held_out": pairs.json(), **weight_fingerprints(job.lead.run)}
+    now = declare(study, file, facts)
     path = folder / DECLARATION
     if path.exists():
         check_declared(folder, runfolder.read_saved_json(path), now)
@@ -236,12 +238,6 @@ def prepare_study(study: Study, folder: Path) -> tuple[Job, dict[int, Source[Any
         data = run_of(study, next(iter(study.losses)), seed).data
         sources[seed] = processes.first_then_others(partial(data.open, job.tokenizer, shards))
     return replace(job, widest=widest_shape([*sources.values()])), sources
-
-
-def declared_facts(job: Job, sources: Mapping[int, Source[Any]], pairs: HeldOutPairs) -> dict[str, Any]:
-    """Return hashes of rows and weights, and the held-out pairs, which are part of the declaration."""
-    rows = {str(seed): source.info.fingerprint for seed, source in sources.items()}
-    return {"rows": rows, "held_out": pairs.json(), **weight_fingerprints(job.lead.run)}
 
 
 def plan_lines(study: Study, pairs: HeldOutPairs) -> list[str]:
@@ -379,7 +375,7 @@ def train_wave(lab: Lab, folder: Path, wave: Wave, done: list[dict[str, Any]]) -
     files: dict[str, dict[str, str]] = {}
     scores: dict[str, float | None] = {}
     for label, state, evaluated in zip(wave.trials, states, evaluations, strict=True):
-        files[label] = write_trial(lab, folder, wave, label, (state, evaluated))
+        files[label] = write_trial(lab, folder, wave, label, state, evaluated)
         scores[label] = tuning_score(lab, evaluated[-1])
     texts = ", ".join(f"{label} {'-' if x is None else f'{x:.4f}'}" for label, x in scores.items())
     number = sum("wave" in entry for entry in done) + 1
@@ -408,23 +404,14 @@ def start_states(lab: Lab, folder: Path, wave: Wave, done: Sequence[Mapping[str,
     """
     set_trial = make_set_trial(lab.study)
     states = []
-    earlier = {
-        label: next(
-            entry
-            for entry in done
-            if entry.get("seed") == wave.seed
-            and entry["steps"][1] == wave.first
-            and entry["trials"][label] == trial.number
-        )
-        for label, trial in wave.trials.items()
-        if wave.first
-    }
+    before = [x for x in done if x.get("seed") == wave.seed and x["steps"][1] == wave.first]
     for number, (label, trial) in enumerate(wave.trials.items()):
         if wave.first == 0:
             state = jax.tree.map(lambda x: x.copy(), lab.initial[wave.seed][number])  # the step donates it
             states.append(set_trial(state, trial))
             continue
-        check_earlier(wave.folder(folder, label), earlier[label], label)
+        earlier = next(entry for entry in before if entry["trials"][label] == trial.number)
+        check_earlier(wave.folder(folder, label), earlier, label)
         with contextlib.closing(checkpoints_of(wave.folder(folder, label))) as saved:
             restored = saved.restore(lab.job.abstract_states[number], wave.first)
         assert restored is not None
@@ -494,10 +481,10 @@ def tuning_score(lab: Lab, evaluation: PairsEvaluation) -> float | None:
 
 
 def write_trial(
-    lab: Lab, folder: Path, wave: Wave, label: str, result: tuple[TrainState, list[PairsEvaluation]]
+    lab: Lab, folder: Path, wave: Wave, label: str, state: TrainState, evaluations: list[PairsEvaluation]
 ) -> dict[str, str]:
-    """Write a trial's folder after a wave; return file name -> SHA-256. result: (state, evaluations)."""
-    trial_path, (state, evaluations) = wave.folder(folder, label), result
+    """Write a trial's folder after a wave; return file name -> SHA-256."""
+    trial_path = wave.folder(folder, label)
     (trial_path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     with contextlib.closing(checkpoints_of(trial_path)) as saved:
         saved.save(wave.last, state, {})

@@ -40,6 +40,12 @@ KL_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the largest KL that both losses reach
 START = {ACCURACY: 0.5}  # at step 0, where the policy is the reference; the margin is 0 there
 
 
+def finite_mean(values: np.ndarray) -> float:
+    """Return the mean of the finite values, NaN if there is none."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else math.nan
+
+
 @dataclass(frozen=True)
 class FinalCurve:
     """The E evaluations of a loss's final run; the first one is at step 0.
@@ -105,8 +111,7 @@ class LossOutcome:
     @property
     def mean(self) -> float:
         """The mean final value over prompts and the seeds that did not diverge; NaN if all did."""
-        known = self.final[np.isfinite(self.final)]
-        return float(known.mean()) if known.size else math.nan
+        return finite_mean(self.final)
 
     @property
     def largest_kl(self) -> float:
@@ -241,10 +246,8 @@ def read_study(folder: Path) -> StudyResult:
     declaration = read_saved_json(folder / DECLARATION)
     pairs = HeldOutPairs.of_json(declaration["facts"]["held_out"])
     metric, margin = declaration["study"]["metric"], declaration["study"]["margin"]
-    waves = [entry for entry in log if "wave" in entry]
-    losses = tuple(
-        _loss_outcome(folder, label, log, waves, (metric, pairs)) for label in declaration["study"]["losses"]
-    )
+    labels = declaration["study"]["losses"]
+    losses = tuple(_loss_outcome(folder, label, declaration, log, pairs) for label in labels)
     duels = duels_of(losses, margin, length_weights(pairs))
     return StudyResult(folder, declaration, metric, losses, duels, pairs, tuple(log), digest)
 
@@ -274,17 +277,16 @@ def check_study(folder: Path, log: Sequence[Mapping[str, Any]]) -> str:
 def _loss_outcome(
     folder: Path,
     label: str,
+    declared: Mapping[str, Any],
     log: Sequence[Mapping[str, Any]],
-    waves: Sequence[Mapping[str, Any]],
-    compared: tuple[str, HeldOutPairs],
+    pairs: HeldOutPairs,
 ) -> LossOutcome:
-    """Read a loss's results. waves: the log's entries about waves. compared: (metric, held-out pairs)."""
-    declared = read_saved_json(folder / DECLARATION)
+    """Read a loss's results. declared: the study's declaration."""
     winner, seeds = log[-1]["winners"][label], declared["study"]["seeds"]
     last: dict[int, tuple[int, float | None]] = {}
     stages: dict[int, list[float | None]] = {}
-    for wave in waves:
-        if wave["seed"] == seeds[0]:
+    for wave in log:
+        if "wave" in wave and wave["seed"] == seeds[0]:
             step, score = wave["steps"][1], wave["scores"][label]
             last[wave["trials"][label]] = step, score
             stages.setdefault(step, []).append(score)
@@ -294,7 +296,8 @@ def _loss_outcome(
     values = sorted(-math.inf if x is None else x for x in scores)
     sensitivity = Sensitivity(step, values[-1], median(values), values[0])
     finals = [trial_folder(folder, label, winner["trial"], seed) for seed in seeds]
-    curves = final_curves([read_evaluations(final / EVALUATIONS) for final in finals], *compared)
+    runs = [read_evaluations(final / EVALUATIONS) for final in finals]
+    curves = final_curves(runs, declared["study"]["metric"], pairs)
     return LossOutcome(label, winner["setting"], trials, sensitivity, curves)
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array
@@ -104,11 +104,11 @@ class LossTrial:
         return ", ".join(f"{name}={value:g}" for name, value in knobs.items())
 
 
-class Rung:
+class Rung(NamedTuple):
     """A stage of successive halving: `trials` trials of each loss are trained up to step `steps`."""
 
-    def __init__(self, trials: int, steps: int):
-        self.trials, self.steps = trials, steps
+    trials: int
+    steps: int
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxft.batch import TrainState
-from jaxft.lab.loss_evaluation import loss_knobs
+from jaxft.lab.loss_evaluation import loss_beta
 from jaxft.lab.studies.study import LossTrial, SearchedLoss, Study
 from jaxft.nn.param import Specs
 from jaxft.nn.tree import Aux, Metrics, Params
@@ -65,18 +65,12 @@ def plain_run(study: Study, label: str, trial: LossTrial, seed: int) -> Run:
     Logged rewards are multiplied by beta only if the loss has a state, such as BCO's mean reward.
     """
     run, loss = run_of(study, label, seed), study.losses[label]
-    beta = trial.knobs.get("beta", own_beta(loss)) if declaration(loss.fn).init else 1.0
+    beta = trial.knobs.get("beta", loss_beta(loss.fn, 1.0)) if declaration(loss.fn).init else 1.0
     return replace(
         run,
         objective=partial(preference, loss=partial(loss.fn, **trial.knobs), beta=beta),
         optim=replace(study.recipe.optim, lr=trial.lr),
     )
-
-
-def own_beta(loss: SearchedLoss) -> float:
-    """Return the default beta of a loss; 1 if it has no beta, or one without a numeric default."""
-    default = loss_knobs(loss.fn).get("beta", (None, 1.0))[1]
-    return float(default) if isinstance(default, int | float) else 1.0
 
 
 def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Objective:
@@ -92,7 +86,7 @@ def searched(model: LanguageModel, loss: SearchedLoss, trial: LossTrial) -> Obje
     plain = reading_knobs(with_knobs, trial.knobs)
 
     def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
-        beta = aux[LOSS_KNOBS].get("beta", own_beta(loss))
+        beta = aux[LOSS_KNOBS].get("beta", loss_beta(loss.fn, 1.0))
         rewards = {
             name: replace(metrics[name], total=beta * metrics[name].total)
             for name in (CHOSEN_REWARD, REJECTED_REWARD)

@@ -174,7 +174,9 @@ def recompute_step(folder: Path, step: int) -> list[str]:
         after = saved.restore(job.abstract_states, step) if step in saved.steps() else None
     origin = f"the checkpoint of step {before}" if before else "the start"
     where = f"step {step}, computed again from {origin}"
-    reasons = [*changes, *_environment_changes(folder)]
+    reasons, record = changes, folder / "env.json"
+    if record.is_file():
+        reasons = [*changes, *environment_changes(runfolder.read_saved_json(record), environment())]
     because = f" (since then: {'; '.join(reasons[:4])})" if reasons else ""
     if metrics not in logged:
         names = [name for name, value in logged[-1].items() if metrics.get(name) != value]
@@ -218,8 +220,3 @@ def differing_leaves(one: Any, other: Any) -> list[str]:
         {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()} for tree in (one, other)
     )
     return [name for name, x in first.items() if x.tobytes() != second[name].tobytes()]
-
-
-def _environment_changes(folder: Path) -> list[str]:
-    path = folder / "env.json"
-    return environment_changes(runfolder.read_saved_json(path), environment()) if path.is_file() else []

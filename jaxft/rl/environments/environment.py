@@ -533,13 +533,7 @@ def openenv(
         shown = None if result.done else text_of(result.observation)
         return checked_step((shown, result.reward, bool(result.done), client))
 
-    def score(client: EpisodeState, task: Task) -> float | None:
-        return None
-
-    def tools(state: EpisodeState) -> dict[str, Tool]:
-        return {}
-
-    return Environment(name, reset, step, tools, (), score)
+    return Environment(name, reset, step, _no_tools, (), _no_score)
 
 
 def observation_text(observation: Any) -> str:

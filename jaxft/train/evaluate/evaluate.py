@@ -19,7 +19,7 @@ from jaxft.data.packing.tokenised import PROBABILITIES
 from jaxft.data.pairs import PairRows
 from jaxft.data.rows.invalid import invalid_lines
 from jaxft.data.sft import Rows
-from jaxft.data.source import RowSource, Source, open_for
+from jaxft.data.source import Source, open_for
 from jaxft.distributed import processes, sharding
 from jaxft.models.model import Model
 from jaxft.nn import tree
@@ -108,23 +108,9 @@ def general_rows(data: DataSettings, general: str) -> Rows:
     in `data`, the run's.
     """
     return Rows(
-        general,
-        held_out=general,
-        format="text",
-        loss_on="all",
-        too_long="truncate",
-        max_length=data.max_length,
-        batch=data.batch,
-        micro=data.micro,
-        packing=bool(data.packing),
-    )
-
-
-def general_source(
-    data: DataSettings, general: str | None, tokenizer: Any, shards: int = 1
-) -> RowSource | None:
-    """Return the source of the general text, None without one."""
-    return None if general is None else general_rows(data, general).open(tokenizer, shards)
+        general, held_out=general, format="text", loss_on="all", too_long="truncate",
+        max_length=data.max_length, batch=data.batch, micro=data.micro, packing=bool(data.packing),
+    )  # fmt: skip
 
 
 class EvaluationLimit(NamedTuple):
@@ -238,97 +224,87 @@ class Evaluated(NamedTuple):
 def make_row_loss(
     model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, Rows], Evaluated]:
-    """Return `row_loss(loaded, rows)`, which evaluates the loss on rows, see _row_loss. Its program is
-    compiled once for all weights of a model. check: called with a hash of the rows; it may raise if they are
-    not the expected rows.
+    """Return `row_loss(loaded, rows)`, which returns loss (mean over the tokens with a loss, in nats),
+    perplexity and token accuracy of all held-out rows of the settings `rows`.
+
+    Its program is compiled once for all weights of a model. check: called with a hash of the rows; it may
+    raise if they are not the expected rows. row_loss raises ValueError for a loss that is not finite.
     """
     eval_step = jax.jit(make_eval_step(sft(model)))
-    return lambda loaded, rows: _row_loss(eval_step, loaded, rows, check)
 
-
-def _row_loss(
-    eval_step: Callable[..., Any], loaded: LoadedWeights, rows: Rows, check: FingerprintCheck
-) -> Evaluated:
-    """Return loss (mean over the tokens with a loss, in nats), perplexity and token accuracy of all rows.
-
-    rows: settings whose held-out rows are evaluated. Raises ValueError for a loss that is not finite.
-    """
-    mesh = loaded.mesh
-    source = rows.open(loaded.tokenizer, sharding.row_shards(mesh))
-    check(source.info.fingerprint)
-    stats = source.info.stats
-    check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
-    evaluated = evaluate(
-        lambda batch: eval_step(loaded.params, loaded.params, sharding.shard_batch(mesh, batch), {}),
-        source.held_out,
-    )
-    loss = evaluated.get(LOSS, math.nan)
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"{rows.train}: the loss is {loss}; use --dtype float32, or check the weights of the model"
+    def row_loss(loaded: LoadedWeights, rows: Rows) -> Evaluated:
+        mesh = loaded.mesh
+        source = rows.open(loaded.tokenizer, sharding.row_shards(mesh))
+        check(source.info.fingerprint)
+        stats = source.info.stats
+        check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
+        evaluated = evaluate(
+            lambda batch: eval_step(loaded.params, loaded.params, sharding.shard_batch(mesh, batch), {}),
+            source.held_out,
         )
-    metrics = {
-        "examples": stats.held_out,
-        "tokens": sum(int((batch.token_weights > 0).sum()) for batch in source.held_out),
-        LOSS: loss,
-        PERPLEXITY: math.exp(loss) if loss < 700 else math.inf,
-        TOKEN_ACCURACY: evaluated[TOKEN_ACCURACY],
-    }
-    truncated = source.split.rows.truncated[source.split.held].sum()
-    notes = [*invalid_lines(stats.invalid)]
-    if truncated:
-        notes.append(f"{truncated} examples are truncated to --max-length {rows.max_length}")
-    return Evaluated(metrics, [], notes)
+        loss = evaluated.get(LOSS, math.nan)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"{rows.train}: the loss is {loss}; use --dtype float32, or check the weights of the model"
+            )
+        metrics = {
+            "examples": stats.held_out,
+            "tokens": sum(int((batch.token_weights > 0).sum()) for batch in source.held_out),
+            LOSS: loss,
+            PERPLEXITY: math.exp(loss) if loss < 700 else math.inf,
+            TOKEN_ACCURACY: evaluated[TOKEN_ACCURACY],
+        }
+        truncated = source.split.rows.truncated[source.split.held].sum()
+        notes = [*invalid_lines(stats.invalid)]
+        if truncated:
+            notes.append(f"{truncated} examples are truncated to --max-length {rows.max_length}")
+        return Evaluated(metrics, [], notes)
+
+    return row_loss
 
 
 def make_pair_preferences(
     model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, PairRows], Evaluated]:
-    """Return `preferences(loaded, rows)`, which scores pairs, see _pair_preferences. Its programs are
-    compiled once for all weights of a model. check: called with a hash of the rows; it may raise if they are
-    not the expected rows.
+    """Return `preferences(loaded, rows)`, which returns the log-probabilities of each pair's responses, and
+    the fraction of the pairs whose chosen response is preferred. Held-out pairs are evaluated, or all pairs
+    if none are held out.
+
+    accuracy: log p(chosen) > log p(rejected). accuracy_per_token: the same for the means over the responses'
+    tokens. accuracy_against_base, with an adapter: the adapter raises log p(chosen) by more than
+    log p(rejected) over the base, which is DPO's reward accuracy. A tie counts 1/2; an accuracy is left out
+    if all pairs are ties. Compiled programs, check: as in make_row_loss.
     """
 
+    @jax.jit
     def forward(params: Params, batch: Pairs) -> dict[str, Any]:
         rows = jax.tree.map(lambda x: x[0], batch)
         h, _ = model.hidden(params, rows)
         logps = read_logps(model, params, h, (rows.read, rows.targets)).logp
         return response_sums(logps, rows.responses, rows.kinds, rows.pair_weights.shape[1])
 
-    compiled = jax.jit(forward)
-    return lambda loaded, rows: _pair_preferences(compiled, loaded, rows, check)
+    def preferences(loaded: LoadedWeights, rows: PairRows) -> Evaluated:
+        source = open_for(loaded.model.attention, rows, loaded.tokenizer, sharding.row_shards(loaded.mesh))
+        check(source.info.fingerprint)
+        indices = source.split.held if rows.holds_out else range(len(source.keys))
+        check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
+        names, batches = source.split.rows.names, source.cover(indices)
+        by_row, base = _response_logps(forward, loaded, loaded.params, batches), None
+        if "adapter" in loaded.params:
+            base = _response_logps(forward, loaded, {"base": loaded.params["base"]}, batches)
+        scores = []
+        for number, (logps, lengths) in sorted(by_row.items()):
+            if not all(map(math.isfinite, logps)):
+                raise ValueError(
+                    f"{names[number]}: the log-probabilities of its responses are {logps}; use --dtype "
+                    "float32, or check the weights of the model"
+                )
+            scores.append(PairScore(names[number], *logps, *lengths, base[number][0] if base else None))
+        rows_of_file = [score._asdict() for score in scores]
+        notes = list(invalid_lines(source.info.stats.invalid))
+        return Evaluated(preference_metrics(scores), rows_of_file, notes, pair_wins(scores))
 
-
-def _pair_preferences(
-    forward: Callable[..., Any], loaded: LoadedWeights, rows: PairRows, check: FingerprintCheck
-) -> Evaluated:
-    """Return the log-probabilities of each pair's responses, and the fraction of the pairs whose chosen
-    response is preferred. Held-out pairs are evaluated, or all pairs if none are held out.
-
-    accuracy: log p(chosen) > log p(rejected). accuracy_per_token: the same for the means over the responses'
-    tokens. accuracy_against_base, with an adapter: the adapter raises log p(chosen) by more than
-    log p(rejected) over the base, which is DPO's reward accuracy. A tie counts 1/2; an accuracy is left out
-    if all pairs are ties.
-    """
-    source = open_for(loaded.model.attention, rows, loaded.tokenizer, sharding.row_shards(loaded.mesh))
-    check(source.info.fingerprint)
-    indices = source.split.held if rows.holds_out else range(len(source.keys))
-    check_token_id(str(rows.train), source.info.stats.largest_id, loaded.model.config.vocab)
-    names, batches = source.split.rows.names, source.cover(indices)
-    by_row, base = _response_logps(forward, loaded, loaded.params, batches), None
-    if "adapter" in loaded.params:
-        base = _response_logps(forward, loaded, {"base": loaded.params["base"]}, batches)
-    scores = []
-    for number, (logps, lengths) in sorted(by_row.items()):
-        if not all(map(math.isfinite, logps)):
-            raise ValueError(
-                f"{names[number]}: the log-probabilities of its responses are {logps}; use --dtype float32, "
-                "or check the weights of the model"
-            )
-        scores.append(PairScore(names[number], *logps, *lengths, base[number][0] if base else None))
-    rows_of_file = [score._asdict() for score in scores]
-    notes = list(invalid_lines(source.info.stats.invalid))
-    return Evaluated(preference_metrics(scores), rows_of_file, notes, pair_wins(scores))
+    return preferences
 
 
 def _response_logps(
@@ -349,59 +325,54 @@ def _response_logps(
 def make_decision_scores(
     model: Model, check: FingerprintCheck = any_rows
 ) -> Callable[[LoadedWeights, DecisionRows], Evaluated]:
-    """Return `scores(loaded, rows)`, which scores decisions, see _decision_scores. Its program is compiled
-    once for all weights of a model. check: called with a hash of the rows; it may raise if they are not the
-    expected rows.
+    """Return `scores(loaded, rows)`, which returns the probabilities of the choices of each held-out row, and
+    the metrics of objectives.decision, which are computed only over rows with an answer.
+
+    Compiled programs, check: as in make_row_loss.
     """
     objective = decision(model).for_evaluation()
 
+    @jax.jit
     def forward(params: Params, batch: Decisions) -> tuple[Metrics, jax.Array]:
         outputs = objective.forward(params, jax.tree.map(lambda x: x[0], batch), None, {})
         return objective.loss(outputs, {})[1], jnp.exp(outputs.log_p)
 
-    compiled = jax.jit(forward)
-    return lambda loaded, rows: _decision_scores(compiled, loaded, rows, check)
+    def scores(loaded: LoadedWeights, rows: DecisionRows) -> Evaluated:
+        source: Any = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
+        check(source.info.fingerprint)
+        stats = source.info.stats
+        check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
+        tokenised, parts = source.split.rows, list[Metrics]()
+        results = dict[int, tuple[float, dict[str, Any]]]()  # accuracy and line of each row
+        for number, batch in enumerate(source.held_out):
+            metrics, p = jax.device_get(forward(loaded.params, sharding.shard_batch(loaded.mesh, batch)))
+            parts.append({name: m for name, m in metrics.items() if not isinstance(m, PerRow)})
+            for at, of_row in row_values(metrics).items():
+                if not math.isfinite(of_row[LOSS]):
+                    raise ValueError(
+                        f"{rows.train}: the log loss is {of_row[LOSS]}; use --dtype float32, or check the "
+                        "weights of the model"
+                    )
+                example = source.layout.example_at(batch, number, at)
+                choices, labels = choice_names(tokenised, example), tokenised.extras[PROBABILITIES][example]
+                predicted = p.reshape(-1, p.shape[-1])[at, : len(choices)]
+                line = {
+                    "row": tokenised.names[example],
+                    "probabilities": _by_choice(choices, predicted),
+                    **({"answer": _by_choice(choices, labels)} if any(labels) else {}),
+                }
+                results[example] = of_row[DECISION_ACCURACY] if any(labels) else math.nan, line
+        in_order = [results[example] for example in sorted(results)]
+        accuracies, lines = [accuracy for accuracy, _ in in_order], [line for _, line in in_order]
+        notes, without = [*invalid_lines(stats.invalid)], sum(map(math.isnan, accuracies))
+        if without:
+            notes.append(f"{without} of {len(lines)} rows have no answer; no metric counts them")
+        if without == len(lines):
+            return Evaluated({"examples": len(lines)}, lines, notes)
+        whole = {name: x for name, x in as_floats(reduce(add, parts)).items() if not name.startswith(LOSS)}
+        return Evaluated({"examples": len(lines), **whole}, lines, notes, {DECISION_ACCURACY: accuracies})
 
-
-def _decision_scores(
-    forward: Callable[..., Any], loaded: LoadedWeights, rows: DecisionRows, check: FingerprintCheck
-) -> Evaluated:
-    """Return the probabilities of the choices of each held-out row, and the metrics of objectives.decision
-    over them, which are computed only over rows with an answer.
-    """
-    source: Any = rows.open(loaded.tokenizer, sharding.row_shards(loaded.mesh))
-    check(source.info.fingerprint)
-    stats = source.info.stats
-    check_token_id(str(rows.train), stats.largest_id, loaded.model.config.vocab)
-    tokenised, parts = source.split.rows, list[Metrics]()
-    results = dict[int, tuple[float, dict[str, Any]]]()  # accuracy and line of each row
-    for number, batch in enumerate(source.held_out):
-        metrics, p = jax.device_get(forward(loaded.params, sharding.shard_batch(loaded.mesh, batch)))
-        parts.append({name: m for name, m in metrics.items() if not isinstance(m, PerRow)})
-        for at, of_row in row_values(metrics).items():
-            if not math.isfinite(of_row[LOSS]):
-                raise ValueError(
-                    f"{rows.train}: the log loss is {of_row[LOSS]}; use --dtype float32, or check the "
-                    "weights of the model"
-                )
-            example = source.layout.example_at(batch, number, at)
-            choices, labels = choice_names(tokenised, example), tokenised.extras[PROBABILITIES][example]
-            predicted = p.reshape(-1, p.shape[-1])[at, : len(choices)]
-            line = {
-                "row": tokenised.names[example],
-                "probabilities": _by_choice(choices, predicted),
-                **({"answer": _by_choice(choices, labels)} if any(labels) else {}),
-            }
-            results[example] = of_row[DECISION_ACCURACY] if any(labels) else math.nan, line
-    in_order = [results[example] for example in sorted(results)]
-    accuracies, lines = [accuracy for accuracy, _ in in_order], [line for _, line in in_order]
-    notes, without = [*invalid_lines(stats.invalid)], sum(map(math.isnan, accuracies))
-    if without:
-        notes.append(f"{without} of {len(lines)} rows have no answer; no metric counts them")
-    if without == len(lines):
-        return Evaluated({"examples": len(lines)}, lines, notes)
-    whole = {name: x for name, x in as_floats(reduce(add, parts)).items() if not name.startswith(LOSS)}
-    return Evaluated({"examples": len(lines), **whole}, lines, notes, {DECISION_ACCURACY: accuracies})
+    return scores
 
 
 def _by_choice(choices: Sequence[str], values: np.ndarray) -> dict[str, float]:
@@ -413,7 +384,7 @@ def _by_choice(choices: Sequence[str], values: np.ndarray) -> dict[str, float]:
 
 
 def preference_metrics(scores: Sequence[PairScore]) -> dict[str, float]:
-    """Return metrics by name: the number of pairs, the accuracies of _pair_preferences, and the mean
+    """Return metrics by name: the number of pairs, the accuracies of make_pair_preferences, and the mean
     log-probabilities of chosen and of rejected responses.
 
     If some rows have a single labelled response, there are also counts and means per token of both kinds.
@@ -437,7 +408,7 @@ def _pairs(scores: Sequence[PairScore]) -> list[PairScore]:
 
 
 def pair_wins(scores: Sequence[PairScore]) -> dict[str, list[float]]:
-    """Return {accuracy of _pair_preferences: [result of each pair]}: 1 if the chosen response is
+    """Return {accuracy of make_pair_preferences: [result of each pair]}: 1 if the chosen response is
     preferred, 0 if not, 1/2 for a tie. An accuracy is left out if all pairs are ties.
     """
     pairs = _pairs(scores)

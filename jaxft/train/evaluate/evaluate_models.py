@@ -2,7 +2,6 @@
 lm-evaluation-harness. `jaxft evaluate` and `jaxft.evaluate` call it.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ import jax
 from jaxft.annotations import (
     REWARDS,
     ComputeDtype,
-    NonNegativeInt,
     PositiveInt,
     QuantKind,
     Seed,
@@ -54,7 +52,7 @@ from jaxft.runs.settings.setting_values import load_callable
 from jaxft.train.evaluate import harness
 from jaxft.train.evaluate.completer import Completer
 from jaxft.train.evaluate.evaluate import make_decision_scores, make_pair_preferences, make_row_loss
-from jaxft.train.evaluate.harness import HarnessFlags, HarnessSettings
+from jaxft.train.evaluate.harness import TaskEvaluation
 from jaxft.train.evaluate.scored_completions import CompletionScorer, scored_prompts
 
 Named = Mapping[str, NamedWeights]
@@ -130,47 +128,6 @@ class CompletionEvaluation:
         if not all(item.isdecimal() and int(item) >= 1 for item in items):
             raise ValueError(f"--pass-at {self.pass_at}: expected numbers of at least 1, such as 1,10")
         return [int(item) for item in items]
-
-
-@dataclass(frozen=True)
-class TaskEvaluation:
-    """Options of an evaluation on tasks of lm-evaluation-harness."""
-
-    tasks: str
-    include_path: str | None = None
-    num_fewshot: NonNegativeInt | None = None
-    limit: PositiveInt | None = None
-    max_length: PositiveInt | None = None
-    chat: bool = False
-    system_instruction: str | None = None
-    gen_kwargs: str = ""
-    unsafe_code: bool = False
-    seed: Seed = 0
-    kv_cache: CacheFormat = "compute"
-
-    def __post_init__(self):
-        check_bounds(self)
-        if not self.names:
-            raise ValueError("--tasks names no task; use names such as arc_easy,mmlu")
-        self.generation()
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the tasks."""
-        return [name.strip() for name in self.tasks.split(",") if name.strip()]
-
-    def generation(self) -> dict[str, Any]:
-        """Return gen_kwargs by name. Values are parsed as JSON; other text is a string."""
-        values: dict[str, Any] = {}
-        for item in filter(None, (item.strip() for item in self.gen_kwargs.split(","))):
-            name, equals, value = (part.strip() for part in item.partition("="))
-            if not (equals and value and name.isidentifier()):
-                raise ValueError(f"--gen-kwargs {item}: expected name=value, such as max_gen_toks=64")
-            try:
-                values[name] = json.loads(value.lower() if value in ("True", "False") else value)
-            except ValueError:
-                values[name] = value
-        return values
 
 
 Way = RowEvaluation | CompletionEvaluation | TaskEvaluation
@@ -380,18 +337,13 @@ def evaluate_on_tasks(models: EvaluatedModels, way: TaskEvaluation, named: Named
     """Return adapter -> HarnessResult. Raises ImportError without lm-evaluation-harness."""
     harness.require_harness()
     tasks, results = harness.load_tasks(way.names, way.include_path), {}
-    flags = HarnessFlags(
-        way.num_fewshot, way.limit, way.system_instruction, way.generation(), way.unsafe_code
-    )
     with loaded_models(models, named) as loaded:
         for line in harness.generation_config_notes(next(iter(named.values())).ref):  # they share a base
             print(line, file=sys.stderr)
         for name, item in loaded.items():
             template = template_settings(prompt_settings(named[name].record))
-            settings = HarnessSettings(
-                way.max_length, models.batch, way.seed, way.kv_cache, way.chat, template
-            )
+            backend = harness.HarnessBackend(item, way, models.batch, template)
             about = {"model": named[name].ref, "adapter": str(named[name].adapter or "") or None}
             about |= {"dtype": str(item.model.dtype.name), "quant": models.quant}
-            results[name] = harness.evaluate_tasks(item, tasks, flags, settings, about)
+            results[name] = harness.evaluate_tasks(backend, tasks, about)
     return results

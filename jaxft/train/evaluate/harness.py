@@ -9,16 +9,15 @@ lm_eval is an extra and is imported inside functions only.
 
 import json
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxft.annotations import PositiveInt, Seed, check_bounds
+from jaxft.annotations import Seed, at_least, check_bounds
 from jaxft.batch import Tokens
 from jaxft.data.chat.template import REJECTIONS, render_messages, template_of
 from jaxft.data.progress import RowProgress
@@ -35,6 +34,7 @@ from jaxft.weights.hf import hub
 from jaxft.weights.hf.safetensors import read_model_json
 from jaxft.weights.pretrained import check_token_id
 
+Continuation = tuple[Sequence[int], Sequence[int]]  # token ids of a context, at least one, and those after it
 FEW_READS = 32  # positions with logits in rows with short continuations, such as choices
 MAX_NEW = 256  # tokens of a completion where the task does not say, as in the hf backend
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of this limit
@@ -49,23 +49,44 @@ UNREAD = (
 
 
 @dataclass(frozen=True)
-class HarnessSettings:
-    """Settings of a model that lm-evaluation-harness evaluates.
+class TaskEvaluation:
+    """Options of an evaluation on tasks of lm-evaluation-harness."""
 
-    length: the most tokens of a row, None for the model's maximum. batch: rows that are computed
-    together. seed: random seed of sampling. cache: how keys and values are stored. chat: whether prompts are
-    rendered with the chat template. template: how it renders them.
-    """
-
-    length: PositiveInt | None = None
-    batch: PositiveInt = 8
-    seed: Seed = 0
-    cache: CacheFormat = "compute"
+    tasks: str
+    include_path: str | None = None
+    num_fewshot: Annotated[int | None, at_least(0)] = None
+    limit: Annotated[int | None, at_least(1)] = None
+    max_length: Annotated[int | None, at_least(1)] = None
     chat: bool = False
-    template: TemplateSettings = field(default=DEFAULT_TEMPLATE_SETTINGS)
+    system_instruction: str | None = None
+    gen_kwargs: str = ""
+    unsafe_code: bool = False
+    seed: Seed = 0
+    kv_cache: CacheFormat = "compute"
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         check_bounds(self)
+        if not self.names:
+            raise ValueError("--tasks names no task; use names such as arc_easy,mmlu")
+        self.generation()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tasks."""
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
+    def generation(self) -> dict[str, Any]:
+        """Return gen_kwargs by name. Values are parsed as JSON; other text is a string."""
+        values: dict[str, Any] = {}
+        for item in filter(None, (item.strip() for item in self.gen_kwargs.split(","))):
+            name, equals, value = (part.strip() for part in item.partition("="))
+            if not (equals and value and name.isidentifier()):
+                raise ValueError(f"--gen-kwargs {item}: expected name=value, such as max_gen_toks=64")
+            try:
+                values[name] = json.loads(value.lower() if value in ("True", "False") else value)
+            except ValueError:
+                values[name] = value
+        return values
 
 
 class _Generation(NamedTuple):
@@ -81,15 +102,14 @@ def generation_settings(given: dict[str, Any], end: str) -> _Generation:
 
     Raises ValueError for arguments that jaxft does not have.
     """
-    rest, until = dict(given), given.get("until") or []
+    until = given.get("until") or []
     stops = (*([until] if isinstance(until, str) else until), end)
     new = next((int(given[name]) for name in LIMITS if given.get(name) is not None), MAX_NEW)
     is_sampled, temperature = given.get("do_sample"), float(given.get("temperature") or 0)
     top_k, top_p, min_p = (given.get(name) for name in ("top_k", "top_p", "min_p"))
-    for name in ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", *LIMITS):
-        rest.pop(name, None)
-    for name, value in rest.items():
-        if name not in NO_EFFECT or value != NO_EFFECT[name]:
+    read = ("until", "do_sample", "temperature", "top_k", "top_p", "min_p", *LIMITS)
+    for name, value in given.items():
+        if name not in read and (name not in NO_EFFECT or value != NO_EFFECT[name]):
             remedy = f", or use --gen-kwargs {name}={NO_EFFECT[name]}" if name in NO_EFFECT else ""
             raise ValueError(
                 f"the generation argument {name}={value} of a task is not supported; remove it from the "
@@ -124,24 +144,24 @@ def generation_config_notes(ref: str) -> list[str]:
     ]
 
 
-def before_stops(text: str, stops: Sequence[str]) -> str:
-    """Return the text truncated at each of the stop strings in turn, as in the hf backend."""
-    for stop in stops:
-        text = text.partition(stop)[0]
-    return text
-
-
 class HarnessBackend:
-    """The loaded model with its compiled programs, as lm-evaluation-harness uses it.
+    """The loaded model with its compiled programs, as lm-evaluation-harness uses it. batch: rows that are
+    computed together. template: how the chat template renders prompts, with way.chat.
 
     Raises ValueError for a length beyond the model's, a tokenizer without BOS and EOS, or chat=True without a
     chat template.
     """
 
-    def __init__(self, loaded: LoadedWeights, settings: HarnessSettings):
+    def __init__(
+        self,
+        loaded: LoadedWeights,
+        way: TaskEvaluation,
+        batch: int = 8,
+        template: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
+    ):
         limit, tokenizer = loaded.model.config.max_positions, loaded.tokenizer
-        self.loaded, self.settings, self.tokenizer = loaded, settings, tokenizer
-        self.length = settings.length or limit
+        self.loaded, self.way, self.tokenizer, self.batch = loaded, way, tokenizer, batch
+        self.length = way.max_length or limit
         if self.length > limit:
             raise ValueError(f"--max-length {self.length} exceeds the model's {limit} positions; lower it")
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -151,11 +171,11 @@ class HarnessBackend:
             )
         self.prefix = eos if bos is None else bos  # before a text without a context
         self.end = bos if eos is None else eos
-        self.template = template_of(tokenizer, settings.template)
-        if settings.chat and self.template is None:
+        self.template = template_of(tokenizer, template)
+        if way.chat and self.template is None:
             raise ValueError("--chat: the model's tokenizer has no chat template; omit --chat")
-        self.scorer = make_token_scorer(loaded, settings.batch, self.length)
-        self.completer = Completer(settings.batch, settings.seed, settings.cache)
+        self.scorer = TokenScorer(loaded, batch, self.length)
+        self.completer = Completer(batch, way.seed, way.kv_cache)
         self.truncated, self.without_system = 0, 0
 
     def notes(self) -> list[str]:
@@ -176,13 +196,10 @@ class HarnessBackend:
             special = not text.startswith(self.tokenizer.decode([self.prefix]))
         return self.tokenizer(text, add_special_tokens=special, verbose=False).input_ids
 
-    def logps(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        """Return (log-probability of the continuation, whether it is the greedy one) for each pair (token ids
-        of a context, token ids of its continuation).
-        """
-        self.truncated += sum(len(context) + len(tokens) > self.length + 1 for context, tokens in pairs)
-        scores = self.scorer.scores([Continuation(*pair) for pair in pairs])
-        return [(score.logp, score.greedy) for score in scores]
+    def logps(self, continuations: Sequence[Continuation]) -> list[tuple[float, bool]]:
+        """Return the score of each continuation, see TokenScorer.scores."""
+        self.truncated += sum(len(context) + len(x) > self.length + 1 for context, x in continuations)
+        return self.scorer.scores(continuations)
 
     def check_generation(self, given: dict[str, Any]) -> None:
         """Raise ValueError for arguments of generation that jaxft lacks, or more tokens than a row has."""
@@ -221,11 +238,13 @@ class HarnessBackend:
             text = self._text(tokens)
             return any(stop in text for stop in generation.stops)
 
-        sampled = self.completer.complete(loaded, prompts, generation.sampling, is_enough=is_enough)[:, 0]
-        return [
-            before_stops(self._text(without_stop(row[row >= 0], loaded.stop)), generation.stops)
-            for row in sampled
-        ]
+        completed = []
+        for row in self.completer.complete(loaded, prompts, generation.sampling, is_enough=is_enough)[:, 0]:
+            text = self._text(without_stop(row[row >= 0], loaded.stop))
+            for stop in generation.stops:  # truncated at each in turn, as in the hf backend
+                text = text.partition(stop)[0]
+            completed.append(text)
+        return completed
 
     def _text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -237,8 +256,7 @@ class HarnessBackend:
         A system message that the template rejects is left out, as by the hf backend, and counted in
         without_system. Raises ValueError without a chat template, and for other messages that it rejects.
         """
-        if self.template is None:
-            raise ValueError("the model's tokenizer has no chat template; omit --chat")
+        assert self.template is not None  # with --chat, __init__ requires it
         try:
             text = render_messages(self.template, messages, None, generation)
         except REJECTIONS as error:
@@ -304,23 +322,6 @@ def make_harness_model(backend: HarnessBackend) -> Any:
     return HarnessModel()
 
 
-class Continuation(NamedTuple):
-    """A continuation to score. context: token ids before it, at least one. tokens: its token ids."""
-
-    context: Sequence[int]
-    tokens: Sequence[int]
-
-
-class ContinuationScore(NamedTuple):
-    """The score of a continuation of a context.
-
-    logp: log-probability in nats. greedy: whether every token is the model's most likely one.
-    """
-
-    logp: float
-    greedy: bool
-
-
 class _Read(NamedTuple):
     """The log-probability to compute of `target` after the token at `position`, for continuation `number`."""
 
@@ -336,21 +337,28 @@ class _ScoredRow(NamedTuple):
     reads: list[_Read]
 
 
-@dataclass(frozen=True)
 class TokenScorer:
     """Scores continuations by one model. Programs are compiled for rows of 64, 128, 256, ... tokens.
 
-    loaded: the model. batch: rows that are computed together. length: the most tokens that the model reads;
-    of a longer context the first tokens are left out. forward: compiled for each shape of a batch.
+    batch: rows that are computed together. length: the most tokens that the model reads; of a longer context
+    the first tokens are left out.
     """
 
-    loaded: LoadedWeights
-    batch: int
-    length: int
-    forward: Callable[[Params, Tokens], tuple[jax.Array, jax.Array]]
+    def __init__(self, loaded: LoadedWeights, batch: int, length: int):
+        self.loaded, self.batch, self.length = loaded, batch, length
+        model = loaded.model
 
-    def scores(self, continuations: Sequence[Continuation]) -> list[ContinuationScore]:
-        """Return the score of each continuation, and print progress while it takes long.
+        def forward(params: Params, batch: Tokens) -> tuple[jax.Array, jax.Array]:
+            rows: Any = jax.tree.map(lambda x: x[0], batch)
+            h, _ = model.hidden(params, rows)
+            read_values = read_logps(model, params, h, (rows.read, rows.targets))
+            return read_values.logp, read_values.top1
+
+        self.forward = jax.jit(forward)  # compiled for each shape of a batch
+
+    def scores(self, continuations: Sequence[Continuation]) -> list[tuple[float, bool]]:
+        """Return (log-probability in nats, whether every token is the model's most likely one) for each
+        continuation, and print progress while it takes long.
 
         Raises ValueError for a continuation without tokens or with more than `length`, for a token that the
         model does not have, and for log-probabilities that are not finite.
@@ -373,7 +381,7 @@ class TokenScorer:
                 text = self.loaded.tokenizer.decode([*context, *tokens][-20:])
                 remedy = "use --dtype float32, or check the weights"
                 raise ValueError(f"the log-probability of a text that ends in {text!r} is {logp}; {remedy}")
-        return [ContinuationScore(*score) for score in zip(logps, greedy, strict=True)]
+        return list(zip(logps, greedy, strict=True))
 
     def _placed(self, rows: Sequence[_ScoredRow], shape: tuple[int, int]) -> Tokens:
         """Return padded rows as a batch on the mesh. shape: (tokens, positions with logits) of a row."""
@@ -390,19 +398,6 @@ class TokenScorer:
         return sharding.shard_batch(
             self.loaded.mesh, Tokens(ids, segments, positions, read, targets, weights, packed=False)
         )
-
-
-def make_token_scorer(loaded: LoadedWeights, batch: int, length: int) -> TokenScorer:
-    """Return the scorer of a model; see TokenScorer."""
-    model = loaded.model
-
-    def forward(params: Params, batch: Tokens) -> tuple[jax.Array, jax.Array]:
-        rows: Any = jax.tree.map(lambda x: x[0], batch)
-        h, _ = model.hidden(params, rows)
-        read_values = read_logps(model, params, h, (rows.read, rows.targets))
-        return read_values.logp, read_values.top1
-
-    return TokenScorer(loaded, batch, length, jax.jit(forward))
 
 
 def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredRow]:
@@ -426,7 +421,7 @@ def rows_of(continuations: Sequence[Continuation], length: int) -> list[_ScoredR
         first = len(ids) - len(tokens)
         reads = [_Read(first + i, token, number) for i, token in enumerate(tokens)]
         row = by_ids.get(ids)
-        if row is None or len(row.reads) + len(reads) > read_sizes(length_bucket(len(ids), length))[-1]:
+        if row is None or len(row.reads) + len(reads) > length_bucket(len(ids), length):
             row = by_ids[ids] = _ScoredRow(ids, [])
             rows.append(row)
         row.reads.extend(reads)
@@ -443,11 +438,6 @@ def length_bucket(count: int, length: int) -> int:
     return min(size, -(-length // BUCKET) * BUCKET)
 
 
-def read_sizes(size: int) -> tuple[int, ...]:
-    """Return the possible numbers of positions with logits in a row of `size` tokens, ascending."""
-    return (FEW_READS, size)
-
-
 def batches_of(
     rows: Sequence[_ScoredRow], batch: int, length: int
 ) -> list[tuple[tuple[int, int], list[_ScoredRow]]]:
@@ -457,29 +447,13 @@ def batches_of(
     of_shape: dict[tuple[int, int], list[_ScoredRow]] = {}
     for row in rows:
         size = length_bucket(len(row.ids), length)
-        reads = next(count for count in read_sizes(size) if count >= len(row.reads))
+        reads = FEW_READS if len(row.reads) <= FEW_READS else size
         of_shape.setdefault((size, reads), []).append(row)
     return [
         (shape, rows_of_shape[i : i + batch])
         for shape, rows_of_shape in sorted(of_shape.items(), key=lambda item: item[0], reverse=True)
         for i in range(0, len(rows_of_shape), batch)
     ]
-
-
-@dataclass(frozen=True)
-class HarnessFlags:
-    """Options that replace the settings of tasks.
-
-    fewshot: examples in front of each question; None for the task's own number. limit: the first rows of each
-    task; None for all. system: a system message. generation: arguments of generation, such as
-    {"max_gen_toks": 64}. unsafe: whether tasks may execute code that the model writes.
-    """
-
-    fewshot: int | None = None
-    limit: int | None = None
-    system: str | None = None
-    generation: dict[str, Any] = field(default_factory=dict)
-    unsafe: bool = False
 
 
 class HarnessResult(NamedTuple):
@@ -543,13 +517,7 @@ def load_tasks(names: Sequence[str], folder: str | None = None) -> list[Any]:
     return loaded_tasks
 
 
-def evaluate_tasks(
-    loaded: LoadedWeights,
-    tasks: Sequence[Any],
-    flags: HarnessFlags,
-    settings: HarnessSettings,
-    about: dict[str, Any],
-) -> HarnessResult:
+def evaluate_tasks(backend: HarnessBackend, tasks: Sequence[Any], about: dict[str, Any]) -> HarnessResult:
     """Evaluate a model on tasks from load_tasks. about: facts about the model, for the report.
 
     Raises ValueError for requests that the model cannot read or generate.
@@ -559,15 +527,15 @@ def evaluate_tasks(
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table
 
-    backend = HarnessBackend(loaded, settings)
+    way, generation = backend.way, backend.way.generation()
     for item in tasks:
         for task in item.get_all_tasks() if isinstance(item, Group) else [item]:
             if task.get_config("output_type") == "generate_until":  # refused before the hours of other tasks
-                backend.check_generation({**(task.get_config("generation_kwargs") or {}), **flags.generation})
+                backend.check_generation({**(task.get_config("generation_kwargs") or {}), **generation})
     report = simple_evaluate(
-        make_harness_model(backend), tasks=list(tasks), num_fewshot=flags.fewshot, limit=flags.limit,
-        batch_size=settings.batch, system_instruction=flags.system, apply_chat_template=settings.chat,
-        gen_kwargs=flags.generation or None, confirm_run_unsafe_code=flags.unsafe,
+        make_harness_model(backend), tasks=list(tasks), num_fewshot=way.num_fewshot, limit=way.limit,
+        batch_size=backend.batch, system_instruction=way.system_instruction, apply_chat_template=way.chat,
+        gen_kwargs=generation or None, confirm_run_unsafe_code=way.unsafe_code,
         task_manager=TaskManager(include_defaults=False),
     )  # fmt: skip
     kinds = ["results", *(["groups"] if report.get("groups") else [])]
@@ -586,11 +554,6 @@ def task_metrics(report: dict[str, Any]) -> dict[str, float]:
             if filter and isinstance(value, int | float):
                 metrics[f"{task}/{metric}" + ("" if filter == "none" else f",{filter}")] = value
     return metrics
-
-
-def report_name() -> str:
-    """Return a file name with the time, such as results_2026-01-31T12-00-00.json."""
-    return time.strftime("results_%Y-%m-%dT%H-%M-%S.json")
 
 
 def write_results(result: HarnessResult, path: Path) -> None:

@@ -36,7 +36,8 @@ from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.runs.metric_names import COMPLETION_LENGTH, SCORES
-from jaxft.runs.run_texts import Sample
+from jaxft.runs.metrics_log import json_value
+from jaxft.runs.run_texts import Evaluation, Sample
 from jaxft.train.evaluate.completer import (
     Completer,
     completion_text,
@@ -58,25 +59,6 @@ class PromptText(NamedTuple):
 
     prompt: str
     reference: str
-
-
-class Completed(NamedTuple):
-    """A held-out prompt with the model's completion, and the response in its row, "" if it has none."""
-
-    prompt: str
-    completion: str
-    reference: str
-    finish: Literal["stop", "length", "nonfinite"]
-
-    def shown(self) -> Sample:
-        """Return prompt and completion as logs and cards show them; [...] marks a truncated completion."""
-        mark = "" if self.finish == "stop" else " [...]"
-        return Sample(
-            prompt=self.prompt,
-            completion=self.completion + mark,
-            reference=self.reference,
-            finish=self.finish,
-        )
 
 
 def make_last_turn(tokenizer: Any) -> Callable[[str], str | None]:
@@ -128,9 +110,9 @@ def compile_sampler(
     params: Params,
     mesh: Mesh | None = None,
     clock: Clock | None = None,
-) -> Callable[[Params], list[Completed]]:
-    """Return `complete(params)`, which returns a Completed for each completion: `decoding.group` for the
-    first prompt, then as many for the second, and so on.
+) -> Callable[[Params], list[Sample]]:
+    """Return `complete(params)`, which returns a Sample for each completion: `decoding.group` for the first
+    prompt, then as many for the second, and so on.
 
     Compiled once for `params`, the shapes of the parameters. At most COMPLETIONS_AT_ONCE completions, or all
     of one prompt, are in progress at the same time. mesh: None for a single device. clock: shows the
@@ -144,16 +126,16 @@ def compile_sampler(
     engine = compile_engine(decoding, params, slots, mesh)
     texts = prompt_texts(prompts, tokenizer, stop)
 
-    def completed(text: PromptText, row: np.ndarray) -> Completed:
+    def completed(text: PromptText, row: np.ndarray) -> Sample:
         finish: Literal["stop", "length", "nonfinite"] = "length"
         if (row == NONFINITE).any():
             finish = "nonfinite"
         elif row[-1] < 0 or int(row[-1]) in stop:
             finish = "stop"
         completion = decode_completion(tokenizer, without_stop(row[row >= 0], stop))
-        return Completed(text.prompt, completion, text.reference, finish)
+        return Sample(prompt=text.prompt, completion=completion, reference=text.reference, finish=finish)
 
-    def complete_held_out(params: Params) -> list[Completed]:
+    def complete_held_out(params: Params) -> list[Sample]:
         ended = shown.counter("completions of held-out prompts", len(ids) * decoding.group)
         session = Session(engine, params, jax.random.key(0))
         tokens = complete(session, ids, ended=ended).tokens
@@ -202,25 +184,6 @@ def score_texts(
     return scores
 
 
-class Scored(NamedTuple):
-    """Held-out completions of a model.
-
-    samples: completions that logs and cards show. scored: number of prompts whose completions were scored.
-    metrics: mean score by each function, and pass@k. intervals: confidence intervals of these means over the
-    prompts. values: {name of a prompt: {metric: value}}; a prompt has the same name in all runs. faults: a
-    line for each function that returned no score for some completions. nonfinite: number of prompts of which
-    a completion ended because of non-finite logits.
-    """
-
-    samples: list[Sample]
-    scored: int
-    metrics: FloatMetrics
-    intervals: dict[str, Interval]
-    values: dict[str, FloatMetrics]
-    faults: list[str]
-    nonfinite: int
-
-
 def held_out_prompts(run: Run, source: Source[Any]) -> list[Prompt]:
     """Return the held-out prompts that are completed before and after training, to be shown or scored."""
     scored = (run.scoring.prompts or INT32) if run.scoring.functions else 0
@@ -255,10 +218,13 @@ def position_lines(run: Run, source: Source[Any]) -> list[str]:
 
 def make_scorer(
     scoring: Scoring, samples: int, texts: Sequence[PromptText]
-) -> Callable[[Sequence[Completed]], Scored]:
+) -> Callable[[Sequence[Sample]], tuple[Evaluation, dict[str, FloatMetrics]]]:
     """Return `score(completions)`, which takes `scoring.samples` completions of each prompt, one prompt after
-    the other. It keeps the first completion of the first `samples` prompts as text for logs and cards, and
-    scores the completions of the first `scoring.prompts` prompts, or of all.
+    the other. It keeps the first completion of the first `samples` prompts as text for logs and cards, where
+    [...] marks a truncated one, and scores the completions of the first `scoring.prompts` prompts, or of all.
+
+    score returns (the evaluation, whose metrics are the mean score by each function and pass@k; {name of a
+    prompt: {metric: value}}, where a prompt has the same name in all runs).
 
     texts: the held-out prompts, with their rows' responses. Every function first scores these responses, so
     that one that does not fit the rows ends the run before it trains: no score raises ValueError.
@@ -289,14 +255,16 @@ def make_scorer(
 
     prompt_names = _prompt_names(texts[: scoring.prompts]) if functions else []
 
-    def score(completions: Sequence[Completed]) -> Scored:
-        shown = [done.shown() for done in completions[::group][:samples]]
+    def score(completions: Sequence[Sample]) -> tuple[Evaluation, dict[str, FloatMetrics]]:
+        shown = [x.copy() for x in completions[::group][:samples]]
+        for x in shown:
+            x["completion"] += "" if x["finish"] == "stop" else " [...]"
         metrics: FloatMetrics = {}
         intervals: dict[str, Interval] = {}
         of_prompts: dict[str, FloatMetrics] = {name: {} for name in prompt_names}
         faults = []
         prompts = len(texts[: scoring.prompts]) if functions else 0
-        scored = [done.completion for done in completions[: prompts * group]]
+        scored = [x["completion"] for x in completions[: prompts * group]]
         for scores in call(scored, group):
             for name, mean, by_prompt in scores.figures(scoring.pass_at):
                 metric = f"{HELD_OUT}{SCORES}{name}"
@@ -307,10 +275,14 @@ def make_scorer(
                 faults.append(
                     f"{scores.missing} completions of held-out prompts have no score: {scores.fault}"
                 )
-        broken = np.array([done.finish == "nonfinite" for done in completions]).reshape(-1, group).any(1)
+        broken = np.array([x["finish"] == "nonfinite" for x in completions]).reshape(-1, group).any(1)
         intervals = {name: x for name, x in intervals.items() if math.isfinite(x.low)}  # one prompt has none
         of_prompts = {prompt: means for prompt, means in of_prompts.items() if means}
-        return Scored(shown, prompts, metrics, intervals, of_prompts, faults, int(broken.sum()))
+        evaluation = Evaluation(
+            metrics=metrics, samples=shown, scored=prompts, intervals=intervals, score_faults=faults,
+            nonfinite=int(broken.sum()),
+        )  # fmt: skip
+        return evaluation, of_prompts
 
     return score
 
@@ -419,15 +391,11 @@ class CompletionScorer:
                 "prompt": prompt_texts[i],
                 "completion": text,
                 "finish": "stop" if ended[i] else "length",
-                "scores": {part.name: _or_none(part.values.ravel()[i]) for part in scores},
+                "scores": {part.name: json_value(part.values.ravel()[i]) for part in scores},
             }
             for i, text in enumerate(texts)
         ]
         return Evaluated(metrics, results, notes, by_row)
-
-
-def _or_none(score: float) -> float | None:
-    return None if math.isnan(score) else float(score)
 
 
 def pass_at(scores: Float[np.ndarray, "n G"], ks: Sequence[int]) -> dict[int, list[float]]:

@@ -81,19 +81,11 @@ class Calibration:
     def open(self, tokenizer: Any, shards: int, progress: Progress) -> Source[Any]:
         """Return a source of these rows. progress: called with lines about invalid rows."""
         rows = Rows(
-            self.rows,
-            held_out=0.0,
-            format=self.format,
-            columns=self.columns,
-            invalid=self.invalid,
-            invalid_limit=self.invalid_limit,
-            date=self.template.date,
-            chat_template_kwargs=self.template.chat_template_kwargs,
-            system=self.template.system,
-            loss_on="all",
-            max_length=self.max_length,
-            batch=4,
-        )
+            self.rows, held_out=0.0, format=self.format, columns=self.columns, invalid=self.invalid,
+            invalid_limit=self.invalid_limit, date=self.template.date, system=self.template.system,
+            chat_template_kwargs=self.template.chat_template_kwargs, loss_on="all",
+            max_length=self.max_length, batch=4,
+        )  # fmt: skip
         source = rows.open(tokenizer, shards)
         for line in invalid_lines(source.info.stats.invalid):
             progress(line)
@@ -218,12 +210,11 @@ def _as_in_run(run: Run, quant: Quant) -> Calibration:
     run's rows. data.columns and data.format=plain apply to them only if the run's rows are for SFT.
     """
     assert quant.calibrate is not None
-    rows = Calibration(quant.calibrate, tokens=quant.calibrate_tokens, max_length=run.data.max_length)
     data = run.data
-    if isinstance(data, DataSettings):
-        rows = replace(
-            rows, invalid=data.invalid, invalid_limit=data.invalid_limit, template=data.template_settings
-        )
+    rows = Calibration(
+        quant.calibrate, tokens=quant.calibrate_tokens, max_length=data.max_length, invalid=data.invalid,
+        invalid_limit=data.invalid_limit, template=data.template_settings,
+    )  # fmt: skip
     if isinstance(data, Rows):
         rows = replace(rows, columns=data.columns, format=PLAIN if data.format == PLAIN else "auto")
     return rows

@@ -177,13 +177,10 @@ def export_model(
         summary.append(quantizer.layout_name)
     if layouts:
         sizes = {path: math.prod(layout.shape) for path, layout in layouts.items()}
-        mean = sum(bits_per_param(layout) * sizes[path] for path, layout in layouts.items()) / sum(
-            sizes.values()
-        )
-        summary.append(f"{mean:.3f} bits per quantised parameter")
-        summary.append(
-            f"quantisation changed these by {100 * quantisation.fraction:.2f} % (root mean square)"
-        )
+        bits = sum(bits_per_param(layout) * sizes[path] for path, layout in layouts.items())
+        summary.append(f"{bits / sum(sizes.values()):.3f} bits per quantised parameter")
+        change = 100 * quantisation.fraction
+        summary.append(f"quantisation changed these by {change:.2f} % (root mean square)")
     summary += quantizer.notes if quantizer else []
     if cast.fraction:
         summary.append(f"rounding changed the weights by {100 * cast.fraction:.3f} % (root mean square)")
@@ -374,15 +371,9 @@ def export_gguf(
         with parents_of(out):
             return _copy(header.path, out)
     options = gguf_write.GgufOptions(
-        mixture,
-        out.stem,
-        ends,
-        model_card.license_of(source.ref),
-        None if rounded and not keep else header,
-        _changed(source, rounded),
-        keep,
-        dict(importances or {}),
-    )
+        mixture, out.stem, ends, model_card.license_of(source.ref), None if rounded and not keep else header,
+        _changed(source, rounded), keep, dict(importances or {}),
+    )  # fmt: skip
     with parents_of(out):
         saved = gguf_write.save_gguf(out, source.model, merged_base(source), source.tokenizer, options)
     lines = [
@@ -464,10 +455,8 @@ def _summary(counts: dict[str, int], mixture: str, out: Path) -> str:
     size = out.stat().st_size / 2**30
     expected = {MIXTURES[mixture][1], "F32"} if mixture in MIXTURES else set()
     fallbacks = sum(count for kind, count in counts.items() if kind in ("Q5_0", "Q5_1", "F16"))
-    note = ""
+    summary = f"{size:.2f} GiB; tensors: {listed}"
     if mixture.endswith(("_K", "_M", "_S")) and fallbacks and not counts.keys() <= expected:
-        note = (
-            f"; {fallbacks} tensors whose inputs are not a multiple of 256 have another type, as with "
-            "llama.cpp"
-        )
-    return f"{size:.2f} GiB; tensors: {listed}{note}"
+        other = "tensors whose inputs are not a multiple of 256 have another type, as with llama.cpp"
+        summary += f"; {fallbacks} {other}"
+    return summary

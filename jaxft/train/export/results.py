@@ -178,9 +178,8 @@ def write_reports(
     for log, folder in zip(logs.members, weights, strict=True):
         log.mark("failed" if folder is None else "finished")
     took = time_line({**perf[0], "tokens": sum(p["tokens"] for p in perf)})
-    for line in _result_lines(
-        job, logs, weights, (before, after), [[*lines, took] for lines in notes], table
-    ):
+    notes = [[*lines, took] for lines in notes]
+    for line in _result_lines(job, logs, weights, (before, after), notes, table):
         logs.message(line)
 
 
@@ -220,9 +219,8 @@ def _result_lines(
         assert weights[0] is not None
         script = "evaluate" if _served(job.lead) else "generate" if generates else "score"
         return run_texts.result_lines(job.folder, weights[0], before, after, notes[0], script)
-    joint = run_texts.joint_alarms(
-        {m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)}
-    )
+    by_label = {m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)}
+    joint = run_texts.joint_alarms(by_label)
     alarms = [f"{', '.join(labels)}: {alarm}" for alarm, labels in joint]
     where = f"the table is in {job.folder / runfolder.CARD}, the curves in {job.folder / 'curves.png'}"
     return [*alarms, f"\n{table}", notes[0][-1], f"{where}, each member's folder next to them"]
@@ -248,9 +246,8 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
     kind = "Weights"
     if run.adapter and not merged:
         written = run.adapter.exported
-        kind = (
-            f"A {'DoRA' if written.dora else 'LoRA'} adapter (rank {written.rank}, alpha {written.alpha:g})"
-        )
+        method = "DoRA" if written.dora else "LoRA"
+        kind = f"A {method} adapter (rank {written.rank}, alpha {written.alpha:g})"
     scores, multimodal = not run.model.generates, hf_read.text_part_of(run.weights) is not None
     text = (
         f"{kind}, fine-tuned from `{base_name(run.weights)}` with jaxft on "
@@ -258,29 +255,17 @@ def _weights_card(member: Member, tokenizer: Any, out: Path) -> Card:
         f"{decision_prompts(member.record).described}"
     )
     return Card(
-        title=run.name,
-        base=run.weights,
-        relation="finetune" if merged else "adapter",
-        library="transformers" if merged else "peft",
-        description=text,
-        data=run.data.train,
-        scores=scores,
+        title=run.name, base=run.weights, relation="finetune" if merged else "adapter",
+        library="transformers" if merged else "peft", description=text, data=run.data.train, scores=scores,
         pad=hf_write.with_distinct_pad_token(tokenizer).pad_token_id if scores else None,
         loads=not scores or model_types.has_classifier(run.model.config),
-        multimodal=multimodal and not scores,
-        text_decoder=multimodal and scores and not merged,
-    )
+        multimodal=multimodal and not scores, text_decoder=multimodal and scores and not merged,
+    )  # fmt: skip
 
 
 def _served(member: Member) -> tuple[str, ...]:
     """Return the HTTP endpoints that serve a decision model, () for any other model."""
     return paths_of_decisions(member.record.get("formats", ()))
-
-
-def _command(member: Member) -> str:
-    """Return the command line that trains a run; "" for a member of a sweep."""
-    line = member.record.get("command", {}).get("line", [])
-    return printable_line(shlex.join(["jaxft", "train", *line])) if line else ""
 
 
 def _card(
@@ -289,28 +274,16 @@ def _card(
     member = job.members[number]
     run, model = member.run, programs.model_summary(member.programs)
     card = _weights_card(member, job.tokenizer, weights)
+    line = member.record.get("command", {}).get("line", [])  # [] for a member of a sweep
     return run_texts.ModelCard(
-        name=run.name,
-        metadata=front_matter(card),
+        name=run.name, metadata=front_matter(card), data=source_names(run.data.train),
         base=run.weights if hub.hub_name(run.weights) else Path(run.weights).name,
-        data=source_names(run.data.train),
-        examples=job.source_of(number).info.stats.examples,
-        steps=job.steps,
-        batch=run.data.batch,
-        optimizer=member.programs.optimizer.name,
-        lr=run.optim.lr,
-        seed=run.seed,
-        model=model,
-        adapter=run.adapter,
-        merged=weights.name == "model",
-        labels=decision_prompts(member.record).described,
-        served=_served(member),
-        before=ends[0],
-        after=ends[1],
-        notes=notes,
+        examples=job.source_of(number).info.stats.examples, steps=job.steps, batch=run.data.batch,
+        optimizer=member.programs.optimizer.name, lr=run.optim.lr, seed=run.seed, model=model,
+        adapter=run.adapter, merged=weights.name == "model", served=_served(member),
+        labels=decision_prompts(member.record).described, before=ends[0], after=ends[1], notes=notes,
         curves=charts.pictures_section(member.folder),
         completions=run_texts.completions_section(member.folder),
-        command=_command(member),
-        pad=card.pad,
-        text_decoder=card.text_decoder,
-    )
+        command=printable_line(shlex.join(["jaxft", "train", *line])) if line else "",
+        pad=card.pad, text_decoder=card.text_decoder,
+    )  # fmt: skip

@@ -53,9 +53,8 @@ class Meter:
         self._starts_tied = member.programs.objective.facts.starts_tied
         partition = member.programs.partition
         self._model = partition.model
-        self._passes = (
-            3 if trains_base(partition) else 2
-        )  # forward, gradient of the inputs, gradient of the weights
+        # forward, gradient of the inputs, gradient of the weights
+        self._passes = 3 if trains_base(partition) else 2
         self._device = jax.local_devices()[0]
         # a CPU's peak is measured by a benchmark, which the run's threads would slow down
         on_cpu = self._device.platform == "cpu"
@@ -71,18 +70,13 @@ class Meter:
         """
         tokens = int((batch.segments > 0).sum())
         self._tokens += tokens
-        self._flops += self._passes * self._forward_flops(batch, tokens)
+        # attention is counted within each example, the head only where the loss reads logits; passes of a
+        # reference or a critic are not counted
+        earlier = float(batch.positions.sum(where=batch.segments > 0))  # earlier tokens, summed over tokens
+        flops = self._model.forward_flops(tokens, 2 * earlier / max(tokens, 1), count_reads(batch))
+        self._flops += self._passes * flops
         self._pending.append((step, tokens, metrics))
         self._add_pending(1)
-
-    def _forward_flops(self, batch: Batch, tokens: int) -> float:
-        """Return the FLOPs of a forward pass of a batch, without padding. tokens: number of tokens.
-
-        Attention is counted within each example, the head only at positions whose logits the loss reads.
-        Passes of a reference or a critic are not counted.
-        """
-        earlier = float(batch.positions.sum(where=batch.segments > 0))  # earlier tokens, summed over tokens
-        return self._model.forward_flops(tokens, 2 * earlier / max(tokens, 1), count_reads(batch))
 
     def _add_pending(self, leave: int) -> None:
         counters = self._counters
@@ -102,9 +96,8 @@ class Meter:
             if counters["good"] == 0:
                 self._sums = now
             elif not is_bad:
-                same = {
-                    name: m for name, m in self._sums.items() if name in now
-                }  # loop.watch may have changed
+                # loop.watch may have changed
+                same = {name: m for name, m in self._sums.items() if name in now}
                 self._sums = metric.add(same, now)
             counters["good"] += not is_bad
             counters["learning_rate"] = counters["learning_rate"] if is_bad else rate

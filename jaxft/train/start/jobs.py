@@ -196,9 +196,12 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
     tokenizer = pretrained.load_tokenizer(lead.weights)
     rows = list(runs.values()) if len({run.data.seed for run in runs.values()}) > 1 else [lead]
     sources = tuple(processes.first_then_others(partial(run.data.open, tokenizer, shards)) for run in rows)
-    general = evaluate.general_source(lead.data, lead.general, tokenizer, shards)
+    general = None
+    if lead.general is not None:
+        general = evaluate.general_rows(lead.data, lead.general).open(tokenizer, shards)
     for source in (*sources, *([general] if general else [])):
-        _check_token_ids(source, lead)
+        # without this check, the model would silently use the embedding of another token
+        pretrained.check_token_id(lead.weights, source.info.stats.largest_id, lead.model.config.vocab)
     largest = max(source.info.stats.largest_id for source in sources)
     check_teacher_files(lead, tokenizer, largest)
     check_scoring(lead, sources[0])
@@ -249,14 +252,6 @@ def _check_weights(run: Run, programs: Programs) -> None:
         read_adapter(adapter_folder(run.start), programs.partition.stored.model, files)
     heads = HeadSettings(run.adapter, run.start if run.adapter else None)
     check_starts(programs.partition.model, heads, run.weights, run.heads)
-
-
-def _check_token_ids(source: Source[Any], run: Run) -> None:
-    """Raise ValueError if the rows have a token id beyond the model's embeddings.
-
-    Without this check, the model would silently use the embedding of another token.
-    """
-    pretrained.check_token_id(run.weights, source.info.stats.largest_id, run.model.config.vocab)
 
 
 def _check_whole_rollouts(steps: int, steps_per_rollout: int) -> None:
@@ -364,7 +359,8 @@ def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
     """
     folders = {job.folder, *(member.folder for member in job.members)}
     cards = [folder / runfolder.CARD for folder in folders if (folder / runfolder.SUMMARY).is_file()]
-    lines = [f"{card}: no such file, or it is empty" for card in cards if not _has_content(card)]
+    missing = [card for card in cards if not (card.is_file() and card.stat().st_size)]
+    lines = [f"{card}: no such file, or it is empty" for card in missing]
     changed = [(m.folder, result) for m in job.members for result in runfolder.changed_results(m.folder)]
     lines += [result.line for _, result in changed]
     if not lines:
@@ -380,10 +376,6 @@ def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
         lines[0] += f"; {folder} is renamed to {set_aside(folder).name}"
     checkpoints.report(f"{lines[0]}: the results are written again from the checkpoint of step {latest}")
     return True
-
-
-def _has_content(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
 
 
 def load_members(
@@ -416,17 +408,10 @@ def bind_sources(
     """
     p = job.lead.programs
     bound = BoundRun(
-        mesh=p.mesh,
-        model=p.partition.model,
-        objective=p.objective,
-        state=p.state,
-        frozen_shapes=p.frozen,
-        frozen=frozen[0],
-        stop=job.stop,
-        folder=job.folder,
-        fused_backward=p.optimizer.fused_backward,
+        mesh=p.mesh, model=p.partition.model, objective=p.objective, state=p.state, frozen_shapes=p.frozen,
+        frozen=frozen[0], stop=job.stop, folder=job.folder, fused_backward=p.optimizer.fused_backward,
         counter=counter,
-    )
+    )  # fmt: skip
     stored = saved["sources"] if saved else [None] * len(job.sources)
     sources = [source.bind(bound, old) for source, old in zip(job.sources, stored, strict=True)]
     return replace(job, sources=tuple(sources))

@@ -324,12 +324,10 @@ class Fit:
             which = "the sample" if self.lengths.is_sample else f"all {self.data.unit}"
             return f"{self.limit}={limit} covers {which}"
         tokens = [micro_tokens(self.data, self.lengths, x) for x in (limit, all_)]
-        most = "all" if self.lengths.covered(all_) == 1 else ""
-        most = (
-            most
-            or f"{100 * self.lengths.covered(all_):.1f} %, the most that the model's {context:,} "
-            "positions allow,"
-        )
+        most = "all"
+        if self.lengths.covered(all_) < 1:
+            allowed = f"the most that the model's {context:,} positions allow"
+            most = f"{100 * self.lengths.covered(all_):.1f} %, {allowed},"
         others = {"truncate": "truncated", "drop": "left out", "error": "errors"}[self.data.too_long]
         return (
             f"{self.limit}={limit} covers {100 * covered:.1f} % of "
@@ -494,9 +492,8 @@ def _reward_lines(settings: Resolved) -> list[str]:
     """Return a line if the recipe's reward is used with the user's rows."""
     data: Any = settings.value.data
     knob = next((name for name in ("rewards", "reward") if name in settings.knobs), None)
-    if not isinstance(data, Rollouts) or knob is None or not _is_open(settings, knob):
-        return []
-    if not _has_own_rows(settings):
+    is_default = knob is not None and _is_open(settings, knob)
+    if not isinstance(data, Rollouts) or not is_default or not _has_own_rows(settings):
         return []
     names = [reward.name for reward in data.rules.rewards if isinstance(reward, FunctionReward)]
     if not names:

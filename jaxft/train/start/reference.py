@@ -32,17 +32,10 @@ VERSION = 1  # counts changes of how log-probs are computed
 
 def precompute(job: Job, report: Progress) -> Job:
     """Compute the calibrated base and the reference's log-probs, or find them in the cache; return the job
-    that uses them. report: called with lines for the user.
+    that uses them, with the log-probs in every batch if its objective wants them precomputed. report: called
+    with lines for the user.
     """
     calibrate_base(job.calibration, job.folder, report)
-    return precompute_reference(job, report)
-
-
-def precompute_reference(job: Job, report: Progress) -> Job:
-    """Return the job with the reference's log-probs in every batch, if its objective wants them precomputed.
-
-    report: called with lines about the progress.
-    """
     if job.lead.programs.objective.facts.reference != "precomputed":
         return job
     sources = [
@@ -89,10 +82,8 @@ def cache_file(name: str, cache: Path | None = None) -> Path:
 def load_reference_logps(path: Path) -> dict[str, np.ndarray]:
     """Return {hash of a pair: log-probs of its responses}; {} if there is no file or it is damaged."""
     try:
-        with (
-            path.open("rb") as file,
-            np.load(file, allow_pickle=False) as arrays,
-        ):  # the zip's checksums find flipped bits
+        # the zip's checksums find flipped bits
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             keys, offsets, values = (arrays[name] for name in ("keys", "offsets", "values"))
         if len(offsets) != len(keys) + 1 or offsets[-1] != len(values):
             return {}
