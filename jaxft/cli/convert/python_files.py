@@ -87,7 +87,7 @@ def read_python(file: Path, text: str) -> ForeignConfig:
             f"{file}: not a Python file that can be parsed; correct it, or convert a YAML file"
         ) from error
     try:
-        options, trainers, notes = _options(tree)
+        options, trainers = _options(tree)
     except RecursionError as error:
         raise ValueError(
             f"{file}: an expression is nested too deeply; write it in several statements"
@@ -102,12 +102,15 @@ def read_python(file: Path, text: str) -> ForeignConfig:
         further = [option for option in of_code if option.name not in taken]
         trainer = next((trainer for trainer in trainers if trainer), source.trainer)
         return replace(source, options=(*source.options, *further), trainer=trainer)
-    imported = {name.split(".")[0] for name in _imports(tree)}
-    tool = UNSLOTH if "unsloth" in imported else TRL
-    lora = bool(calls & {"LoraConfig", "get_peft_model"}) or None
     check_count(file, tuple(options))
     trainer = next((trainer for trainer in trainers if trainer), trainer_of(file.name))
-    return ForeignConfig(file, tool, tuple(options), trainer, lora or False, None, tuple(notes))
+    return ForeignConfig(
+        file,
+        UNSLOTH if _imports_unsloth(tree) else TRL,
+        tuple(options),
+        trainer,
+        lora=bool(calls & {"LoraConfig", "get_peft_model"}),
+    )
 
 
 def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
@@ -126,12 +129,11 @@ def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
     )
 
 
-def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:
-    """Return (options, methods, notes) of a file's calls. methods: of CONFIGS and TRAINER_CLASSES."""
+def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str]]:
+    """Return (options, methods) of a file's calls. methods: of CONFIGS and TRAINER_CLASSES."""
     names, stoppers = _assignments(tree), _stoppers(tree)
     options: list[GivenOption] = []
     trainers: list[str] = []
-    notes: list[str] = []
     for node in sorted(
         (n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset)
     ):
@@ -147,11 +149,7 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]
             options += [option for option in _keywords(node, names) if option.name not in known]
             options += _model(node, names)
         elif name == "get_chat_template":  # Unsloth's
-            options += (
-                GivenOption("chat_template", _value(k.value, names), node.lineno)
-                for k in node.keywords
-                if k.arg == "chat_template"
-            )
+            options += [option for option in _keywords(node, names) if option.name == "chat_template"]
         elif name == "from_pretrained" and owner.startswith(("AutoModelFor", "Fast")):
             options += _model(node, names)
             options += [option for option in _keywords(node, names) if option.name != "model_name"]
@@ -162,17 +160,16 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]
             options.append(GivenOption(name, ast.unparse(node), node.lineno, OTHER_CALLS[name]))
     options += row_options(tree, partial(_value, names=names))
     unique = {option.name: option for option in options}
-    return list(unique.values()), trainers, notes
+    return list(unique.values()), trainers
 
 
 def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
     for keyword in node.keywords:
-        line = keyword.value.lineno
         if keyword.arg is None:
-            yield GivenOption("**" + ast.unparse(keyword.value), Expression(ast.unparse(keyword.value)), line)
+            text = ast.unparse(keyword.value)
+            yield GivenOption(f"**{text}", Expression(text), keyword.value.lineno)
         else:
-            value = _value(keyword.value, names)
-            yield GivenOption(keyword.arg, value, line)
+            yield GivenOption(keyword.arg, _value(keyword.value, names), keyword.value.lineno)
 
 
 def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[GivenOption]:
@@ -273,12 +270,11 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
     return unknown
 
 
-def _imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
+def _imports_unsloth(tree: ast.Module) -> bool:
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {alias.name for node in imports for alias in node.names if isinstance(node, ast.Import)}
+    modules |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+    return any(module.split(".")[0] == "unsloth" for module in modules)
 
 
 def _owner(node: ast.expr) -> str:
