@@ -97,13 +97,10 @@ def init_layerwise(
     transform: optax.GradientTransformation, groups: LayerGroups, params: Params
 ) -> LayerwiseState:
     """Return the optimizer state of each group; the state of stacked layers has the layers axis too."""
-    if not jax.tree.leaves(
-        params
-    ):  # optax.tree_utils.tree_map_params passes one node in place of all parameters
+    if not jax.tree.leaves(params):  # optax's tree_map_params passes one node in place of all parameters
         state = transform.init(params)
-        return LayerwiseState(
-            joined_states([state] * len(groups.stacks)), state, (state,) * len(groups.large)
-        )
+        layers = joined_states([state] * len(groups.stacks))
+        return LayerwiseState(layers, state, (state,) * len(groups.large))
     stacks, rest, large = _split(groups, params)
     states = joined_states([jax.vmap(transform.init)(layers) for layers in stacks])
     return LayerwiseState(states, transform.init(rest), tuple(map(transform.init, large)))
@@ -127,10 +124,8 @@ def layers_stay_finite(
     parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
 ) -> Bool[Array, ""]:
     """Return whether the step is finite and update_layerwise would leave every parameter finite."""
-    fine, check = (
-        parts.check_rest(grads, opt_state, params, info),
-        partial(_check_piece, parts.check_layer, info),
-    )
+    fine = parts.check_rest(grads, opt_state, params, info)
+    check = partial(_check_piece, parts.check_layer, info)
     states = parts.states(opt_state.layers)
     for layers in zip(parts.split(grads)[0], states, parts.split(params)[0], strict=True):
         fine = _all_pieces(check, layers, fine)
@@ -189,9 +184,12 @@ def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups
         first = None if key is None else jax.random.fold_in(key, 0)
         return jax.random.fold_in(first, 2**31 + number) if first is not None and number else first
 
+    def states(state: OptState) -> list[OptState]:
+        return [state] if len(groups.stacks) == 1 else list(state or ())
+
     return LayerParts(
         partial(_split_stacks, masks=groups.stacks),
-        partial(_states_of_stacks, masks=groups.stacks),
+        states,
         layers_key,
         partial(guarded_update, transform),
         partial(update_rest, transform, groups),
@@ -204,7 +202,6 @@ def no_layer_parts(
     update: Callable[[Grads, OptState, Params, StepInfo], Updated], check: UpdateCheck
 ) -> LayerParts:
     """Return the LayerParts of an optimizer that updates all leaves at once: no leaf counts as stacked."""
-
     return LayerParts(lambda x: ([], x), lambda _: [], lambda key, _: key, update, update, check, check)
 
 
@@ -230,11 +227,6 @@ def _split_stacks(x: Params, masks: tuple[Mask, ...]) -> tuple[list[Params], Par
 def joined_states(states: list[OptState]) -> OptState:
     """Join the optimizer states of all stacks: None for no stack, the state for one, a tuple for several."""
     return states[0] if len(states) == 1 else tuple(states) or None
-
-
-def _states_of_stacks(state: OptState, masks: tuple[Mask, ...]) -> list[OptState]:
-    """Return the optimizer state of each stack; the inverse of joined_states."""
-    return [state] if len(masks) == 1 else list(state or ())
 
 
 def _split(groups: LayerGroups, x: Any) -> tuple[list[Any], Any, list[Any]]:
@@ -376,8 +368,7 @@ def fused_step(
         params, fused = tree.combine(rest, frozen), dict[str, FusedLayers]()
         for number, (layers, *carried) in enumerate(zip(stacks, states, squares, strict=True)):
             name = stack_of(next(iter(tree.paths(layers))))
-            pick = partial(_layers_of_base, name)
-            update = partial(update_layer, number)
+            pick, update = partial(_layers_of_base, name), partial(update_layer, number)
             fused[name] = FusedLayers(layers, pick(frozen), carried[0], carried[1], pick, update, uses)
         params = {**params, "base": {**params["base"], **fused}}
         return objective(params, jax.tree.map(lambda x: x[0], batch), keys[0], state.aux)
@@ -410,9 +401,8 @@ def check_fused(parts: LayerParts, trainable: Params, microbatches: int) -> None
     """
     if microbatches != 1:
         raise ValueError(
-            "optim.fused_backward updates a layer as soon as its gradient exists, "
-            f"but a step has {microbatches} microbatches; "
-            f"set data.micro=1, or {OFF}"
+            "optim.fused_backward updates a layer as soon as its gradient exists, but a step has "
+            f"{microbatches} microbatches; set data.micro=1, or {OFF}"
         )
     paths = [path for layers in parts.split(trainable)[0] for path in tree.paths(layers)]
     others = [path for path in paths if not path.startswith("base/")]
