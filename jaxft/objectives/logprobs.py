@@ -352,17 +352,13 @@ def _entropy_slope(p: Array, targets: Array) -> Array:
     return -p * (log_p - jnp.sum(p * log_p, -1, keepdims=True))
 
 
-def _lse_slope(p: Array, targets: Array) -> Array:
-    """Return d lse / d logits = p."""
-    return p
-
-
-def _mean_slope(p: Array, targets: Array) -> Array:
-    """Return d mean_logit / d logits = 1 / V."""
-    return jnp.full_like(p, 1 / p.shape[-1])
-
-
-_SLOPES = {"logp": _slope, "entropy": _entropy_slope, "lse": _lse_slope, "mean_logit": _mean_slope}
+# Of each field of LogProbs, the gradient by the logits, from their softmax p and the targets
+_SLOPES: dict[str, Callable[[Array, Array], Array]] = {
+    "logp": _slope,
+    "entropy": _entropy_slope,
+    "lse": lambda p, targets: p,
+    "mean_logit": lambda p, targets: jnp.full_like(p, 1 / p.shape[-1]),
+}
 
 
 def _chunked_fwd(plan: ChunkPlan, head: Params, h: Array, frozen: FrozenHeads, targets: Array):

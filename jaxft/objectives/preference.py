@@ -205,9 +205,13 @@ def preference(
         return pair_loss(outputs, {**aux, **state}, with_rows=True)
 
     def init(trainable: Params, at_base: bool) -> Aux:
-        aux: dict[str, Any] = _moving_reference(ema, trainable) if ema else {}
-        if kind == "start" and not at_base:
+        aux: dict[str, Any] = {}
+        if ema or (kind == "start" and not at_base):
             aux["reference"] = jax.tree.map(jnp.copy, trainable)
+        if ema:
+            aux |= {"steps": jnp.zeros((), jnp.int32), "rank_error": jnp.zeros(())}
+        if ema and ema.alpha < 1:
+            aux["reference"] = widened_pairs(aux["reference"])
         if declared.init:
             aux["loss"] = {name: jnp.asarray(value, jnp.float32) for name, value in declared.init.items()}
         return aux
@@ -258,16 +262,6 @@ def reference_params(params: Params, aux: Aux) -> Params:
         return tree.combine(aux["reference"], stack.unfused(params))
     initial = {"adapter": params[INITIAL_ADAPTER]} if INITIAL_ADAPTER in params else {}
     return {"base": params["base"], **initial}
-
-
-def _moving_reference(ema: EMAReference, trainable: Params) -> Aux:
-    """Return the aux of a moving reference at step 0: {"reference": a copy of the trainable leaves,
-    "steps": 0, "rank_error": 0}. With alpha < 1 the copy's LoRA pairs are padded to twice their rank.
-    """
-    reference = jax.tree.map(jnp.copy, trainable)
-    if ema.alpha < 1:
-        reference = widened_pairs(reference)
-    return {"reference": reference, "steps": jnp.zeros((), jnp.int32), "rank_error": jnp.zeros(())}
 
 
 def _without_padding(batch: Pairs, arrays: Any) -> Any:

@@ -125,10 +125,9 @@ def layers_stay_finite(
 ) -> Bool[Array, ""]:
     """Return whether the step is finite and update_layerwise would leave every parameter finite."""
     fine = parts.check_rest(grads, opt_state, params, info)
-    check = partial(_check_piece, parts.check_layer, info)
     states = parts.states(opt_state.layers)
     for layers in zip(parts.split(grads)[0], states, parts.split(params)[0], strict=True):
-        fine = _all_pieces(check, layers, fine)
+        fine = _all_pieces(parts.check_layer, info, layers, fine)
     return fine
 
 
@@ -165,15 +164,15 @@ def check_rest(
     """Return whether the step is finite and update_rest would leave every parameter finite."""
     _, rest_grads, large_grads = _split(groups, grads)
     _, rest, large = _split(groups, params)
-    fine = stays_finite(transform, rest_grads, opt_state.rest, rest, info)
-    check = partial(_check_piece, partial(stays_finite, transform), info)
+    check = partial(stays_finite, transform)
+    fine = check(rest_grads, opt_state.rest, rest, info)
     for g, state, p in zip(large_grads, opt_state.large, large, strict=True):
         pieces = _row_pieces(g)
         if pieces == 1:
-            fine &= check((g, state, p))
+            fine &= check(g, state, p, info)
         else:
             divide = partial(_divide_rows, jax.tree.leaves(g)[0].shape[0], pieces)
-            fine = _all_pieces(check, jax.tree.map(divide, (g, state, p)), fine)
+            fine = _all_pieces(check, info, jax.tree.map(divide, (g, state, p)), fine)
     return fine
 
 
@@ -248,18 +247,15 @@ def _update_piece(
     return update(grads, opt_state, params, info._replace(key=key))
 
 
-def _check_piece(
-    check: UpdateCheck, info: StepInfo, piece: tuple[Grads, OptState, Params]
+def _all_pieces(
+    check: UpdateCheck, info: StepInfo, pieces: tuple[Grads, OptState, Params], fine: Bool[Array, ""]
 ) -> Bool[Array, ""]:
-    """Call `check` on a layer or a block of rows. piece: (gradients, optimizer state, parameters)."""
-    return check(*piece, info)
-
-
-def _all_pieces(check: Callable, pieces: Any, fine: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Return whether `fine` is True and `check` is True for every index of the first axis of `pieces`."""
+    """Return whether `fine` is True and `check` is True for every layer or block of rows: for every index of
+    the first axis of `pieces`, (gradients, optimizer state, parameters).
+    """
 
     def one(i: Array, fine: Array) -> Array:
-        return fine & check(layer_at(pieces, i))
+        return fine & check(*layer_at(pieces, i), info)
 
     return jax.lax.fori_loop(0, jax.tree.leaves(pieces)[0].shape[0], one, fine)
 

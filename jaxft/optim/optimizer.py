@@ -458,7 +458,8 @@ def freezable(make: Callable[[Specs], Optimizer], specs: Specs) -> Optimizer:
         if heads is not None:
             head_params, head_state = heads.update(head_grads, head_state, head_params, info)
         updates = opt_state.policy_updates + moves.astype(jnp.int32)
-        return _join(policy_params, head_params), FreezableState(policy_state, head_state, updates)
+        joined = {name: policy_params[name] if name in POLICY else head_params[name] for name in params}
+        return joined, FreezableState(policy_state, head_state, updates)
 
     return policy._replace(init=init, check=check, update=update)
 
@@ -473,11 +474,6 @@ def _split(params: Params) -> tuple[Params, Params]:
         {name: x if name in POLICY else without(x) for name, x in params.items()},
         {name: without(x) if name in POLICY else x for name, x in params.items()},
     )
-
-
-def _join(policy: Params, heads: Params) -> Params:
-    """Invert _split."""
-    return {name: policy[name] if name in POLICY else heads[name] for name in policy}
 
 
 BUFFERS = ("losses", "norms")  # fields that every device stores in full

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich import box
@@ -84,11 +85,6 @@ def _gained(name: str, minus: str | None = None) -> Column:
     return column
 
 
-def _reward_in_deviations(before: Logged, after: Logged) -> float | None:
-    """Return the growth of the held-out reward divided by its standard deviation at step 0."""
-    return _growth(before, after, held_out(REWARD), held_out(REWARD_STD))
-
-
 def _scores_in_deviations(before: Logged, after: Logged) -> float | None:
     """Return the growth of the mean score, before penalties and bounds, divided by the scores' standard
     deviation at step 0. None for several reward functions, and if the score is the reward itself.
@@ -130,7 +126,7 @@ SCORE, RELATIVE_LOSS, PAIRS = "score", "loss over step 0", "pairs"
 COLUMNS: dict[str, Column] = {
     HELD_OUT_REWARD: _last(held_out(REWARD)),
     "reward gained": _gained(held_out(REWARD)),
-    "in deviations": _reward_in_deviations,
+    "in deviations": partial(_growth, name=held_out(REWARD), deviation=held_out(REWARD_STD)),
     "scores alone": _scores_in_deviations,
     SCORE: _score,
     "KL per completion": _last(held_out(COMPLETION_KL)),

@@ -43,7 +43,8 @@ def write_recipe(path: Path, draft: Draft, lines: list[str]) -> None:
 
 def recipe_text(draft: Draft, lines: list[str]) -> str:
     """Return the source of a recipe with a conversion's settings. lines: comments below its docstring."""
-    source = _without_remarks((ROOT / "configs" / f"{draft.recipe}.py").read_bytes())
+    head, returned, tail = (ROOT / "configs" / f"{draft.recipe}.py").read_bytes().rpartition(b"\n    return ")
+    source = head + returned + re.sub(rb"  # .*", b"", tail)  # without remarks about the recipe's own rows
     tree = ast.parse(source)
     knobs = recipe_knobs(draft.recipe)
     given = [(setting, *setting.partition("=")[::2]) for setting in draft.settings]
@@ -62,12 +63,6 @@ def recipe_text(draft: Draft, lines: list[str]) -> str:
         source = source[: edit.start] + edit.text.encode() + source[edit.end :]
     compile(source, "recipe", "exec")
     return source.decode()
-
-
-def _without_remarks(source: bytes) -> bytes:
-    """Return a recipe's source without the comments of its last statement, which are about its own rows."""
-    head, returned, tail = source.rpartition(b"\n    return ")
-    return head + returned + re.sub(rb"  # .*", b"", tail)
 
 
 class _Code(NamedTuple):
@@ -90,7 +85,7 @@ class _Code(NamedTuple):
 
 
 def _docstring(source: bytes, tree: ast.Module, draft: Draft, lines: list[str]) -> Edit:
-    """Return the edit that replaces a recipe's docstring by one about the draft.
+    """Return the edit that replaces a recipe's docstring by one about the conversion.
 
     source, tree: the shipped recipe as text and parsed. lines: comments below the docstring.
     """

@@ -137,7 +137,8 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str]]:
     for node in sorted(
         (n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset)
     ):
-        name, owner = call_name(node.func), _owner(node.func)
+        name = call_name(node.func)
+        owner = call_name(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         if name in CONFIGS:
             trainers.append(CONFIGS[name])
             if CONFIGS[name] or name.endswith("TrainingArguments"):
@@ -275,8 +276,3 @@ def _imports_unsloth(tree: ast.Module) -> bool:
     modules = {alias.name for node in imports for alias in node.names if isinstance(node, ast.Import)}
     modules |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
     return any(module.split(".")[0] == "unsloth" for module in modules)
-
-
-def _owner(node: ast.expr) -> str:
-    """Return the name before the dot, such as FastModel in FastModel.from_pretrained, "" without a dot."""
-    return call_name(node.value) if isinstance(node, ast.Attribute) else ""
