@@ -168,10 +168,7 @@ def widened(batch: Any, like: Any) -> Any:
 
 def _relabel(batch: Any, wide: Any, old: int, new: int) -> Any:
     """Return `batch.responses` padded like `wide`, with the padding's id changed from `old` to `new`."""
-    responses, rows, reads = (
-        np.full_like(wide.responses, new),
-        batch.responses.shape[-2],
-        batch.responses.shape[-1],
-    )
+    responses = np.full_like(wide.responses, new)
+    rows, reads = batch.responses.shape[-2:]
     responses[..., :rows, :reads] = np.where(batch.responses == old, new, batch.responses)
     return responses

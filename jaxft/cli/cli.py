@@ -67,11 +67,7 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of a script. The script's docstring is the description; an error is one line on stderr."""
 
     def __init__(self, doc: str | None, **options: Any) -> None:
-        super().__init__(
-            description=own_commands(doc or ""),
-            formatter_class=HelpFormatter,
-            **options,
-        )
+        super().__init__(description=own_commands(doc or ""), formatter_class=HelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with WRONG_USAGE. An unknown --option is often a setting: the line then

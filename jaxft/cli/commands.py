@@ -142,9 +142,6 @@ def shipped_recipes() -> list[ShippedRecipe]:
     return sorted(recipes, key=lambda recipe: "CPU" not in recipe.hardware)
 
 
-RECIPE = ("config", "overrides")  # arguments that name a recipe or set its knobs
-
-
 def complete_command_line() -> None:
     """Print the completions of the command line in COMP_LINE, and exit."""
     import argcomplete
@@ -176,22 +173,14 @@ def command_parser(command: str) -> argparse.ArgumentParser:
     except NameError:  # it uses more of its file
         exec(compile(source, str(path), "exec"), module.__dict__)
         parser = module.make_parser()
+    completers = {
+        "config": recipes_and_settings, "overrides": recipes_and_settings, "run": run_folders,
+        "runs": run_folders, "topic": topics_settings_and_commands, "words": names_of_settings,
+        "over": knobs_to_sweep, "source": recipe_files,
+    }  # fmt: skip
     for action in parser._actions:
-        if action.dest in RECIPE:
-            completer: Any = recipes_and_settings
-        elif action.dest in ("run", "runs"):
-            completer = run_folders
-        elif action.dest == "topic":
-            completer = topics_settings_and_commands
-        elif action.dest == "words":
-            completer = names_of_settings
-        elif action.dest == "over":
-            completer = knobs_to_sweep
-        elif action.dest == "source":
-            completer = recipe_files
-        else:
-            continue
-        vars(action)["completer"] = completer  # argcomplete's interface
+        if action.dest in completers:
+            vars(action)["completer"] = completers[action.dest]  # argcomplete's interface
     return parser
 
 
@@ -200,13 +189,16 @@ def _is_of_parser(node: ast.stmt) -> bool:
     parser itself. Other statements import jax, which takes seconds.
     """
     if isinstance(node, ast.Import | ast.ImportFrom):
-        named = (
-            [node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
-        )
+        of_module = isinstance(node, ast.ImportFrom)
+        named = [node.module or ""] if of_module else [each.name for each in node.names]
         return all(name.partition(".")[0] in sys.stdlib_module_names for name in named)
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
         return all(isinstance(x, ast.Constant | ast.Tuple | ast.Load) for x in ast.walk(node.value))
     return isinstance(node, ast.FunctionDef) and node.name == "make_parser"
+
+
+def _recipe_names() -> list[str]:
+    return [file.stem for file in (ROOT / "configs").glob("*.py")]
 
 
 def run_folders(prefix: str, **_: Any) -> list[str]:
@@ -219,9 +211,9 @@ def topics_settings_and_commands(**_: Any) -> list[str]:
     """Return the words that `jaxft help` accepts: commands, topics, recipes, and settings of sft with their
     last parts.
     """
-    recipes, settings = [file.stem for file in (ROOT / "configs").glob("*.py")], setting_names("sft")
+    settings, named = setting_names("sft"), [topic.name for topic in topics()]
     last = [name.rpartition(".")[2] for name in settings]
-    return list(dict.fromkeys([*COMMANDS, *(topic.name for topic in topics()), *recipes, *settings, *last]))
+    return list(dict.fromkeys([*COMMANDS, *named, *_recipe_names(), *settings, *last]))
 
 
 def knobs_to_sweep(prefix: str, parsed_args: argparse.Namespace, **more: Any) -> list[str]:
@@ -231,8 +223,7 @@ def knobs_to_sweep(prefix: str, parsed_args: argparse.Namespace, **more: Any) ->
 
 def recipe_files(prefix: str, **_: Any) -> list[str]:
     """Return the recipes, and the Python files and folders that begin with `prefix`."""
-    names = [path.stem for path in (ROOT / "configs").glob("*.py")]
-    return [*names, *(path for path in files(prefix) if path.endswith((".py", "/")))]
+    return [*_recipe_names(), *(path for path in files(prefix) if path.endswith((".py", "/")))]
 
 
 def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
@@ -240,7 +231,7 @@ def names_of_settings(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     recipe named so far, else of sft. parsed_args: the arguments before this word.
     """
     recipe = next(iter(parsed_args.words or ()), parsed_args.config)
-    recipes = [] if parsed_args.words else [file.stem for file in (ROOT / "configs").glob("*.py")]
+    recipes = [] if parsed_args.words else _recipe_names()
     return [*recipes, *setting_names(recipe or "sft")]
 
 

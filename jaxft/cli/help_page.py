@@ -18,13 +18,7 @@ from jaxft.objectives.pair import PreferenceLoss
 from jaxft.rl.rollout import Rollouts
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.option_names import OPTIONS, find_options
-from jaxft.runs.settings.setting_names import (
-    advice,
-    knobs,
-    nearest_settings,
-    setting_names,
-    settings_called,
-)
+from jaxft.runs.settings.setting_names import advice, knobs, nearest_settings, setting_names, settings_called
 from jaxft.runs.settings.setting_values import load_callable
 from jaxft.runs.settings.settings_list import (
     Setting,
@@ -195,9 +189,8 @@ def _settings() -> Iterator[str]:
 def _functions() -> Iterator[str]:
     yield "## Functions with short names"
     for title, names in named_functions().items():
-        rows = [
-            (f"`{name}`", first_sentence(" ".join(_docstring(path).split()))) for name, path in names.items()
-        ]
+        texts = {name: " ".join(_docstring(path).split()) for name, path in names.items()}
+        rows = [(f"`{name}`", first_sentence(text)) for name, text in texts.items()]
         yield f"### {title}\n\n" + markdown_table(["name", "is"], rows)
 
 

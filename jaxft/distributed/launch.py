@@ -6,7 +6,8 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+
+from jaxft.distributed.xla_flags import has_tpu, is_installed
 
 PORT = 8476  # default port of the coordinator
 MOST_PROCESSES = 1 << 17
@@ -24,7 +25,6 @@ OPEN_MPI = {  # likewise
     "OMPI_COMM_WORLD_RANK": _NUMBER,
     "OMPI_COMM_WORLD_LOCAL_RANK": _NUMBER,
 }
-GOOGLE = "0x1ae0"  # PCI vendor of a TPU
 
 
 @dataclass(frozen=True)
@@ -62,40 +62,29 @@ def detect(explicit: tuple[str | None, int | None, int | None], environ: Mapping
     ]
     if configured[0] == 1:
         return None
-    launch_detected = next(
-        (launch for detector in LAUNCHERS if (launch := detector(environ)) is not None), None
-    )
+    detected = next((launch for detector in LAUNCHERS if (launch := detector(environ)) is not None), None)
     if coordinator is None:
         if any(environ.get(name) for name in JAXFT_VARIABLES):
             raise ValueError(
                 f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]} need {JAXFT_VARIABLES[0]}=host:port of "
                 "process 0; set it too"
             )
-        return None if launch_detected is None or launch_detected.processes == 1 else launch_detected
-    detected = (
-        (None, None) if launch_detected is None else (launch_detected.processes, launch_detected.process)
+        return None if detected is None or detected.processes == 1 else detected
+    known = Launch("") if detected is None else detected
+    processes, process = (
+        value if value is not None else other
+        for value, other in zip(configured, (known.processes, known.process), strict=True)
     )
-    counts = [
-        value if value is not None else other for value, other in zip(configured, detected, strict=True)
-    ]
-    if counts[0] == 1:
+    if processes == 1:
         return None
-    if None in counts:
+    if processes is None or process is None:
         raise ValueError(
             f"coordinator={coordinator}: the number of processes or the index of this one is missing; set "
             f"{JAXFT_VARIABLES[1]} and {JAXFT_VARIABLES[2]} or, with hosts.coordinator, hosts.processes and "
             "hosts.process"
         )
-    launcher = "explicit" if launch_detected is None else f"explicit, {launch_detected.launcher}"
-    return _checked(
-        Launch(
-            launcher,
-            coordinator,
-            counts[0],
-            counts[1],
-            launch_detected.local_gpus if launch_detected else None,
-        )
-    )
+    launcher = "explicit" if detected is None else f"explicit, {detected.launcher}"
+    return _checked(Launch(launcher, coordinator, processes, process, known.local_gpus))
 
 
 def _checked(launch: Launch) -> Launch:
@@ -111,21 +100,18 @@ def _checked(launch: Launch) -> Launch:
             f"{launch.processes} processes ({launch.launcher}): at most {MOST_PROCESSES} are possible; "
             "correct hosts.processes or the launcher's variables"
         )
-    if (
-        launch.processes is not None
-        and launch.process is not None
-        and not 0 <= launch.process < launch.processes
-    ):
+    count, index = launch.processes, launch.process
+    if count is not None and index is not None and not 0 <= index < count:
         raise ValueError(
-            f"process {launch.process} of {launch.processes} ({launch.launcher}): process indices start at 0 "
-            f"and end at {launch.processes - 1}; correct hosts.process or the launcher's variables"
+            f"process {index} of {count} ({launch.launcher}): process indices start at 0 and end at "
+            f"{count - 1}; correct hosts.process or the launcher's variables"
         )
     return launch
 
 
 def _number(environ: Mapping[str, str], name: str) -> int | None:
     text = environ.get(name)
-    if text is None or text == "":
+    if not text:
         return None
     if not re.fullmatch(_NUMBER, text, re.ASCII):
         raise ValueError(
@@ -237,12 +223,9 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
         )
     if size > 1:
         _check_detectable("Open MPI", environ, OPEN_MPI)
-    local = _local_gpus(
-        environ,
-        _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK"),
-        _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    )
-    return _checked(Launch("Open MPI", None, size, _number(environ, "OMPI_COMM_WORLD_RANK"), local))
+    names = ("RANK", "LOCAL_RANK", "LOCAL_SIZE")
+    rank, *local = (_number(environ, f"OMPI_COMM_WORLD_{name}") for name in names)
+    return _checked(Launch("Open MPI", None, size, rank, _local_gpus(environ, *local)))
 
 
 def _check_detectable(launcher: str, environ: Mapping[str, str], patterns: Mapping[str, str]) -> None:
@@ -278,9 +261,8 @@ def _cloud_tpu(environ: Mapping[str, str]) -> Launch | None:
         return None
     hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES"))
     if hosts is not None:
-        return Launch(
-            "Cloud TPU", None, len(hosts.split(",")) * (_number(environ, "MEGASCALE_NUM_SLICES") or 1)
-        )
+        slices = _number(environ, "MEGASCALE_NUM_SLICES") or 1
+        return Launch("Cloud TPU", None, len(hosts.split(",")) * slices)
     # without hosts in the environment JAX queries the metadata server
     return Launch("Cloud TPU") if "TPU_SKIP_MDS_QUERY" not in environ else None
 
@@ -288,11 +270,8 @@ def _cloud_tpu(environ: Mapping[str, str]) -> Launch | None:
 def _on_tpu(environ: Mapping[str, str]) -> bool:
     """Whether this machine has TPUs that JAX would use."""
     platforms = environ.get("JAX_PLATFORMS", "")
-    if (platforms and "tpu" not in platforms.split(",")) or importlib.util.find_spec("libtpu") is None:
-        return False
-    return any(
-        vendor.read_text().strip() == GOOGLE for vendor in Path("/sys/bus/pci/devices").glob("*/vendor")
-    )
+    is_allowed = not platforms or "tpu" in platforms.split(",")
+    return is_allowed and is_installed("libtpu") and has_tpu()
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Launch | None:

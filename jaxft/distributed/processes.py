@@ -124,15 +124,17 @@ def _join(launched: launch.Launch, hosts: Hosts) -> None:
     with contextlib.suppress(AttributeError):
         jax.config.update("jax_enable_preemption_service", False)
     arguments: dict[str, Any] = {
-        "local_device_ids": list(launched.local_gpus) if launched.local_gpus is not None else None
+        "local_device_ids": list(launched.local_gpus) if launched.local_gpus is not None else None,
+        "heartbeat_timeout_seconds": hosts.heartbeat_seconds,
+        "shutdown_timeout_seconds": hosts.stop_seconds,
     }
     if launched.coordinator is not None:
         arguments |= {
             "coordinator_address": launched.coordinator,
             "num_processes": launched.processes,
             "process_id": launched.process,
+            "cluster_detection_method": "deactivate",
         }
-        arguments["cluster_detection_method"] = "deactivate"
     name = f"process {launched.process} of {launched.processes}" if launched.processes else "this process"
     where = f"the coordinator {launched.coordinator or 'that JAX detected'} ({launched.launcher})"
     exit.set_killed_message(
@@ -144,10 +146,6 @@ def _join(launched: launch.Launch, hosts: Hosts) -> None:
         f"{hosts.start_seconds} s (hosts.start_seconds); check that each is started, that their number is "
         "right and that they can reach that address"
     )
-    arguments |= {
-        "heartbeat_timeout_seconds": hosts.heartbeat_seconds,
-        "shutdown_timeout_seconds": hosts.stop_seconds,
-    }
     try:
         # process 0 exits last: the others are aborted when it is gone
         with exit.exit_after(hosts.start_seconds + (0 if launched.process else 2), late):
@@ -275,7 +273,11 @@ def agreement() -> Iterator[None]:
         raise
     except (ValueError, OSError, ImportError) as error:
         user_error = ValueError(one_line_of(error))
-        _run_on_all(lambda: _raise(user_error))
+
+        def fail() -> None:
+            raise user_error
+
+        _run_on_all(fail)
     barrier()
 
 
@@ -327,17 +329,12 @@ def _run_on_all(fn: Callable[[], Any]) -> list[Any]:
         raise AgreedError((isinstance(error, OSError) and error.strerror) or str(error)) from error
 
 
-def _raise(error: Exception) -> None:
-    raise error
-
-
 def all_equal(value: Any) -> bool:
     """Whether all processes pass the same value, compared as JSON."""
+    if not is_multi_process():
+        return True
     text = json.dumps(value, sort_keys=True, default=str)
-    return (
-        not is_multi_process()
-        or len(set(_run_on_all(lambda: hashlib.sha256(text.encode()).hexdigest()))) == 1
-    )
+    return len(set(_run_on_all(lambda: hashlib.sha256(text.encode()).hexdigest()))) == 1
 
 
 def check_same(record: dict[str, Any], differences: Callable[[Any, Any], list[str]]) -> None:
@@ -469,11 +466,8 @@ class Watchdog:
             if is_peer_lost(error, self._connected):
                 exit.exit_for_restart(peer_lost_message(error, self._phase))
             if is_multi_process():
-                self._feed(
-                    f"closing after an error in {self._phase} ({exit.shorten_error(error)})",
-                    CLOSING,
-                    "after an error",
-                )
+                phase = f"closing after an error in {self._phase} ({shorten_error(error)})"
+                self._feed(phase, CLOSING, "after an error")
             raise
 
     def _watch(self) -> None:

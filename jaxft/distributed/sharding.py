@@ -133,13 +133,9 @@ def _arranged(devices: list[Any], sizes: list[int]) -> np.ndarray:
         raise ValueError(
             f"mesh.slices={sizes[0]}: the devices are in {groups} {kind}; use mesh.slices={groups}"
         )
-    slices = np.array(devices).reshape(sizes[0], -1)
-    mesh = np.stack(
-        [
-            mesh_utils.create_device_mesh(sizes[1:], list(group), allow_split_physical_axes=True)
-            for group in slices
-        ]
-    )
+    slices = map(list, np.array(devices).reshape(sizes[0], -1))
+    meshes = [mesh_utils.create_device_mesh(sizes[1:], x, allow_split_physical_axes=True) for x in slices]
+    mesh = np.stack(meshes)
     if not linked and any(len({d.process_index for d in row}) > 1 for row in mesh.reshape(-1, sizes[-1])):
         hosts = len({d.process_index for d in devices})
         per_host = len(devices) // hosts
@@ -226,8 +222,7 @@ def shard_between_blocks(
     """
     sizes = dict(sharding.mesh.shape)
     units = (*shape[:-2], shape[-2] // block if shape[-2] % block == 0 else 1, shape[-1])
-    entries = [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in sharding.spec]
-    entries = [tuple(axis for axis in mesh_axes if axis not in SPARE) for mesh_axes in entries]
+    entries = [tuple(axis for axis in used if axis not in SPARE) for used in _entries(sharding.spec)]
     if "tensor" in entries[-2] and units[-2] % sizes["tensor"]:
         fits = tuple(n for n in range(1, units[-2] + 1) if units[-2] % n == 0)
         raise ValueError(
@@ -248,18 +243,18 @@ def sharding_for_shape(sharding: NamedSharding, shape: tuple[int, ...]) -> Named
     """Adapt a sharding to an array with the same axes but other sizes, such as the scales of a quantised
     weight: dimensions of size 1 are not sharded.
     """
-    return NamedSharding(
-        sharding.mesh,
-        PartitionSpec(
-            *(None if n == 1 else mesh_axes for n, mesh_axes in zip(shape, sharding.spec, strict=True))
-        ),
-    )
+    entries = (None if n == 1 else mesh_axes for n, mesh_axes in zip(shape, sharding.spec, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+
+
+def _entries(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """Return the mesh axes of each dimension; the inverse of _spec."""
+    return [entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in spec]
 
 
 def describe_sharding(sharding: NamedSharding) -> str:
     """Format the mesh axes of each dimension, "-" for none: `-,data*fsdp,tensor`."""
-    entries = (entry if isinstance(entry, tuple) else (entry,) if entry else () for entry in sharding.spec)
-    return ",".join("*".join(mesh_axes) or "-" for mesh_axes in entries)
+    return ",".join("*".join(mesh_axes) or "-" for mesh_axes in _entries(sharding.spec))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -314,11 +309,7 @@ def num_shards(axes: tuple[str, ...], shape: tuple[int, ...]) -> int:
     mesh = _ambient()
     if mesh is None:
         return 1
-    used = [
-        entry if isinstance(entry, tuple) else (entry,)
-        for entry in partition_spec(mesh, axes, shape)
-        if entry
-    ]
+    used = _entries(partition_spec(mesh, axes, shape))
     return math.prod(dict(mesh.shape)[axis] for entry in used for axis in entry)
 
 
@@ -342,8 +333,7 @@ def mesh_has(axis: str) -> bool:
 
 def check_context_divides(length: int) -> None:
     """Raise ValueError if rows of `length` tokens do not divide over the context axis of the ambient mesh."""
-    mesh = _ambient()
-    context = 1 if mesh is None else dict(mesh.shape)["context"]
+    context = mesh_size("context")
     if length % context:
         raise ValueError(
             f"rows of {length} tokens do not divide over mesh.context={context}; "

@@ -45,9 +45,8 @@ def wait_for_all() -> None:
     if jax.process_count() > 1:
         import orbax.checkpoint as ocp  # slow to import, and only multi-process runs need it here
 
-        ocp.multihost.get_barrier_sync_fn()(
-            key=f"jaxft-meet-{next(_barrier_numbers())}", timeout_ms=1000 * TIMEOUT
-        )
+        key = f"jaxft-meet-{next(_barrier_numbers())}"
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * TIMEOUT)
 
 
 def gather_texts(text: str) -> list[str]:
@@ -121,16 +120,11 @@ class FileExchange:
         try:
             return (self._folder / name).read_text(encoding="utf-8")
         except OSError:
-            suffixes = (
-                [p.suffix for p in self._folder.glob(f"{name}.errno*")] if self._folder.is_dir() else []
-            )
-            digits = suffixes[0].removeprefix(".errno") if suffixes else ""
-            number = int(digits) if digits.isdigit() else errno.EIO
-            why = (
-                os.strerror(number)
-                if suffixes
-                else f"its file is missing in {self._folder}; check that all processes see the same folder"
-            )
+            failures = self._folder.glob(f"{name}.errno*") if self._folder.is_dir() else ()
+            digits = next((path.suffix.removeprefix(".errno") for path in failures), None)
+            number = int(digits) if digits and digits.isdigit() else errno.EIO
+            missing = f"its file is missing in {self._folder}; check that all processes see the same folder"
+            why = missing if digits is None else os.strerror(number)
             return json.dumps({"error": why, "kind": 0, "errno": number})
 
 

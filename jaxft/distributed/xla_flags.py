@@ -146,7 +146,7 @@ def accelerator(environ: Mapping[str, str], dev: Path = Path("/dev"), pci: Path 
     return CUDA if gpus and not hidden and any(map(is_installed, PLUGINS)) else CPU
 
 
-def has_tpu(dev: Path, pci: Path) -> bool:
+def has_tpu(dev: Path = Path("/dev"), pci: Path = PCI) -> bool:
     """Whether the machine has a TPU: a device file that TPUs use, and a PCI device with a TPU's id.
 
     Device files alone do not suffice: VFIO passes any device to a virtual machine. Where PCI devices are not
@@ -324,12 +324,12 @@ def settings_in_effect(environ: Mapping[str, str]) -> list[str]:
     if is_off(environ):
         return []
     rows = [row for row in TABLE_OF_SETTINGS if row.platform == accelerator(environ)]
-
-    def is_in_effect(row: PlatformSetting) -> bool:
-        value = environ.get(row.variable, "")
-        return str(row) in split_flags(row.variable, value) if row.flag else value == row.value
-
-    return [str(row) for row in rows if is_in_effect(row)]
+    values = [(row, environ.get(row.variable, "")) for row in rows]
+    return [
+        str(row)
+        for row, value in values
+        if (str(row) in split_flags(row.variable, value) if row.flag else value == row.value)
+    ]
 
 
 def settings_lines(environ: Mapping[str, str]) -> list[str]:

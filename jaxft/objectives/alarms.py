@@ -74,9 +74,8 @@ FAULTS_RAISED, FAULTS_NOT_A_NUMBER = "reward_faults/raised", "reward_faults/not_
 
 def training_alarms(memory: Memory, entry: Entry, last: bool) -> Alarms:
     """Check an entry of a run that learns from a dataset: skipped steps, and gradients of 0."""
-    return run_alarms(
-        {"skipped": check_skipped_steps, "no gradient": check_zero_gradient}, memory, entry, last
-    )
+    checks = {"skipped": check_skipped_steps, "no gradient": check_zero_gradient}
+    return run_alarms(checks, memory, entry, last)
 
 
 def preference_alarms(beta: float | None, memory: Memory, entry: Entry, last: bool) -> Alarms:
@@ -145,8 +144,7 @@ def check_first_loss(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
     causes = (
         f"{text}: policy and reference should start as the same model but do not. Possible causes: dropout "
         "(set it to 0), reference log-probs computed with other weights (empty JAXFT_CACHE), or a custom "
-        "loss "
-        "that reads more than log-probs"
+        "loss that reads more than log-probs"
     )
     return Alarms(memory, [], [causes])
 
@@ -297,8 +295,7 @@ def check_reward_faults(memory: Memory, n: FloatMetrics, last: bool) -> Alarms:
         return Alarms(memory, [], [])
     alarm = (
         f"{100 * fraction:.0f} % of the rewards raised or returned no finite number; their completions have "
-        "no score. "
-        "Fix the reward; the first failure is printed above"
+        "no score. Fix the reward; the first failure is printed above"
     )
     return Alarms({"reported": fraction}, [], [alarm])
 
@@ -416,11 +413,9 @@ def _length_lines(last: Entry) -> list[str]:
         "alike": "where lengths are alike",
         "shorter": "where it is shorter",
     }
-    accuracies = [
-        f"{accuracy_text(HELD_OUT + ACCURACY_BY_LENGTH[name], last)} {where}"
-        for name, where in groups.items()
-        if has_numbers(last, HELD_OUT + ACCURACY_BY_LENGTH[name])
-    ]
+    named = {HELD_OUT + ACCURACY_BY_LENGTH[name]: where for name, where in groups.items()}
+    known = {name: where for name, where in named.items() if has_numbers(last, name)}
+    accuracies = [f"{accuracy_text(name, last)} {where}" for name, where in known.items()]
     line = f"margin and length: correlation {last[correlation]:.2f}"
     return [f"{line}; accuracy {', '.join(accuracies)}" if accuracies else line]
 
@@ -437,9 +432,8 @@ def _label_line(fraction: float, error: float) -> str:
             "little to estimate label noise"
         )
     advice = f"; use {LOSSES}:robust or cdpo with that label_smoothing" if fraction >= NOISY_LABELS else ""
-    two_errors = f"{200 * error:.0f}"
     return (
-        f"labels: about {percent} look flipped, +- {two_errors} (pairs of which the model, "
+        f"labels: about {percent} look flipped, +- {200 * error:.0f} (pairs of which the model, "
         f"before training on them, was certain of the opposite){advice}"
     )
 

@@ -126,9 +126,8 @@ def decision(model: LanguageModel, loss: DecisionLoss = cross_entropy) -> Object
         }
         return total, jax.lax.stop_gradient(metrics)
 
-    return Objective(
-        forward, decision_loss, eval_loss=partial(decision_loss, with_rows=True), text=sft(model)
-    )
+    eval_loss = partial(decision_loss, with_rows=True)
+    return Objective(forward, decision_loss, eval_loss=eval_loss, text=sft(model))
 
 
 def _metrics(outputs: Outputs, losses: Float[Array, "B M"] | None) -> Metrics:

@@ -245,16 +245,6 @@ class ChunkPlan:
     graded: Graded
     loss: TargetLoss = CROSS_ENTROPY
 
-    @property
-    def logits(self) -> Callable[[Params, Array], Array]:
-        """The logits function of the first head."""
-        return self.heads[0].logits
-
-    @property
-    def axes(self) -> Axes:
-        """The axes of the first head's leaves."""
-        return self.heads[0].axes
-
 
 def _plan(heads: Sequence[HeadInput], graded: Graded) -> tuple[ChunkPlan, int]:
     """Return the plan of a pass over heads, and the padding of M for which all chunks have the same size."""
@@ -352,9 +342,8 @@ def _read_each(
 
 def _slope(p: Array, targets: Array) -> Array:
     """Return d logp / d logits = onehot(target) - p."""
-    return (jax.lax.broadcasted_iota(targets.dtype, p.shape, p.ndim - 1) == targets[..., None]).astype(
-        p.dtype
-    ) - p
+    at_target = jax.lax.broadcasted_iota(targets.dtype, p.shape, p.ndim - 1) == targets[..., None]
+    return at_target.astype(p.dtype) - p
 
 
 def _entropy_slope(p: Array, targets: Array) -> Array:
@@ -363,28 +352,24 @@ def _entropy_slope(p: Array, targets: Array) -> Array:
     return -p * (log_p - jnp.sum(p * log_p, -1, keepdims=True))
 
 
-def _lse_slope(p: Array, targets: Array) -> Array:
-    """Return d lse / d logits = p."""
-    return p
-
-
-def _mean_slope(p: Array, targets: Array) -> Array:
-    """Return d mean_logit / d logits = 1 / V."""
-    return jnp.full_like(p, 1 / p.shape[-1])
-
-
-_SLOPES = {"logp": _slope, "entropy": _entropy_slope, "lse": _lse_slope, "mean_logit": _mean_slope}
+# Of each field of LogProbs, the gradient by the logits, from their softmax p and the targets
+_SLOPES: dict[str, Callable[[Array, Array], Array]] = {
+    "logp": _slope,
+    "entropy": _entropy_slope,
+    "lse": lambda p, targets: p,
+    "mean_logit": lambda p, targets: jnp.full_like(p, 1 / p.shape[-1]),
+}
 
 
 def _chunked_fwd(plan: ChunkPlan, head: Params, h: Array, frozen: FrozenHeads, targets: Array):
-    gathered_head, *others = _gathered(plan, ((head, h), *frozen))
+    (first, *rest), (gathered_head, *others) = plan.heads, _gathered(plan, ((head, h), *frozen))
 
     def body(_, chunk):
         x, *states, t = chunk
-        logits, pull = jax.vjp(partial(plan.logits, gathered_head), x)
+        logits, pull = jax.vjp(partial(first.logits, gathered_head), x)
         out, p = _read(logits, t)
         slopes = [pull(_SLOPES[name](p, t))[0] for name in plan.graded]
-        return None, ((out, *_read_each(plan.heads[1:], others, states, t)), slopes)
+        return None, ((out, *_read_each(rest, others, states, t)), slopes)
 
     out, slopes = jax.lax.scan(body, None, _inputs(plan, h, frozen, targets))[1]
     return jax.tree.map(_rows, out), (head, h, targets, [_rows(slope) for slope in slopes])
@@ -392,21 +377,22 @@ def _chunked_fwd(plan: ChunkPlan, head: Params, h: Array, frozen: FrozenHeads, t
 
 def _chunked_bwd(plan: ChunkPlan, residuals, g):
     head, h, targets, slopes = residuals
+    first = plan.heads[0]
     weights = [getattr(g[0], name) for name in plan.graded]
     dh = sum(slope.astype(w.dtype) * w[..., None] for slope, w in zip(slopes, weights)).astype(h.dtype)
-    trained = [True] * len(plan.axes)
-    leaves, structure, floats, start = _accumulators(head, plan.axes, h, trained)
+    trained = [True] * len(first.axes)
+    leaves, structure, floats, start = _accumulators(head, first.axes, h, trained)
 
     def body(total, chunk):
         def block(x, t, *weights):
-            logits, pull = jax.vjp(lambda f: plan.logits(_filled(structure, leaves, f), x), floats)
+            logits, pull = jax.vjp(lambda f: first.logits(_filled(structure, leaves, f), x), floats)
             p = jax.nn.softmax(logits, -1)
             return pull(sum(_SLOPES[name](p, t) * w[..., None] for name, w in zip(plan.graded, weights)))[0]
 
         return _plus(total, _by_block(block, *chunk)), None
 
     total, _ = jax.lax.scan(body, start, tuple(_chunks(x, plan.count) for x in (h, targets, *weights)))
-    return _reduced(structure, plan.axes, total, floats), dh, None, None
+    return _reduced(structure, first.axes, total, floats), dh, None, None
 
 
 def _accumulators(head, axes, h, trained):
@@ -467,20 +453,21 @@ def _weighted(plan: ChunkPlan, head: Params, h: Array, targets: Array, weights: 
 
 
 def _weighted_fwd(plan: ChunkPlan, head, h, targets, weights):
+    first = plan.heads[0]
+
     def is_primal(x):
         return isinstance(x, CustomVJPPrimal)
 
     trained = [p.perturbed for p in jax.tree.leaves(head, is_leaf=is_primal)]
-    head, h, targets, weights = jax.tree.map(
-        lambda p: p.value, (head, h, targets, weights), is_leaf=is_primal
-    )
+    given = (head, h, targets, weights)
+    head, h, targets, weights = jax.tree.map(lambda p: p.value, given, is_leaf=is_primal)
     # numpy's promote_types, as jnp's raises under strict promotion
     weights = weights.astype(np.promote_types(h.dtype, np.float32))
-    leaves, structure, floats, start = _accumulators(head, plan.axes, h, trained)
+    leaves, structure, floats, start = _accumulators(head, first.axes, h, trained)
 
     def body(total, chunk):
         def block(x, t, weight):
-            logits, pull = jax.vjp(lambda f, x: plan.logits(_filled(structure, leaves, f), x), floats, x)
+            logits, pull = jax.vjp(lambda f, x: first.logits(_filled(structure, leaves, f), x), floats, x)
             out, p = _read(logits, t)
             return out, pull(plan.loss.slope(p, t, out) * weight[..., None])
 
@@ -492,7 +479,7 @@ def _weighted_fwd(plan: ChunkPlan, head, h, targets, weights):
     total, (out, dh) = jax.lax.scan(body, start, chunks)
     out = jax.tree.map(_rows, out)
     losses = plan.loss.value(out)
-    dhead = _reduced(structure, plan.axes, total, floats)
+    dhead = _reduced(structure, first.axes, total, floats)
     return (jnp.sum(weights * losses), out), (dhead, _rows(dh), losses)
 
 

@@ -20,9 +20,8 @@ PROMPT_COUNT = "_prompts"  # the same for prompts and a mean reward, if every re
 FloatMetrics: TypeAlias = dict[str, float]  # by name, after division
 IGNORED_FRACTION = 0.4  # fraction of pairs with the smallest |margin| that LabelNoise ignores
 
-Stored: TypeAlias = (
-    Any  # jax arrays in a program, NumPy arrays on the host, or their shapes; stacked in a sweep
-)
+# Jax arrays in a program, NumPy arrays on the host, or their shapes; stacked in a sweep
+Stored: TypeAlias = Any
 
 
 @struct
@@ -269,10 +268,9 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 def _add(a: Any, b: Any) -> Metric:
     if isinstance(a, SUMS):
         return jax.tree.map(lambda x, y: x + y, a, b)
-    on_host = not isinstance(a.value, jax.Array)  # numpy on the host, where nothing may be compiled
-    if isinstance(a, Max):
-        return Max((np if on_host else jnp).maximum(a.value, b.value))
-    return Min((np if on_host else jnp).minimum(a.value, b.value))
+    xp: Any = jnp if isinstance(a.value, jax.Array) else np  # on the host nothing may be compiled
+    extreme = xp.maximum if isinstance(a, Max) else xp.minimum
+    return type(a)(extreme(a.value, b.value))
 
 
 def join_rows(parts: Sequence[Metrics]) -> Metrics:
@@ -373,9 +371,8 @@ def row_values(metrics: Metrics) -> dict[int, FloatMetrics]:
 
 def to_json(metrics: Metrics) -> dict[str, list[Any]]:
     """Return metrics as JSON, {name: [type, *arrays]}, such as {"loss": ["Sum", 3.0, 2.0]}."""
-    return {
-        name: [type(m).__name__, *(x.tolist() for x in jax.tree.leaves(m))] for name, m in metrics.items()
-    }
+    arrays = {name: [x.tolist() for x in jax.tree.leaves(m)] for name, m in metrics.items()}
+    return {name: [type(m).__name__, *arrays[name]] for name, m in metrics.items()}
 
 
 def from_json(stored: dict[str, list[Any]]) -> Metrics:

@@ -84,9 +84,7 @@ def log1mexp(x: Float[Array, "..."]) -> Float[Array, "..."]:
 # ---- preference losses
 
 
-LossState = Mapping[
-    str, Array
-]  # scalars that a loss carries from step to step, such as BCO's running mean reward
+LossState = Mapping[str, Array]  # scalars that a loss carries from step to step, such as BCO's mean reward
 
 
 @struct
@@ -336,9 +334,7 @@ def loss_signature(loss: Callable[..., Array]) -> inspect.Signature:
     """
     if isinstance(loss, PreferenceLoss):
         signature = loss_signature(loss.fn)
-        return signature.replace(
-            parameters=[p for name, p in signature.parameters.items() if name != "state"]
-        )
+        return signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "state"])
     if not isinstance(loss, partial):
         return inspect.signature(loss)
     signature = loss_signature(loss.func)
@@ -372,9 +368,7 @@ LABEL_NOISE = "label_noise"
 # Accuracy by which response is the longer one: the chosen one, neither, the rejected one.
 ACCURACY_BY_LENGTH = {name: f"rewards/accuracies_chosen_{name}" for name in ("longer", "shorter", "alike")}
 
-SIMILAR = (
-    0.9  # lengths are alike if the shorter response has at least this fraction of the longer one's tokens
-)
+SIMILAR = 0.9  # lengths are alike if the shorter response has this fraction of the longer one's tokens
 
 TIE_ROUNDING = 1e-5  # of a log-prob that two programs compute in float32
 

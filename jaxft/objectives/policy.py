@@ -216,30 +216,39 @@ def policy(
         return batch if critic is None else replace(batch, values=x, returns=x, value_weights=x)
 
     def init(trainable: Params, at_base: bool) -> Aux:
-        return _init(penalty, trainable, at_base)
+        aux: dict[str, Any] = {}
+        if penalty and penalty.reference == "start" and not at_base:
+            policy_leaves = {
+                name: x if name in ("adapter", "base") else jax.tree.map(lambda _: None, x)
+                for name, x in trainable.items()
+            }
+            aux["reference"] = jax.tree.map(jnp.copy, policy_leaves)
+        if isinstance(penalty, AdaptiveKL | KLInReward):  # a coefficient that may change or is in the rewards
+            aux[KL_COEF] = jnp.asarray(penalty.coef, jnp.float32)
+        return aux
 
     def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
-        return _update_coef(penalty, aux, metrics)
+        if not isinstance(penalty, AdaptiveKL | KLInReward):
+            return aux
+        kl, trained = metrics[KL_PER_COMPLETION], metrics[POLICY_LOSS].weight != 0
+        coef = penalty.update(aux[KL_COEF], kl.total / jnp.maximum(kl.weight, 1), kl.weight)
+        return {**aux, KL_COEF: jnp.where(trained & (kl.weight > 0), coef, aux[KL_COEF]).astype(jnp.float32)}
 
-    return Objective(
-        forward,
-        total_loss,
-        init,
-        update,
-        score,
-        frozen_policy=_has_no_policy_weight,
-        batch_spec=batch_spec,
-        text=sft(model),
-        facts=Facts(
-            reference=kind,
-            dropout=False,
-            temperature=temperature,
-            kl_in_rewards=isinstance(penalty, KLInReward),
-            critic=critic is not None,
-            freezes_policy=True,
-        ),
-        report=Report(rollout_alarms),
+    def frozen_policy(batch: Rollout) -> Bool[Array, ""]:
+        return jnp.all(batch.policy_weights == 0)  # only a critic is trained
+
+    facts = Facts(
+        reference=kind,
+        dropout=False,
+        temperature=temperature,
+        kl_in_rewards=isinstance(penalty, KLInReward),
+        critic=critic is not None,
+        freezes_policy=True,
     )
+    return Objective(
+        forward, total_loss, init, update, score, frozen_policy, batch_spec, text=sft(model), facts=facts,
+        report=Report(rollout_alarms),
+    )  # fmt: skip
 
 
 def with_target_kl(objective: Objective, target_kl: float) -> Objective:
@@ -301,11 +310,6 @@ def echo(
 
     facts = replace(inner.facts, observations=True)
     return inner._replace(loss=loss, frozen_policy=frozen_policy, batch_spec=batch_spec, facts=facts)
-
-
-def _has_no_policy_weight(batch: Rollout) -> Bool[Array, ""]:
-    """Return whether all policy weights of the batch are 0, so that only a critic is trained."""
-    return jnp.all(batch.policy_weights == 0)
 
 
 def at_temperature(model: LanguageModel, temperature: float) -> LanguageModel:
@@ -426,28 +430,3 @@ def _metrics(loss: PolicyLoss, batch: PolicyBatch, used: Bool[Array, "B M"]) -> 
         "clip_ratio/low_min": Min(jnp.min(fraction(low, jnp.inf))),
         "clip_ratio/high_max": Max(jnp.max(fraction(high, -jnp.inf))),
     }
-
-
-def _init(penalty: Penalty | None, trainable: Params, at_base: bool) -> Aux:
-    """Return aux at step 0: a copy of the policy's trainable leaves, if the penalty's reference needs one,
-    and the KL coefficient, if it may change or is in the rewards. at_base: see Objective.init.
-    """
-    aux: dict[str, Any] = {}
-    if penalty and penalty.reference == "start" and not at_base:
-        policy_leaves = {
-            name: x if name in ("adapter", "base") else jax.tree.map(lambda _: None, x)
-            for name, x in trainable.items()
-        }
-        aux["reference"] = jax.tree.map(jnp.copy, policy_leaves)
-    if isinstance(penalty, AdaptiveKL | KLInReward):
-        aux[KL_COEF] = jnp.asarray(penalty.coef, jnp.float32)
-    return aux
-
-
-def _update_coef(penalty: Penalty | None, aux: Aux, metrics: Metrics) -> Aux:
-    """Return aux, with the coefficient updated from the step's KL if the step trained the policy."""
-    if not isinstance(penalty, AdaptiveKL | KLInReward):
-        return aux
-    kl, updated = metrics[KL_PER_COMPLETION], metrics[POLICY_LOSS].weight != 0
-    coef = penalty.update(aux[KL_COEF], kl.total / jnp.maximum(kl.weight, 1), kl.weight)
-    return {**aux, KL_COEF: jnp.where(updated & (kl.weight > 0), coef, aux[KL_COEF]).astype(jnp.float32)}

@@ -30,7 +30,6 @@ from jaxft.objectives.pair import (
     REFERENCE_RANK_ERROR,
     LossState,
     PairBatch,
-    PreferenceLoss,
     Response,
     check_knobs,
     declaration,
@@ -44,16 +43,8 @@ from jaxft.objectives.pair import (
 from jaxft.objectives.read_positions import read_logps_of_heads
 from jaxft.objectives.sft import sft
 
-UNUSED = (
-    "ids",
-    "segments",
-    "positions",
-    "read",
-    "targets",
-    "last",
-    "reference",
-    "branches",
-)  # fields of Pairs that neither losses nor metrics read
+# Fields of Pairs that neither losses nor metrics read
+UNUSED = ("ids", "segments", "positions", "read", "targets", "last", "reference", "branches")
 
 
 @dataclass(frozen=True)
@@ -177,9 +168,9 @@ def preference(
 
     def forward(params: Params, batch: Pairs, key: Array | None, aux: Aux) -> Outputs:
         lp, reference_logp, layers = logprobs(params, batch, key, aux)
-        lp, reference_logp = _without_padding(batch, (lp, reference_logp))
         if kind == "precomputed":
-            reference_logp = _without_padding(batch, _precomputed(batch).astype(lp.logp.dtype))
+            reference_logp = _precomputed(batch).astype(lp.logp.dtype)
+        lp, reference_logp = _without_padding(batch, (lp, reference_logp))
         constants = (reference_logp, lp.log_sum_p2, lp.entropy, lp.top1, lp.mean_logit)
         constants = jax.lax.stop_gradient(constants)
         return Outputs(lp.logp, *constants, without_fields(batch, UNUSED), by_row(layers))
@@ -201,7 +192,9 @@ def preference(
             **layer_metrics(outputs.layers),
             **(pair_values(pair, values, scaled_reward) if with_rows else {}),
         }
-        metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()} | _rank_error(aux)
+        metrics |= {name: Sum.of(x, used) for name, x in extra(pair).items()}
+        if "rank_error" in aux:
+            metrics[REFERENCE_RANK_ERROR] = Sum(aux["rank_error"], jnp.ones_like(aux["rank_error"]))
         if outputs.reference is not None and kind != "teacher":
             start = jnp.where(used, pair.weight * loss_values(loss, _at_reference(pair), state), 0)
             metrics[LOSS_AT_REFERENCE] = Sum(jnp.sum(start), jnp.sum(pair.weight))
@@ -212,8 +205,16 @@ def preference(
         return pair_loss(outputs, {**aux, **state}, with_rows=True)
 
     def init(trainable: Params, at_base: bool) -> Aux:
-        start = _moving_reference(ema, trainable) if ema else _reference_copy(kind, trainable, at_base)
-        return start | _loss_state(declared)
+        aux: dict[str, Any] = {}
+        if ema or (kind == "start" and not at_base):
+            aux["reference"] = jax.tree.map(jnp.copy, trainable)
+        if ema:
+            aux |= {"steps": jnp.zeros((), jnp.int32), "rank_error": jnp.zeros(())}
+        if ema and ema.alpha < 1:
+            aux["reference"] = widened_pairs(aux["reference"])
+        if declared.init:
+            aux["loss"] = {name: jnp.asarray(value, jnp.float32) for name, value in declared.init.items()}
+        return aux
 
     def update(aux: Aux, trainable: Params, metrics: Metrics) -> Aux:
         out = dict(aux)
@@ -226,24 +227,13 @@ def preference(
         return Scores(lp.logp, reference_logp)
 
     implicit_beta = beta if reference is not None and reward is implicit_reward else None
+    from_start = kind != "teacher"
+    facts = Facts(declared.coupled, kind, starts_tied=implicit_beta is not None and from_start)
+    summary = partial(preference_summary, starts_tied=from_start)
     return Objective(
-        forward,
-        pair_loss,
-        init,
-        update,
-        score,
-        eval_loss=eval_loss,
-        text=sft(model),
-        facts=Facts(
-            coupled=declared.coupled,
-            reference=kind,
-            starts_tied=implicit_beta is not None and kind != "teacher",
-        ),
-        report=Report(
-            partial(preference_alarms, implicit_beta),
-            partial(preference_summary, starts_tied=kind != "teacher"),
-        ),
-    )
+        forward, pair_loss, init, update, score, eval_loss=eval_loss, text=sft(model), facts=facts,
+        report=Report(partial(preference_alarms, implicit_beta), summary),
+    )  # fmt: skip
 
 
 def reference_head(
@@ -272,37 +262,6 @@ def reference_params(params: Params, aux: Aux) -> Params:
         return tree.combine(aux["reference"], stack.unfused(params))
     initial = {"adapter": params[INITIAL_ADAPTER]} if INITIAL_ADAPTER in params else {}
     return {"base": params["base"], **initial}
-
-
-def _reference_copy(kind: ReferenceKind, trainable: Params, at_base: bool) -> Aux:
-    """Return {"reference": a copy of the trainable leaves} if the reference is the policy at step 0; {} if it
-    is not, or if `at_base`: the frozen parameters alone are that policy.
-    """
-    return {"reference": jax.tree.map(jnp.copy, trainable)} if kind == "start" and not at_base else {}
-
-
-def _moving_reference(ema: EMAReference, trainable: Params) -> Aux:
-    """Return the aux of a moving reference at step 0: {"reference": a copy of the trainable leaves,
-    "steps": 0, "rank_error": 0}. With alpha < 1 the copy's LoRA pairs are padded to twice their rank.
-    """
-    reference = jax.tree.map(jnp.copy, trainable)
-    if ema.alpha < 1:
-        reference = widened_pairs(reference)
-    return {"reference": reference, "steps": jnp.zeros((), jnp.int32), "rank_error": jnp.zeros(())}
-
-
-def _rank_error(aux: Aux) -> Metrics:
-    """Return the metric reference_rank_error of a moving reference; {} for other references."""
-    if "rank_error" not in aux:
-        return {}
-    return {REFERENCE_RANK_ERROR: Sum(aux["rank_error"], jnp.ones_like(aux["rank_error"]))}
-
-
-def _loss_state(declared: PreferenceLoss) -> Aux:
-    """Return the aux of a loss with running statistics at step 0."""
-    if not declared.init:
-        return {}
-    return {"loss": {name: jnp.asarray(value, jnp.float32) for name, value in declared.init.items()}}
 
 
 def _without_padding(batch: Pairs, arrays: Any) -> Any:
@@ -343,11 +302,8 @@ def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossStat
 def _at_reference(pair: PairBatch) -> PairBatch:
     """Return the pairs with the policy's log-probs replaced by the reference's."""
 
-    def at_reference(x: Any) -> Any:
-        return replace(x, logp=x.reference)
-
-    responses = {kind: at_reference(x) for kind, x in pair.responses.items()}
-    return replace(pair, responses=responses, tokens=at_reference(pair.tokens))
+    responses = {kind: replace(x, logp=x.reference) for kind, x in pair.responses.items()}
+    return replace(pair, responses=responses, tokens=replace(pair.tokens, logp=pair.tokens.reference))
 
 
 def _update_reference(ema: EMAReference, aux: Aux, trainable: Params) -> Aux:
@@ -410,9 +366,8 @@ def blend(new: Params, old: Params, alpha: float) -> tuple[Params, Float[Array, 
 
     with jax.default_matmul_precision("highest"):
         blended = walk(new, old)
-    dropped, total = (
-        sum((pair[i].astype(jnp.float32) for pair in squares), jnp.float32(0)) for i in range(2)
-    )
+    sides = zip(*squares, strict=True) if squares else ((), ())
+    dropped, total = (sum((x.astype(jnp.float32) for x in side), jnp.float32(0)) for side in sides)
     return blended, jnp.sqrt(dropped / jnp.where(total > 0, total, 1))
 
 
@@ -438,9 +393,5 @@ def _blended_pair(
     a = left @ (u[..., :rank] * root[..., None, :])
     b = (root[..., :, None] * vt[..., :rank, :]) @ jnp.swapaxes(right, -1, -2)
     pair, squares = padded_pair({"a": a, "b": b}, rank), jnp.square(s)
-    return (
-        pair["a"].astype(old[0].dtype),
-        pair["b"].astype(old[1].dtype),
-        jnp.sum(squares[..., rank:]),
-        jnp.sum(squares),
-    )
+    a, b = pair["a"].astype(old[0].dtype), pair["b"].astype(old[1].dtype)
+    return a, b, jnp.sum(squares[..., rank:]), jnp.sum(squares)

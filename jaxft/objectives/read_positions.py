@@ -57,9 +57,8 @@ def read_sharding(read: Int[Array, "B M"], length: int, max_responses: int = 2) 
     M, local = read.shape[1], length // count
     slots = min(M, local + max(SPARE_SLOTS, max_responses))
     part = read // local
-    order = jnp.cumsum(
-        part[:, :, None] == jnp.arange(count, dtype=jnp.int32)[None, None], axis=1, dtype=jnp.int32
-    )
+    in_part = part[:, :, None] == jnp.arange(count, dtype=jnp.int32)[None, None]
+    order = jnp.cumsum(in_part, axis=1, dtype=jnp.int32)
     nth = jnp.take_along_axis(order, part[:, :, None], axis=2)[:, :, 0] - 1
     # Reads that do not fit are padding, which reads position 0.
     slot = jnp.where(nth < slots, part * slots + nth, count * slots)

@@ -167,9 +167,8 @@ def _mean_over_pairs(outputs: Outputs, of_two: Callable[[Outputs, str, str], Rew
         return of_two(outputs, *kinds)
     total, count = jnp.zeros_like(outputs.chosen), jnp.zeros_like(outputs.chosen)
     for better, worse in combinations(kinds, 2):
-        used = (batch.lengths[..., batch.kinds.index(better)] > 0) & (
-            batch.lengths[..., batch.kinds.index(worse)] > 0
-        )
+        first, second = (batch.lengths[..., batch.kinds.index(kind)] for kind in (better, worse))
+        used = (first > 0) & (second > 0)
         if RATING + better in batch.columns and RATING + worse in batch.columns:
             used &= batch.columns[RATING + better] != batch.columns[RATING + worse]
         total += jnp.where(used, of_two(outputs, better, worse), 0)
@@ -210,9 +209,8 @@ def _metrics(outputs: Outputs) -> Metrics:
     chosen, rejected, batch = outputs.chosen, outputs.rejected, outputs.batch
     used = batch.pair_weights > 0
     margin = chosen - rejected
-    lengths = [
-        batch.lengths[..., batch.kinds.index(kind)].astype(margin.dtype) for kind in ("chosen", "rejected")
-    ]
+    at = [batch.kinds.index(kind) for kind in ("chosen", "rejected")]
+    lengths = [batch.lengths[..., i].astype(margin.dtype) for i in at]
     longer = lengths[0] - lengths[1]
 
     def mean(values: Rewards) -> Sum:
@@ -255,15 +253,13 @@ def reward_summary(first: Entry, last: Entry) -> list[str]:
     mean, low, high = (HELD_OUT + name for name in (MEAN_REWARD, MIN_REWARD, MAX_REWARD))
     correlation = HELD_OUT + MARGIN_LENGTH_CORRELATION
     if has_numbers(last, HELD_OUT + ACCURACY):
-        lines.append(
-            f"held-out accuracy: {accuracy_change(HELD_OUT + ACCURACY, first, last)}{length_note(last)}"
-        )
+        accuracies = accuracy_change(HELD_OUT + ACCURACY, first, last)
+        lines.append(f"held-out accuracy: {accuracies}{length_note(last)}")
     if has_numbers(last, HELD_OUT + MARGIN):
         lines.append(f"held-out margin of the rewards: {change(HELD_OUT + MARGIN, first, last, 3)}")
     if has_numbers(last, mean, low, high):
-        lines.append(
-            f"rewards of held-out responses: mean {last[mean]:.2f}, from {last[low]:.2f} to {last[high]:.2f}"
-        )
+        span = f"from {last[low]:.2f} to {last[high]:.2f}"
+        lines.append(f"rewards of held-out responses: mean {last[mean]:.2f}, {span}")
     if has_numbers(last, correlation):
         lines.append(f"margin and length: correlation {last[correlation]:.2f}")
     return lines

@@ -79,7 +79,11 @@ def sft(
     token_loss = TargetLoss(label_smoothing, z_loss, dft)
     if not 0 <= neftune < float("inf"):
         raise ValueError(f"neftune must be finite and at least 0, got {neftune}; use an alpha such as 5")
-    graded = _graded(token_loss)
+    graded: Graded = ("logp",)
+    if label_smoothing:
+        graded = ("logp", "lse", "mean_logit")
+    elif z_loss:
+        graded = ("logp", "lse")
     noise = {"neftune": neftune} if neftune else {}
 
     def forward(params: Params, batch: Tokens, key: Array | None, aux: Aux) -> Outputs:
@@ -115,21 +119,9 @@ def sft(
         return Scores(forward(params, batch, None, aux).logp)
 
     return Objective(
-        forward,
-        loss,
-        score=score,
-        eval_loss=eval_loss,
+        forward, loss, score=score, eval_loss=eval_loss, one_pass=one_pass, facts=Facts(noise=neftune > 0),
         eval_one_pass=eval_one_pass if token_loss.is_plain else None,
-        one_pass=one_pass,
-        facts=Facts(noise=neftune > 0),
-    )
-
-
-def _graded(loss: TargetLoss) -> Graded:
-    """Return the names of the LogProbs fields whose gradient a loss needs."""
-    if loss.label_smoothing:
-        return ("logp", "lse", "mean_logit")
-    return ("logp", "lse") if loss.z_loss else ("logp",)
+    )  # fmt: skip
 
 
 def _outputs(lp: LogProbs, layers: LayerOutputs, batch: Tokens, graded: Graded) -> Outputs:
@@ -167,9 +159,7 @@ def _example_losses(outputs: Outputs) -> Metrics:
     """Return each example's mean cross-entropy as PerRow: example n >= 1 of row b is at b * (T + 1) + n."""
     B, slots = outputs.logp.shape[0], outputs.row_length + 1
     at = outputs.segments + slots * jnp.arange(B, dtype=outputs.segments.dtype)[:, None]
-    loss, weight = (
-        jax.ops.segment_sum(x.ravel(), at.ravel(), B * slots)
-        for x in (-outputs.weight * outputs.logp, outputs.weight)
-    )
+    values = (-outputs.weight * outputs.logp, outputs.weight)
+    loss, weight = (jax.ops.segment_sum(x.ravel(), at.ravel(), B * slots) for x in values)
     mean = loss / jnp.where(weight > 0, weight, 1)
     return jax.lax.stop_gradient({ROWS + LOSS: PerRow.of(mean, weight)})

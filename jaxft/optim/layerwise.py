@@ -97,13 +97,10 @@ def init_layerwise(
     transform: optax.GradientTransformation, groups: LayerGroups, params: Params
 ) -> LayerwiseState:
     """Return the optimizer state of each group; the state of stacked layers has the layers axis too."""
-    if not jax.tree.leaves(
-        params
-    ):  # optax.tree_utils.tree_map_params passes one node in place of all parameters
+    if not jax.tree.leaves(params):  # optax's tree_map_params passes one node in place of all parameters
         state = transform.init(params)
-        return LayerwiseState(
-            joined_states([state] * len(groups.stacks)), state, (state,) * len(groups.large)
-        )
+        layers = joined_states([state] * len(groups.stacks))
+        return LayerwiseState(layers, state, (state,) * len(groups.large))
     stacks, rest, large = _split(groups, params)
     states = joined_states([jax.vmap(transform.init)(layers) for layers in stacks])
     return LayerwiseState(states, transform.init(rest), tuple(map(transform.init, large)))
@@ -127,13 +124,10 @@ def layers_stay_finite(
     parts: LayerParts, grads: Grads, opt_state: LayerwiseState, params: Params, info: StepInfo
 ) -> Bool[Array, ""]:
     """Return whether the step is finite and update_layerwise would leave every parameter finite."""
-    fine, check = (
-        parts.check_rest(grads, opt_state, params, info),
-        partial(_check_piece, parts.check_layer, info),
-    )
+    fine = parts.check_rest(grads, opt_state, params, info)
     states = parts.states(opt_state.layers)
     for layers in zip(parts.split(grads)[0], states, parts.split(params)[0], strict=True):
-        fine = _all_pieces(check, layers, fine)
+        fine = _all_pieces(parts.check_layer, info, layers, fine)
     return fine
 
 
@@ -170,15 +164,15 @@ def check_rest(
     """Return whether the step is finite and update_rest would leave every parameter finite."""
     _, rest_grads, large_grads = _split(groups, grads)
     _, rest, large = _split(groups, params)
-    fine = stays_finite(transform, rest_grads, opt_state.rest, rest, info)
-    check = partial(_check_piece, partial(stays_finite, transform), info)
+    check = partial(stays_finite, transform)
+    fine = check(rest_grads, opt_state.rest, rest, info)
     for g, state, p in zip(large_grads, opt_state.large, large, strict=True):
         pieces = _row_pieces(g)
         if pieces == 1:
-            fine &= check((g, state, p))
+            fine &= check(g, state, p, info)
         else:
             divide = partial(_divide_rows, jax.tree.leaves(g)[0].shape[0], pieces)
-            fine = _all_pieces(check, jax.tree.map(divide, (g, state, p)), fine)
+            fine = _all_pieces(check, info, jax.tree.map(divide, (g, state, p)), fine)
     return fine
 
 
@@ -189,9 +183,12 @@ def layerwise_parts(transform: optax.GradientTransformation, groups: LayerGroups
         first = None if key is None else jax.random.fold_in(key, 0)
         return jax.random.fold_in(first, 2**31 + number) if first is not None and number else first
 
+    def states(state: OptState) -> list[OptState]:
+        return [state] if len(groups.stacks) == 1 else list(state or ())
+
     return LayerParts(
         partial(_split_stacks, masks=groups.stacks),
-        partial(_states_of_stacks, masks=groups.stacks),
+        states,
         layers_key,
         partial(guarded_update, transform),
         partial(update_rest, transform, groups),
@@ -204,7 +201,6 @@ def no_layer_parts(
     update: Callable[[Grads, OptState, Params, StepInfo], Updated], check: UpdateCheck
 ) -> LayerParts:
     """Return the LayerParts of an optimizer that updates all leaves at once: no leaf counts as stacked."""
-
     return LayerParts(lambda x: ([], x), lambda _: [], lambda key, _: key, update, update, check, check)
 
 
@@ -232,11 +228,6 @@ def joined_states(states: list[OptState]) -> OptState:
     return states[0] if len(states) == 1 else tuple(states) or None
 
 
-def _states_of_stacks(state: OptState, masks: tuple[Mask, ...]) -> list[OptState]:
-    """Return the optimizer state of each stack; the inverse of joined_states."""
-    return [state] if len(masks) == 1 else list(state or ())
-
-
 def _split(groups: LayerGroups, x: Any) -> tuple[list[Any], Any, list[Any]]:
     """Split a tree like the trainable parameters by group: (each stack, other leaves, each large matrix)."""
     stacks, others = _split_stacks(x, groups.stacks)
@@ -256,18 +247,15 @@ def _update_piece(
     return update(grads, opt_state, params, info._replace(key=key))
 
 
-def _check_piece(
-    check: UpdateCheck, info: StepInfo, piece: tuple[Grads, OptState, Params]
+def _all_pieces(
+    check: UpdateCheck, info: StepInfo, pieces: tuple[Grads, OptState, Params], fine: Bool[Array, ""]
 ) -> Bool[Array, ""]:
-    """Call `check` on a layer or a block of rows. piece: (gradients, optimizer state, parameters)."""
-    return check(*piece, info)
-
-
-def _all_pieces(check: Callable, pieces: Any, fine: Bool[Array, ""]) -> Bool[Array, ""]:
-    """Return whether `fine` is True and `check` is True for every index of the first axis of `pieces`."""
+    """Return whether `fine` is True and `check` is True for every layer or block of rows: for every index of
+    the first axis of `pieces`, (gradients, optimizer state, parameters).
+    """
 
     def one(i: Array, fine: Array) -> Array:
-        return fine & check(layer_at(pieces, i))
+        return fine & check(*layer_at(pieces, i), info)
 
     return jax.lax.fori_loop(0, jax.tree.leaves(pieces)[0].shape[0], one, fine)
 
@@ -376,8 +364,7 @@ def fused_step(
         params, fused = tree.combine(rest, frozen), dict[str, FusedLayers]()
         for number, (layers, *carried) in enumerate(zip(stacks, states, squares, strict=True)):
             name = stack_of(next(iter(tree.paths(layers))))
-            pick = partial(_layers_of_base, name)
-            update = partial(update_layer, number)
+            pick, update = partial(_layers_of_base, name), partial(update_layer, number)
             fused[name] = FusedLayers(layers, pick(frozen), carried[0], carried[1], pick, update, uses)
         params = {**params, "base": {**params["base"], **fused}}
         return objective(params, jax.tree.map(lambda x: x[0], batch), keys[0], state.aux)
@@ -410,9 +397,8 @@ def check_fused(parts: LayerParts, trainable: Params, microbatches: int) -> None
     """
     if microbatches != 1:
         raise ValueError(
-            "optim.fused_backward updates a layer as soon as its gradient exists, "
-            f"but a step has {microbatches} microbatches; "
-            f"set data.micro=1, or {OFF}"
+            "optim.fused_backward updates a layer as soon as its gradient exists, but a step has "
+            f"{microbatches} microbatches; set data.micro=1, or {OFF}"
         )
     paths = [path for layers in parts.split(trainable)[0] for path in tree.paths(layers)]
     others = [path for path in paths if not path.startswith("base/")]

@@ -154,23 +154,18 @@ class Optim:
                 f"optim.warmup={self.warmup}: use a fraction of the steps, from 0 to below 1, or a whole "
                 "number of steps"
             )
-        if self.fused_backward and self.clip is not None:
-            raise ValueError(
-                "optim.fused_backward updates layers before the global gradient norm is known, and "
-                f"optim.clip={self.clip} needs it; set optim.clip=none, or optim.fused_backward=false"
-            )
-        if self.fused_backward and self.skip_spikes is not None:
-            raise ValueError(
-                "optim.fused_backward updates layers before the global gradient norm is known, and "
-                f"optim.skip_spikes={self.skip_spikes[0]},{self.skip_spikes[1]} needs it; set "
-                "optim.skip_spikes=none, or optim.fused_backward=false"
-            )
+        spikes = None if self.skip_spikes is None else ",".join(map(str, self.skip_spikes))
+        for name, value in {"clip": self.clip, "skip_spikes": spikes}.items():
+            if self.fused_backward and value is not None:
+                raise ValueError(
+                    "optim.fused_backward updates layers before the global gradient norm is known, and "
+                    f"optim.{name}={value} needs it; set optim.{name}=none, or optim.fused_backward=false"
+                )
         _check_optimizer(self)
 
     @property
     def _adam(self) -> dict[str, float]:
-        settings = {"b1": self.b1, "b2": self.b2, "eps": self.eps}
-        return {name: value for name, value in settings.items() if value is not None}
+        return {k: x for k, x in (("b1", self.b1), ("b2", self.b2), ("eps", self.eps)) if x is not None}
 
     @property
     def hyper(self) -> dict[str, float | None]:
@@ -182,9 +177,8 @@ def _check_optimizer(o: Optim) -> None:
     """Raise ValueError if the optimizer does not accept its hyper-parameters or the weight decay."""
     twice = [name for name, _ in o.optimizer_kwargs if name in o._adam]
     if twice:
-        raise ValueError(
-            f"optim.{twice[0]} and optim.optimizer_kwargs both set {twice[0]}; remove one of them"
-        )
+        both = f"optim.{twice[0]} and optim.optimizer_kwargs both set {twice[0]}; remove one of them"
+        raise ValueError(both)
     of_optax = False
     try:
         of_optax = takes_learning_rate(o.optimizer)
@@ -266,13 +260,8 @@ def rate_groups(o: Optim, specs: Specs) -> tuple[tuple[str, float], ...]:
     if o.lora_plus is None or not any(map(LORA_B.fullmatch, paths)):
         return o.lr_groups
     embedding = [path for path in paths if EMBEDDING_PAIR.fullmatch(path)]
-    faster = [
-        path
-        for path, spec in paths.items()
-        if path not in embedding
-        and IN_ADAPTER.fullmatch(path)
-        and (LORA_B.fullmatch(path) or kernel(spec) is None)
-    ]
+    adapter = {p: spec for p, spec in paths.items() if IN_ADAPTER.fullmatch(p) and p not in embedding}
+    faster = [path for path, spec in adapter.items() if LORA_B.fullmatch(path) or kernel(spec) is None]
     plain = EMBEDDING_LR / o.lr if o.lr else 1.0
     groups = ("|".join(map(re.escape, embedding)), plain), ("|".join(map(re.escape, faster)), o.lora_plus)
     return (*o.lr_groups, *(group for group in groups if group[0]))
@@ -450,11 +439,8 @@ def freezable(make: Callable[[Specs], Optimizer], specs: Specs) -> Optimizer:
     def init(params: Params) -> FreezableState:
         is_tree = isinstance(params, dict)  # optax.tree.map_params passes one node in place of all parameters
         policy_params, head_params = _split(params) if is_tree else (params, params)
-        return FreezableState(
-            policy.init(policy_params),
-            None if heads is None else heads.init(head_params),
-            jnp.zeros((), jnp.int32),
-        )
+        head_state = None if heads is None else heads.init(head_params)
+        return FreezableState(policy.init(policy_params), head_state, jnp.zeros((), jnp.int32))
 
     def check(grads: Grads, opt_state: FreezableState, params: Params, info: StepInfo) -> Bool[Array, ""]:
         (policy_grads, head_grads), (policy_params, head_params) = _split(grads), _split(params)
@@ -466,14 +452,14 @@ def freezable(make: Callable[[Specs], Optimizer], specs: Specs) -> Optimizer:
     def update(grads: Grads, opt_state: FreezableState, params: Params, info: StepInfo) -> Updated:
         (policy_grads, head_grads), (policy_params, head_params) = _split(grads), _split(params)
         moves, info = is_updated(info), info._replace(frozen=None)
-        policy_params, policy_state = policy.update(
-            policy_grads, opt_state.policy, policy_params, info._replace(finite=moves)
-        )
+        of_policy = info._replace(finite=moves)
+        policy_params, policy_state = policy.update(policy_grads, opt_state.policy, policy_params, of_policy)
         head_state = opt_state.heads
         if heads is not None:
             head_params, head_state = heads.update(head_grads, head_state, head_params, info)
         updates = opt_state.policy_updates + moves.astype(jnp.int32)
-        return _join(policy_params, head_params), FreezableState(policy_state, head_state, updates)
+        joined = {name: policy_params[name] if name in POLICY else head_params[name] for name in params}
+        return joined, FreezableState(policy_state, head_state, updates)
 
     return policy._replace(init=init, check=check, update=update)
 
@@ -488,11 +474,6 @@ def _split(params: Params) -> tuple[Params, Params]:
         {name: x if name in POLICY else without(x) for name, x in params.items()},
         {name: without(x) if name in POLICY else x for name, x in params.items()},
     )
-
-
-def _join(policy: Params, heads: Params) -> Params:
-    """Invert _split."""
-    return {name: policy[name] if name in POLICY else heads[name] for name in policy}
 
 
 BUFFERS = ("losses", "norms")  # fields that every device stores in full
@@ -527,17 +508,13 @@ def skip_spikes(optimizer: Optimizer, deviations: float, steps: int) -> Optimize
         return optimizer.check(grads, opt_state.wrapped, params, info)
 
     def update(grads: Grads, opt_state: SpikeState, params: Params, info: StepInfo) -> Updated:
-        past_values, now = (opt_state.losses, opt_state.norms), _of_step(info)
-        jumps = [
-            _is_above(x, past, opt_state.finite, deviations) for x, past in zip(now, past_values, strict=True)
-        ]
-        spike = info.finite & (jumps[0] | jumps[1])
+        pairs = list(zip(_of_step(info), (opt_state.losses, opt_state.norms), strict=True))
+        of_loss, of_norm = (_is_above(x, past, opt_state.finite, deviations) for x, past in pairs)
+        spike = info.finite & (of_loss | of_norm)
         moves = info._replace(finite=info.finite & ~spike)
         params, wrapped = optimizer.update(grads, opt_state.wrapped, params, moves)
         at = opt_state.finite % steps
-        losses, norms = (
-            jnp.where(info.finite, past.at[at].set(x), past) for x, past in zip(now, past_values, strict=True)
-        )
+        losses, norms = (jnp.where(info.finite, past.at[at].set(x), past) for x, past in pairs)
         count = opt_state.finite + info.finite.astype(jnp.int32)
         skipped = opt_state.skipped + spike.astype(jnp.int32)
         return params, SpikeState(wrapped, losses, norms, count, skipped)
@@ -549,9 +526,8 @@ def skip_spikes(optimizer: Optimizer, deviations: float, steps: int) -> Optimize
 def _of_step(info: StepInfo) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the loss and the gradient norm of a step in float32. Raises ValueError if info.loss is None."""
     if info.loss is None:
-        raise ValueError(
-            "optim.skip_spikes needs the step's loss, but StepInfo.loss is None; pass the loss there"
-        )
+        problem = "optim.skip_spikes needs the step's loss, but StepInfo.loss is None; pass the loss there"
+        raise ValueError(problem)
     return info.loss.astype(jnp.float32), info.norm.astype(jnp.float32)
 
 

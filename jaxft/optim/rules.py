@@ -208,10 +208,8 @@ def schedule_free(b1: float, schedule: optax.Schedule) -> Averaging:
         wrapped = optax.with_extra_args_support(transform)
 
         def init(params: Params) -> ScheduleFreeState:
-            zero = jnp.zeros((), jnp.int32)
-            return ScheduleFreeState(
-                zero, zero.astype(jnp.float32), jax.tree.map(jnp.copy, params), wrapped.init(params)
-            )
+            zero, z = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params)
+            return ScheduleFreeState(zero, zero.astype(jnp.float32), z, wrapped.init(params))
 
         def update(
             grads: Params, state: ScheduleFreeState, params: Params | None = None, **extra: Any
@@ -250,12 +248,8 @@ def _states_of(kind: type, opt_state: OptState) -> list[Any]:
     An optimizer that updates parameters in groups (layerwise: by layers; freezable: policy and heads) has one
     for each group, with None for the parameters of other groups.
     """
-    is_kind = partial(_is_instance, kind)
-    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_kind) if is_kind(x)]
-
-
-def _is_instance(kind: type, x: Any) -> bool:
-    return isinstance(x, kind)
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [x for x in leaves if isinstance(x, kind)]
 
 
 # Transformations that know the layers, path or dtype of a parameter

@@ -47,6 +47,11 @@ class Instruction:
         """Types of the result's arrays: one, or a tuple's elements in order."""
         return arrays(self.type)
 
+    @property
+    def bytes(self) -> int:
+        """Size of all arrays of the result."""
+        return sum(array.bytes for array in self.arrays)
+
 
 @dataclass(frozen=True)
 class HloProgram:
@@ -114,12 +119,9 @@ def _instruction(line: str) -> Instruction | None:
     opened = end + call.end() - 1
     closed = _closing(rest, opened)
     inside = rest[opened + 1 : closed]
-    named = tuple(re.findall(r"%([\w.-]+)", inside)) or tuple(
-        re.findall(r"(?:^|[ ,])([A-Za-z][\w.-]*)(?=,|$)", inside)
-    )
-    return Instruction(
-        head[2], rest[:end].strip(), call[1], named, inside, rest[closed + 1 :], head[1] is not None
-    )
+    named = re.findall(r"%([\w.-]+)", inside) or re.findall(r"(?:^|[ ,])([A-Za-z][\w.-]*)(?=,|$)", inside)
+    kind, attributes = rest[:end].strip(), rest[closed + 1 :]
+    return Instruction(head[2], kind, call[1], tuple(named), inside, attributes, head[1] is not None)
 
 
 def _closing(text: str, start: int) -> int:
@@ -184,21 +186,14 @@ def _counter_trips(
     """
     inside = program.computations.get(condition, {})
     root = next((op for op in inside.values() if op.root), None)
+    compare = root
     if root is not None and root.opcode == "fusion":  # a fused comparison has its operands in order
-        compare = next(
-            (
-                i
-                for i in program.computations.get(called_computations(root)[0], {}).values()
-                if i.opcode == "compare"
-            ),
-            None,
-        )
-        sides, attributes = root.operands, compare.attributes if compare else ""
-    elif root is not None and root.opcode == "compare":
-        sides, attributes = root.operands, root.attributes
-    else:
+        fused = program.computations.get(called_computations(root)[0], {}).values()
+        compare = next((op for op in fused if op.opcode == "compare"), None)
+    if root is None or compare is None or compare.opcode != "compare":
         return None
-    if len(sides) != 2 or "direction=LT" not in attributes:
+    sides = root.operands
+    if len(sides) != 2 or "direction=LT" not in compare.attributes:
         return None
     counter, limit = inside.get(sides[0]), _constant(inside.get(sides[1]))
     index = re.search(r"index=(\d+)", counter.attributes) if counter else None
@@ -210,12 +205,8 @@ def _counter_trips(
     if step is not None and step.opcode == "fusion" and called_computations(step):  # a fused addition
         inner = program.computations.get(called_computations(step)[0], {})
         step = next((op for op in inner.values() if op.root), None)
-    adds = (
-        [_constant(inner.get(name)) for name in step.operands]
-        if step is not None and step.opcode == "add"
-        else []
-    )
-    by = next((n for n in adds if n), None)
+    added = step.operands if step is not None and step.opcode == "add" else ()
+    by = next((n for n in (_constant(inner.get(name)) for name in added) if n), None)
     return None if start is None or by is None else max(0, -(-(limit - start) // by))
 
 
@@ -235,11 +226,8 @@ def _copied(inside: dict[str, Instruction], op: Instruction | None) -> Instructi
     """Return the instruction that `op` copies, bitcasts or converts, perhaps in several steps; `op` if it
     does nothing of this kind, None if its operand is not in the computation `inside`.
     """
-    while (
-        op is not None
-        and op.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start")
-        and op.operands
-    ):
+    copies = ("copy", "bitcast", "convert", "copy-done", "copy-start")
+    while op is not None and op.opcode in copies and op.operands:
         op = inside.get(op.operands[0])
     return op
 

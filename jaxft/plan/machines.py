@@ -2,6 +2,7 @@
 compile for, and a table of the models and methods that fit them.
 """
 
+import itertools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ import jax
 
 from jaxft.distributed import devices, xla_flags
 
+TPU_DOCS = "docs.cloud.google.com/tpu/docs/"
 TARGETS = Path(__file__).parent / "targets"
 GIB = 2**30
 
@@ -57,44 +59,23 @@ CHIPS = {
     "h200": Chip("NVIDIA H200", 151397597184, GIB, 4.8e12, 450e9, 50e9, "NVIDIA H200 SXM data sheet"),
     "a100-40": Chip("NVIDIA A100", 42331013120, GIB, 1.555e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet"),
     "a100-80": Chip("NVIDIA A100", 85100068864, GIB, 2.039e12, 300e9, 25e9, "NVIDIA A100 SXM data sheet"),
-    "rtx4090": Chip(
-        "NVIDIA GeForce RTX 4090", 25386352640, GIB, 1.008e12, 32e9, 1.25e9, "NVIDIA Ada white paper"
-    ),
+    "rtx4090": Chip("NVIDIA GeForce RTX 4090", 25386352640, GIB, 1.008e12, 32e9, 1.25e9,
+                    "NVIDIA Ada white paper"),
     "t4": Chip("Tesla T4", 15828254720, GIB, 3.2e11, 16e9, 1.25e9, "NVIDIA T4 data sheet"),
     "l4": Chip("NVIDIA L4", 23795335168, GIB, 3e11, 32e9, 1.5625e9, "NVIDIA L4 data sheet"),
     "a10g": Chip("NVIDIA A10G", 23684186112, GIB, 6e11, 32e9, 1.5625e9, "NVIDIA A10 data sheet, AWS G5"),
-    "rtx3090": Chip(
-        "NVIDIA GeForce RTX 3090", 25437405184, GIB, 9.36e11, 32e9, 1.25e9, "NVIDIA Ampere GA102 white paper"
-    ),
-    "rtx5090": Chip(
-        "NVIDIA GeForce RTX 5090",
-        33652998144,
-        GIB,
-        1.792e12,
-        64e9,
-        1.25e9,
-        "NVIDIA RTX Blackwell white paper",
-    ),
+    "rtx3090": Chip("NVIDIA GeForce RTX 3090", 25437405184, GIB, 9.36e11, 32e9, 1.25e9,
+                    "NVIDIA Ampere GA102 white paper"),
+    "rtx5090": Chip("NVIDIA GeForce RTX 5090", 33652998144, GIB, 1.792e12, 64e9, 1.25e9,
+                    "NVIDIA RTX Blackwell white paper"),
     "l40s": Chip("NVIDIA L40S", 47803531264, GIB, 8.64e11, 32e9, 12.5e9, "NVIDIA L40S data sheet"),
     "b200": Chip("NVIDIA B200", 191514017792, GIB, 8e12, 900e9, 50e9, "NVIDIA DGX B200 data sheet"),
-    "mi300x": Chip(
-        "AMD Instinct MI300X",
-        192 * GIB,
-        2 * GIB,
-        5.3e12,
-        448e9,
-        50e9,
-        "AMD Instinct MI300X data sheet",
-        "h200",
-    ),
-    "v5e": Chip(
-        "TPU v5 lite", 16 * GIB, GIB // 4, 819e9, 90e9, 3.125e9, "docs.cloud.google.com/tpu/docs/v5e"
-    ),
-    "v5p": Chip("TPU v5", 96 * GIB, GIB // 4, 2.765e12, 180e9, 6.25e9, "docs.cloud.google.com/tpu/docs/v5p"),
-    "v6e": Chip(
-        "TPU v6 lite", 32 * GIB, 3 * GIB // 4, 1.64e12, 180e9, 12.5e9, "docs.cloud.google.com/tpu/docs/v6e"
-    ),
-}
+    "mi300x": Chip("AMD Instinct MI300X", 192 * GIB, 2 * GIB, 5.3e12, 448e9, 50e9,
+                   "AMD Instinct MI300X data sheet", "h200"),
+    "v5e": Chip("TPU v5 lite", 16 * GIB, GIB // 4, 819e9, 90e9, 3.125e9, f"{TPU_DOCS}v5e"),
+    "v5p": Chip("TPU v5", 96 * GIB, GIB // 4, 2.765e12, 180e9, 6.25e9, f"{TPU_DOCS}v5p"),
+    "v6e": Chip("TPU v6 lite", 32 * GIB, 3 * GIB // 4, 1.64e12, 180e9, 12.5e9, f"{TPU_DOCS}v6e"),
+}  # fmt: skip
 GPUS_PER_HOST = 8
 # The GPU that stands for others with so much memory, in GB as they are sold.
 BY_MEMORY = {
@@ -140,8 +121,7 @@ class Machine:
         """A line for the report if programs are compiled for another chip (Chip.compiled_for), else empty."""
         if self.chip is None or self.chip.compiled_for is None:
             return ()
-        used = f"compiled for {self.chip.compiled_for}, with the memory and the speed of {self.chip.kind}"
-        return (used,)
+        return (f"compiled for {self.chip.compiled_for}, with the memory and the speed of {self.chip.kind}",)
 
     @property
     def tpu(self) -> bool:
@@ -351,10 +331,10 @@ def cell_text(planned: Mapping[str, Any] | None) -> str:
 
 def rows_of_fits(
     cells: Cells,
-    hardware: Sequence[str],
-    models: Sequence[str],
-    methods: Sequence[str],
-    objectives: Sequence[str],
+    hardware: Sequence[str] = tuple(HARDWARE),
+    models: Sequence[str] = tuple(MODELS),
+    methods: Sequence[str] = TRAINING,
+    objectives: Sequence[str] = OBJECTIVES,
 ) -> list[list[str]]:
     """Return rows of a table: names of a model, a method and an objective, then cell_text for each chip.
 
@@ -363,29 +343,23 @@ def rows_of_fits(
     without any text for a chip is left out.
     """
     rows = []
-    for model in models:
-        for method in methods:
-            for objective in objectives:
-                row = []
-                for chip in hardware:
-                    best = smallest(cells, chip, model, method, objective)
-                    first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else best
-                    if best and first:  # SFT and DPO both have to fit
-                        best = max(best, first, key=lambda planned: (planned["devices"], planned["total"]))
-                    row.append(cell_text(best))
-                if any(row):
-                    name = MODELS[model].partition("/")[2].removesuffix("-Instruct")
-                    rows.append([name, method, "SFT" if objective == "sft" else "SFT + DPO", *row])
+    for model, method, objective in itertools.product(models, methods, objectives):
+        row = []
+        for chip in hardware:
+            best = smallest(cells, chip, model, method, objective)
+            first = smallest(cells, chip, model, method, "sft") if objective == "dpo" else best
+            if best and first:  # SFT and DPO both have to fit
+                best = max(best, first, key=lambda planned: (planned["devices"], planned["total"]))
+            row.append(cell_text(best))
+        if any(row):
+            name = MODELS[model].partition("/")[2].removesuffix("-Instruct")
+            rows.append([name, method, "SFT" if objective == "sft" else "SFT + DPO", *row])
     return rows
 
 
 def fits_report() -> str:
     """Return a table for a terminal: the memory and devices that each model and method needs."""
-    names = [name for name, _ in HARDWARE.values()]
-    rows = [
-        ["", "", "", *names],
-        *rows_of_fits(stored_cells(), list(HARDWARE), list(MODELS), TRAINING, OBJECTIVES),
-    ]
+    rows = [["", "", "", *(name for name, _ in HARDWARE.values())], *rows_of_fits(stored_cells())]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(f"{text:{width}}" for text, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join(["What fits where:", "", *lines, "", TABLE_NOTES])

@@ -133,12 +133,9 @@ def by_kind(moves: Sequence[Collective]) -> dict[str, dict[str, float]]:
     """
     table: dict[str, dict[str, float]] = {}
     for kind in COLLECTIVES:
-        same = [c for c in moves if c.kind == kind]
-        if same:
-            within, across = (
-                sum(c.times * (c.moved - c.across) for c in same),
-                sum(c.times * c.across for c in same),
-            )
+        if same := [c for c in moves if c.kind == kind]:
+            within = sum(c.times * (c.moved - c.across) for c in same)
+            across = sum(c.times * c.across for c in same)
             table[kind] = {"runs": sum(c.times for c in same), "within": within, "across": across}
             as_all_reduce = sum(c.times for c in same if c.as_all_reduce)
             table[kind] |= {"as_all_reduce": as_all_reduce} if as_all_reduce else {}
@@ -185,15 +182,10 @@ def flops(run: Run, p: programs.Programs, batch: Batch, traced: jax.stages.Trace
     filled = rows.filled / rows.slots
     microbatch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
     params = tree.combine(p.state.trainable, p.frozen)
-    forward = micro * matmul_flops(
-        jax.make_jaxpr(lambda params, batch: p.objective(params, batch, None, p.state.aux)[0])(
-            params, microbatch
-        ).jaxpr
-    )
-    plain, attention = (
-        model.forward_flops(slots, 0),
-        model.forward_flops(slots, length) - model.forward_flops(slots, 0),
-    )
+    loss = jax.make_jaxpr(lambda params, batch: p.objective(params, batch, None, p.state.aux)[0])
+    forward = micro * matmul_flops(loss(params, microbatch).jaxpr)
+    plain = model.forward_flops(slots, 0)
+    attention = model.forward_flops(slots, length) - plain
     second, second_attention = 0.0, 0.0
     if model.teacher is not None:
         second = model.teacher.forward_flops(slots, 0, micro * count * batch.read.shape[-1])
@@ -203,10 +195,9 @@ def flops(run: Run, p: programs.Programs, batch: Batch, traced: jax.stages.Trace
     useful = min(plain, (forward - second) / forwards) * passes + second  # less without a loss at some
     done = max(useful, matmul_flops(traced.jaxpr.jaxpr))
     all_attention = passes * attention + second_attention
-    model_flops = useful + all_attention
     program_flops = done + all_attention * done / useful
     fp8 = matmul_flops(traced.jaxpr.jaxpr, is_fp8)
-    return Flops(round(slots * filled), slots, model_flops * filled, program_flops, fp8)
+    return Flops(round(slots * filled), slots, (useful + all_attention) * filled, program_flops, fp8)
 
 
 def is_fp8(eqn: Any) -> bool:
@@ -214,21 +205,17 @@ def is_fp8(eqn: Any) -> bool:
     return all(jnp.dtype(x.aval.dtype) in FP8 for x in eqn.invars)
 
 
-def _is_any(eqn: Any) -> bool:
-    return True
-
-
-def matmul_flops(jaxpr: Any, counts: Callable[[Any], bool] = _is_any) -> float:
+def matmul_flops(jaxpr: Any, counts: Callable[[Any], bool] | None = None) -> float:
     """Return the FLOPs of a jaxpr's matmuls, summed over all devices.
 
-    counts(equation): whether a matmul is included; by default all are. A scan counts once per iteration, a
+    counts(equation): whether a matmul is included; None for all. A scan counts once per iteration, a
     conditional as its most expensive branch. Kernels and while loops are skipped; in jaxft they contain only
     attention.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        if name == "dot_general" and counts(eqn):
+        if name == "dot_general" and (counts is None or counts(eqn)):
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             total += 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
@@ -285,33 +272,33 @@ def all_programs(run: Run, p: Programs) -> list[Program]:
     """
     shards, params = sharding.row_shards(p.mesh), tree.combine(p.state.trainable, p.frozen)
     (first,) = listed = train_programs(run, p)
-    held_out = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), first.batch)
-    args = (p.state.trainable, p.frozen)
+
+    def add(name: str, step: Any, batch: Batch) -> None:
+        one = _one_microbatch(batch)
+        args = (p.state.trainable, p.frozen)
+        listed.append(Program(name, lambda: step.trace(*args, sharded_batch(p, one), p.state.aux)))
+
     if isinstance(run.data, Rollouts):
         listed += _rollout_programs(run, p, params, first.batch)
     elif run.data.holds_out:
-        listed.append(
-            Program("evaluation", lambda: p.eval_step.trace(*args, sharded_batch(p, held_out), p.state.aux))
-        )
+        add("evaluation", p.eval_step, first.batch)
         if run.samples:
             stop = tuple(run.model.config.eos)
             decoding = Decoding(p.partition.model, run.sampling, stop)
             slots = slots_for(run.samples, 1, run.data.max_length)
             listed += _sampling("sample completions", p, params, decoding, slots)
     if run.general is not None and p.objective.text is not None:  # otherwise it is the evaluation program
-        text = evaluate.general_rows(run.data, run.general).abstract(shards)
-        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), text)
-        listed.append(
-            Program("general text", lambda: p.text_step.trace(*args, sharded_batch(p, batch), p.state.aux))
-        )
+        add("general text", p.text_step, evaluate.general_rows(run.data, run.general).abstract(shards))
     if _precomputed(run, p):
-        plain = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), run.data.abstract(shards)
-        )
+        plain = _one_microbatch(run.data.abstract(shards))
         listed.append(
             Program("reference log-probs", lambda: reference_step(p).trace(params, sharded_batch(p, plain)))
         )
     return listed
+
+
+def _one_microbatch(batch: Batch) -> Batch:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
 
 
 def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> list[Program]:
@@ -329,9 +316,8 @@ def _rollout_programs(run: Run, p: Programs, params: Params, batch: Batch) -> li
     for reward in data.rules.rewards:
         if isinstance(reward, HeadReward):
             score: Any = jax.jit(partial(head_scores, p.partition.model, reward))
-            listed.append(
-                Program(f"reward head {reward.name}", partial(score.trace, params, p.state.aux, batch))
-            )
+            trace = partial(score.trace, params, p.state.aux, batch)
+            listed.append(Program(f"reward head {reward.name}", trace))
     return listed
 
 
@@ -462,11 +448,11 @@ def _plan_program(run: Run, p: Programs, machine: Machine, program: Program) -> 
             needed = program_bytes.parse_out_of_memory(str(error))
             if needed is None:
                 raise
-            seconds = time.perf_counter() - begin
-            return _oom_plan(common, resident, needed, (seconds, str(error)))
-        seconds = time.perf_counter() - begin
+            common |= {"compile_seconds": time.perf_counter() - begin, "from_cache": False}
+            return _oom_plan(common, resident, needed, str(error))
+        common |= {"compile_seconds": time.perf_counter() - begin, "from_cache": bool(hits)}
     threads.trim_heap()
-    return _compiled_plan(common, resident, compiled, machine, (seconds, bool(hits)))
+    return _compiled_plan(common, resident, compiled, machine)
 
 
 def _compile(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
@@ -493,37 +479,26 @@ def quick_notes(machine: Machine) -> tuple[str, ...]:
 
 
 def _oom_plan(
-    common: dict[str, Any],
-    resident: dict[str, int],
-    needed: tuple[int | None, int | None],
-    took: tuple[float, str],
+    common: dict[str, Any], resident: dict[str, int], needed: tuple[int | None, int | None], error: str
 ) -> Plan:
     """Return the plan of a program that the compiler refuses, as it does not fit.
 
     common: fields of Plan that do not depend on the result. resident: bytes by kind, see
     program_bytes.resident. needed: total bytes and bytes above the limit, None if the error lacks them.
-    took: seconds of the compilation, and its error.
     """
-    (total, missing), (seconds, error) = needed, took
+    total, missing = needed
     limit = common["limit"] if total is None or missing is None else total - missing
     return Plan(
         **{**common, "limit": limit}, parts=resident, total=total, missing=missing or 0, host=0,
-        collectives={}, memory_traffic=0.0, unknown_loops=0, estimate=None, compile_seconds=seconds,
-        from_cache=False,
-        largest_arrays={}, why=shorten_error(error.split("\n\n")[0]),
+        collectives={}, memory_traffic=0.0, unknown_loops=0, estimate=None, largest_arrays={},
+        why=shorten_error(error.split("\n\n")[0]),
     )  # fmt: skip
 
 
 def _compiled_plan(
-    common: dict[str, Any],
-    resident: dict[str, int],
-    compiled: jax.stages.Compiled,
-    machine: Machine,
-    compilation: tuple[float, bool],
+    common: dict[str, Any], resident: dict[str, int], compiled: jax.stages.Compiled, machine: Machine
 ) -> Plan:
-    """Return the plan of a compiled program. common, resident: see _oom_plan. compilation: its seconds, and
-    whether the program came from the cache.
-    """
+    """Return the plan of a compiled program. common, resident: see _oom_plan."""
     analysis: Any = compiled.memory_analysis()
     sizes = (
         max(0, analysis.argument_size_in_bytes - sum(resident.values())),
@@ -538,16 +513,14 @@ def _compiled_plan(
     moved = program_bytes.memory_bytes(module)
     time_estimate = None
     if machine.chip is not None and counts is not None:
-        peak, fp8 = machine.peak, machine.peak_fp8
-        pair = counts.model, counts.program
-        time_estimate = estimate(machine, pair, moved, moves, peak, (counts.fp8, fp8))
+        pair, fp8 = (counts.model, counts.program), (counts.fp8, machine.peak_fp8)
+        time_estimate = estimate(machine, pair, moved, moves, machine.peak, fp8)
     return Plan(
         **common, parts={name: size for name, size in parts.items() if size or name == TEACHER}, total=total,
         missing=total - limit if limit is not None and total > limit else None,
         host=analysis.host_temp_size_in_bytes + analysis.host_argument_size_in_bytes,
         collectives=by_kind(moves), memory_traffic=moved, unknown_loops=len(module.unknown_loops),
-        estimate=time_estimate, compile_seconds=compilation[0], from_cache=compilation[1],
-        largest_arrays=program_bytes.largest_arrays(module),
+        estimate=time_estimate, largest_arrays=program_bytes.largest_arrays(module),
     )  # fmt: skip
 
 

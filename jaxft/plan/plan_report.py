@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -53,20 +53,13 @@ def plan_report(p: Plan) -> str:
         twice = f", {count:.0f} as all-reduces, which move twice as much" if count else ""
         lines.append(f"  {kind:19s} {row['runs']:7.0f} runs {moved}{twice}")
     lines += [] if p.estimate is None or p.flops is None else _time_lines(p.flops, p.estimate)
-    lines += (
-        [
-            "largest arrays, GiB: "
-            + ", ".join(f"{name} {size / GIB:.2f}" for name, size in p.largest_arrays.items())
-        ]
-        if p.largest_arrays
-        else []
-    )
-    lines.append(
-        f"compiled in {time_in_words(p.compile_seconds)}" + (" (from the cache)" if p.from_cache else "")
-    )
-    lines += (
-        [f"{p.unknown_loops} loops of unknown length are counted as one iteration"] if p.unknown_loops else []
-    )
+    if p.largest_arrays:
+        sizes = (f"{name} {size / GIB:.2f}" for name, size in p.largest_arrays.items())
+        lines.append(f"largest arrays, GiB: {', '.join(sizes)}")
+    cached = " (from the cache)" if p.from_cache else ""
+    lines.append(f"compiled in {time_in_words(p.compile_seconds)}{cached}")
+    if p.unknown_loops:
+        lines.append(f"{p.unknown_loops} loops of unknown length are counted as one iteration")
     return "\n".join(lines)
 
 
@@ -75,10 +68,8 @@ def record(step: Plan, plans: Sequence[Plan]) -> dict[str, Any]:
 
     plans: of all programs of the run. `programs` has the memory of each; `fits` is whether all of them fit.
     """
-    programs_ = {
-        p.program: {"total": p.total, "program_bytes": _program_bytes(p), "fits": p.fits} for p in plans
-    }
-    return {**step.json(), "programs": programs_, "fits": all(p.fits for p in plans)}
+    sizes = {p.program: {"total": p.total, "program_bytes": _program_bytes(p), "fits": p.fits} for p in plans}
+    return {**step.json(), "programs": sizes, "fits": all(p.fits for p in plans)}
 
 
 def programs_report(plans: Sequence[Plan]) -> str:
@@ -103,11 +94,9 @@ def _program_bytes(p: Plan) -> int:
 
 
 def _flops_line(f: Flops) -> str:
-    empty = (
-        f", and on the {100 * f.empty_fraction:.0f} % of its {f.slots:,} token slots that are empty"
-        if f.slots > f.tokens
-        else ""
-    )
+    empty = ""
+    if f.slots > f.tokens:
+        empty = f", and on the {100 * f.empty_fraction:.0f} % of its {f.slots:,} token slots that are empty"
     return (
         f"FLOPs: {f.model / f.tokens:.3e} per token, {f.model:.3e} per step of {f.tokens:,} tokens (forward "
         f"and backward by the model's formula); the program runs {f.program:.3e}, "
@@ -157,9 +146,8 @@ def scaling_report(plans: Sequence[Plan]) -> str:
         f"{'step s':>7s} {'MFU %':>6s} {'tokens/s':>11s} {'/device':>8s}  limited by"
     ]
     for p in plans:
-        within, across = (
-            sum(row[side] for row in p.collectives.values()) / GIB for side in ("within", "across")
-        )
+        moves = p.collectives.values()
+        within, across = (sum(row[side] for row in moves) / GIB for side in ("within", "across"))
         size = f"{p.total / GIB:7.2f}" if p.total is not None else "      ?"
         tokens = p.flops.tokens if p.flops else 0
         start = f"{p.machine:14s} {p.devices:7d} {tokens:10,d} {size} {within:8.2f} {across:8.2f}"
@@ -273,12 +261,8 @@ class Cost:
 
     def json(self) -> dict[str, Any]:
         """Return steps, hours and cost as plain values."""
-        return {
-            "steps": self.steps.count,
-            "steps_from": self.steps.source,
-            "hours": self.hours,
-            "cost": self.money,
-        }
+        steps = {"steps": self.steps.count, "steps_from": self.steps.source}
+        return {**steps, "hours": self.hours, "cost": self.money}
 
 
 def unknown_lines(step: Plan) -> list[str]:
@@ -287,17 +271,9 @@ def unknown_lines(step: Plan) -> list[str]:
     return [f"time and cost: unknown, because {why}"]
 
 
-class _Counted(NamedTuple):
-    """How many valid rows a dataset has, and how many characters are in their fields."""
-
-    rows: int
-    characters: int
-
-
-def _count(data: Rows | PairRows | Prompts, ref: str) -> _Counted:
-    """Count the rows that a run with the settings `data` reads from the dataset `ref`.
-
-    Raises ValueError if more rows are invalid than data.allowed_invalid.
+def _count(data: Rows | PairRows | Prompts, ref: str) -> tuple[int, int]:
+    """Return how many valid rows a run with the settings `data` reads from the dataset `ref`, and how many
+    characters their fields have. Raises ValueError if more rows are invalid than data.allowed_invalid.
     """
     invalid = InvalidRows(data.allowed_invalid, names_first=True)
     rows = characters = 0
@@ -308,7 +284,7 @@ def _count(data: Rows | PairRows | Prompts, ref: str) -> _Counted:
         else:
             rows, characters = rows + 1, characters + sum(len(str(x)) for x in row.fields.values())
     check_rows(ref, rows, invalid.total, invalid)
-    return _Counted(rows, characters)
+    return rows, characters
 
 
 def _estimated(data: Rows | PairRows | Prompts, length: str) -> RunSteps:
@@ -454,11 +430,9 @@ def dry_run_text(d: DryRun) -> str:
     for setting in d.settings:
         sections.setdefault(setting.name.rpartition(".")[0] or "run", []).append(setting)
     for section, settings in sections.items():
-        marked = [setting for setting in settings if d.defaults.get(setting.name) != setting.default]
-        rest = [setting for setting in settings if setting not in marked]
-        items = [f"*{s.name.rpartition('.')[2]}={s.default}" for s in marked]
-        items += [f"{s.name.rpartition('.')[2]}={s.default}" for s in rest]
-        lines += [section, *wrapped(items)]
+        marks = {s.name: "*" if d.defaults.get(s.name) != s.default else "" for s in settings}
+        items = [f"{marks[s.name]}{s.name.rpartition('.')[2]}={s.default}" for s in settings]
+        lines += [section, *wrapped(sorted(items, key=lambda item: item[0] != "*"))]
     return "\n".join([*lines, "", d.table, *d.xla, "", plan_report(d.plan)])
 
 

@@ -109,32 +109,19 @@ def collectives(program: HloProgram, domains: Sequence[int]) -> list[Collective]
         if made.group > 1:
             scattered = where.startswith("all-reduce-scatter") and kind == "all-reduce"
             spans = [len({domains[i] for i in group}) for group in made.groups]
-            span, crossing = max(spans, default=1), sum(n > 1 for n in spans) / max(1, len(spans))
-            purpose = (
-                "reduce-scatter"
-                if scattered
-                else _purpose(program, where, op)
-                if kind == "all-reduce"
-                else kind
-            )
-            asynchronous = purpose in ("all-gather", "reduce-scatter") and (fused or _asynchronous(op))
-            overlapped = asynchronous or "windowed_dot_general" in where
-            as_all_reduce = purpose != kind and not scattered
+            purpose = kind
+            if kind == "all-reduce":
+                purpose = "reduce-scatter" if scattered else _purpose(program, where, op)
+            # other work can run between the start and the end of a collective
+            asynchronous = fused or (op.opcode.endswith("-start") and '"is_sync":true' not in op.attributes)
+            gathers = purpose in ("all-gather", "reduce-scatter")
             by_key[key] = replace(
-                made,
-                times=times,
-                span=span,
-                crossing=crossing,
-                kind=purpose,
-                overlapped=overlapped,
-                as_all_reduce=as_all_reduce,
-            )
+                made, times=times, span=max(spans, default=1),
+                crossing=sum(n > 1 for n in spans) / max(1, len(spans)), kind=purpose,
+                overlapped=(gathers and asynchronous) or "windowed_dot_general" in where,
+                as_all_reduce=purpose != kind and not scattered,
+            )  # fmt: skip
     return list(by_key.values())
-
-
-def _asynchronous(op: Instruction) -> bool:
-    """Whether other work can run between the start and the end of a collective."""
-    return op.opcode.endswith("-start") and '"is_sync":true' not in op.attributes
 
 
 def _purpose(program: HloProgram, where: str, op: Instruction) -> str:
@@ -145,22 +132,19 @@ def _purpose(program: HloProgram, where: str, op: Instruction) -> str:
     """
     inside = program.computations[where]
     operands = [inside[name] for name in op.operands if name in inside]
-    total = sum(sum(x.bytes for x in o.arrays) for o in operands) or 1
-    if sum(sum(x.bytes for x in o.arrays) for o in operands if _padded(program, inside, o)) > total / 2:
+    total = sum(o.bytes for o in operands) or 1
+    if sum(o.bytes for o in operands if _padded(program, inside, o)) > total / 2:
         return "all-gather"
-    users = _users(inside)
-    results = (
-        [op]
-        if not op.type.startswith("(")
-        else [x for x in users.get(op.name, []) if x.opcode == "get-tuple-element"]
-    )
-    parts = sum(sum(x.bytes for x in r.arrays) for r in results if _sliced(program, r, users))
+    users, results = _users(inside), [op]
+    if op.type.startswith("("):
+        results = [x for x in users.get(op.name, []) if x.opcode == "get-tuple-element"]
+    parts = sum(r.bytes for r in results if _sliced(program, r, users))
     return "reduce-scatter" if parts > total / 2 else "all-reduce"
 
 
 def _padded(program: HloProgram, inside: dict[str, Instruction], op: Instruction) -> bool:
     """Whether `op` makes a zero-padded shard: a dynamic-update-slice into a constant, also in a fusion."""
-    given = [inside[name] for name in op.operands if name in inside]
+    given, constants = [inside[name] for name in op.operands if name in inside], ("broadcast", "constant")
     if op.opcode == "fusion" and called_computations(op):
         inner = program.computations.get(called_computations(op)[0], {})
         root = next((x for x in inner.values() if x.root), None)
@@ -168,24 +152,23 @@ def _padded(program: HloProgram, inside: dict[str, Instruction], op: Instruction
         if source is None or source.opcode != "dynamic-update-slice":
             return False
         into = inner.get(source.operands[0])
-        if (
-            into is not None
-            and into.opcode == "parameter"
-            and into.literal.isdigit()
-            and int(into.literal) < len(given)
-        ):
-            return given[int(into.literal)].opcode in ("broadcast", "constant")
-        return into is not None and into.opcode in ("broadcast", "constant")
+        if into is not None and (number := _parameter(into, len(given))) is not None:
+            into = given[number]
+        return into is not None and into.opcode in constants
     if op.opcode in ("copy", "copy-done", "copy-start", "bitcast") and given:
         return _padded(program, inside, given[0])
-    return (
-        op.opcode == "dynamic-update-slice" and bool(given) and given[0].opcode in ("broadcast", "constant")
-    )
+    return op.opcode == "dynamic-update-slice" and bool(given) and given[0].opcode in constants
+
+
+def _parameter(op: Instruction, count: int) -> int | None:
+    """Return the index of a parameter instruction if it is below `count`, None for other instructions."""
+    is_known = op.opcode == "parameter" and op.literal.isdigit() and int(op.literal) < count
+    return int(op.literal) if is_known else None
 
 
 def _sliced(program: HloProgram, op: Instruction, users: dict[str, list[Instruction]]) -> bool:
     """Whether all instructions that read the result of `op` read only a slice of it. users: from _users."""
-    size, readers = sum(x.bytes for x in op.arrays), users.get(op.name, [])
+    size, readers = op.bytes, users.get(op.name, [])
     for user in readers:
         if user.opcode in ("bitcast", "copy", "convert", "reshape"):
             if not _sliced(program, user, users):
@@ -359,8 +342,8 @@ def _fusion_bytes(program: HloProgram, op: Instruction, operands: list[Instructi
     users = _users(inner)
     total = 0.0
     for x in inner.values():
-        if x.opcode == "parameter" and x.literal.isdigit() and int(x.literal) < len(operands):
-            size = _main(operands[int(x.literal)].arrays)
+        if (number := _parameter(x, len(operands))) is not None:
+            size = _main(operands[number].arrays)
             total += min(size, _bytes_read(x, users, size))
     root = next((x for x in inner.values() if x.root), None)
     if root is None:
@@ -372,7 +355,7 @@ def _fusion_bytes(program: HloProgram, op: Instruction, operands: list[Instructi
     for x, array in zip(roots, made, strict=True):
         source = _through(x, inner)
         changed = inner.get(source.operands[UPDATES[source.opcode]]) if source.opcode in UPDATES else None
-        total += min(_main([array]), sum(a.bytes for a in changed.arrays) if changed else math.inf)
+        total += min(_main([array]), changed.bytes if changed else math.inf)
     return total
 
 
@@ -381,7 +364,7 @@ def _bytes_read(x: Instruction, users: dict[str, list[Instruction]], size: int) 
     total = 0.0
     for user in users.get(x.name, []):
         if user.opcode in ("dynamic-slice", "slice", "gather"):
-            total += sum(a.bytes for a in user.arrays)
+            total += user.bytes
         elif user.opcode in ("bitcast", "reshape"):
             total += _bytes_read(user, users, size)
         elif not (user.opcode in UPDATES and user.operands[0] == x.name):
@@ -424,29 +407,21 @@ def replicated_weights(p: Programs) -> list[str]:
     because the mesh divides none of their axes; [] if there are none.
     """
     ways = math.prod(dict(p.mesh.shape)[axis] for axis in ("fsdp", "context", "tensor"))
-    leaves = tree.paths(tree.combine(p.state.trainable, p.frozen))
-    replicated = {
-        path: x
-        for path, x in leaves.items()
+    weights = ", ".join(
+        f"{path} {list(x.shape)}"
+        for path, x in tree.paths(tree.combine(p.state.trainable, p.frozen)).items()
         if ways > 1 and x.sharding.is_fully_replicated and x.size >= LARGE_WEIGHT
-    }
-    if not replicated:
-        return []
-    weights = ", ".join(f"{path} {list(x.shape)}" for path, x in replicated.items())
-    return [f"replicated, as no axis is divisible into {ways} shards: {weights}"]
+    )
+    return [f"replicated, as no axis is divisible into {ways} shards: {weights}"] if weights else []
 
 
 def device_bytes(arrays: Any) -> int:
     """Return the bytes per device of a pytree of sharded arrays; 4-bit elements take half a byte."""
-    leaves = jax.tree.leaves(arrays)
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * hlo.bits(_hlo_dtype(x.dtype)) // 8 for x in leaves
-    )
-
-
-def _hlo_dtype(dtype: Any) -> str:
-    """Return a name of as many bits for hlo.bits; numpy counts a full byte for int4 and uint4."""
-    return "s4" if dtype.name in ("int4", "uint4") else f"u{8 * dtype.itemsize}"
+    total = 0
+    for x in jax.tree.leaves(arrays):
+        bits = 4 if x.dtype.name in ("int4", "uint4") else 8 * x.dtype.itemsize  # numpy counts a full byte
+        total += math.prod(x.sharding.shard_shape(x.shape)) * bits // 8
+    return total
 
 
 def parse_out_of_memory(text: str) -> tuple[int | None, int | None] | None:
@@ -485,6 +460,5 @@ def largest_arrays(program: hlo.HloProgram, count: int = 5) -> dict[str, int]:
         # the type of a `-start` repeats its operands
         elif op.opcode not in NO_TRAFFIC and not op.opcode.endswith("-start"):
             made |= names
-    return dict(
-        sorted(((n, s) for n, s in made.items() if n not in arguments), key=lambda item: -item[1])[:count]
-    )
+    largest = sorted((name for name in made if name not in arguments), key=lambda name: -made[name])
+    return {name: made[name] for name in largest[:count]}

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxft.distributed.sharding import MeshShape
@@ -14,14 +14,7 @@ from jaxft.train.settings import Run
 
 # by remat policy: activations saved per layer and token in units of the width, and recomputed FLOPs as a
 # fraction of a forward pass
-SAVED_WIDTHS = {
-    "none": 34.0,
-    "projections": 17.0,
-    "attention": 4.0,
-    "full": 2.0,
-    "pairs": 1.5,
-    "offload": 0.5,
-}
+SAVED_WIDTHS = {"none": 34.0, "projections": 17.0, "attention": 4.0, "full": 2, "pairs": 1.5, "offload": 0.5}
 RECOMPUTED = {"none": 0.0, "projections": 0.05, "attention": 0.9, "full": 1.0, "pairs": 1.5, "offload": 1.1}
 
 
@@ -48,19 +41,15 @@ class Choice:
 
     def overrides(self, command: Command) -> list[str]:
         """Return the command line's overrides with the microbatches, remat and mesh of this choice."""
-        replaced = {"micro", "remat", "data.micro"} | {f"mesh.{f.name}" for f in fields(MeshShape)}
+        sizes = {f"mesh.{name}": size for name, size in vars(self.mesh).items()}
+        replaced = {"micro", "remat", "data.micro", *sizes}
         others = [text for text in command.given if text.partition("=")[0] not in replaced]
-        sizes = {f.name: getattr(self.mesh, f.name) for f in fields(MeshShape)}
         micro = "micro" if "micro" in command.knobs else "data.micro"
-        return [
-            *others,
-            f"remat={self.remat}",
-            f"{micro}={self.micro}",
-            *(f"mesh.{name}={n}" for name, n in sizes.items()),
-        ]
+        chosen = {"remat": self.remat, micro: self.micro, **sizes}
+        return [*others, *(f"{name}={value}" for name, value in chosen.items())]
 
     def __str__(self) -> str:
-        axes = " ".join(f"{f.name}={n}" for f in fields(MeshShape) if (n := getattr(self.mesh, f.name)) > 1)
+        axes = " ".join(f"{name}={size}" for name, size in vars(self.mesh).items() if size > 1)
         return f"micro={self.micro} remat={self.remat} {axes or 'one device'}"
 
 
@@ -74,18 +63,15 @@ class Trial:
 
     def json(self, command: Command) -> dict[str, Any]:
         """Return `overrides` for the command line, `plan` and `why` as plain values."""
-        return {
-            "overrides": self.choice.overrides(command),
-            "plan": self.plan and self.plan.json(),
-            "why": self.why,
-        }
+        overrides = self.choice.overrides(command)
+        return {"overrides": overrides, "plan": self.plan and self.plan.json(), "why": self.why}
 
     @property
     def seconds(self) -> float:
         """Estimated seconds of a step; infinite if the choice does not fit."""
-        return (
-            self.plan.estimate.step if self.plan and self.plan.fits and self.plan.estimate else float("inf")
-        )
+        if self.plan is None or not self.plan.fits or self.plan.estimate is None:
+            return math.inf
+        return self.plan.estimate.step
 
 
 def search(command: Command, machine: Machine, most: int, log: Callable[[str], None]) -> list[Trial]:
@@ -103,7 +89,7 @@ def search(command: Command, machine: Machine, most: int, log: Callable[[str], N
     for choice in ranked:
         if len(tried) >= most:
             break
-        best = min((t.seconds for t in tried), default=float("inf"))
+        best = min((t.seconds for t in tried), default=math.inf)
         if rough_estimate(run, machine, choice)[1] > 1.3 * best:
             continue
         log(f"{len(tried) + 1} of at most {most}: {choice}")
@@ -114,10 +100,10 @@ def search(command: Command, machine: Machine, most: int, log: Callable[[str], N
         tried.append(trial)
         log("  " + trial_summary(trial))
 
-    def sort() -> None:
-        tried.sort(key=lambda t: (t.seconds, _missing(t)))
+    def rank(t: Trial) -> tuple[float, float]:
+        return t.seconds, t.plan.missing or 0 if t.plan else math.inf
 
-    sort()
+    tried.sort(key=rank)
     while any_fits(tried):  # the run's other programs have to fit too
         try:
             largest = plans(command.load(tried[0].choice.overrides(command)), machine)[0]
@@ -127,7 +113,7 @@ def search(command: Command, machine: Machine, most: int, log: Callable[[str], N
         except ValueError as error:
             tried[0] = Trial(tried[0].choice, None, str(error))
         log(f"  {tried[0].choice}: {trial_summary(tried[0])}")
-        sort()
+        tried.sort(key=rank)
     return tried
 
 
@@ -148,13 +134,9 @@ def candidates(run: Run, machine: Machine) -> Iterator[Choice]:
         if context > 1 and (run.data.max_length % context or config.heads % (tensor * context)):
             continue
         if data in (1, max(1, hosts // slices), count // (tensor * context)):
-            sizes = {
-                "data": data,
-                "tensor": tensor,
-                "context": context,
-                "fsdp": count // (tensor * context * data),
-            }
-            meshes.append(replace(run.mesh, slices=slices, **sizes))
+            fsdp = count // (tensor * context * data)
+            mesh = replace(run.mesh, slices=slices, data=data, fsdp=fsdp, context=context, tensor=tensor)
+            meshes.append(mesh)
     odd = any(stack.blocks % 2 for stack in run.model.stacks)
     remats = ("full",) if backward else [remat for remat in SAVED_WIDTHS if remat != "pairs" or not odd]
     for mesh, micro, remat in itertools.product(meshes, _divisors(batch), remats):
@@ -191,29 +173,19 @@ def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, flo
     layers = [spec for spec in param.spec_paths(run.model.specs).values() if "layers" in spec.axes]
     weights = sum(math.prod(spec.shape) for spec in layers if param.kernel(spec)) + 2 * c.vocab * c.width
     weight_bytes = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
-    size = int(
-        weights * weight_bytes / shard
-        + (SAVED_WIDTHS[choice.remat] * c.layers + 16) * c.width * 2 * tokens / mesh.tensor
-    )
-    flops = run.model.forward_flops(micro * rows * length, length) * (
-        (3 if trained else 2) + RECOMPUTED[choice.remat]
-    )
-    passes = micro * (3 if trained else 2)
-    gathers = (
-        passes * _gather_seconds(machine, mesh, 2 * weights / mesh.tensor)
-        if mesh.fsdp * mesh.context > 1
-        else 0.0
-    )
+    saved = (SAVED_WIDTHS[choice.remat] * c.layers + 16) * c.width * 2 * tokens / mesh.tensor
+    size = int(weights * weight_bytes / shard + saved)
+    each = 3 if trained else 2
+    flops = run.model.forward_flops(micro * rows * length, length) * (each + RECOMPUTED[choice.remat])
+    passes, gathers, reductions = micro * each, 0.0, 0.0
+    if mesh.fsdp * mesh.context > 1:
+        gathers = passes * _gather_seconds(machine, mesh, 2 * weights / mesh.tensor)
     ways = 2 * (mesh.tensor > 1) + (mesh.context > 1)
     hosts = len(set(machine.domains()))
     rate = chip.within if mesh.context * mesh.tensor * hosts <= len(machine.devices) else chip.across
     activations = passes * 4 * c.layers * c.width * tokens * ways / rate
-    replicas = mesh.slices * mesh.data
-    reductions = (
-        trained * 4 * weights / shard / (chip.across if len(set(machine.domains())) > 1 else chip.within)
-        if replicas > 1
-        else 0
-    )
+    if trained and mesh.slices * mesh.data > 1:
+        reductions = 4 * weights / shard / (chip.across if hosts > 1 else chip.within)
     seconds = max(flops / (len(machine.devices) * machine.peak * 0.7), gathers) + activations + reductions
     limit = chip.memory - chip.reserved
     return max(0, int(4 * (size - limit) / limit) + 1 if size > limit else 0), seconds, size
@@ -232,27 +204,20 @@ def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def _missing(t: Trial) -> float:
-    return float(t.plan.missing or 0) if t.plan else float("inf")
-
-
 def trial_summary(t: Trial) -> str:
     """Return a trial's memory, time and MFU as text, or why it does not fit or its error."""
     if t.plan is None:
         return f"error: {t.why}"
     size = f"{t.plan.total / GIB:.2f} GiB" if t.plan.total is not None else "out of memory"
-    time: Any = (
-        f"{t.plan.estimate.step:.3f} s, MFU {100 * t.plan.estimate.mfu:.0f} %"
-        if t.plan.estimate
-        else "no time estimate"
-    )
-    fails = "does not fit" if t.plan.estimate else f"the program '{t.plan.program}' does not fit"
-    return f"{size}, {time}" if t.plan.fits else f"{size}, {fails}"
+    e = t.plan.estimate
+    if not t.plan.fits:
+        return f"{size}, {'' if e else f'the program {t.plan.program!r} '}does not fit"
+    return f"{size}, {f'{e.step:.3f} s, MFU {100 * e.mfu:.0f} %' if e else 'no time estimate'}"
 
 
 def any_fits(tried: list[Trial]) -> bool:
     """Whether any of the trials, sorted as `search` returns them, fits."""
-    return bool(tried) and tried[0].seconds < float("inf")
+    return bool(tried) and tried[0].seconds < math.inf
 
 
 def search_report(tried: list[Trial], command: Command) -> str:
@@ -264,9 +229,7 @@ def search_report(tried: list[Trial], command: Command) -> str:
     if any_fits(tried):
         return "\n".join([*lines, "use: " + " ".join(tried[0].choice.overrides(command))])
     if not tried:
-        last = (
-            "no mesh and micro divide the batch over the devices; set data.batch to a multiple of them"
-        )
+        last = "no mesh and micro divide the batch over the devices; set data.batch to a multiple of them"
     elif all(t.plan is None for t in tried):
         last = f"every choice raises an error; the first: {tried[0].why}"
     else:

@@ -64,23 +64,18 @@ def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> N
     """Write a PNG with the panels that have a curve, `columns` panels side by side, and one legend below.
     Raises ValueError if no panel has a curve.
     """
-    from matplotlib.backends.backend_agg import (
-        FigureCanvasAgg,
-    )  # drawn without a display and without pyplot's globals
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # without a display and pyplot's globals
     from matplotlib.figure import Figure
 
-    panels = [
-        panel for panel in panels if any(len(x) for x, _ in (*panel.curves.values(), *panel.dashed.values()))
-    ]
+    panels = [p for p in panels if any(len(x) for x, _ in (*p.curves.values(), *p.dashed.values()))]
     if not panels:
         raise ValueError(f"{path}: no curve to draw, since the runs have logged no metric; train them first")
     labels = list(dict.fromkeys(label for panel in panels for label in (*panel.curves, *panel.dashed)))
     wide = min(columns, len(panels))
     high = -(-len(panels) // wide)
     legend_rows = -(-len(labels) // (2 * wide))
-    figure = Figure(
-        figsize=(4.2 * wide, 3.1 * high + 0.4 + 0.22 * legend_rows), dpi=130, layout="constrained"
-    )
+    size = (4.2 * wide, 3.1 * high + 0.4 + 0.22 * legend_rows)
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(high, wide, squeeze=False).ravel()
@@ -89,13 +84,8 @@ def draw(path: Path, panels: Sequence[Panel], title: str, columns: int = 3) -> N
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     handles = [axes[0].plot([], [], label=label, **_look(labels.index(label)))[0] for label in labels]
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(len(labels), 2 * wide),
-        fontsize=8,
-        frameon=False,
-    )
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": min(len(labels), 2 * wide)}
+    figure.legend(handles=handles, **place, fontsize=8, frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     make_folder(path.parent)
@@ -192,35 +182,24 @@ PAIR_CHARTS = (
         "Pairs whose chosen response has the higher reward; 0.5 is chance. Bars: 95 % intervals on held-out "
         "pairs; nothing is drawn where all pairs are ties.",
     ),
-    ChartKind(
-        "Margin of the rewards",
-        "chosen minus rejected reward",
-        (ChartLine(MARGIN), ChartLine(REWARD_MARGIN)),
-    ),
-    ChartKind(
-        "Log-probability of the responses",
-        "nats per response",
-        (ChartLine(CHOSEN_LOGP, "chosen"), ChartLine(REJECTED_LOGP, "rejected")),
-        "If chosen falls along with rejected, probability moves to responses in no pair.",
-    ),
-    ChartKind(
-        "Rewards of the responses",
-        "reward per response",
-        (ChartLine(CHOSEN_REWARD, "chosen"), ChartLine(REJECTED_REWARD, "rejected")),
-    ),
-)
+    ChartKind("Margin of the rewards", "chosen minus rejected reward",
+              (ChartLine(MARGIN), ChartLine(REWARD_MARGIN))),
+    ChartKind("Log-probability of the responses", "nats per response",
+              (ChartLine(CHOSEN_LOGP, "chosen"), ChartLine(REJECTED_LOGP, "rejected")),
+              "If chosen falls along with rejected, probability moves to responses in no pair."),
+    ChartKind("Rewards of the responses", "reward per response",
+              (ChartLine(CHOSEN_REWARD, "chosen"), ChartLine(REJECTED_REWARD, "rejected"))),
+)  # fmt: skip
 DECISION_CHARTS = (
     single_chart("Accuracy of the decisions", "fraction of decisions", REWARD_ACCURACY),
     single_chart(
-        "Calibration error (ECE)",
-        "mean difference to the accuracy",
-        ECE,
+        "Calibration error (ECE)", "mean difference to the accuracy", ECE,
         "How far confidences are from accuracies, over 15 bins of equal width; of a few decisions, such as "
         "a training step's, it is mostly noise.",
     ),
     single_chart("Brier score", "squared difference of probabilities", BRIER),
     single_chart("Entropy of the choices", "nats per decision", ENTROPY),
-)
+)  # fmt: skip
 ROLLOUT_CHARTS = (
     single_chart("Reward", "reward per completion", REWARD),
     single_chart("Spread of the rewards", "standard deviation", REWARD_STD),
@@ -232,26 +211,18 @@ ROLLOUT_CHARTS = (
 TOKEN_CHARTS = (
     single_chart("Token accuracy", "fraction of tokens", TOKEN_ACCURACY),
     single_chart("Entropy of the next token", "nats per token", ENTROPY),
-    single_chart(
-        "Loss on general text",
-        "nats per token",
-        GENERAL_LOSS,
-        "On a text about other subjects; it rises where the model forgets.",
-    ),
-)
+    single_chart("Loss on general text", "nats per token", GENERAL_LOSS,
+                 "On a text about other subjects; it rises where the model forgets."),
+)  # fmt: skip
 STEP_CHARTS = (
     single_chart("Learning rate", "learning rate", LEARNING_RATE),
     single_chart("Gradient norm", "norm before clipping", GRAD_NORM),
-    single_chart(
-        "Skipped steps",
-        "steps since the last entry",
-        SKIPPED,
-        "Steps whose loss, gradient or update was not finite; they changed nothing.",
-    ),
+    single_chart("Skipped steps", "steps since the last entry", SKIPPED,
+                 "Steps whose loss, gradient or update was not finite; they changed nothing."),
     single_chart("Speed", "tokens per second", SPEED),
     single_chart("Use of the hardware", "fraction of the peak FLOP/s", MFU),
     single_chart("Memory", "GiB, highest so far", MEMORY),
-)
+)  # fmt: skip
 
 
 def loss_unit(known: Set[str]) -> str:
@@ -311,16 +282,13 @@ def make_charts(runs: Mapping[str, Sequence[Entry]], kinds: Iterable[ChartKind])
 
     runs: entries of metrics.jsonl by the run's name.
     """
+    has_skipped = any(entry.get(SKIPPED) for entries in runs.values() for entry in entries)
     charts = []
     for kind in kinds:
         curves = {name: run_curves(entries, kind) for name, entries in runs.items()}
-        if any(curves.values()) and not (kind.lines[0].metric == SKIPPED and not _any_skipped(runs)):
+        if any(curves.values()) and (has_skipped or kind.lines[0].metric != SKIPPED):
             charts.append(Chart(kind, curves))
     return charts
-
-
-def _any_skipped(runs: Mapping[str, Sequence[Entry]]) -> bool:
-    return any(entry.get(SKIPPED) for entries in runs.values() for entry in entries)
 
 
 def run_curves(entries: Sequence[Entry], kind: ChartKind) -> tuple[RunCurve, ...]:
@@ -447,11 +415,8 @@ def comparison_panels(runs: Mapping[str, Sequence[Entry]]) -> list[Panel]:
                     for side in sides
                 ]
             held, trained = sides
-            panels.append(
-                Panel(f"{title}, held out", X_AXIS, unit, held, trained)
-                if held
-                else Panel(title, X_AXIS, unit, trained)
-            )
+            of_held = Panel(f"{title}, held out", X_AXIS, unit, held, trained)
+            panels.append(of_held if held else Panel(title, X_AXIS, unit, trained))
     return panels
 
 

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich import box
@@ -22,9 +23,8 @@ from jaxft.runs.metric_names import COMPLETION_KL, COMPLETION_LENGTH, REWARD, SC
 from jaxft.runs.terminal import markdown_table
 
 Logged = Mapping[str, float]  # metrics by name
-Column = Callable[
-    [Logged, Logged], float | None
-]  # (metrics at step 0, metrics at the end) -> a cell's value; None: no value
+# (metrics at step 0, metrics at the end) -> a cell's value; None: no value
+Column = Callable[[Logged, Logged], float | None]
 
 
 def held_out(name: str) -> str:
@@ -55,9 +55,7 @@ def first_and_last(entries: Sequence[Entry]) -> tuple[Logged, Logged]:
 
 
 def _over_start(name: str) -> Column:
-    """Return a function of (metrics at step 0, metrics at the end) that returns the metric `name` at the end
-    divided by its value at step 0; None if one is missing, or the value at step 0 is not positive.
-    """
+    """Return the column of a metric divided by its value at step 0; None if that is not positive."""
 
     def column(before: Logged, after: Logged) -> float | None:
         return after[name] / before[name] if name in after and before.get(name, 0) > 0 else None
@@ -66,9 +64,7 @@ def _over_start(name: str) -> Column:
 
 
 def _last(*choices: str) -> Column:
-    """Return a function of (metrics at step 0, metrics at the end) that returns the final value of the first
-    metric in `choices` that the run has, None if it has none.
-    """
+    """Return the column of the final value of the first metric in `choices` that a run has."""
 
     def column(before: Logged, after: Logged) -> float | None:
         return next((after[name] for name in choices if name in after), None)
@@ -77,9 +73,7 @@ def _last(*choices: str) -> Column:
 
 
 def _gained(name: str, minus: str | None = None) -> Column:
-    """Return a function of (metrics at step 0, metrics at the end) that returns the growth of the metric
-    `name`, minus the growth of the metric `minus` if there is one; None if a value is missing.
-    """
+    """Return the column of the growth of the metric `name`, minus the growth of `minus` if it is given."""
     needed = [name] if minus is None else [name, minus]
 
     def column(before: Logged, after: Logged) -> float | None:
@@ -89,11 +83,6 @@ def _gained(name: str, minus: str | None = None) -> Column:
         return first - sum(rest)
 
     return column
-
-
-def _reward_in_deviations(before: Logged, after: Logged) -> float | None:
-    """Return the growth of the held-out reward divided by its standard deviation at step 0."""
-    return _growth(before, after, held_out(REWARD), held_out(REWARD_STD))
 
 
 def _scores_in_deviations(before: Logged, after: Logged) -> float | None:
@@ -137,7 +126,7 @@ SCORE, RELATIVE_LOSS, PAIRS = "score", "loss over step 0", "pairs"
 COLUMNS: dict[str, Column] = {
     HELD_OUT_REWARD: _last(held_out(REWARD)),
     "reward gained": _gained(held_out(REWARD)),
-    "in deviations": _reward_in_deviations,
+    "in deviations": partial(_growth, name=held_out(REWARD), deviation=held_out(REWARD_STD)),
     "scores alone": _scores_in_deviations,
     SCORE: _score,
     "KL per completion": _last(held_out(COMPLETION_KL)),
@@ -158,15 +147,8 @@ COLUMNS: dict[str, Column] = {
     "skipped steps": _last(SKIPPED),
 }
 # Columns whose cells have the value at step 0 too.
-WITH_START = (
-    HELD_OUT_LOSS,
-    HELD_OUT_ACCURACY,
-    HELD_OUT_REWARD,
-    SCORE,
-    "token accuracy",
-    "margin",
-    "general loss",
-)
+WITH_START = (HELD_OUT_LOSS, HELD_OUT_ACCURACY, HELD_OUT_REWARD, SCORE, "token accuracy", "margin",
+              "general loss")  # fmt: skip
 # Metrics of the last training step, which the table shows if no run holds out rows.
 TRAINED = (LOSS, ACCURACY, MARGIN, REWARD_ACCURACY, REWARD_MARGIN)
 NOTES = {
@@ -233,18 +215,13 @@ class Table:
 
     def cells(self) -> list[list[str]]:
         """Return a row of texts for each run: the value at the end, or `start → end`, with its interval."""
-        sides = [
-            tuple(dict(zip(self.titles, side, strict=True)) for side in both)
-            for both in zip(self.starts, self.rows, strict=True)
-        ]
-        intervals = self.intervals or ({},) * len(sides)
-        return [
-            [
-                _cell(title, start, row) + (f" {of_row[title].text(2)}" if title in of_row else "")
-                for title in self.titles
-            ]
-            for (start, row), of_row in zip(sides, intervals, strict=True)
-        ]
+        cells = []
+        intervals = self.intervals or ({},) * len(self.rows)
+        for *both, known in zip(self.starts, self.rows, intervals, strict=True):
+            start, row = (dict(zip(self.titles, side, strict=True)) for side in both)
+            after = {title: f" {interval.text(2)}" for title, interval in known.items()}
+            cells.append([_cell(title, start, row) + after.get(title, "") for title in self.titles])
+        return cells
 
     def text(self) -> str:
         """Return the table for a terminal or a log, with explanations of its columns."""
@@ -279,11 +256,8 @@ def _cell(title: str, start: Mapping[str, float | None], row: Mapping[str, float
     if title == HELD_OUT_ACCURACY and pairs:
         after = TIES if value is None else f"{short_number(value)} {wilson(value, pairs).text(2)}"
         return f"{TIES if first is None else short_number(first)}{ARROW}{after}"
-    return (
-        f"{short_number(first)}{ARROW}{short_number(value)}"
-        if title in WITH_START and first is not None
-        else short_number(value)
-    )
+    before = f"{short_number(first)}{ARROW}" if title in WITH_START and first is not None else ""
+    return before + short_number(value)
 
 
 def text_table(titles: Sequence[str], labels: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -167,9 +167,8 @@ def packed_plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ValueError(
-            f"a report's curves need the package plotly ({error}); run pip install plotly"
-        ) from error
+        needed = f"a report's curves need the package plotly ({error}); run pip install plotly"
+        raise ValueError(needed) from error
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
 
 
@@ -190,9 +189,8 @@ def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
         "Learning": make_charts(runs, learning_kinds(runs)),
         "Optimizer, speed and memory": make_charts(runs, STEP_CHARTS),
     }
-    count = sum(
-        len(group) for charts in groups.values() for chart in charts for group in chart.curves.values()
-    )
+    charts = [chart for group in groups.values() for chart in group]
+    count = sum(len(curves) for chart in charts for curves in chart.curves.values())
     most = max(FEWEST, min(MOST, POINTS // max(1, count)))
     return {
         "runs": [printable_message(name) for name in runs],
@@ -208,11 +206,8 @@ def curves_json(runs: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
 
 def chart_json(chart: Chart, most: int) -> dict[str, Any]:
     """Return a chart with curves of at most `most` points."""
-    curves = [
-        curve_json(number, curve, most)
-        for number, group in enumerate(chart.curves.values())
-        for curve in group
-    ]
+    numbered = enumerate(chart.curves.values())
+    curves = [curve_json(number, curve, most) for number, group in numbered for curve in group]
     kind = chart.kind
     texts = {"title": kind.title, "unit": kind.unit, "about": kind.about}
     return {**{name: printable_message(text) for name, text in texts.items()}, "curves": curves}
@@ -221,10 +216,8 @@ def chart_json(chart: Chart, most: int) -> dict[str, Any]:
 def curve_json(run: int, curve: RunCurve, most: int) -> dict[str, Any]:
     """Return a curve as JSON. run: the index of its run. most: about how many points it may have."""
     x, y = thinned(curve.steps, curve.values, most)
-    whole = len(x) == len(curve.intervals)
-    bars = (
-        [[float(f"{end:.4g}") for end in ends] if ends else None for ends in curve.intervals] if whole else []
-    )
+    intervals = curve.intervals if len(x) == len(curve.intervals) else ()
+    bars = [[float(f"{end:.4g}") for end in ends] if ends else None for ends in intervals]
     return {
         "run": run,
         "label": printable_message(curve.label),

@@ -36,20 +36,20 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: bool
     """Return an HTML table. head, rows: cells, as HTML. numeric: all columns but the first are numbers."""
     kind = ' class="numbers"' if numeric else ""
     titles = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    lines = [
-        "<tr>"
-        + "".join(
-            f'<th scope="row">{cell}</th>' if number == 0 else f"<td>{cell}</td>"
-            for number, cell in enumerate(row)
-        )
-        + "</tr>"
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td>{cell}</td>" for cell in row[1:])
+        lines.append(f'<tr><th scope="row">{row[0]}</th>{cells}</tr>')
     body = "\n".join(lines)
-    return (
-        f'<div class="scroll"><table{kind}><thead><tr>{titles}</tr></thead>\n'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    table = f"<thead><tr>{titles}</tr></thead>\n<tbody>{body}</tbody>"
+    return f'<div class="scroll"><table{kind}>{table}</table></div>'
+
+
+def listed(texts: Iterable[str], kind: str = "") -> str:
+    """Return a list of texts, "" for none. kind: its CSS class."""
+    items = "".join(f"<li>{escaped(text)}</li>" for text in texts)
+    of_class = f' class="{kind}"' if kind else ""
+    return f"<ul{of_class}>{items}</ul>" if items else ""
 
 
 def folded(title: str, content: str, is_open: bool = False) -> str:

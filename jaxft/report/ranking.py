@@ -270,12 +270,9 @@ def ranking_lines(results: Sequence[RankedRun]) -> list[str]:
     ranked, and runs without an evaluation after training are listed as not finished.
     """
     ended = have_last_evaluation(results)
-    missing = [
-        f"{result.label}: not finished: no evaluation after training"
-        for result in results
-        if result not in ended
-    ]
-    return [*_ranking_lines(ended), *missing]
+    missing = (result.label for result in results if result not in ended)
+    unfinished = [f"{label}: not finished: no evaluation after training" for label in missing]
+    return [*_ranking_lines(ended), *unfinished]
 
 
 def _ranking_lines(results: Sequence[RankedRun]) -> list[str]:
@@ -341,10 +338,7 @@ def equal_kl_line(curves: Mapping[str, Sequence[Entry]]) -> str:
     kl = min(max(x for x, _ in curve) for curve in points.values())
     if kl <= 0:
         return ""
-    texts = []
-    for label, curve in points.items():
-        reached, accuracies = np.array(curve).T
-        texts.append(f"{label} {np.interp(kl, reached, accuracies):.3f}")
+    texts = [f"{label} {np.interp(kl, *np.array(curve).T):.3f}" for label, curve in points.items()]
     return f"accuracy at the same KL per token, {kl:.3g}, interpolated: {', '.join(texts)}"
 
 
@@ -425,9 +419,7 @@ def _difference_over_seeds(
         verdict = "different" if over_seeds.distinguishable else "not distinguishable"
         interval = over_seeds.interval.text()
         return f"{over_seeds.difference:+.3f} {interval} over {len(common)} seeds: {verdict}"
-    one, two = (
-        np.array([[run.rows[row][by.key] for row in rows] for run in group]) for group in (first, second)
-    )
+    one, two = (np.array([[run.rows[row][by.key] for row in rows] for run in x]) for x in (first, second))
     d = paired_difference(one, two, np.array([first[0].rows[row].get(WEIGHT, 1.0) for row in rows]))
     over = f"over {len(common)} seeds and the same {len(rows):,} {unit}"
     return f"{d.mean:+.3f} {d.interval.text()} {over}: {d.verdict(unit=unit)}"

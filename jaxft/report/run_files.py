@@ -63,9 +63,8 @@ def folders_of_runs(paths: Sequence[Path]) -> dict[str, Path]:
         members = sweep_members(path)
         for label, folder in members.items() if members else [(path.resolve().name, path)]:
             if not (folder / METRICS).is_file():
-                raise ValueError(
-                    f"{folder}: has no metrics.jsonl; use the folder of a run or a sweep, such as runs/sft"
-                )
+                remedy = "use the folder of a run or a sweep, such as runs/sft"
+                raise ValueError(f"{folder}: has no metrics.jsonl; {remedy}")
             if label in by_label:
                 raise ValueError(
                     f"{folder} and {by_label[label]}: both are called {label}; rename one of the folders, or "
@@ -132,7 +131,6 @@ def _list(record: Any, name: str, kind: type) -> list[Any]:
 
 
 def _sample(record: dict[str, Any]) -> Sample:
-    prompt, completion, reference = (
-        str(record.get(name, "")) for name in ("prompt", "completion", "reference")
-    )
+    names = ("prompt", "completion", "reference")
+    prompt, completion, reference = (str(record.get(name, "")) for name in names)
     return Sample(prompt=prompt, completion=completion, reference=reference, finish="stop")

@@ -5,6 +5,7 @@ confidence are right (a reliability diagram).
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from jaxft.report.html_elements import (
     folded,
     histogram_picture,
     html_table,
+    listed,
     number_text,
     record_table,
     section,
@@ -55,10 +57,8 @@ def overview_section(runs: Runs) -> str:
         known = dict.fromkeys(without_count(name) for name in {**before, **after})
         held = [name for name in known if name.startswith("eval_") or name == "general_loss"]
         cells = [[escaped(name), *(_number(end, name) for end in (before, after))] for name in held]
-        notes = "".join(f"<li>{escaped(note)}</li>" for note in run.notes)
-        content = (f"<ul>{notes}</ul>" if notes else "") + html_table(
-            ["held-out metric", "first evaluation", "last evaluation"], cells, numeric=True
-        )
+        head = ["held-out metric", "first evaluation", "last evaluation"]
+        content = listed(run.notes) + html_table(head, cells, numeric=True)
         details += [folded(f"All held-out metrics of {escaped(run.name)}", content)] if held else []
     every = "\n".join(details)
     parts.append(folded("All held-out metrics", every) if len(details) > MOST_FOLDED else every)
@@ -97,16 +97,11 @@ def end_table(results: Sequence[ranking.RankedRun]) -> str:
     if len(results) == 1:  # a row per metric, which fits a narrow screen
         sides = [cell.rpartition(compare.ARROW) for cell in cells[0]]
         head = ["", "before", "after"]
-        rows = [
-            [escaped(title), escaped(before), escaped(after)]
-            for title, (before, _, after) in zip(table.titles, sides, strict=True)
-        ]
+        rows = [[*map(escaped, (title, x, y))] for title, (x, _, y) in zip(table.titles, sides, strict=True)]
     else:
         head = ["", *map(escaped, table.titles)]
-        rows = [
-            [f"{escaped(label)}{BEST if label in best else ''}", *map(escaped, row)]
-            for label, row in zip(table.labels, cells, strict=True)
-        ]
+        named = [f"{escaped(label)}{BEST if label in best else ''}" for label in table.labels]
+        rows = [[name, *map(escaped, row)] for name, row in zip(named, cells, strict=True)]
     parts = ["<h3>At the end</h3>", html_table(head, rows, numeric=True)]
     spread = ranking.repetitions_as_cells(results)
     if spread:
@@ -114,10 +109,8 @@ def end_table(results: Sequence[ranking.RankedRun]) -> str:
         rows = [list(map(escaped, row)) for row in cells]
         parts.append("<h4>Mean ± standard deviation over seeds</h4>")
         parts.append(html_table(["", *map(escaped, titles)], rows, numeric=True))
-    lines = "".join(f"<li>{escaped(line.strip())}</li>" for line in ranking.ranking_lines(results))
-    parts.append(f"<ul>{lines}</ul>" if lines else "")
-    notes = "".join(f"<li>{escaped(note)}</li>" for note in table.notes())
-    parts.append(f'<ul class="note">{notes}</ul>' if notes else "")
+    parts.append(listed(line.strip() for line in ranking.ranking_lines(results)))
+    parts.append(listed(table.notes(), "note"))
     return "\n".join(parts)
 
 
@@ -186,8 +179,8 @@ def alarms_section(runs: Runs) -> str:
     alarms = joint_alarms({run.name: run.alarms for run in runs})
     items = []
     for text, names in alarms:
-        by = "" if len(runs) == 1 else f"all {len(runs)} runs: " if len(names) == len(runs) > 2 else ""
-        by = by or ("" if len(runs) == 1 else f"{', '.join(names)}: ")
+        of_all = f"all {len(runs)} runs" if len(names) == len(runs) > 2 else ", ".join(names)
+        by = "" if len(runs) == 1 else f"{of_all}: "
         items.append(f'<li class="alarm"><strong>{escaped(by)}</strong>{escaped(text)}</li>')
     quiet = [escaped(run.name) for run in runs if not run.alarms]
     parts = [f"<ul>{''.join(items)}</ul>" if items else "<p>No alarm was raised.</p>"]
@@ -198,7 +191,10 @@ def alarms_section(runs: Runs) -> str:
 
 def settings_section(runs: Runs) -> str:
     """Return tables of the settings that differ between the runs, and of all settings."""
-    records = {run.name: plain_settings(run.settings) for run in runs}
+    records = {
+        run.name: {k: plain_value(v) for k, v in run.settings.items() if k not in ("command", "name")}
+        for run in runs
+    }
     known = {name: record for name, record in records.items() if record}
     if not known:
         return ""
@@ -213,11 +209,6 @@ def settings_section(runs: Runs) -> str:
     if any(given.values()):
         parts.append(folded("Settings of the command line other than knobs", record_table(given)))
     return section("settings", "Settings", "\n".join(parts))
-
-
-def plain_settings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings for display, without the command and the run's name. See plain_value for functions."""
-    return {name: plain_value(value) for name, value in record.items() if name not in ("command", "name")}
 
 
 def plain_value(value: Any) -> Any:
@@ -379,12 +370,8 @@ def data_of_runs(data: Mapping[str, Any]) -> str:
         parts.append(html_table(["invalid rows that were left out", "rows", "the first one"], invalid))
     examples = [x for x in data.get("examples") or [] if isinstance(x, dict)]
     if examples:
-        has_loss = any(
-            weight
-            for x in examples
-            for part in x.get("parts") or []
-            for _, weight in part.get("pieces") or []
-        )
+        parts_of = [part for x in examples for part in x.get("parts") or []]
+        has_loss = any(weight for part in parts_of for _, weight in part.get("pieces") or [])
         parts.append(f'<p class="note">{EXAMPLES_NOTE}{LOSS_NOTE if has_loss else PROMPTS_NOTE}</p>')
     parts += [example_view(example) for example in examples]
     return "\n".join(parts)
@@ -432,9 +419,8 @@ def parameter_table_of(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     percent = 100 * trainable / max(1, total)
-    return f"<p>{trainable:,} of {total:,} parameters are trained ({percent:.2f} %).</p>" + html_table(
-        head, cells
-    )
+    trained = f"{trainable:,} of {total:,} parameters are trained ({percent:.2f} %)."
+    return f"<p>{trained}</p>{html_table(head, cells)}"
 
 
 def parameter_totals(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
@@ -445,10 +431,7 @@ def parameter_totals(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
 
 def parameter_count(row: Mapping[str, Any]) -> int:
     """Return the number of elements of a parameter."""
-    count = 1
-    for size in row.get("shape") or []:
-        count *= int(size)
-    return count
+    return math.prod(map(int, row.get("shape") or []))
 
 
 def environment_section(runs: Runs) -> str:
@@ -523,10 +506,8 @@ def reliability_section(runs: Sequence[RunFiles]) -> str:
             for n, b in enumerate(bins) if b
         ]  # fmt: skip
         table = html_table(["confidence", "decisions", "mean confidence", "right"], rows, numeric=True)
-        parts.append(
-            f"{title}<p>Calibration error (ECE): {', '.join(errors)} training.</p>{diagram(bins)}"
-            + folded("The bins", table)
-        )
+        text = f"<p>Calibration error (ECE): {', '.join(errors)} training.</p>"
+        parts.append(f"{title}{text}{diagram(bins)}{folded('The bins', table)}")
     note = (
         '<p class="note">Held-out decisions after the last step: a bar is the fraction of right choices in a '
         "range of confidences; for a calibrated model it ends at the diagonal. The darker a bar, the more "

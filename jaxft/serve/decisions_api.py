@@ -50,14 +50,6 @@ class Question:
     decision: Decision
 
 
-def model_name(body: Mapping[str, Any]) -> str | None:
-    """Return the field `model` of a request, None if it is missing. Raises ApiError if it is no string."""
-    model = body.get("model")
-    if not isinstance(model, str | None):
-        raise ApiError(400, f"model must be a string, got {json_type(model)}", "model")
-    return model
-
-
 def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Question, ...]:
     """Return the questions of a request of /v1/decisions. Raises ApiError.
 
@@ -70,10 +62,8 @@ def parse_decisions(body: Mapping[str, Any], known: DecisionPrompts) -> tuple[Qu
         shown = f"questions must be a list of 1 to {MOST_QUESTIONS} questions, got {items!r:.40}"
         raise ApiError(400, shown, "questions")
     text = _input(body.get("input"))
-    default = {
-        "choices": [{"value": x} for x in known.labels],
-        "instructions": known.question or LABEL_QUESTION,
-    }
+    choices = [{"value": label} for label in known.labels]
+    default = {"choices": choices, "instructions": known.question or LABEL_QUESTION}
     questions = []
     for number, item in enumerate(items):
         is_choice = isinstance(item, dict) and item.get("type") == "choice"
@@ -179,9 +169,8 @@ def parse_rerank(body: Mapping[str, Any], known: DecisionPrompts) -> RerankBody:
         raise ApiError(400, f"query must be a string with text, got {query!r:.40}", "query")
     texts = [x.get("text") if isinstance(x, dict) else x for x in items] if isinstance(items, list) else []
     if not 1 <= len(texts) <= MOST_DOCUMENTS or not all(isinstance(x, str) and x.strip() for x in texts):
-        raise ApiError(
-            400, f"documents must be a list of 1 to {MOST_DOCUMENTS} strings with text", "documents"
-        )
+        shown = f"documents must be a list of 1 to {MOST_DOCUMENTS} strings with text"
+        raise ApiError(400, shown, "documents")
     most, with_texts = body.get("top_n"), body.get("return_documents")
     most, with_texts = len(texts) if most is None else most, True if with_texts is None else with_texts
     if isinstance(most, bool) or not isinstance(most, int) or most < 1:
@@ -201,14 +190,8 @@ def ranked(model: str, body: RerankBody, scores: Sequence[float], tokens: int) -
     scores: the probability of each document that it is relevant. tokens: tokens of all prompts together.
     """
     order = sorted(range(len(scores)), key=lambda number: -scores[number])[: body.most]
-    results = [
-        {
-            "index": i,
-            **({"document": {"text": body.documents[i]}} if body.with_texts else {}),
-            "relevance_score": scores[i],
-        }
-        for i in order
-    ]
+    texts = {i: {"document": {"text": body.documents[i]}} if body.with_texts else {} for i in order}
+    results = [{"index": i, **texts[i], "relevance_score": scores[i]} for i in order]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"id": f"rerank-{secrets.token_hex(12)}", "model": model, "usage": usage, "results": results}
 
@@ -275,19 +258,15 @@ def answer(question: Question, p: Sequence[float], confidence: float) -> dict[st
     if question.type == "predicate":
         return {**common, "probability": p[0]}
     if question.type == "choice":
+        named = {"choice": choices[int(np.argmax(p))].value}
         listed = [{"value": c.value, "probability": x} for c, x in zip(choices, p, strict=True)]
-        return {
-            **common,
-            "choice": choices[int(np.argmax(p))].value,
-            "probabilities": listed,
-            "confidence": confidence,
-        }
-    levels = [
-        {"value": number, "label": choice.value, "probability": x}
-        for number, (choice, x) in enumerate(zip(choices, p, strict=True))
-    ]
-    score = sum(number * x for number, x in enumerate(p))
-    return {**common, "score": score, "probabilities": levels, "confidence": confidence}
+    else:
+        named = {"score": sum(number * x for number, x in enumerate(p))}
+        listed = [
+            {"value": number, "label": choice.value, "probability": x}
+            for number, (choice, x) in enumerate(zip(choices, p, strict=True))
+        ]
+    return {**common, **named, "probabilities": listed, "confidence": confidence}
 
 
 def response(model: str, answers: list[dict[str, Any]], prompt_tokens: int) -> dict[str, Any]:

@@ -127,7 +127,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
     try:
         parsed = json.loads(body.decode("utf-8"), parse_constant=no_constant)
-        _encodable(parsed)
+        json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:  # no tokenizer accepts half a surrogate pair
+        raise ApiError(400, "the body is not JSON in UTF-8: a string has an unpaired surrogate") from error
     except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
         detail = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ApiError(400, f"the body is not JSON in UTF-8: {detail}") from error
@@ -136,23 +138,14 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return parsed
 
 
-def _encodable(value: Any) -> None:
-    """Raise ValueError for a string with half a surrogate pair, which no tokenizer accepts."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError("a string has an unpaired surrogate") from error
-
-
 def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
     """Check a request of /v1/chat/completions. most_new: max_tokens if it has none. Raises ApiError."""
     _check_names(body, CHAT_FIELDS)
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        problem = {type(None): "is missing", list: "is empty"}.get(
-            type(messages), f"is {json_type(messages)}"
-        )
-        raise ApiError(400, f"messages {problem}; give a list with at least one message", "messages")
+        known = {type(None): "missing", list: "empty"}
+        problem = known.get(type(messages), json_type(messages))
+        raise ApiError(400, f"messages is {problem}; give a list with at least one message", "messages")
     tools = body.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
         raise ApiError(400, f"tools must be a list of objects with a function, got {tools!r:.60}", "tools")
@@ -168,7 +161,7 @@ def parse_chat(body: Mapping[str, Any], most_new: int) -> ChatBody:
         raise ApiError(400, "top_logprobs needs logprobs=true; add it, or omit top_logprobs", "top_logprobs")
     new = next((limit for limit in limits if limit is not None), most_new)
     return ChatBody(
-        _text(body, "model"), _choice(body, new, 1, top), _streaming(body), messages,
+        model_name(body), _choice(body, new, 1, top), _streaming(body), messages,
         None if body.get("tool_choice") == "none" or not tools else tools, arguments,
         _required_call(body, tools or []),
     )  # fmt: skip
@@ -181,7 +174,7 @@ def parse_completion(body: Mapping[str, Any], most_new: int) -> CompletionBody:
     new = _integer(body, "max_tokens", 1, 2**31 - 1)
     top = _integer(body, "logprobs", 0, MOST_TOP)
     choice = _choice(body, most_new if new is None else new, len(prompts), top)
-    return CompletionBody(_text(body, "model"), choice, _streaming(body), prompts)
+    return CompletionBody(model_name(body), choice, _streaming(body), prompts)
 
 
 def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCall | None:
@@ -203,11 +196,8 @@ def _required_call(body: Mapping[str, Any], tools: Sequence[Any]) -> RequiredCal
         )  # fmt: skip
     chosen = tuple(tool for tool in functions_of(tools) if tool["name"] == name)
     if not chosen:
-        raise ApiError(
-            400,
-            f"tool_choice names {name!r:.60}, which is none of the tools; name one of them",
-            "tool_choice",
-        )
+        unknown = f"tool_choice names {name!r:.60}, which is none of the tools; name one of them"
+        raise ApiError(400, unknown, "tool_choice")
     return RequiredCall(chosen[:1], True)
 
 
@@ -314,11 +304,12 @@ def _streaming(body: Mapping[str, Any]) -> Streaming:
     return Streaming(_boolean(body, "stream"), bool(usage))
 
 
-def _text(body: Mapping[str, Any], name: str) -> str | None:
-    value = body.get(name)
-    if value is not None and not isinstance(value, str):
-        raise ApiError(400, f"{name} must be a string, got {json_type(value)}", name)
-    return value
+def model_name(body: Mapping[str, Any]) -> str | None:
+    """Return the field `model` of a request, None if it is missing. Raises ApiError if it is no string."""
+    model = body.get("model")
+    if not isinstance(model, str | None):
+        raise ApiError(400, f"model must be a string, got {json_type(model)}", "model")
+    return model
 
 
 def _boolean(body: Mapping[str, Any], name: str) -> bool:
@@ -397,11 +388,8 @@ class Envelope:
 
 def usage_of(prompt: int, completion: int) -> dict[str, int]:
     """Return the field `usage` of a response. prompt, completion: numbers of tokens."""
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
+    total = prompt + completion
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": total}
 
 
 def chunk_choice(e: Envelope, piece: Piece, first: bool) -> dict[str, Any]:

@@ -27,12 +27,7 @@ from jaxft.engine.programs import Engine
 from jaxft.engine.scheduler import ServeSizes, compile_server
 from jaxft.models.adapted import adapted, adapted_by_row
 from jaxft.models.model import Model
-from jaxft.nn.adapters.lora_rows import (
-    BASE,
-    not_stackable,
-    stack_by_row,
-    stored_stack,
-)
+from jaxft.nn.adapters.lora_rows import BASE, not_stackable, stack_by_row, stored_stack
 from jaxft.nn.attention.cache import CacheFormat
 from jaxft.nn.tree import Params
 from jaxft.runs.loaded_weights import (
@@ -154,15 +149,11 @@ def _prompt(model: ServedModel, example: Chat | Completion, most: int | None) ->
             f"the prompt is longer than the {most} tokens of this server; shorten it, or start the server "
             "with a larger --max-prompt"
         )
-    return _checked(model, valid(ids))
+    return token_prompt(model, valid(ids))
 
 
 def token_prompt(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:
     """Return `ids` as a tuple. Raises ValueError if there are none, or if one is outside the vocabulary."""
-    return _checked(model, ids)
-
-
-def _checked(model: ServedModel, ids: Sequence[int]) -> tuple[int, ...]:
     if not ids:
         raise ValueError("the prompt is empty; give at least one token")
     if not 0 <= min(ids) <= max(ids) < model.vocab:
@@ -222,12 +213,10 @@ def load_served(
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         model, base = load_shared_base(named, mesh, flags.dtype, flags.quant)
-        params: Params = {"base": base}
-        whole, added, numbers = _with_adapters(model, params["base"], named, mesh)
+        whole, added, numbers = _with_adapters(model, base, named, mesh)
         models = _served_models(model, named, numbers, flags.tools)
         sizes = _sizes(model, flags, rows, max(len(m.stop) for m in models.values()))
-        sizes = replace(sizes, continues=continues)
-        params |= added
+        sizes, params = replace(sizes, continues=continues), {"base": base, **added}
         return Served(compile_server(whole, sizes, params, mesh, flags.kv_cache), sizes, params, models)
 
 
@@ -265,14 +254,14 @@ def _served_models(
             tokenizers[weights.tokenizer] = pretrained.load_tokenizer(weights.tokenizer)
         tokenizer = tokenizers[weights.tokenizer]
         data = weights.record["data"] if weights.record else {}
-        template = template_settings(prompt_settings(weights.record))
-        stop = stop_tokens(weights.ref, model, tokenizer)
-        served = ServedModel(name, tokenizer, stop, model.config.vocab, number, template)
-        plain = data.get("format") == PLAIN
         chat_template = template_of(tokenizer)
         of_tools = chat_template and (chat_template.tool_use or chat_template)
         native = template_tool_format(of_tools.source) if of_tools and tools is None else "none"
-        served_by_name[name] = replace(served, plain=plain, tools=tools or native, decision=weights.decision)
+        served_by_name[name] = ServedModel(
+            name, tokenizer, stop_tokens(weights.ref, model, tokenizer), model.config.vocab, number,
+            template_settings(prompt_settings(weights.record)), data.get("format") == PLAIN, tools or native,
+            weights.decision,
+        )  # fmt: skip
     return served_by_name
 
 

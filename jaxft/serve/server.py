@@ -28,7 +28,6 @@ from jaxft.engine.scheduler import STOPPING, NewTokens, QueueFull, Scheduler, St
 from jaxft.serve.constraint import Grammar, call_grammar, compile_grammar, either, json_grammar
 from jaxft.serve.decisions_api import (
     answer,
-    model_name,
     parse_decisions,
     parse_rerank,
     probabilities_of,
@@ -45,6 +44,7 @@ from jaxft.serve.openai_api import (
     chunk_choice,
     functions_of,
     joined,
+    model_name,
     parse_chat,
     parse_completion,
     parse_json,
@@ -190,9 +190,8 @@ def _refusal(path: str, headers: Mapping[bytes, str], limits: ServerLimits) -> A
     if limits.key and path.startswith("/v1/"):
         given = headers.get(b"authorization", "")
         if not hmac.compare_digest(given.encode(), f"Bearer {limits.key}".encode()):
-            return ApiError(
-                401, "wrong or missing API key; send Authorization: Bearer KEY", code="invalid_api_key"
-            )
+            problem = "wrong or missing API key; send Authorization: Bearer KEY"
+            return ApiError(401, problem, code="invalid_api_key")
     return None
 
 
@@ -315,10 +314,8 @@ def _text_prompts(service: Service, body: dict[str, Any]) -> ParsedRequest:
 
 def _grammar(model: ServedModel, body: ChatBody | CompletionBody) -> Grammar | None:
     """Return the grammar that the response must match, None for any text. Raises ApiError."""
-    schema, tools, required, text = body.choice.schema, None, None, ""
-    if isinstance(body, ChatBody):
-        tools, required = body.tools, body.required
-    field = "response_format"
+    tools, required = (body.tools, body.required) if isinstance(body, ChatBody) else (None, None)
+    schema, text, field = body.choice.schema, "", "response_format"
     try:
         if required is not None:
             field = "tool_choice"

@@ -106,10 +106,8 @@ def run_command(chat: Conversation, line: str) -> CommandResult:
     if name == "/help":
         return CommandResult(HELP)
     if name == "/models":
-        marks = ("*" if model in chat.active else " " for model in chat.models)
-        return CommandResult(
-            "\n".join(f"{mark} {model}" for mark, model in zip(marks, chat.models, strict=True))
-        )
+        lines = (f"{'*' if model in chat.active else ' '} {model}" for model in chat.models)
+        return CommandResult("\n".join(lines))
     if name == "/use":
         chat.active = chosen_models(chat, rest.replace(",", " ").split())
         return CommandResult(f"responding: {' and '.join(chat.active)}")
@@ -252,6 +250,7 @@ def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedMo
     return prompt
 
 
+@dataclass
 class TypedTurns:
     """A sampler of an environment's turns (TurnSession in rl/play.py) that asks a person for each turn.
 
@@ -259,16 +258,12 @@ class TypedTurns:
     turn. format: a turn "/call NAME {...}" becomes a tool call in this format; None leaves it as text.
     """
 
-    def __init__(
-        self,
-        read: Callable[[], str],
-        show: Callable[[str], None],
-        tokenizer: Any,
-        stop: int,
-        format: CallFormat | None,
-    ):
-        self.read, self.show, self.tokenizer, self.stop, self.format = read, show, tokenizer, stop, format
-        self.asked = dict[int, int]()  # episode that waits for a turn -> most tokens of that turn
+    read: Callable[[], str]
+    show: Callable[[str], None]
+    tokenizer: Any
+    stop: int
+    format: CallFormat | None
+    asked: dict[int, int] = field(default_factory=dict)  # episode that waits for a turn -> its most tokens
 
     def start(self, prompt: Sequence[int], episodes: Sequence[int], number: int, max_new: int) -> None:
         """Show a prompt, and expect a turn of at most `max_new` tokens for each of these episode numbers."""

@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxft.cli.convert.draft import GivenOption, short
-from jaxft.cli.convert.to_recipe import Conversion
+from jaxft.cli.convert.draft import Draft, GivenOption
 from jaxft.data.rows.shipped import ROOT
 from jaxft.runs.settings.config import Knob, recipe_knobs
 from jaxft.runs.settings.setting_values import describe, parse_value
@@ -30,7 +29,7 @@ class Edit(NamedTuple):
     text: str
 
 
-def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
+def write_recipe(path: Path, draft: Draft, lines: list[str]) -> None:
     """Write a recipe with a conversion's settings. lines: comments below its docstring. Raises ValueError if
     `path` exists or does not end in .py.
     """
@@ -39,19 +38,20 @@ def write_recipe(path: Path, conversion: Conversion, lines: list[str]) -> None:
         raise ValueError(f"--out {path}: a recipe is a Python file; write --out {better}")
     if path.exists():
         raise ValueError(f"--out {path}: the file exists; remove it, or write another name")
-    path.write_text(recipe_text(conversion, lines), encoding="utf-8")
+    path.write_text(recipe_text(draft, lines), encoding="utf-8")
 
 
-def recipe_text(conversion: Conversion, lines: list[str]) -> str:
+def recipe_text(draft: Draft, lines: list[str]) -> str:
     """Return the source of a recipe with a conversion's settings. lines: comments below its docstring."""
-    source = _without_remarks((ROOT / "configs" / f"{conversion.recipe}.py").read_bytes())
+    head, returned, tail = (ROOT / "configs" / f"{draft.recipe}.py").read_bytes().rpartition(b"\n    return ")
+    source = head + returned + re.sub(rb"  # .*", b"", tail)  # without remarks about the recipe's own rows
     tree = ast.parse(source)
-    knobs = recipe_knobs(conversion.recipe)
-    given = dict(setting.partition("=")[::2] for setting in conversion.settings)
-    values = {name: _Code.of(knobs[name], text) for name, text in given.items() if name in knobs}
-    fields = [f"{name}={text}" for name, text in given.items() if name not in knobs]
+    knobs = recipe_knobs(draft.recipe)
+    given = [(setting, *setting.partition("=")[::2]) for setting in draft.settings]
+    values = {name: _Code.of(parse_value(text, knobs[name].kind)) for _, name, text in given if name in knobs}
+    fields = [setting for setting, name, _ in given if name not in knobs]
     config = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "config")
-    edits = [_docstring(source, tree, conversion, lines), *_defaults(source, config, knobs, values)]
+    edits = [_docstring(source, tree, draft, lines), *_defaults(source, config, knobs, values)]
     imports = sorted({line for code in values.values() for line in code.imports})
     if fields:
         edits.append(_returned(source, config, fields))
@@ -65,12 +65,6 @@ def recipe_text(conversion: Conversion, lines: list[str]) -> str:
     return source.decode()
 
 
-def _without_remarks(source: bytes) -> bytes:
-    """Return a recipe's source without the comments of its last statement, which are about its own rows."""
-    head, returned, tail = source.rpartition(b"\n    return ")
-    return head + returned + re.sub(rb"  # .*", b"", tail)
-
-
 class _Code(NamedTuple):
     """A value as Python source, and the imports that it needs."""
 
@@ -78,49 +72,34 @@ class _Code(NamedTuple):
     imports: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, knob: Knob, text: str) -> "_Code":
-        """Return the source of a knob's value. text: the value as on a command line."""
-        parsed = parse_value(text, knob.kind)
-        if callable(parsed):
-            return cls._function(parsed)
-        if isinstance(parsed, tuple) and parsed and all(map(callable, parsed)):
-            parts = [cls._function(item) for item in parsed]
+    def of(cls, value: Any) -> "_Code":
+        """Return the source of a value, with double quotes."""
+        if callable(value):
+            module, _, name = str(describe(value)["callable"]).rpartition(":")
+            return cls(name, (f"from {module} import {name}",))
+        if isinstance(value, tuple):
+            parts = [cls.of(item) for item in value]
             imports = tuple(line for part in parts for line in part.imports)
             return cls(f"({''.join(f'{part.text}, ' for part in parts).rstrip()})", imports)
-        return cls(_literal(parsed))
-
-    @classmethod
-    def _function(cls, function: Any) -> "_Code":
-        module, _, name = str(describe(function)["callable"]).rpartition(":")
-        return cls(name, (f"from {module} import {name}",))
+        return cls(json.dumps(value) if isinstance(value, str) else repr(value))
 
 
-def _literal(value: Any) -> str:
-    """Return a value as Python source, with double quotes."""
-    if isinstance(value, str):
-        return json.dumps(value)
-    if isinstance(value, tuple):
-        return f"({''.join(f'{_literal(item)}, ' for item in value).rstrip()})"
-    return repr(value)
-
-
-def _docstring(source: bytes, tree: ast.Module, conversion: Conversion, lines: list[str]) -> Edit:
+def _docstring(source: bytes, tree: ast.Module, draft: Draft, lines: list[str]) -> Edit:
     """Return the edit that replaces a recipe's docstring by one about the conversion.
 
     source, tree: the shipped recipe as text and parsed. lines: comments below the docstring.
     """
-    name = re.sub(r"[^\w .-]", "_", conversion.source.file.name)
+    name = re.sub(r"[^\w .-]", "_", draft.source.file.name)
     comments = [
         part
         for line in map(printable_line, lines)
         for part in textwrap.wrap(line, 108, initial_indent="# ", subsequent_indent="#     ")
     ]
     text = (
-        f'"""The settings of {name}, a configuration of {conversion.source.tool}, by jaxft convert.\n\n'
+        f'"""The settings of {name}, a configuration of {draft.source.tool}, by jaxft convert.\n\n'
         f'Hardware: {UNKNOWN_HARDWARE}.\n"""\n\n' + "\n".join(comments)
     )
-    first = tree.body[0]
-    return Edit(0, _offset(source, first.end_lineno or 1, first.end_col_offset or 0), text)
+    return _replacement(source, tree.body[0], text)
 
 
 def _defaults(
@@ -163,26 +142,18 @@ def _returned(source: bytes, config: ast.FunctionDef, fields: list[str]) -> Edit
     fields: `name=value`, such as loop.steps=20.
     """
     returned = next(n for n in ast.walk(config) if isinstance(n, ast.Return))
-    assert returned.value is not None
-    written = "".join(f"        {_literal(field)},\n" for field in fields)
+    written = "".join(f"        {json.dumps(field)},\n" for field in fields)
     text = f"run = {_text(source, returned.value)}\n    return with_fields(\n        run,\n{written}    )"
     return _replacement(source, returned, text)
 
 
 def _replacement(source: bytes, node: Any, text: str) -> Edit:
-    start, end = _span(source, node)
-    return Edit(start, end, text)
+    start = _offset(source, node.lineno, node.col_offset)
+    return Edit(start, _offset(source, node.end_lineno, node.end_col_offset), text)
 
 
 def _text(source: bytes, node: Any) -> str:
-    start, end = _span(source, node)
-    return source[start:end].decode()
-
-
-def _span(source: bytes, node: Any) -> tuple[int, int]:
-    return _offset(source, node.lineno, node.col_offset), _offset(
-        source, node.end_lineno, node.end_col_offset
-    )
+    return ast.get_source_segment(source.decode(), node) or ""
 
 
 def _offset(source: bytes, line: int, column: int) -> int:
@@ -197,10 +168,10 @@ METHOD = {"sft": "SFT", "sft_full": "SFT", "dpo": "DPO", "kto": "KTO", "orpo": "
           "process_reward": "a process reward model"}  # fmt: skip
 
 
-def command(conversion: Conversion) -> str:
+def command(draft: Draft) -> str:
     """Return `jaxft train RECIPE NAME=VALUE ...`, quoted for the shell, in lines that end in a backslash."""
-    lines, line = [], f"jaxft train {conversion.recipe}"
-    for setting in map(shlex.quote, conversion.settings):
+    lines, line = [], f"jaxft train {draft.recipe}"
+    for setting in map(shlex.quote, draft.settings):
         if len(line) + len(setting) + 3 > LINE:
             lines.append(line)
             line = "   "
@@ -208,29 +179,29 @@ def command(conversion: Conversion) -> str:
     return " \\\n".join([*lines, line])
 
 
-def conversion_lines(conversion: Conversion) -> list[str]:
+def conversion_lines(draft: Draft) -> list[str]:
     """Return the lines of a report: the tool, counts of options by outcome, the options that are converted
     with a difference or not at all, and notes.
     """
-    c, lines = conversion, list[str]()
+    tool = draft.source.tool
     counts = [
-        (len(c.same), "converted"),
-        (len({option.name for option, _ in c.otherwise}), "converted with a difference"),
-        (len({option.name for option, _ in c.lost}), "not converted"),
-        (len(c.unneeded), "needing no setting"),
-        (len(c.empty), "empty"),
+        (len(draft.same), "converted"),
+        (len({option.name for option, _ in draft.otherwise}), "converted with a difference"),
+        (len({option.name for option, _ in draft.lost}), "not converted"),
+        (len(draft.unneeded), "needing no setting"),
+        (len(draft.empty), "empty"),
     ]
     listed = ", ".join(f"{count} {how}" for count, how in counts if count)
-    lines.append(f"{c.source.file}: {METHOD[c.recipe]} of {c.source.tool}; options: {listed}")
-    lines += _section("converted with a difference", c.otherwise)
-    lines += _section("not converted", c.lost)
-    if c.unneeded:
-        lines.append(f"need no setting: {', '.join(option.name for option in c.unneeded)}")
-    if c.empty:
-        lines.append(f"empty, so the tool's default: {', '.join(option.name for option in c.empty)}")
-    if c.defaults:
-        lines.append(f"set because {c.source.tool}'s defaults differ: {' '.join(c.defaults)}")
-    lines += [f"note: {note}" for note in c.notes]
+    lines = [f"{draft.source.file}: {METHOD[draft.recipe]} of {tool}; options: {listed}"]
+    lines += _section("converted with a difference", draft.otherwise)
+    lines += _section("not converted", draft.lost)
+    if draft.unneeded:
+        lines.append(f"need no setting: {', '.join(option.name for option in draft.unneeded)}")
+    if draft.empty:
+        lines.append(f"empty, so the tool's default: {', '.join(option.name for option in draft.empty)}")
+    if draft.defaults:
+        lines.append(f"set because {tool}'s defaults differ: {' '.join(draft.defaults)}")
+    lines += [f"note: {note}" for note in draft.notes]
     return [" " * (len(line) - len(line.lstrip())) + printable_line(line) for line in lines]
 
 
@@ -243,5 +214,5 @@ def _section(title: str, pairs: Iterable[tuple[GivenOption, str]]) -> list[str]:
     for remark, options in by_remark.items():
         where = [str(option.line) for option in options if option.line is not None]
         at = f"line {', '.join(dict.fromkeys(where))} " if where else ""
-        lines.append(f"  {at}{'; '.join(map(short, options))} -> {remark}")
+        lines.append(f"  {at}{'; '.join(map(str, options))} -> {remark}")
     return [f"{title}:", *lines] if lines else []

@@ -48,11 +48,10 @@ class GivenOption(NamedTuple):
     @property
     def empty(self) -> bool:
         """Whether the file has the name without a value, so that the tool's default applies."""
-        return self.value is None or self.value == "" or self.value == {} or self.value == []
+        return self.value in (None, "", {}, [])
 
     def __str__(self) -> str:
-        text = f"{self.name}: {short_value(self.value)}"
-        return text if self.line is None else f"line {self.line}  {text}"
+        return f"{self.name}: {short_value(self.value)}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class ForeignConfig:
     trainer: str = ""
     lora: bool | None = None
     devices: int | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def short_value(value: Any) -> str:
@@ -124,6 +123,7 @@ def check_count(file: Path, options: tuple[GivenOption, ...]) -> None:
         raise ValueError(f"{file}: more than {MOST_OPTIONS} options; name a configuration file")
 
 
+FIRST = ("model", "data", "held_out", "start", "name")  # settings at the beginning of a command line
 LARGEST_NUMBER = 2**53  # above, a float does not show every integer
 LOOKUP = {  # tool -> tools whose rows in OPTIONS are searched, in this order; after them, rows of any tool
     TRL: (TRL, PEFT),
@@ -135,18 +135,19 @@ LOOKUP = {  # tool -> tools whose rows in OPTIONS are searched, in this order; a
 
 @dataclass
 class Draft:
-    """A conversion in progress.
+    """A recipe, its settings, and the outcome of each option of a file; complete when to_recipe.convert
+    returns it.
 
     source: the options of the file. devices: number of devices that the tool used. method: the training
     method as the tool calls it. recipe: the recipe of jaxft. full: whether all weights are trained, not an
     adapter. all: the options of the file that have a value. options: those not converted yet, by name.
-    settings: knob or dotted field -> its value as text.
+    values: knob or dotted field -> its value as text.
 
     Each option ends in one of four lists. same: its settings have the same meaning. otherwise: (option, its
     settings and how they differ). lost: (option, why no setting expresses it). unneeded: jaxft has nothing to
     set.
 
-    defaults: the part of `settings` that stands for defaults of the tool. notes: lines for the report.
+    defaults: the `setting=value` that stand for defaults of the tool. notes: lines for the report.
     """
 
     source: ForeignConfig
@@ -156,17 +157,33 @@ class Draft:
     full: bool
     all: tuple[GivenOption, ...]
     options: dict[str, GivenOption]
-    settings: dict[str, str] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)
     same: list[GivenOption] = field(default_factory=list)
     otherwise: list[tuple[GivenOption, str]] = field(default_factory=list)
     lost: list[tuple[GivenOption, str]] = field(default_factory=list)
     unneeded: list[GivenOption] = field(default_factory=list)
-    defaults: dict[str, str] = field(default_factory=dict)
+    defaults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """`name=value` in the order of a command line: model and rows, then knobs, then dotted fields."""
+        first = [name for name in FIRST if name in self.values]
+        rest = sorted((name for name in self.values if name not in FIRST), key=lambda name: "." in name)
+        return tuple(f"{name}={self.values[name]}" for name in (*first, *rest))
+
+    @property
+    def empty(self) -> list[GivenOption]:
+        """The options without a value in the file."""
+        return [option for option in self.source.options if option.empty]
 
     def take(self, *names: str) -> GivenOption | None:
         """Remove and return the first option of these names that is not converted yet, None without one."""
         return next((self.options.pop(name) for name in names if name in self.options), None)
+
+    def take_all(self, *names: str) -> list[GivenOption]:
+        """Remove and return the options of these names that are not converted yet."""
+        return [self.options.pop(name) for name in names if name in self.options]
 
     def peek(self, *names: str) -> Any:
         """Return the value of the option that `take` would return, and remove nothing; None without one."""
@@ -186,7 +203,7 @@ class Draft:
     def put(self, override: str) -> None:
         """Record a setting, in place of an earlier value. override: `setting=value`."""
         name, _, text = override.partition("=")
-        self.settings[name] = text
+        self.values[name] = text
 
     def express(self, option: GivenOption | None, overrides: Iterable[str], note: str = "") -> None:
         """Record settings as the conversion of `option`; None: record only the settings. overrides:
@@ -203,6 +220,14 @@ class Draft:
         else:
             self.same.append(option)
 
+    def carry(self, setting: str, *names: str, note: str = "") -> None:
+        """Record the value of the first option of these names, if there is one, as the value of `setting`.
+        note: see `express`.
+        """
+        option = self.take(*names)
+        if option is not None:
+            self.express(option, [f"{setting}={as_text(option.value)}"], note)
+
     def lose(self, option: GivenOption | None, why: str) -> None:
         """Record that no setting expresses `option`, and why. None has no effect."""
         if option is not None:
@@ -210,12 +235,12 @@ class Draft:
 
     def drop(self, *names: str) -> None:
         """Move the options of these names from `options` to `unneeded`; missing ones have no effect."""
-        self.unneeded += [self.options.pop(name) for name in names if name in self.options]
+        self.unneeded += self.take_all(*names)
 
     def default(self, override: str) -> None:
         """Record a setting that stands for a default of the tool. override: `setting=value`."""
-        name, _, text = override.partition("=")
-        self.settings[name] = self.defaults[name] = text
+        self.put(override)
+        self.defaults.append(override)
 
     def missing(self) -> list[GivenOption]:
         """Return the options of the file that are in none of the four lists."""
@@ -251,14 +276,14 @@ def by_table(draft: Draft, option: GivenOption) -> None:
         known = [each.name for each in OPTIONS if {*tools} & {*each.tools}]
         near = difflib.get_close_matches(normalised(option.name.rpartition(".")[2]), known, 1, 0.8)
         meant = f"; did you mean {near[0]}?" if near else ""
-        why = f"not an option of {draft.source.tool} that jaxft knows; nothing is set for it{meant}"
-        draft.lose(option, why)
+        unknown = f"not an option of {draft.source.tool} that jaxft knows; nothing is set for it{meant}"
+        draft.lose(option, unknown)
         return
     row = rows[0]
+    if row.kind == "unneeded":
+        draft.unneeded.append(option)
+        return
     try:
-        if row.kind == "unneeded":
-            draft.unneeded.append(option)
-            return
         overrides = row.overrides(option.value)
     except ValueError as error:
         draft.lose(option, str(error))
@@ -298,8 +323,3 @@ def run_name(text: str) -> str:
     """
     last = text.rstrip("/").rpartition("/")[2]
     return re.sub(r"[^\w.-]+", "-", last).strip("-.") or "converted"
-
-
-def short(option: GivenOption) -> str:
-    """Return an option as `name: value` in one line, without its line number."""
-    return f"{option.name}: {short_value(option.value)}"

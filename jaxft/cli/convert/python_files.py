@@ -102,12 +102,15 @@ def read_python(file: Path, text: str) -> ForeignConfig:
         further = [option for option in of_code if option.name not in taken]
         trainer = next((trainer for trainer in trainers if trainer), source.trainer)
         return replace(source, options=(*source.options, *further), trainer=trainer)
-    imported = {name.split(".")[0] for name in _imports(tree)}
-    tool = UNSLOTH if "unsloth" in imported else TRL
-    lora = bool(calls & {"LoraConfig", "get_peft_model"}) or None
     check_count(file, tuple(options))
     trainer = next((trainer for trainer in trainers if trainer), trainer_of(file.name))
-    return ForeignConfig(file, tool, tuple(options), trainer, lora or False)
+    return ForeignConfig(
+        file,
+        UNSLOTH if _imports_unsloth(tree) else TRL,
+        tuple(options),
+        trainer,
+        lora=bool(calls & {"LoraConfig", "get_peft_model"}),
+    )
 
 
 def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
@@ -138,7 +141,8 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str]]:
     for node in sorted(
         (n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset)
     ):
-        name, owner = call_name(node.func), _owner(node.func)
+        name = call_name(node.func)
+        owner = call_name(node.func.value) if isinstance(node.func, ast.Attribute) else ""
         if name in CONFIGS:
             trainers.append(CONFIGS[name])
             if CONFIGS[name] or name.endswith("TrainingArguments"):
@@ -150,11 +154,7 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str]]:
             options += [option for option in _keywords(node, names) if option.name not in known]
             options += _model(node, names)
         elif name == "get_chat_template":  # Unsloth's
-            options += (
-                GivenOption("chat_template", _value(k.value, names), node.lineno)
-                for k in node.keywords
-                if k.arg == "chat_template"
-            )
+            options += [option for option in _keywords(node, names) if option.name == "chat_template"]
         elif name == "from_pretrained" and owner.startswith(("AutoModelFor", "Fast")):
             options += _model(node, names)
             options += [option for option in _keywords(node, names) if option.name != "model_name"]
@@ -170,12 +170,11 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str]]:
 
 def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:
     for keyword in node.keywords:
-        line = keyword.value.lineno
         if keyword.arg is None:
-            yield GivenOption("**" + ast.unparse(keyword.value), Expression(ast.unparse(keyword.value)), line)
+            text = ast.unparse(keyword.value)
+            yield GivenOption(f"**{text}", Expression(text), keyword.value.lineno)
         else:
-            value = _value(keyword.value, names)
-            yield GivenOption(keyword.arg, value, line)
+            yield GivenOption(keyword.arg, _value(keyword.value, names), keyword.value.lineno)
 
 
 def _positional(node: ast.Call, names: dict[str, Any], first: str) -> Iterator[GivenOption]:
@@ -276,14 +275,8 @@ def _value(node: ast.expr, names: dict[str, Any]) -> Any:
     return unknown
 
 
-def _imports(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module or ""
-
-
-def _owner(node: ast.expr) -> str:
-    """Return the name before the dot, such as FastModel in FastModel.from_pretrained, "" without a dot."""
-    return call_name(node.value) if isinstance(node, ast.Attribute) else ""
+def _imports_unsloth(tree: ast.Module) -> bool:
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    modules = {alias.name for node in imports for alias in node.names if isinstance(node, ast.Import)}
+    modules |= {node.module or "" for node in imports if isinstance(node, ast.ImportFrom)}
+    return any(module.split(".")[0] == "unsloth" for module in modules)

@@ -47,38 +47,33 @@ def rows(draft: Draft) -> None:
         _factory(draft)
     else:
         _trl(draft)
-    if draft.settings.get("data") is None:
+    if draft.values.get("data") is None:
         draft.notes.append("the file names no rows that jaxft can find: add data=rows.jsonl")
 
 
 def templates(draft: Draft) -> None:
     """Set chat_template= if the file names a template; remark on prompts that differ from the tool's."""
-    option = draft.take("chat_template", "template")
+    if str(draft.peek("chat_template_jinja")).endswith((".jinja", ".jinja2")):
+        draft.carry("chat_template", "chat_template_jinja")
     jinja = draft.take("chat_template_jinja")
-    if jinja is not None:
-        if str(jinja.value).endswith((".jinja", ".jinja2")):
-            draft.express(jinja, [f"chat_template={jinja.value}"])
-        else:
-            draft.lose(jinja, "write the template to a file: chat_template=mine.jinja")
+    draft.lose(jinja, "write the template to a file: chat_template=mine.jinja")
+    option = draft.take("chat_template", "template")
     if option is None:
         return
-    name = as_text(option.value).lower()
-    of_model = name in ("tokenizer_default", "jinja", "default")
+    (row,) = table_rows(draft.source.tool, option.name, draft.recipe)
+    try:
+        named = row.overrides(option.value)
+    except ValueError:
+        named = ()
     if draft.source.tool == FACTORY:
-        (row,) = table_rows(draft.source.tool, option.name, draft.recipe)
-        try:
-            (named,) = row.overrides(option.value)
-        except ValueError:
-            named = "chat_template=chatml"
-        draft.express(option, [], f"the model's own chat template; for a base model add {named}")
-    elif of_model:
+        example = next(iter(named), "chat_template=chatml")
+        draft.express(option, [], f"the model's own chat template; for a base model add {example}")
+    elif as_text(option.value).lower() in ("tokenizer_default", "jinja", "default"):
         draft.express(option, [])
+    elif named:
+        draft.express(option, named)
     else:
-        (row,) = table_rows(draft.source.tool, option.name, draft.recipe)
-        try:
-            draft.express(option, row.overrides(option.value))
-        except ValueError:
-            draft.lose(option, "the model's own chat template is used; or write chat_template=mine.jinja")
+        draft.lose(option, "the model's own chat template is used; or write chat_template=mine.jinja")
 
 
 def _axolotl(draft: Draft) -> None:
@@ -207,9 +202,8 @@ def _trl(draft: Draft) -> None:
         item |= {} if config is None else {"name": config.value}
         named = {**item, "split": as_text(split.value)} if split is not None else item
         draft.express(option, [f"data={_reference(named)}"])
-        for further in (config, split):
-            if further is not None:
-                draft.same.append(further)
+        draft.express(config, [])
+        draft.express(split, [])
         held = "" if test is None else _reference({**item, "split": as_text(test.value)})
         if evaluated and test is not None and held == _reference(named):
             draft.lose(test, "the training rows; held_out=0.1 holds out rows that are not trained on")
@@ -225,10 +219,9 @@ def _trl(draft: Draft) -> None:
                 draft.default(f"held_out={default}")
     _rows_of_code(draft)
     text = draft.take("dataset_text_field")
-    if text is not None and as_text(text.value) != "text":
-        draft.express(text, [f"data.columns=text={as_text(text.value)}"])
-    elif text is not None:
-        draft.same.append(text)
+    if text is not None:
+        column = as_text(text.value)
+        draft.express(text, [f"data.columns=text={column}"] if column != "text" else [])
     names = {"assistant_only_loss", "completion_only_loss", "train_on_responses_only"}
     chosen = names & {option.name for option in draft.all}
     if draft.recipe in ("sft", "sft_full") and not chosen and text is None:
@@ -248,7 +241,7 @@ def _rows_of_code(draft: Draft) -> None:
         draft.express(held, [f"held_out={held_out}"])
         if "max_samples" in draft.options:  # data.max_samples= would also limit the held-out rows
             first = draft.options.pop("max_samples")
-            rows = [f"{file}:max_samples={first.value}" for file in draft.settings["data"].split(",")]
+            rows = [f"{file}:max_samples={first.value}" for file in draft.values["data"].split(",")]
             draft.express(first, [f"data={','.join(rows)}"])
     elif held is not None and isinstance(held.value, float):
         draft.express(held, [f"held_out={held.value:g}"], "random rows of the split, not a slice of it")
@@ -352,9 +345,7 @@ def length_of_run(draft: Draft) -> None:
     steps = draft.number("max_steps")
     if steps is not None and steps > 0:
         draft.express(draft.take("max_steps"), [f"loop.steps={int(steps)}"])
-        epochs = draft.take("num_train_epochs", "num_epochs")
-        if epochs is not None:
-            draft.unneeded.append(epochs)
+        draft.drop("num_train_epochs", "num_epochs")
 
 
 def schedule(draft: Draft) -> None:
@@ -367,7 +358,7 @@ def schedule(draft: Draft) -> None:
     if kind is not None:
         _kind(draft, kind)
     used: list[str] = []
-    if "num_cycles" in kwargs and draft.settings.get("optim.schedule") == "cosine_with_restarts":
+    if "num_cycles" in kwargs and draft.values.get("optim.schedule") == "cosine_with_restarts":
         used.append(f"optim.schedule_kwargs=cycles:{as_text(kwargs['num_cycles'])}")
     if "min_lr_rate" in kwargs:
         used.append(f"optim.end={as_text(kwargs['min_lr_rate'])}")
@@ -378,9 +369,7 @@ def schedule(draft: Draft) -> None:
         draft.express(further, used)
     else:
         draft.lose(further, "only num_cycles, min_lr_rate and min_lr have settings")
-    smallest = draft.take("cosine_min_lr_ratio")
-    if smallest is not None:
-        draft.express(smallest, [f"optim.end={as_text(smallest.value)}"])
+    draft.carry("optim.end", "cosine_min_lr_ratio")
     ratio, steps = draft.number("warmup_ratio"), draft.number("warmup_steps")
     if steps and ratio is not None:  # the number of steps counts
         draft.drop("warmup_ratio")
@@ -405,10 +394,8 @@ def _kind(draft: Draft, kind: GivenOption) -> None:
         "cosine_with_min_lr": "cosine",
     }  # fmt: skip
     if text not in schedules:
-        why = (
-            "optim.schedule= has cosine, linear, constant, cosine_with_restarts, wsd, or file.py:name"
-        )
-        draft.lose(kind, why)
+        known = "cosine, linear, constant, cosine_with_restarts, wsd, or file.py:name"
+        draft.lose(kind, f"optim.schedule= has {known}")
         return
     end = [] if schedules[text] == "constant" else ["optim.end=0"]
     warmup = ["optim.warmup=0"] if text == "constant" else []
@@ -424,7 +411,7 @@ def rows_of_a_step(draft: Draft) -> None:
         return
     per_device, accumulation = _rows_per_device(draft)
     total = per_device * accumulation * draft.devices
-    options = [option for name in BATCH_OPTIONS if (option := draft.take(name)) is not None]
+    options = draft.take_all(*BATCH_OPTIONS)
     text = f"{per_device} per device x accumulation {accumulation} x {_devices(draft.devices)}"
     overrides = [f"batch={total}", *([f"micro={accumulation}"] if accumulation > 1 else [])]
     for option in options:
@@ -457,7 +444,7 @@ def importance_weights(draft: Draft) -> None:
         draft.drop(f"{prefix}mode", *bounds)
         return
     least, most = draft.number(bounds[0]), draft.number(*bounds[1:])
-    given = [option for name in bounds if (option := draft.take(name)) is not None]
+    given = draft.take_all(*bounds)
     override = f"correction_bounds={least or 0:g},{3 if most is None else most:g}"
     for option in given:
         draft.express(option, [override])
@@ -490,15 +477,12 @@ def rollouts(draft: Draft) -> None:
         f"batch counts prompts: {completions} completions of a rollout over {_devices(draft.devices)} / "
         f"{group} of each prompt"
     )
-    names = (*BATCH_OPTIONS, "steps_per_generation", "generation_batch_size")
-    given = [option for name in names if (option := draft.take(name)) is not None]
+    given = draft.take_all(*BATCH_OPTIONS, "steps_per_generation", "generation_batch_size")
     for option in given:
         draft.express(option, overrides, note)
     for override in [] if given else overrides:
         draft.default(override)
-    length = draft.take("sequence_len", "max_length", "cutoff_len")
-    if length is not None:
-        draft.express(length, [f"max_prompt={as_text(length.value)}"], "max_new limits completions")
+    draft.carry("max_prompt", "sequence_len", "max_length", "cutoff_len", note="max_new limits completions")
     importance_weights(draft)
     if draft.method == "gdpo" or draft.peek("multi_objective_aggregation") == "normalize_then_sum":
         draft.drop("scale_rewards")  # without effect there, as in TRL
@@ -510,8 +494,8 @@ def rollouts(draft: Draft) -> None:
         draft.express(level, ["loss=gspo"])
         if kind in (None, "grpo"):
             draft.put("token_weights=sequence_mean")
-    elif level is not None:
-        draft.same.append(level)
+    else:
+        draft.express(level, [])
     rewards = draft.take("reward_funcs")
     draft.lose(
         rewards,

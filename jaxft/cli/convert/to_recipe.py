@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from jaxft.cli.convert.draft import (
@@ -59,36 +58,18 @@ LORA_SETTINGS = (
     "use_rslora", "use_dora", "bias", "init_lora_weights", "rank_pattern", "alpha_pattern",
     "peft_use_dora", "peft_use_rslora", "peft_init_lora_weights", "lora_task_type",
 )  # fmt: skip
+LOSS_VARIANTS = (
+    "label_smoothing", "dpo_label_smoothing", "pref_ftx", "rpo_alpha", "ld_alpha", "pref_bco_weight",
+)  # fmt: skip
 ADAPTER_ONLY = (
     *LORA_SETTINGS, "load_in_4bit",
     "load_in_8bit", "load_in_fp8", "quantization_bit", "quantization_method", "quantization_type",
     "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization",
     "loraplus_lr_ratio",
 )  # fmt: skip
+# Options that choose the training method, of Axolotl and LLaMA-Factory
+METHOD_OPTIONS = ("stage", "rl", "reward_model", "process_reward_model", "do_train", "num_labels")
 EPOCHS = {TRL: 3, FACTORY: 3, UNSLOTH: 3, AXOLOTL: 1}  # tool -> default number
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """A recipe, its settings, and the outcome of each option of the file.
-
-    settings: `name=value`, in the order of a command line. same: options whose settings have the same
-    meaning. otherwise: (option, its settings and how they differ). lost: (option, why no setting expresses
-    it). unneeded: options for which jaxft has nothing to set. empty: options without a value in the file.
-    defaults: the settings that stand for defaults of the tool, since the file does not set them. notes: lines
-    for the report.
-    """
-
-    source: ForeignConfig
-    recipe: str
-    settings: tuple[str, ...]
-    same: tuple[GivenOption, ...]
-    otherwise: tuple[tuple[GivenOption, str], ...]
-    lost: tuple[tuple[GivenOption, str], ...]
-    unneeded: tuple[GivenOption, ...]
-    empty: tuple[GivenOption, ...]
-    defaults: tuple[str, ...]
-    notes: tuple[str, ...]
 
 
 def read(file: Path) -> ForeignConfig:
@@ -110,13 +91,12 @@ def read(file: Path) -> ForeignConfig:
     )
 
 
-def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
+def convert(source: ForeignConfig, devices: int | None = None) -> Draft:
     """Return the recipe and settings that train as a configuration of another tool does.
 
     devices: number of devices that the tool used, which multiplies the rows of a step; None: as in the file,
     or 1. Raises ValueError for a training method without a recipe.
     """
-    empty = tuple(option for option in source.options if option.empty)
     given = [each for option in source.options if not option.empty for each in option_parts(option)]
     options = {option.name: option for option in given}
     method = _method(source, options)
@@ -143,28 +123,20 @@ def convert(source: ForeignConfig, devices: int | None = None) -> Conversion:
         draft.lose(option, "not converted")
     unknown = {meant_setting(draft, option) for option in given if isinstance(option.value, Expression)}
     for name, text in _defaults(draft).items():
-        if name not in draft.settings and name not in unknown:
+        if name not in draft.values and name not in unknown:
             draft.default(f"{name}={text}")
     _keep_known(draft)
-    if "model" not in draft.settings and "start" not in draft.settings:
+    if "model" not in draft.values and "start" not in draft.values:
         draft.notes.append("the file names no model that jaxft can find: add model=org/name")
-    if draft.settings.get("dtype") == "bfloat16":
-        del draft.settings["dtype"]  # the default
-    if draft.settings.get("data.packing") == "false":
+    if draft.values.get("dtype") == "bfloat16":
+        del draft.values["dtype"]  # the default
+    if draft.values.get("data.packing") == "false":
         draft.notes.append("data.packing=false pads every row; data.packing=true is faster, and batch then "
                            "counts packed rows of max_length tokens")  # fmt: skip
-    return Conversion(
-        source,
-        draft.recipe,
-        tuple(f"{name}={text}" for name, text in _ordered(draft.settings)),
-        tuple(draft.same),
-        tuple(sorted(draft.otherwise, key=lambda pair: pair[0].line or 0)),
-        tuple(sorted(draft.lost, key=lambda pair: pair[0].line or 0)),
-        tuple(draft.unneeded),
-        empty,
-        tuple(f"{name}={text}" for name, text in draft.defaults.items()),
-        (*source.notes, *draft.notes),
-    )
+    draft.otherwise.sort(key=lambda pair: pair[0].line or 0)
+    draft.lost.sort(key=lambda pair: pair[0].line or 0)
+    draft.notes[:0] = source.notes
+    return draft
 
 
 def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
@@ -195,19 +167,8 @@ def _method(source: ForeignConfig, options: dict[str, GivenOption]) -> str:
 def _choose_training(draft: Draft) -> None:
     """Decide between an adapter and full fine-tuning; set draft.full, draft.recipe and their settings."""
     source = draft.source
-    for name in (
-        "stage",
-        "rl",
-        "reward_model",
-        "process_reward_model",
-        "pref_loss",
-        "do_train",
-        "num_labels",
-    ):
-        if source.tool in (AXOLOTL, FACTORY) and name in draft.options and (
-            name != "pref_loss" or draft.recipe != "dpo"
-        ):  # fmt: skip
-            draft.same.append(draft.options.pop(name))
+    if source.tool in (AXOLOTL, FACTORY):
+        draft.same += draft.take_all(*METHOD_OPTIONS, *(["pref_loss"] if draft.recipe != "dpo" else []))
     if source.tool == AXOLOTL:
         adapter = draft.take("adapter")
         kind = "" if adapter is None else as_text(adapter.value).lower()
@@ -244,9 +205,8 @@ def _choose_training(draft: Draft) -> None:
 def _adapter(draft: Draft) -> None:
     """Convert the adapter's rank, alpha, dropout, target modules and initialisation."""
     if draft.full:
-        for name in ADAPTER_ONLY:
-            option = draft.take(name)
-            if option is not None and option.value is False:
+        for option in draft.take_all(*ADAPTER_ONLY):
+            if option.value is False:
                 draft.unneeded.append(option)
             else:
                 draft.lose(option, "is for adapters, but the file trains all weights")
@@ -286,32 +246,27 @@ def _adapter(draft: Draft) -> None:
     if linear is None and named is None and draft.source.tool == TRL:
         draft.default("adapter.targets=q_proj,v_proj")
         draft.notes.append("peft's default targets are q_proj,v_proj for most models; all-linear learns more")
-    for name in ("loftq_config", "peft.loftq_config.loftq_bits"):
-        loftq = draft.take(name)
-        if loftq is not None:
-            draft.express(loftq, ["adapter.init=loftq", "quant=nf4"], "the base is stored in 4 bits")
+    for loftq in draft.take_all("loftq_config", "peft.loftq_config.loftq_bits"):
+        draft.express(loftq, ["adapter.init=loftq", "quant=nf4"], "the base is stored in 4 bits")
 
 
 def _quantisation(draft: Draft) -> None:
     """Convert the quantisation of the base model: quant= and quant.double=."""
     kind = draft.take("quantization_type", "bnb_4bit_quant_type")
     bits = as_text(draft.peek("quantization_bit"))
-    four = draft.peek("load_in_4bit") is True or bits == "4" or draft.settings.get("quant") == "nf4"
+    four = draft.peek("load_in_4bit") is True or bits == "4" or draft.values.get("quant") == "nf4"
     if kind is not None:
         stored = as_text(kind.value).lower()
         if not four:
             draft.unneeded.append(kind)
         elif stored in ("nf4", "fp4"):
-            names = ("load_in_4bit", "quantization_bit")
-            draft.same += [option for name in names if (option := draft.take(name)) is not None]
+            draft.same += draft.take_all("load_in_4bit", "quantization_bit")
             draft.express(kind, [f"quant={stored}"])
         else:
             draft.lose(kind, "4-bit bases are nf4 or fp4")
     double = draft.take("bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization")
-    if double is not None and double.value is False and four:
-        draft.express(double, ["quant.double=false"])
-    elif double is not None:
-        draft.same.append(double)
+    if double is not None:
+        draft.express(double, ["quant.double=false"] if double.value is False and four else [])
     elif four and draft.source.tool == TRL:
         draft.default("quant.double=false")
 
@@ -351,23 +306,18 @@ def _preferences(draft: Draft) -> None:
     if "dpo_loss_type" in draft.options:
         option = draft.options.pop("dpo_loss_type")
         by_table(draft, option._replace(name="loss_type"))
-    sync = draft.take("sync_ref_model")
-    alpha, steps = draft.take("ref_model_mixup_alpha"), draft.take("ref_model_sync_steps")
-    if sync is not None and sync.value is True and draft.recipe == "dpo":
-        moving = f"moving={as_text(alpha.value if alpha else 0.6)},{as_text(steps.value if steps else 512)}"
-        for each in (sync, alpha, steps):
-            draft.express(each, [moving])
-    else:
-        draft.unneeded += [each for each in (sync, alpha, steps) if each is not None]
-    gamma = draft.take("simpo_gamma")
-    if gamma is not None and draft.recipe == "simpo":
-        draft.express(gamma, [f"gamma={as_text(gamma.value)}"])
-    elif gamma is not None:
-        draft.unneeded.append(gamma)
-    for name in ("label_smoothing", "dpo_label_smoothing", "pref_ftx", "rpo_alpha", "ld_alpha",
-                 "pref_bco_weight"):  # fmt: skip
-        variant = draft.take(name)
-        if variant is not None and as_text(variant.value) in ("0", "0.0"):
+    reference = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
+    if draft.peek("sync_ref_model") is True and draft.recipe == "dpo":
+        given = {option.name: as_text(option.value) for option in draft.options.values()}
+        moving = f"moving={given.get(reference[1], '0.6')},{given.get(reference[2], '512')}"
+        for option in draft.take_all(*reference):
+            draft.express(option, [moving])
+    draft.drop(*reference)
+    if draft.recipe == "simpo":
+        draft.carry("gamma", "simpo_gamma")
+    draft.drop("simpo_gamma")
+    for variant in draft.take_all(*LOSS_VARIANTS):
+        if as_text(variant.value) in ("0", "0.0"):
             draft.unneeded.append(variant)
         else:
             draft.lose(variant, "write the variant as a function: loss=mine.py:loss, see configs/README.md")
@@ -402,9 +352,8 @@ def _machine(draft: Draft) -> None:
         else:
             draft.unneeded.append(option)
             sharded = sharded or option
-    if sharded is not None and "mesh.fsdp" not in draft.settings:
-        draft.put("mesh.data=1")
-        draft.put("mesh.fsdp=-1")
+    if sharded is not None and "mesh.fsdp" not in draft.values:
+        draft.express(None, ["mesh.data=1", "mesh.fsdp=-1"])
 
 
 def _evaluation(draft: Draft) -> None:
@@ -413,8 +362,7 @@ def _evaluation(draft: Draft) -> None:
     off = strategy is not None and as_text(strategy.value) == "no"
     if draft.source.tool in (TRL, UNSLOTH, FACTORY) and (strategy is None or off):
         off = True
-        draft.unneeded += [option for name in ("eval_steps", "per_device_eval_batch_size")
-                           if (option := draft.take(name)) is not None]  # fmt: skip
+        draft.drop("eval_steps", "per_device_eval_batch_size")
     if strategy is not None and as_text(strategy.value) == "epoch":
         _per_epoch(draft, strategy, "loop.eval_every", 1)
     else:
@@ -438,11 +386,11 @@ def _evaluation(draft: Draft) -> None:
         times, option = draft.number(name), draft.take(name)
         if option is not None:
             _per_epoch(draft, option, "loop.eval_every" if name[0] == "e" else "loop.save_every", times)
-    patience = draft.take("early_stopping_patience", "early_stopping_steps")
-    if patience is not None and "loop.eval_every" in draft.settings:
-        draft.express(patience, [f"loop.patience={as_text(patience.value)}"])
+    patience = ("early_stopping_patience", "early_stopping_steps")
+    if "loop.eval_every" in draft.values:
+        draft.carry("loop.patience", *patience)
     else:
-        draft.lose(patience, "loop.patience= needs loop.eval_every=")
+        draft.lose(draft.take(*patience), "loop.patience= needs loop.eval_every=")
     metric, greater = draft.take("metric_for_best_model"), draft.take("greater_is_better")
     if metric is not None:
         named = as_text(metric.value)
@@ -451,8 +399,7 @@ def _evaluation(draft: Draft) -> None:
         if best and greater is not None:
             best.append(f"loop.greater_is_better={as_text(greater.value)}")
         draft.express(metric, best)
-    if greater is not None:
-        draft.same.append(greater)
+    draft.express(greater, [])
 
 
 def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | None) -> None:
@@ -463,7 +410,7 @@ def _per_epoch(draft: Draft, option: GivenOption, setting: str, times: float | N
     """
     given = draft.number("num_train_epochs") or draft.number("num_epochs")
     epochs = given or EPOCHS[draft.source.tool]
-    if not times or times * epochs <= 1 or "loop.steps" in draft.settings:
+    if not times or times * epochs <= 1 or "loop.steps" in draft.values:
         draft.lose(option, f"{setting}= takes steps, or below 1 a fraction of the run")
     else:
         default = "" if given else f" of {epochs} epochs, the tool's default"
@@ -495,44 +442,41 @@ def _names(draft: Draft) -> None:
         if rest:
             draft.lose(option, f"jaxft has no tracker {', '.join(map(as_text, rest))}")
     target = as_text(draft.peek("hub_model_id") or "org/name")
-    for name in ("push_to_hub", "hub_model_id"):
-        option = draft.take(name)
-        if option is not None and option.value is False:
+    for option in draft.take_all("push_to_hub", "hub_model_id"):
+        if option.value is False:
             draft.unneeded.append(option)
-        elif option is not None:
-            run = draft.settings.get("name", draft.recipe)
+        else:
+            run = draft.values.get("name", draft.recipe)
             draft.express(option, [], f"after the run: jaxft push runs/{run} {target}")
 
 
 def _defaults(draft: Draft) -> dict[str, str]:
     """Return setting -> the tool's default, where the recipe's differs, also for settings of the file."""
     tool, recipe = draft.source.tool, draft.recipe
-    packs = recipe in ("sft", "sft_full")
     defaults = {"optim.warmup": "0", "held_out": "none", "epochs": str(EPOCHS[tool])}
     if tool == AXOLOTL:
         defaults |= {"optim.schedule": "cosine", "optim.end": "0", "optim.warmup": "0.03"}
         defaults |= {"data.too_long": "drop", "max_length": "512"}
     elif tool == FACTORY:
-        defaults |= {"optim.schedule": "linear", "optim.end": "0", "lr": "5e-5"}
-        defaults |= {"max_length": "2048"}
+        defaults |= {"optim.schedule": "linear", "optim.end": "0", "lr": "5e-5", "max_length": "2048"}
     else:
         defaults |= {"optim.schedule": "linear", "optim.end": "0", "max_length": "1024"}
         defaults["lr"] = LEARNING_RATES[recipe.removesuffix("_full")]
-    if draft.settings.get("optim.schedule") == "constant":
+    if draft.values.get("optim.schedule") == "constant":
         del defaults["optim.end"]
-    if "loop.steps" in draft.settings:
+    if "loop.steps" in draft.values:
         del defaults["epochs"]
     if recipe == "sft_full":
         defaults["optim.weight_decay"] = "0"
-    if packs:
+    if recipe in ("sft", "sft_full"):
         defaults["data.packing"] = "false"
     if recipe == "pretrain":
         defaults.pop("data.too_long", None)
     if recipe in ("grpo", "online_dpo", "ppo"):
         del defaults["max_length"]
         defaults.pop("data.too_long", None)
-        defaults |= {"max_new": "512", "max_prompt": "1024"} if recipe == "grpo" else {}
-        defaults |= {"group": "2" if draft.method == "rloo" else "8"} if recipe == "grpo" else {}
+    if recipe == "grpo":
+        defaults |= {"max_new": "512", "max_prompt": "1024", "group": "2" if draft.method == "rloo" else "8"}
     if recipe == "simpo":
         defaults |= {"beta": "0.1", "gamma": "0.5"}
     return defaults
@@ -540,23 +484,15 @@ def _defaults(draft: Draft) -> dict[str, str]:
 
 def _keep_known(draft: Draft) -> None:
     """Remove settings that the recipe lacks, such as data.packing of dpo; note those that have an effect."""
-    if "trackers" not in draft.settings:
+    if "trackers" not in draft.values:
         for name in ("tracking.project", "tracking.artifact"):
-            if draft.settings.pop(name, None) is not None:
+            if draft.values.pop(name, None) is not None:
                 draft.notes.append(f"{name} is left out; it needs trackers=wandb, mlflow or trackio")
     if draft.recipe in ("sft", "sft_full"):
         return
     if draft.recipe == "pretrain":
-        draft.settings.pop("data.too_long", None)
+        draft.values.pop("data.too_long", None)
     for name in ("data.packing", "data.loss_on", "label_smoothing", "neftune", "dft"):
-        text = draft.settings.pop(name, None)
+        text = draft.values.pop(name, None)
         if text is not None and text not in ("false", "0", "0.0"):
             draft.notes.append(f"{name}={text} is left out, since only SFT has this setting")
-
-
-def _ordered(settings: dict[str, str]) -> list[tuple[str, str]]:
-    """Return (name, value) in the order of a command line: model and rows, then knobs, then dotted fields."""
-    first = ("model", "data", "held_out", "start", "name")
-    ordered = [(name, settings[name]) for name in first if name in settings]
-    rest = [(name, text) for name, text in settings.items() if name not in first]
-    return ordered + sorted(rest, key=lambda pair: "." in pair[0])

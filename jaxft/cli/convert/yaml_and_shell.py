@@ -65,12 +65,10 @@ def yaml_options(file: Path, text: str) -> tuple[GivenOption, ...]:
         raise ValueError(
             f"{file}: expected options as `name: value`, got a {type(content).__name__}; correct the file"
         )
-    options: list[GivenOption] = []
-    for key, value in content.items():
-        name = str(key)
-        options += option_parts(GivenOption(name, value, lines.get(name)), lines)
-    check_count(file, tuple(options))
-    return tuple(options)
+    named = [GivenOption(str(key), value, lines.get(str(key))) for key, value in content.items()]
+    options = tuple(part for option in named for part in option_parts(option, lines))
+    check_count(file, options)
+    return options
 
 
 def _load(file: Path, text: str) -> tuple[Any, dict[str, int]]:
@@ -98,10 +96,9 @@ def _load(file: Path, text: str) -> tuple[Any, dict[str, int]]:
 
 
 def _number(node: yaml.Node, name: str, lines: dict[str, int], count: list[int]) -> None:
-    """Add dotted name -> line to `lines` for a node and all below it.
-
-    name: the node's, "" for the root. count: [nodes so far], changed in place. Raises ValueError above
-    MOST_NODES nodes or DEEPEST levels, since aliases can repeat a node without end.
+    """Add dotted name -> line to `lines` for a node (`name`, "" for the root) and all below it. count: [nodes
+    so far], changed in place. Raises ValueError above MOST_NODES nodes or DEEPEST levels, since aliases can
+    repeat a node without end.
     """
     count[0] += 1
     if count[0] > MOST_NODES or name.count(".") > DEEPEST:
@@ -219,14 +216,14 @@ def _source(file: Path, command: Started, at: int) -> ForeignConfig:
     words = [_expanded(word, command.variables) for word in command.words]
     launcher, name, rest = words[:at], Path(words[at]).name, words[at + 1 :]
     launched = dict(_arguments(launcher))
-    devices = next(
-        (int(str(launched[n])) for n in DEVICE_OPTIONS if str(launched.get(n, "")).isdigit()), None
-    )
-    options = [
-        GivenOption("deepspeed" if "deepspeed" in str(launched[n]) or "zero" in str(launched[n]) else "fsdp",
-              launched[n], command.line)
-        for n in ("config_file",) if n in launched and re.search("fsdp|deepspeed|zero", str(launched[n]))
-    ]  # fmt: skip
+    counts = [str(launched[name]) for name in DEVICE_OPTIONS if name in launched]
+    devices = next((int(count) for count in counts if count.isdigit()), None)
+    options: list[GivenOption] = []
+    config = str(launched.get("config_file", ""))
+    if "deepspeed" in config or "zero" in config:
+        options.append(GivenOption("deepspeed", config, command.line))
+    elif "fsdp" in config:
+        options.append(GivenOption("fsdp", config, command.line))
     trainer, tool = "", TRL
     if name == "trl":
         trainer, rest = rest[0], rest[1:]
@@ -250,10 +247,12 @@ def _source(file: Path, command: Started, at: int) -> ForeignConfig:
             options.append(GivenOption("fsdp", value, command.line))
         else:
             given.append(GivenOption(key, value, command.line))
-    tool = _tool_of(given, tool) if configured is None else configured.tool
-    before = () if configured is None else configured.options
     names = {option.name for option in given}
-    kept = [option for option in before if option.name not in names]
+    if configured is not None:
+        tool = configured.tool
+    elif {"stage", "finetuning_type"} & names:  # only LLaMA-Factory's, whose scripts have any name
+        tool = FACTORY
+    kept = [option for option in (configured.options if configured else ()) if option.name not in names]
     return ForeignConfig(file, tool, (*kept, *given, *options), trainer, None, devices)
 
 
@@ -263,11 +262,6 @@ def trainer_of(name: str) -> str:
     if "reward" in stem:
         return "reward"
     return next((trainer for trainer in sorted(TRAINERS, key=len, reverse=True) if trainer in stem), "sft")
-
-
-def _tool_of(given: Sequence[GivenOption], tool: str) -> str:
-    """Return FACTORY if an option is only LLaMA-Factory's, whose scripts have any name; else `tool`."""
-    return FACTORY if {"stage", "finetuning_type"} & {option.name for option in given} else tool
 
 
 def _config(file: Path, name: str, tool: str) -> ForeignConfig:

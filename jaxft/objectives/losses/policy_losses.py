@@ -156,9 +156,7 @@ Penalty = FixedKL | AdaptiveKL | KLInReward
 
 
 TokenLoss = Float[Array, "B M"]
-MAX_LOG_RATIO = (
-    20.0  # |log r| is clipped here, where exp and its square stay finite in float32 (verl's bound)
-)
+MAX_LOG_RATIO = 20.0  # bound of |log r|, where exp and its square are finite in float32 (as in verl)
 
 
 @struct
@@ -352,9 +350,8 @@ def vespo(
     pos, neg: (k, lam) where A >= 0 and where A < 0, with TRL's defaults. log w is clipped to [log 1e-8, 20].
     TRL's w also contains the importance weights of the sampler; set Rules.ratio_to_sampler for that.
     """
-    log_w = jnp.clip(
-        batch.spread(batch.total(batch.log_ratio)), jnp.log(1e-8).astype(batch.logp.dtype), MAX_LOG_RATIO
-    )
+    least = jnp.log(1e-8).astype(batch.logp.dtype)
+    log_w = jnp.clip(batch.spread(batch.total(batch.log_ratio)), least, MAX_LOG_RATIO)
     up = batch.advantages >= 0
     k, lam = (jnp.where(up, p, n).astype(log_w.dtype) for p, n in zip(pos, neg, strict=True))
     phi = jnp.exp(lam + k * log_w - lam * jnp.exp(log_w))

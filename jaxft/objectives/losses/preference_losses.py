@@ -26,7 +26,7 @@ As a setting: `jaxft train dpo loss=ipo beta=1`; in a recipe `preference(model, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Annotated, Any
@@ -216,16 +216,11 @@ def robust(
     If a fraction eps of the labels is flipped, its expected value is dpo's on the right labels. Raises
     ValueError for eps outside [0, 0.5), where TRL warns.
     """
-    ok = (label_smoothing >= 0) & (label_smoothing < 0.5)
-    require(
-        ok,
-        f"robust: label_smoothing must be in [0, 0.5), got {label_smoothing}; it is the fraction of flipped "
-        "labels",
-    )
+    eps = label_smoothing
+    problem = f"robust: label_smoothing must be in [0, 0.5), got {eps}; it is the fraction of flipped labels"
+    require((eps >= 0) & (eps < 0.5), problem)
     x = beta * _difference(pair, score)
-    return (-(1 - label_smoothing) * log_sigmoid(x) + label_smoothing * log_sigmoid(-x)) / (
-        1 - 2 * label_smoothing
-    )
+    return (-(1 - eps) * log_sigmoid(x) + eps * log_sigmoid(-x)) / (1 - 2 * eps)
 
 
 def discopop(pair: PairBatch, beta: float = 0.1, tau: float = 0.05, score: Score = reverse_kl) -> PairLoss:
@@ -359,23 +354,21 @@ def mix(*parts: tuple[Callable[..., Array], float]) -> PreferenceLoss:
         )
         return sum(rest, first)
 
+    def joined(states: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        return {f"{name}.{i}": x for i, state in enumerate(states) for name, x in state.items()}
+
     def update(state: LossState, metrics: Metrics) -> dict[str, Any]:
-        out = dict(state)
-        for i, loss in enumerate(declared):
-            out |= {f"{name}.{i}": x for name, x in loss.update(state_of(i, state), metrics).items()}
-        return out
+        new = (loss.update(state_of(i, state), metrics) for i, loss in enumerate(declared))
+        return {**state, **joined(new)}
 
     def eval_state(state: LossState) -> dict[str, Any]:
-        out = dict(state)
-        for i, loss in enumerate(declared):
-            out |= {f"{name}.{i}": x for name, x in loss.eval_state(state_of(i, state)).items()}
-        return out
+        return {**state, **joined(loss.eval_state(state_of(i, state)) for i, loss in enumerate(declared))}
 
     return PreferenceLoss(
         mixed,
         coupled=any(loss.coupled for loss in declared),
         reads_reference=any(loss.reads_reference for loss in declared),
-        init={f"{name}.{i}": x for i, loss in enumerate(declared) for name, x in loss.init.items()},
+        init=joined(loss.init for loss in declared),
         update=update,
         eval_state=eval_state,
     )
@@ -411,9 +404,8 @@ def _length_desensitised(pair: PairBatch, alpha: float) -> PairBatch:
     multiplied by alpha; pairs that lack one of the two responses are unchanged.
     """
     c, r = pair.chosen, pair.rejected
-    shared = jnp.where(
-        (c.present > 0) & (r.present > 0), jnp.minimum(c.length, r.length), jnp.maximum(c.length, r.length)
-    )
+    both = (c.present > 0) & (r.present > 0)
+    shared = jnp.where(both, jnp.minimum(c.length, r.length), jnp.maximum(c.length, r.length))
     position = pair.tokens.position.astype(pair.tokens.logp.dtype)
     near = position < pair.spread({kind: shared for kind in pair.responses})
 
@@ -421,11 +413,9 @@ def _length_desensitised(pair: PairBatch, alpha: float) -> PairBatch:
         return pair.total(jnp.where(near, x, alpha * x))
 
     logp = shortened(pair.tokens.logp)
-    reference = None if pair.tokens.reference is None else shortened(pair.tokens.reference)
+    reference = {} if pair.tokens.reference is None else shortened(pair.tokens.reference)
     changed = {
-        kind: replace(
-            pair.responses[kind], logp=logp[kind], reference=None if reference is None else reference[kind]
-        )
+        kind: replace(pair.responses[kind], logp=logp[kind], reference=reference.get(kind))
         for kind in ("chosen", "rejected")
     }
     return replace(pair, responses={**pair.responses, **changed})

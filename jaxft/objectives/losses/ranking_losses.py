@@ -82,11 +82,9 @@ def ranking_of(pair: PairBatch, loss: str | None = None) -> Ranking:
     """Return log-ratios and ratings of the K responses in each slot of the batch. loss: see `ratings`."""
     scores = ratings(pair, loss)
     responses = [pair.responses[kind] for kind in scores]
-    ratio, present = (
-        jnp.stack([getattr(response, name) for response in responses], axis=-1)
-        for name in ("ratio", "present")
-    )
-    return Ranking(ratio, jnp.stack([*scores.values()], axis=-1), present > 0)
+    columns = [x.ratio for x in responses], [*scores.values()], [x.present for x in responses]
+    ratio, score, present = (jnp.stack(column, axis=-1) for column in columns)
+    return Ranking(ratio, score, present > 0)
 
 
 def _log_softmax(x: Float[Array, "B P K"], among: Bool[Array, "B P K"]) -> Float[Array, "B P K"]:

@@ -119,11 +119,7 @@ def kto_metrics(pair: PairBatch) -> dict[str, Array]:
 
     For preference(extra=...); TRL calls it `kl`.
     """
-    return {
-        "kl_mismatched": _response(
-            pair, "kto", "mismatched", "another row's response: set data.third=mismatched"
-        ).ratio
-    }
+    return {"kl_mismatched": _mismatched(pair).ratio}
 
 
 def _response(pair: PairBatch, loss: str, kind: str, source: str) -> Response:
@@ -131,6 +127,10 @@ def _response(pair: PairBatch, loss: str, kind: str, source: str) -> Response:
         available = ", ".join(pair.responses)
         raise ValueError(f"{loss} needs a third response `{kind}` (available: {available}). It is {source}")
     return pair.responses[kind]
+
+
+def _mismatched(pair: PairBatch) -> Response:
+    return _response(pair, "kto", "mismatched", "another row's response: set data.third=mismatched")
 
 
 def _gold_nll(pair: PairBatch) -> Array:
@@ -166,9 +166,8 @@ def tpo_l(
     """`-(1 - eps) LS(x) - eps LS(-x) + alpha nll_gold`, x = beta (a_c - a_r) - gamma: TPO-L
     (arXiv:2405.16681).
     """
-    return logistic(
-        beta * (pair.chosen.mean - pair.rejected.mean) - gamma, label_smoothing
-    ) + alpha * _gold_nll(pair)
+    x = beta * (pair.chosen.mean - pair.rejected.mean) - gamma
+    return logistic(x, label_smoothing) + alpha * _gold_nll(pair)
 
 
 def _over_responses(pair: PairBatch, chosen: Array, rejected: Array) -> PairLoss:
@@ -213,7 +212,7 @@ def kto(
     is over the full optimizer batch; TRL's is over a microbatch. A slot with both responses has the mean of
     the two losses. desirable, undesirable: the two weights.
     """
-    mismatched = _response(pair, "kto", "mismatched", "another row's response: set data.third=mismatched")
+    mismatched = _mismatched(pair)
     kl = jnp.maximum(_weighted_mean(mismatched.ratio, pair.weight * mismatched.present), 0)
     kl = jax.lax.stop_gradient(kl)
     chosen = desirable_weight * sigmoid(-beta * (pair.chosen.ratio - kl))
