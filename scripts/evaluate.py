@@ -176,7 +176,8 @@ def write_tasks(path: Path | None, run: str | None, results: dict[str, Any]) -> 
 
 def main() -> int:
     """Evaluate, print the metrics, and write --out or the run's results of --tasks."""
-    from jaxft.train.evaluate.evaluate_models import TaskEvaluation, evaluate_models
+    from jaxft.train.evaluate.evaluate_models import evaluate_models
+    from jaxft.train.evaluate.harness import TaskEvaluation
 
     args, models, way = arguments()
     results, has_tasks = evaluate_models(models, way, args.out is not None), isinstance(way, TaskEvaluation)

@@ -115,7 +115,7 @@ def print_plans(args: argparse.Namespace) -> int:
             print(line, file=sys.stderr, flush=True)
         if args.search:
             load = partial(config.load_config, recipe)
-            command = search.Command(load, given, knobs)
+            command = search.Command(load, given, list(knobs))
             tried = search.search(command, machine, args.most, partial(print, file=sys.stderr, flush=True))
             print(
                 json.dumps([t.json(command) for t in tried])

@@ -189,8 +189,9 @@ def _is_of_parser(node: ast.stmt) -> bool:
     parser itself. Other statements import jax, which takes seconds.
     """
     if isinstance(node, ast.Import | ast.ImportFrom):
-        of_module = isinstance(node, ast.ImportFrom)
-        named = [node.module or ""] if of_module else [each.name for each in node.names]
+        named = [each.name for each in node.names]
+        if isinstance(node, ast.ImportFrom):
+            named = [node.module or ""]
         return all(name.partition(".")[0] in sys.stdlib_module_names for name in named)
     if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
         return all(isinstance(x, ast.Constant | ast.Tuple | ast.Load) for x in ast.walk(node.value))

@@ -302,8 +302,11 @@ def _checked_values(loss: Callable[..., Array], pair: PairBatch, state: LossStat
 def _at_reference(pair: PairBatch) -> PairBatch:
     """Return the pairs with the policy's log-probs replaced by the reference's."""
 
-    responses = {kind: replace(x, logp=x.reference) for kind, x in pair.responses.items()}
-    return replace(pair, responses=responses, tokens=replace(pair.tokens, logp=pair.tokens.reference))
+    def at_reference(x: Any) -> Any:
+        return replace(x, logp=x.reference)
+
+    responses = {kind: at_reference(x) for kind, x in pair.responses.items()}
+    return replace(pair, responses=responses, tokens=at_reference(pair.tokens))
 
 
 def _update_reference(ema: EMAReference, aux: Aux, trainable: Params) -> Aux:

@@ -255,7 +255,8 @@ def _all_pieces(
     """
 
     def one(i: Array, fine: Array) -> Array:
-        return fine & check(*layer_at(pieces, i), info)
+        grads, opt_state, params = layer_at(pieces, i)
+        return fine & check(grads, opt_state, params, info)
 
     return jax.lax.fori_loop(0, jax.tree.leaves(pieces)[0].shape[0], one, fine)
 

@@ -45,7 +45,7 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: bool
     return f'<div class="scroll"><table{kind}>{table}</table></div>'
 
 
-def listed(texts: Iterable[str], kind: str = "") -> str:
+def html_list(texts: Iterable[str], kind: str = "") -> str:
     """Return a list of texts, "" for none. kind: its CSS class."""
     items = "".join(f"<li>{escaped(text)}</li>" for text in texts)
     of_class = f' class="{kind}"' if kind else ""

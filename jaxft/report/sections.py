@@ -23,8 +23,8 @@ from jaxft.report.html_elements import (
     escaped,
     folded,
     histogram_picture,
+    html_list,
     html_table,
-    listed,
     number_text,
     record_table,
     section,
@@ -58,7 +58,7 @@ def overview_section(runs: Runs) -> str:
         held = [name for name in known if name.startswith("eval_") or name == "general_loss"]
         cells = [[escaped(name), *(_number(end, name) for end in (before, after))] for name in held]
         head = ["held-out metric", "first evaluation", "last evaluation"]
-        content = listed(run.notes) + html_table(head, cells, numeric=True)
+        content = html_list(run.notes) + html_table(head, cells, numeric=True)
         details += [folded(f"All held-out metrics of {escaped(run.name)}", content)] if held else []
     every = "\n".join(details)
     parts.append(folded("All held-out metrics", every) if len(details) > MOST_FOLDED else every)
@@ -109,8 +109,8 @@ def end_table(results: Sequence[ranking.RankedRun]) -> str:
         rows = [list(map(escaped, row)) for row in cells]
         parts.append("<h4>Mean ± standard deviation over seeds</h4>")
         parts.append(html_table(["", *map(escaped, titles)], rows, numeric=True))
-    parts.append(listed(line.strip() for line in ranking.ranking_lines(results)))
-    parts.append(listed(table.notes(), "note"))
+    parts.append(html_list(line.strip() for line in ranking.ranking_lines(results)))
+    parts.append(html_list(table.notes(), "note"))
     return "\n".join(parts)
 
 

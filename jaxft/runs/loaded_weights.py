@@ -200,7 +200,9 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
         )
     known = {field.name for field in fields(kind)}
     data = {**data, **vars(decision_prompts(record))}
-    values = {name: tuple(x) if isinstance(x, list) else x for name, x in data.items() if name in known}
+    values: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, list) else x for name, x in data.items() if name in known
+    }
     return kind(**values)
 
 

@@ -123,7 +123,7 @@ def check_count(file: Path, options: tuple[GivenOption, ...]) -> None:
         raise ValueError(f"{file}: more than {MOST_OPTIONS} options; name a configuration file")
 
 
-FIRST = ("model", "data", "held_out", "start", "name")  # settings at the beginning of a command line
+FIRST_SETTINGS = ("model", "data", "held_out", "start", "name")  # settings at the beginning of a command line
 LARGEST_NUMBER = 2**53  # above, a float does not show every integer
 LOOKUP = {  # tool -> tools whose rows in OPTIONS are searched, in this order; after them, rows of any tool
     TRL: (TRL, PEFT),
@@ -168,8 +168,9 @@ class Draft:
     @property
     def settings(self) -> tuple[str, ...]:
         """`name=value` in the order of a command line: model and rows, then knobs, then dotted fields."""
-        first = [name for name in FIRST if name in self.values]
-        rest = sorted((name for name in self.values if name not in FIRST), key=lambda name: "." in name)
+        first = [name for name in FIRST_SETTINGS if name in self.values]
+        others = [name for name in self.values if name not in FIRST_SETTINGS]
+        rest = sorted(others, key=lambda name: "." in name)
         return tuple(f"{name}={self.values[name]}" for name in (*first, *rest))
 
     @property

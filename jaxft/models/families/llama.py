@@ -21,9 +21,11 @@ from jaxft.models.dense import (
     DecoderSpec,
     Family,
     add_biases,
+    dense_mlp,
     llama_specs,
     one_stack,
     prenorm_layer,
+    self_attention,
 )
 from jaxft.models.dense_config import (
     FULL,
@@ -39,7 +41,7 @@ from jaxft.models.dense_config import (
 )
 from jaxft.models.model import ForwardOptions
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, LayerKind, uniform
-from jaxft.nn.layers import lm_head
+from jaxft.nn.layers import lm_head, rms_norm, split_keys
 from jaxft.nn.rope import Rope
 from jaxft.nn.tree import Params
 
@@ -423,8 +425,14 @@ def _granite_decoder(config: GraniteConfig) -> DecoderSpec:
 def _granite_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None
 ) -> tuple[Float[Array, "B T D"], Extras]:
-    multiplier = jnp.asarray(f.config.residual_multiplier, h_BTD.dtype)
-    return prenorm_layer(f, p, h_BTD, attend, key, multiplier=multiplier)
+    """Compute `h += m attention(norm(h)); h += m mlp(norm(h))` with m = residual_multiplier."""
+    c, keys = f.config, split_keys(key, 7)
+    multiplier = jnp.asarray(c.residual_multiplier, h_BTD.dtype)
+    x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
+    o, extras = self_attention(c, p["attn"], x, attend, keys[:4])
+    h_BTD = h_BTD + o.astype(h_BTD.dtype) * multiplier
+    x = rms_norm(h_BTD, p["mlp_norm"], c.norm_eps, f.dtype)
+    return h_BTD + dense_mlp(c, p["mlp"], x, keys[4:]).astype(h_BTD.dtype) * multiplier, extras
 
 
 def _granite_logits(c: GraniteConfig, head: Params, h: Float[Array, "... D"]) -> Float[Array, "... V"]:
