@@ -84,6 +84,11 @@ class KernelAxes(NamedTuple):
     ins: str
     outs: str
 
+    @property
+    def is_router(self) -> bool:
+        """Whether the kernel is a router, which scores experts; in transformers it is no linear layer."""
+        return self.outs == "expert_scores"
+
 
 def lead_axes(spec: ParamSpec) -> tuple[str, ...]:
     """Return the names of the axes that a parameter is stacked along: the LEAD_AXES that it starts with."""

@@ -197,8 +197,7 @@ def target_paths(specs: Specs, targets: str | tuple[str, ...]) -> list[str]:
     blocks = [p for p, axes in kernels.items() if "layers" in axes.lead]
     heads = ["embed", "head"]  # also for a tied head, which has no leaf of its own in the base
     if targets == "all-linear":
-        # a router, which scores experts, is no linear layer in transformers
-        return [p for p in blocks if kernels[p].outs != "expert_scores"]
+        return [p for p in blocks if not kernels[p].is_router]
     if not targets:
         raise ValueError(
             "adapter.targets names no layer; use all-linear, or some of "
