@@ -376,10 +376,18 @@ def dense_mlp(c: DenseConfig, p: Params, x_BTD: Float[Array, "B T D"], keys: Any
 
 def prenorm_layer(
     f: ForwardOptions, p: Params, h_BTD: Float[Array, "B T D"], attend: Attend, key: Array | None,
-    norms: Callable[[Params, Array, Array], tuple[Array, Array]] = no_norms,
+    multiplier: Array | None = None,
 ) -> tuple[Float[Array, "B T D"], Extras]:  # fmt: skip
-    """Compute Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`."""
+    """Compute Llama's layer: `h += attention(norm(h)); h += mlp(norm(h))`; with norms of each head of q and k
+    if the family declares them. multiplier: a factor on the outputs of attention and MLP, None for 1.
+    """
     c, keys = f.config, split_keys(key, 7)
+    norms = head_norms(c, f.dtype) if "q_norm" in p["attn"] else no_norms
+
+    def add(h: Array, branch: Array) -> Array:
+        branch = branch.astype(h.dtype)
+        return h + (branch if multiplier is None else branch * multiplier)
+
     x = rms_norm(h_BTD, p["attn_norm"], c.norm_eps, f.dtype)
     o, extras = self_attention(c, p["attn"], x, attend, keys[:4], norms)
     h_BTD = h_BTD + o.astype(h_BTD.dtype)

@@ -141,6 +141,10 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
     for name in ("bos_token_id", "eos_token_id"):
         token_ids(hf.get(name), f"config: {name}", hf["vocab_size"])
     ropes = _ropes(hf, form, get("max_position_embeddings"))
+    rope, positions = ropes["rope"], get("max_position_embeddings")
+    if rope.kind in ("yarn", "dynamic"):  # whose positions are the original ones times `factor`, if more
+        extended = (rope.original_max_positions or 0) * rope.factor
+        positions = max(positions, int(min(extended, 2.0**31)))
     activation = hf.get(form.activation, DEFAULTS["hidden_act"])
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
@@ -155,7 +159,7 @@ def fields_from_hf(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:
         "mlp": hf["intermediate_size"],
         "norm_eps": _number(get("rms_norm_eps"), "rms_norm_eps"),
         "tied": bool(get("tie_word_embeddings")),
-        "max_positions": extended_positions(ropes["rope"], get("max_position_embeddings")),
+        "max_positions": positions,
         "bos": get("bos_token_id"),
         "eos": tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,),
         "activation": ACTIVATIONS[activation],
@@ -475,15 +479,6 @@ def _check_value(name: str, value: Any, where: str) -> None:
         raise ValueError(f"config: {name} of {where} must be a list of finite numbers, got {value!r:.60}")
     if name in ROPE_SWITCHES and not isinstance(value, bool):
         raise ValueError(f"config: {name} of {where} must be true or false, got {value!r:.60}")
-
-
-def extended_positions(rope: Rope, max_positions: int) -> int:
-    """Return the maximum number of tokens of a row: max_positions (the model's max_position_embeddings), or
-    with yarn and dynamic the original length times `factor` if that is more.
-    """
-    if rope.kind not in ("yarn", "dynamic") or rope.original_max_positions is None:
-        return max_positions
-    return max(max_positions, int(min(rope.original_max_positions * rope.factor, 2.0**31)))
 
 
 def rope_to_hf(rope: Rope, max_positions: int, model_type: str) -> Settings:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar, dataclass_transform
 import jax
 import regex as regex_package
 from flax import struct as _flax_struct
+from flax import traverse_util
 
 T = TypeVar("T")
 MATCH_SECONDS = 2.0  # for a regular expression on one name
@@ -52,14 +53,7 @@ def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
     >>> nested({"q/a": 1, "q/b": 2})
     {'q': {'a': 1, 'b': 2}}
     """
-    out: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *above, last = path.split("/")
-        node = out
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = leaf
-    return out
+    return traverse_util.unflatten_dict(leaves, sep="/")
 
 
 def map_with_path(fn: Callable, tree: Any, *rest: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:

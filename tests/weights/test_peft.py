@@ -414,7 +414,7 @@ class TestRefusals:
         for change, word in [
             ({a: np.zeros((2, 63), np.float32)}, "lora_A (2, 63)"),
             ({a: np.zeros((3, 64), np.float32)}, "rank 2"),
-            ({a: np.zeros((64,), np.float32)}, "two dimensions"),
+            ({a: np.zeros((64,), np.float32)}, "lora_A (64,)"),
             ({a.replace("lora_A", "lora_B"): None}, "missing"),
             ({a.replace(".1.", ".9."): np.zeros((2, 64), np.float32)}, ".9."),
             (

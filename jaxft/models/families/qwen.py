@@ -9,7 +9,6 @@ from jaxft.models.dense import (
     DecoderSpec,
     Family,
     add_biases,
-    head_norms,
     llama_specs,
     one_stack,
     prenorm_layer,
@@ -25,11 +24,8 @@ from jaxft.models.dense_config import (
     typed_layers,
     window_from_hf,
 )
-from jaxft.models.model import ForwardOptions
-from jaxft.nn.attention.layer_attention import Attend
 from jaxft.nn.param import ParamSpec, full
 from jaxft.nn.rope import Rope
-from jaxft.nn.tree import Params
 
 
 @dataclass(frozen=True)
@@ -58,11 +54,7 @@ def _qwen3_decoder(config: Qwen3Config) -> DecoderSpec:
     if config.attention_bias:
         add_biases(specs, ATTENTION)
     attention = typed_layers(config, config.rope, config.rope)
-    return one_stack(specs, _qwen3_layer, attention)
-
-
-def _qwen3_layer(f: ForwardOptions, p: Params, h: Any, attend: Attend, key: Any) -> tuple[Any, Any]:
-    return prenorm_layer(f, p, h, attend, key, head_norms(f.config, f.dtype))
+    return one_stack(specs, prenorm_layer, attention)
 
 
 def _read(hf: dict[str, Any], form: ConfigFormat) -> dict[str, Any]:

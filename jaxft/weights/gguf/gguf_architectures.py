@@ -93,10 +93,10 @@ LLAMA_MODULES = {**PROJECTIONS, **NORMS_BEFORE}
 GEMMA_MODULES = {**PROJECTIONS, **NORMS_AROUND}
 OLMO_MODULES = {**PROJECTIONS, **NORMS_AFTER, **QK_NORMS}
 QWEN2_BIASES = frozenset({"attn_q", "attn_k", "attn_v"})
-OF_LLAMA = Architecture("llama", "LlamaForCausalLM", LLAMA_MODULES, interleaved=True, tables=ROPE_TABLES)
+_LLAMA = Architecture("llama", "LlamaForCausalLM", LLAMA_MODULES, interleaved=True, tables=ROPE_TABLES)
 ARCHITECTURES = {
-    "llama": OF_LLAMA,  # converted Mistrals have windows, which llama.cpp ignores
-    "mistral3": replace(OF_LLAMA, model_type="mistral", model_class="MistralForCausalLM", reads=MISTRAL_READS),
+    "llama": _LLAMA,  # converted Mistrals have windows, which llama.cpp ignores
+    "mistral3": replace(_LLAMA, model_type="mistral", model_class="MistralForCausalLM", reads=MISTRAL_READS),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", LLAMA_MODULES, biases=QWEN2_BIASES),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", LLAMA_MODULES | QK_NORMS),
     "gemma": Architecture("gemma", "GemmaForCausalLM", LLAMA_MODULES, norms_plus_one=True),
@@ -118,7 +118,7 @@ ARCHITECTURES = {
     "olmo2": Architecture(
         "olmo2", "Olmo2ForCausalLM", OLMO_MODULES, reads=WINDOWS, local_theta="rope.freq_base"
     ),
-    "granite": replace(OF_LLAMA, model_type="granite", model_class="GraniteForCausalLM", reads=GRANITE_READS),
+    "granite": replace(_LLAMA, model_type="granite", model_class="GraniteForCausalLM", reads=GRANITE_READS),
 }
 
 

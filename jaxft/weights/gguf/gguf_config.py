@@ -210,23 +210,22 @@ def _gemma2(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
 def _gemma3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
     """Read Gemma 3's settings: windows in five of six layers, where rope is not scaled (gemma3.cpp)."""
     window = _window(header)
-    period = 6 if window else 1
     return {
         **_query_scale(sizes, layers_of_27b=62),
+        **_two_ropes(header, sizes, rope_theta(header, LOCAL_THETA)),
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window": window,
-        "layer_types": _layer_types(header, sizes, period),
-        "rope_parameters": {
-            "full_attention": rope_parameters(header, sizes.rotated),
-            "sliding_attention": _default_rope(rope_theta(header, LOCAL_THETA)),
-        },
+        "layer_types": _layer_types(header, sizes, 6 if window else 1),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": decimal_field(header, "final_logit_softcapping", 0.0) or None,
     }
 
 
-def _default_rope(theta: float) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": theta}
+def _two_ropes(header: GgufHeader, sizes: Sizes, local_theta: float) -> dict[str, Any]:
+    """Return the ropes of layers with full attention, and of layers with windows, which are not scaled."""
+    local = {"rope_type": "default", "rope_theta": local_theta}
+    full = rope_parameters(header, sizes.rotated)
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
 
 
 def _phi3(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
@@ -262,16 +261,12 @@ def _olmo2(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
     window = _window(header)
     if window is None:
         return _one_rope(header, sizes)
-    theta = rope_theta(header)
     return {
         "architectures": ["Olmo3ForCausalLM"],
         "model_type": "olmo3",
         "sliding_window": window,
         "layer_types": _layer_types(header, sizes, period=4),
-        "rope_parameters": {
-            "full_attention": rope_parameters(header, sizes.rotated),
-            "sliding_attention": _default_rope(rope_theta(header, LOCAL_THETA, theta)),
-        },
+        **_two_ropes(header, sizes, rope_theta(header, LOCAL_THETA, rope_theta(header))),
     }
 
 

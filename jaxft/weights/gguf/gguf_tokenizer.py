@@ -72,7 +72,7 @@ class PreTokenizer:
 GPT2 = PreTokenizer()
 DIGITS = PreTokenizer(single_digits=True)
 LLAMA3 = PreTokenizer(LLAMA3_PATTERN, whole_words=True, bos=True)
-QWEN2 = PreTokenizer(QWEN2_PATTERN, nfc=True)
+_QWEN2 = PreTokenizer(QWEN2_PATTERN, nfc=True)
 PRE_TOKENIZERS = {
     "gpt-2": GPT2,
     "default": GPT2,
@@ -87,8 +87,8 @@ PRE_TOKENIZERS = {
     "dbrx": PreTokenizer(LLAMA3_PATTERN),  # Phi-4, OLMo 2 and 3, Granite 4
     "gpt-4o": PreTokenizer(GPT4O_PATTERN),  # Phi-4-mini
     "tekken": PreTokenizer(TEKKEN_PATTERN, whole_words=True, bos=True),  # Mistral since Nemo
-    "qwen2": QWEN2,  # Qwen 2, 2.5 and 3
-    "deepseek-r1-qwen": QWEN2,  # DeepSeek-R1's distilled Qwens
+    "qwen2": _QWEN2,  # Qwen 2, 2.5 and 3
+    "deepseek-r1-qwen": _QWEN2,  # DeepSeek-R1's distilled Qwens
 }
 UNSTATED = "default"  # which llama.cpp assumes, with a warning, if tokenizer.ggml.pre is missing
 

@@ -221,8 +221,12 @@ def stop_tokens(ref: str, model: Model, tokenizer: Any) -> tuple[int, ...]:
     and the ids that end an assistant turn in its chat template. Raises ValueError if generation_config.json
     is malformed or names an id that the model does not have.
     """
-    config = model.config
-    return tuple(sorted({*config.eos, *_generation_eos(ref, config.vocab), *tokenizer_ends(tokenizer)}))
+    config, located, generation = model.config, hub.locate(ref, config_only=True), list[int]()
+    path = located.path / "generation_config.json"
+    if located.kind == "folder" and path.is_file():
+        eos = read_model_json(path).get("eos_token_id")
+        generation = token_ids(eos, f"{path}: eos_token_id", config.vocab)
+    return tuple(sorted({*config.eos, *generation, *tokenizer_ends(tokenizer)}))
 
 
 def joined_eos(eos: int | list[int] | None, more: Iterable[int]) -> int | list[int] | None:
@@ -237,15 +241,6 @@ def tokenizer_ends(tokenizer: Any) -> list[int]:
     template = template_of(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [*eos, *(template.stop_tokens if template else ())]
-
-
-def _generation_eos(ref: str, vocab: int) -> list[int]:
-    """Return the EOS token ids, all below `vocab`, of the model's generation_config.json; [] without one."""
-    located = hub.locate(ref, config_only=True)
-    path = located.path / "generation_config.json"
-    if located.kind != "folder" or not path.is_file():
-        return []
-    return token_ids(read_model_json(path).get("eos_token_id"), f"{path}: eos_token_id", vocab)
 
 
 def stop_lines(stop: tuple[int, ...], learned_ends: dict[int, int], tokenizer: Any) -> list[str]:

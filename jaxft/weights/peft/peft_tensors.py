@@ -109,11 +109,6 @@ def read_pair(files: SafetensorsFiles, tensor: Tensor, config: dict[str, Any]) -
     for name in names:
         if name not in files.tensors:
             raise ValueError(f"{files.where}: tensor {name} is missing; copy or download the file again")
-        shape = files.tensors[name].shape
-        if len(shape) != 2:
-            raise ValueError(
-                f"{files.where}: {name} has shape {shape}, expected two dimensions; download the file again"
-            )
         arrays.append(_read_float(files, name).T)
     a, b = arrays
     rank = _matching(config, "rank_pattern", module, config["r"])
