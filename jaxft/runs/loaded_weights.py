@@ -192,8 +192,8 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     record: the run's settings. Raises ValueError if its data source is a class that jaxft does not define.
     """
     data = record["data"]
-    kinds = {f"{kind.__module__}:{kind.__name__}": kind for kind in (Rows, PairRows, DecisionRows)}
-    kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
+    kinds = {f"{x.__module__}:{x.__name__}": x for x in (Rows, PairRows, DecisionRows)}
+    kind: Any = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
     if kind is None:
         raise ValueError(
             f"cannot rebuild the held-out rows of a run with data={data.get('type')}; name rows by --file"

@@ -5,6 +5,7 @@ it was in memory. It also has the size and hash of each file, and a hash of itse
 """
 
 import collections
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -131,11 +132,8 @@ def file_hashes(folder: Path, names: list[str]) -> dict[str, list[Any]]:
 
 def hash_file(path: Path) -> str:
     """Return the xxh3-128 of a file's bytes, in hex."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def set_aside(folder: Path) -> Path:

@@ -65,18 +65,13 @@ def read_appended(path: Path, size: int) -> tuple[list[Entry], int]:
 
 
 def _lines(path: Path, start: int = 0) -> list[tuple[bytes, Entry]]:
-    if not path.exists():
-        return []
     lines = []
-    with path.open("rb") as file:
-        file.seek(start)
-        content = file.read()
-    for text in content.splitlines(keepends=True):
+    for text in whole_lines(path, start):
         try:
             entry = json.loads(text)
         except ValueError:
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and text.endswith(b"\n"):
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             lines.append((text, entry))
     return lines
 
@@ -187,10 +182,15 @@ def next_digest(before: str, content: bytes) -> str:
     return hashlib.sha256(f"{before}\n".encode() + content).hexdigest()
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """Return the lines of a file, except a last one that is half written; [] if the file does not exist."""
-    content = path.read_bytes() if path.is_file() else b""
-    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+def whole_lines(path: Path, start: int = 0) -> list[bytes]:
+    """Return the lines of a file from byte `start` on, except a last one that is half written; [] if the file
+    does not exist.
+    """
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(start)
+        return [line for line in file if line.endswith(b"\n")]
 
 
 class DigestWriter:

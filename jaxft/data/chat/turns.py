@@ -99,14 +99,6 @@ def _first(part: Part, text: str, at: int) -> Span | None:
     return None if start < 0 else (start, start - length)
 
 
-def shows_null(message: Message, text: str) -> bool:
-    """Whether content that is null is rendered as the word None."""
-    if message["content"] is not None:
-        return False
-    known = sum(max(s.count("None") for s in part.spellings) for part in parts_of(message))
-    return text.count("None") > known
-
-
 def with_markers(message: Message, first: int = 0) -> tuple[Message, dict[str, str]]:
     """Return the turn with each text replaced by a unique word, and a dict from words to names of parts.
 
@@ -405,7 +397,8 @@ def _checked_end(template: Template, chat: Chat, text: str, index: int, within: 
     lost = missing.name if missing else hidden(index)
     if lost:
         raise HiddenPart(f"it does not show {lost} of message {index}, an assistant turn")
-    if shows_null(message, text[start:limit]):
+    known = sum(max(spelling.count("None") for spelling in part.spellings) for part in parts)
+    if message["content"] is None and text.count("None", start, limit) > known:
         raise HiddenPart(f"it renders the content of message {index}, which is null, as the word None")
     if template.closing is None:
         return limit

@@ -18,7 +18,7 @@ import xxhash
 from jaxft.data.progress import RowProgress
 from jaxft.data.rows import row_files
 from jaxft.data.rows.invalid import InvalidRows, attempt, valid
-from jaxft.data.rows.remote import RemoteFile, is_remote, remote_batches, remote_files
+from jaxft.data.rows.remote import RemoteFile, file_name, is_remote, remote_batches, remote_files
 from jaxft.data.rows.row_files import Chunk, Outcome, Row
 from jaxft.data.rows.shipped import ROOT
 from jaxft.data.rows.text_files import (
@@ -89,16 +89,21 @@ def find_data(ref: str) -> Path | None:
 
     FOLDER:SPLIT is the folder of a split that DatasetDict.save_to_disk has written.
     """
-    candidates = [Path(ref).expanduser()]
-    if not candidates[0].is_absolute():
-        candidates.append(ROOT / ref)
-    existing = next((path for path in candidates if path.exists()), None)
+    existing = next((path for path in (Path(ref).expanduser(), ROOT / ref) if path.exists()), None)
     folder, _, split = ref.rpartition(":")
     if existing is None and folder and split:
         parent = find_data(folder)
         if parent is not None and split in saved_splits(parent):
             return parent / split
     return existing
+
+
+def try_find(ref: str) -> Path | None:
+    """Return find_data(ref), and None for a text such as a list of files that is too long for a name."""
+    try:
+        return find_data(ref)
+    except OSError:
+        return None
 
 
 def saved_splits(path: Path) -> list[str]:
@@ -115,10 +120,7 @@ def evaluation_split(ref: str) -> str | None:
     """Return FOLDER:SPLIT for the evaluation split of a folder that DatasetDict.save_to_disk has written;
     None without such a split.
     """
-    try:
-        path = find_data(ref)
-    except OSError:  # a list of files that is too long for a name
-        return None
+    path = try_find(ref)
     splits = saved_splits(path) if path is not None else []
     return next((f"{ref}:{name}" for name in _EVALUATION_SPLITS if name in splits), None)
 
@@ -191,7 +193,7 @@ def list_chunks(ref: str, used: tuple[str, ...] | None = None, sample_by: str = 
 
 
 def _list_remote(files: list[RemoteFile], used: tuple[str, ...] | None) -> Listing:
-    names = [file.name for file in files]  # of several folders
+    names = [file_name(file.url) for file in files]  # of several folders
     labels = tuple(names if len({*names}) == len(names) else map(str, files))
     digest = xxhash.xxh3_128(repr([(file.url, file.size, file.version) for file in files]).encode())
 

@@ -96,11 +96,6 @@ class RemoteFile:
     private: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     tag: str = ""
 
-    @property
-    def name(self) -> str:
-        """The last part of the file's path."""
-        return file_name(self.url)
-
     def __str__(self) -> str:
         return without_secrets(self.url)
 

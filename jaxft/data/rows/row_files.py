@@ -23,6 +23,7 @@ ROW_CHUNK_BYTES = 2 << 20  # of lines of text
 CHUNK_ROWS = row_parquet.BATCH_ROWS
 _AGAIN = "download it again"  # a damaged file
 KEYS_OF_ROWS = ("data", "rows", "train", "examples")  # keys of lists of rows in files of one object
+DUPLICATE_KEY = "duplicate key"  # the reason of an invalid row
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -178,14 +179,11 @@ class _DuplicateKey(Exception):
     """A JSON object has a key twice, of which json.loads would drop the first."""
 
 
-def _load(text: bytes | str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        merged = dict(pairs)
-        if len(merged) < len(pairs):
-            raise _DuplicateKey(next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1))
-        return merged
-
-    return json.loads(text, object_pairs_hook=unique)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    merged = dict(pairs)
+    if len(merged) < len(pairs):
+        raise _DuplicateKey(next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1))
+    return merged
 
 
 def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -> Any:
@@ -193,10 +191,11 @@ def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -
     UTF-16 and UTF-32, whose lines cannot be parsed one by one. Raises InvalidRow.
     """
     try:
-        return _load(text if encoding is None else text.decode(encoding))
+        decoded = text if encoding is None else text.decode(encoding)
+        return json.loads(decoded, object_pairs_hook=_unique)
     except _DuplicateKey as error:
         problem = f"an object has the key {str(error)[:60]!r} twice; remove one of them"
-        raise InvalidRow(name, "duplicate key", problem) from error
+        raise InvalidRow(name, DUPLICATE_KEY, problem) from error
     except UnicodeDecodeError as error:
         problem = f"not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8"
         raise InvalidRow(name, "not UTF-8", problem) from error
@@ -308,16 +307,13 @@ def has_json_lines(path: Path) -> bool:
 def read_json(path: Path) -> Iterator[Outcome]:
     """Read the rows of a JSON file: a list of objects, one object, or lines of objects."""
     text = path.read_bytes().removeprefix(_BOM)
-    if text.lstrip()[:1] == b"{":
-        try:
-            value = _load(text)
-        except _DuplicateKey:
-            value = _parse(text, f"{path}:1")  # raises InvalidRow with the key
-        except (ValueError, RecursionError):
-            yield from chain.from_iterable(chunk.rows() for chunk in scan_lines(path, len))
-            return
-    else:
+    try:
         value = _parse(text, f"{path}:1")
+    except InvalidRow as error:
+        if text.lstrip()[:1] != b"{" or error.reason == DUPLICATE_KEY:
+            raise
+        yield from chain.from_iterable(chunk.rows() for chunk in scan_lines(path, len))
+        return
     if isinstance(value, dict) and (key := _key_of_rows(value)):
         problem = f"the rows are in the list {key!r} of one object; write this list alone to the file"
         yield InvalidRow(f"{path}:1", "rows in an object", problem)

@@ -259,9 +259,7 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         kind = tuple[item, ...] if isinstance(now, tuple) else Callable if callable(now) else type(now)
     try:
         return parse_value(text, kind)
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError):
-            raise
+    except ValueError as error:
         parts = now if isinstance(now, tuple) else (now,)
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
         plain = plain and (now != () or ":" not in text)  # or "default empty" seems to be about the file
