@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxft.engine.programs import Engine
-from jaxft.engine.sampling import NONFINITE, Sampling, row_sampling
+from jaxft.engine.sampling import NONFINITE, Sampling, nonfinite_logits, row_sampling
 from jaxft.engine.state import (
     NO_TOKEN,
     NO_TOP,
@@ -412,6 +412,7 @@ class SampledTokens(NamedTuple):
 def complete(
     session: Session,
     prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int] | None = None,
     is_enough: Callable[[list[int]], bool] | None = None,
     ended: Callable[[int], Any] | None = None,
 ) -> SampledTokens:
@@ -420,28 +421,23 @@ def complete(
     Raises ValueError if a completion cannot match its grammar. If logits are not finite, the completion ends
     with the token NONFINITE.
 
-    is_enough: called with the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends
-    the completion, for stop strings. ended: called with how many completions have ended since its last call.
+    numbers: numbers of the prompts, for their random keys; by default their indices. is_enough: called with
+    the tokens of each completion so far, every STEPS_BETWEEN_LOOKS steps; True ends the completion, for stop
+    strings. ended: called with how many completions have ended since its last call.
 
-    >>> import jax.numpy as jnp
-    >>> from jaxft.engine.programs import compile_engine
-    >>> from jaxft.engine.state import Decoding, slots_for
-    >>> from jaxft.models.families.llama import LlamaConfig, llama
-    >>> from jaxft.nn.param import init_params
-    >>> sizes = {"vocab": 16, "width": 8, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp": 8}
-    >>> model = llama(LlamaConfig(**sizes, max_positions=32), jnp.float32)
-    >>> params = init_params(model.specs, jax.random.key(0))
-    >>> decoding = Decoding(model, Sampling(max_new=4, temperature=1.0), stop=(2,), group=3)
-    >>> engine = compile_engine(decoding, params, slots_for(prompts=2, group=3, longest=3))
-    >>> complete(Session(engine, params, jax.random.key(0)), [[1, 5, 7], [1]]).tokens.shape
-    (2, 3, 4)
+    Four completions of each of two prompts, with a `model` and its `params`:
+
+        decoding = Decoding(model, Sampling(max_new=16, temperature=1.0), stop=(2,), group=4)
+        engine = compile_engine(decoding, params, slots_for(prompts=2, group=4, longest=3))
+        tokens, logps = complete(Session(engine, params, jax.random.key(0)), [[1, 5, 7], [1]])
+        tokens.shape  # (2, 4, 16)
     """
     d = session.engine.decoding
     group, new = d.group, d.sampling.max_new
     tokens = np.full((len(prompts) * group, new), -1, np.int32)
     logps = np.zeros(tokens.shape, np.float32)
     for i, prompt in enumerate(prompts):
-        session.start(prompt, range(i * group, (i + 1) * group), i)
+        session.start(prompt, range(i * group, (i + 1) * group), i if numbers is None else numbers[i])
     while session.busy:
         count = 0
         for it in session.step(STEPS_BETWEEN_LOOKS if is_enough else None):
@@ -457,3 +453,34 @@ def complete(
             ended(count)
     shape = len(prompts), group, new
     return SampledTokens(tokens.reshape(shape), logps.reshape(shape))
+
+
+def generate(session: Session, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Complete every prompt once: token ids, up to and including a stop token.
+
+    Raises ValueError for an empty prompt, and where logits are not finite.
+
+    >>> import jax.numpy as jnp
+    >>> from jaxft.engine.programs import compile_engine
+    >>> from jaxft.engine.state import Decoding, slots_for
+    >>> from jaxft.models.families.llama import LlamaConfig, llama
+    >>> from jaxft.nn.param import init_params
+    >>> sizes = {"vocab": 16, "width": 8, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp": 8}
+    >>> model = llama(LlamaConfig(**sizes, max_positions=32), jnp.float32)
+    >>> params = init_params(model.specs, jax.random.key(0))
+    >>> decoding = Decoding(model, Sampling(max_new=4), stop=())
+    >>> engine = compile_engine(decoding, params, slots_for(prompts=2, group=1, longest=3))
+    >>> [len(completion) for completion in generate(Session(engine, params), [[1, 5, 7], [1]])]
+    [4, 4]
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty; give at least one token, for example the BOS token")
+    tokens = complete(session, prompts).tokens[:, 0]
+    where = nonfinite_logits(tokens)
+    if where:
+        raise ValueError(
+            f"the logits of token {where[1] + 1} after prompt {where[0] + 1} are not finite; "
+            "compute in float32, or check the weights"
+        )
+    return [row[row >= 0].tolist() for row in np.asarray(tokens)]

@@ -203,16 +203,8 @@ def test_on_accelerators_rows_that_ended_leave_by_default(monkeypatch):
 @given(st.lists(st.integers(0, len(PROMPTS) - 1), min_size=1, max_size=14))
 def test_any_prompts_in_any_order_have_their_own_completions(world, expected, numbers):
     engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
-    session, found = Session(engine, world[1], KEY), {}
-    for i, number in enumerate(numbers):
-        session.start(PROMPTS[number], range(3 * i, 3 * i + 3), number)
-    while turns := session.wait():
-        found |= {turn.episode: turn.tokens for turn in turns}
-    for i, number in enumerate(numbers):
-        for place in range(3):
-            tokens, own = expected.tokens[number][place], found[3 * i + place]
-            np.testing.assert_array_equal(own, tokens[: len(own)])
-            assert (tokens[len(own) :] < 0).all()
+    found = complete(Session(engine, world[1], KEY), [PROMPTS[i] for i in numbers], numbers)
+    np.testing.assert_array_equal(found.tokens, expected.tokens[numbers])
 
 
 def test_a_row_is_usable_after_a_completion_that_was_not_finite(world):

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import engine_of, generate
+from engines import engine_of
 from merged_arrays import merged_arrays
 from tiny_model import tiny
 
 from jaxft.distributed import sharding
+from jaxft.engine import session as generation
 from jaxft.engine.programs import program_tracers
 from jaxft.engine.sampling import (
     NONFINITE,
@@ -24,7 +25,7 @@ from jaxft.engine.sampling import (
     truncated,
     without_stop,
 )
-from jaxft.engine.session import RequestSettings, Session, complete
+from jaxft.engine.session import RequestSettings, SampledTokens, Session, complete, generate
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn.adapters.lora import Adapter
@@ -265,6 +266,8 @@ def test_a_completion_ends_where_its_logits_are_nan_and_the_other_rows_do_not_ch
     assert (good >= 0).all() and not (good[[0, 2], :-1] == 39).any()
     np.testing.assert_array_equal(bad[[0, 2]], good[[0, 2]])
     assert bad[1, 0] == NONFINITE and (bad[1, 1:] == -1).all()
+    with pytest.raises(ValueError, match="the logits of token 1 after prompt 1 are not finite; compute in"):
+        generate(Session(engine, broken, KEY), [[39, 3]])
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -293,3 +296,13 @@ def test_a_request_that_an_engine_is_not_compiled_for_is_refused(world, choice):
     session = Session(engine_of(world, GREEDY, (), 5, 80), world[1])
     with pytest.raises(ValueError, match="the engine is not compiled for RequestSettings"):
         session.start([1], [0], choice=choice)
+
+
+def test_the_token_of_a_later_prompt_is_named(world, monkeypatch):
+    tokens = np.full((4, 1, 4), 7)
+    tokens[3, 0, 2:] = NONFINITE, -1
+    monkeypatch.setattr(
+        generation, "complete", lambda session, prompts: SampledTokens(tokens, np.zeros((4, 1, 4)))
+    )
+    with pytest.raises(ValueError, match="the logits of token 3 after prompt 4 are not finite"):
+        generate(None, [[1], [2], [3], [30]])

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_served as tiny
-from engines import engine_of, generate
+from engines import engine_of
 from merged_arrays import merged_arrays
 
 from jaxft.engine.sampling import Sampling, left_pad, row_sampling, sample_rows
 from jaxft.engine.scheduler import QueueFull, Scheduler, Stopped
-from jaxft.engine.session import RequestSettings, Session
+from jaxft.engine.session import RequestSettings, Session, generate
 from jaxft.engine.state import TOP
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import llama

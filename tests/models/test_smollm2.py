@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import engine_of, generate
+from engines import engine_of
 from smollm2 import REF, reference
 from test_llama import tokens_of
 
@@ -13,7 +13,7 @@ from jaxft.data.rows.format_choice import prompt_of
 from jaxft.data.rows.row_files import Row
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
-from jaxft.engine.session import Session
+from jaxft.engine.session import Session, generate
 from jaxft.models.adapted import adapted
 from jaxft.weights import pretrained
 

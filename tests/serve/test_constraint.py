@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import tiny_served as tiny
 import tiny_tokenizers
-from engines import generate
 from running_server import CHAT, MESSAGES, Running
 from scripts_in_process import call
 
 from jaxft.engine.programs import allowed_logits, compile_engine
 from jaxft.engine.sampling import Sampling
-from jaxft.engine.session import RequestSettings, Session
+from jaxft.engine.session import RequestSettings, Session, generate
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.adapted import adapted
 from jaxft.serve.constraint import call_grammar, compile_grammar, either, json_grammar, regex_grammar

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.engine.programs import Engine, compiler_options, program_tracers
-from jaxft.engine.session import complete
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.nn.attention.cache import NextToken, RowGroups, insert_prompts
 
@@ -26,11 +25,6 @@ def engine_of(world, sampling, stop=(), rows=None, longest=64, group=1, prompts=
     if key not in ENGINES:
         ENGINES[key] = lazy_engine(Decoding(model, sampling, stop, group, **options), shapes, slots)
     return ENGINES[key]
-
-
-def generate(session, prompts):
-    """The token ids of one completion of each prompt, up to and including a stop token."""
-    return [row[row >= 0].tolist() for row in complete(session, prompts).tokens[:, 0]]
 
 
 def lazy_engine(d, params, slots):
