@@ -24,7 +24,7 @@ ENTRY_POINTS = [  # module:name
     "jaxft.annotations:check_bounds",
     "jaxft.data.pairs:PairRows",
     "jaxft.data.sft:Rows",
-    "jaxft.engine.session:complete",
+    "jaxft.engine.session:generate",
     "jaxft.lab.studies.study:Study",
     "jaxft.nn.adapters.lora:attach",
     "jaxft.nn.adapters.lora_specs:adapter_specs",
@@ -73,6 +73,7 @@ ENTRY_POINTS = [  # module:name
 ]
 # Their examples need a run or a model, and are indented code that no test runs.
 NEED_A_RUN = [
+    "jaxft.engine.session:complete",
     "jaxft.train.export.export:export_model",
     "jaxft.train.python_api:LoadedModel",
     "jaxft.train.python_api:LoadedModel.generate",
