@@ -116,8 +116,9 @@ class SourceInfo:
 class Source(Protocol[BoundTo]):
     """The batches of a run, by optimizer step.
 
-    Arrays are NumPy's: [micro, rows, ...] in a training batch, [1, rows, ...] in a held-out batch. Each kind
-    of weights sums to 1 over a training batch, and over all held-out batches together.
+    Arrays are NumPy's: [micro, rows, ...] in a training batch, [1, rows, ...] in a held-out batch. An
+    array of loss weights, such as pair_weights, sums to 1 over a training batch, and over all held-out
+    batches together.
     """
 
     @property
@@ -152,10 +153,11 @@ class Source(Protocol[BoundTo]):
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
-        """Return the source with a limit for each evaluation: `evaluate` reads at most `most` held-out
-        prompts, or the train loop at most `most` batches of `held_out`; None for all.
+        """Return the source with a limit for each evaluation; None for no limit.
 
-        `spread` chooses them. A position in `held_out_name` counts the values of the chosen batches alone.
+        If `evaluate` computes the held-out metrics, it reads at most `most` held-out prompts. Otherwise the
+        train loop reads at most `most` batches of `held_out`, which stays complete. `spread` chooses the
+        prompts or batches; `held_out_name` then takes an index among the values of the chosen batches.
         """
 
     def row_names(self, step: int) -> list[str]:

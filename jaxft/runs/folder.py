@@ -229,6 +229,19 @@ def permitted_changes(
     recorded_defaults; a run that began before a setting existed continues with its default. Raises ValueError
     that lists the differences which would change what the run computes.
     """
+    lines, refused = setting_changes(old, new, defaults)
+    if refused:
+        raise ValueError(
+            f"{folder}: cannot resume, these settings differ from the original run: {'; '.join(refused)}. "
+            "Restore them, or choose another name=..."
+        )
+    return lines
+
+
+def setting_changes(
+    old: dict[str, Any], new: dict[str, Any], defaults: Mapping[str, Any] = NO_DEFAULTS
+) -> tuple[list[str], list[str]]:
+    """Return (all differences, those that would change what a run computes), see permitted_changes."""
     old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
     lines = differences(old, json.loads(json.dumps(new)))
     permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
@@ -236,13 +249,7 @@ def permitted_changes(
     fixed = [line for line in lines if line.startswith(MUST_STAY)]
     changed = [line for line in lines if not permitted.match(line) or line in fixed]
     refused = [line for line in changed if line not in began_before]
-    if refused:
-        refused = _explained(refused, new)
-        raise ValueError(
-            f"{folder}: cannot resume, these settings differ from the original run: {'; '.join(refused)}. "
-            "Restore them, or choose another name=..."
-        )
-    return lines
+    return lines, _explained(refused, new)
 
 
 def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:

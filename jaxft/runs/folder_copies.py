@@ -32,7 +32,15 @@ import xxhash
 from jaxft.distributed.disk import make_folder, publish, write_durably
 from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
-from jaxft.runs.folder import CHECKPOINTS, NO_DEFAULTS, RESULTS, SUMMARY, permitted_changes, read_saved_json
+from jaxft.runs.folder import (
+    CHECKPOINTS,
+    NO_DEFAULTS,
+    RESULTS,
+    SUMMARY,
+    permitted_changes,
+    read_saved_json,
+    setting_changes,
+)
 from jaxft.runs.object_store import Store, StoreError, check_store_url, open_store
 from jaxft.weights.hf.complete_folders import cache_folder
 
@@ -168,6 +176,14 @@ class Mirror:
 
     def _check_settings(self, records: Records) -> None:
         """Raise ValueError if the run in the store has other settings. records: as in `open`."""
+        for place, old, record in self._compared(records):
+            try:
+                permitted_changes(place, old, record, self._defaults)
+            except ValueError as error:
+                raise ValueError(f"{error} or loop.store=...") from error
+
+    def _compared(self, records: Records) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """Yield (URL, the store's settings, `records`' settings) of each file that the store has."""
         for name, record in records.items():
             place, content = f"{self.store.url}/{name}", self.store.read(name)
             if content is None:
@@ -179,22 +195,19 @@ class Mirror:
             old = stored if isinstance(stored, dict) else {}
             if "members" in {**old, **record}:  # a sweep's, which may change at_once
                 old, record = ({"members": side.get("members")} for side in (old, record))
-            try:
-                permitted_changes(place, old, record, self._defaults)
-            except ValueError as error:
-                raise ValueError(f"{error} or loop.store=...") from error
+            yield place, old, record
 
     def _check_folder(self, records: Records) -> None:
         """Raise ValueError if the folder has another run than the store. records: as in `open`."""
         paths = {name: self.folder / name for name in records}
         local = {name: read_saved_json(path) for name, path in paths.items() if path.is_file()}
-        try:
-            self._check_settings(local)
-        except ValueError as error:
-            raise ValueError(
-                f"{self.folder} and {self.store.url} have different runs; choose another name=... or "
-                "loop.store=..."
-            ) from error
+        for place, old, record in self._compared(local):
+            if refused := setting_changes(old, record, self._defaults)[1]:
+                raise ValueError(
+                    f"{self.folder} and {self.store.url} have different runs: from {place} to the folder, "
+                    f"{'; '.join(refused)}. Move the folder away to continue the stored run, or choose "
+                    "another name=... or loop.store=..."
+                )
 
     def fetch_results(self) -> list[str]:
         """Write the files of the store, without checkpoints, into the folder; return their names, [] if the

@@ -165,7 +165,11 @@ def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Colu
 def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
     """Return the steps of a solution with their labels."""
     steps, labels = list_of(row, "completions"), list_of(row, "labels")
-    if not steps or len(steps) != len(labels):
+    if not steps:
+        raise row.invalid(
+            "no steps", "'completions' is empty; add the steps of the solution, or remove the row"
+        )
+    if len(steps) != len(labels):
         raise row.invalid(
             "steps without labels",
             f"the row has {len(steps)} steps in 'completions' and {len(labels)} entries in 'labels'; use one "
@@ -197,7 +201,9 @@ def _with_choices(row: Row) -> Row:
 
 
 def _pair_weight(row: Row, settings: RowSettings) -> float:
-    """Return the number in the column data.weight_column, 1 without one."""
+    """Return the number in the column data.weight_column; 1 if that is None. Raises InvalidRow for a missing,
+    negative or non-finite number, and for any other value.
+    """
     column = settings.weight_column
     weight = 1.0 if column is None else number_of(row, column, "data.weight_column")
     if weight < 0:
