@@ -11,14 +11,12 @@ import secrets
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import Context
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
-
-from flax.traverse_util import flatten_dict
 
 from jaxft.runs.settings.setting_values import load_callable
 from jaxft.runs.terminal import printable_line
@@ -157,9 +155,15 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def flat_settings(settings: dict[str, Any]) -> dict[str, Any]:
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return {dotted name: value} of nested settings, without those that are None."""
-    return {name: x for name, x in flatten_dict(settings, sep=".").items() if x is not None}
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flat_settings(value, f"{prefix}{name}.")
+        elif value is not None:
+            flat[prefix + name] = value
+    return flat
 
 
 def upload_adapter(tracker: str, folder: Path, send: Callable[[Path], object]) -> None:
