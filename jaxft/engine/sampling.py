@@ -13,9 +13,8 @@ from jaxft.annotations import (
     ABOVE_ZERO_TO_ONE,
     ZERO_TO_ONE,
     AnyTemperature,
-    at_least,
+    PositiveInt,
     check_bounds,
-    count_from,
 )
 from jaxft.batch import Tokens
 from jaxft.nn.tree import struct
@@ -34,9 +33,9 @@ class Sampling:
     fraction as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082); None for all.
     """
 
-    max_new: Annotated[int, count_from(1)] = 64
+    max_new: PositiveInt = 64
     temperature: AnyTemperature = 0.0
-    top_k: Annotated[int | None, at_least(1)] = None
+    top_k: PositiveInt | None = None
     top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
     min_p: Annotated[float | None, ZERO_TO_ONE] = None
 

@@ -4,11 +4,10 @@ weights.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 
-from jaxft.annotations import at_least, check_bounds
+from jaxft.annotations import NonNegativeInt, check_bounds
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
 from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
@@ -74,7 +73,7 @@ class Rules:
     scale: Scale | None = None
     filter: Filter | None = None
     train_on_truncated: bool = True
-    warm_up: Annotated[int, at_least(0)] = 0
+    warm_up: NonNegativeInt = 0
     correction: Correction | None = None
     ratio_to_sampler: bool = False
 
