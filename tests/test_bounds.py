@@ -28,6 +28,7 @@ from jaxft.annotations import (
     one_of,
 )
 from jaxft.data.pairs import PairRows
+from jaxft.data.prompts import Prompts
 from jaxft.distributed.processes import Hosts
 from jaxft.distributed.sharding import MeshShape
 from jaxft.engine.sampling import Sampling
@@ -36,6 +37,8 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
 from jaxft.nn.quant_formats import FORMATS
 from jaxft.optim.optimizer import Optim
+from jaxft.rl.rewards import exact
+from jaxft.rl.rollout_rules import Rules
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.setting_values import describe_kind
 from jaxft.serve.served_models import ServeFlags
@@ -121,7 +124,6 @@ def test_numbers_that_are_no_python_numbers_are_not_checked():
         (Loop, "save_every"),
         (Hosts, "stop_seconds"),
         (Sampling, "top_k"),
-        (Quant, "block"),
         (Adapter, "rank"),
     ],
 )
@@ -148,7 +150,10 @@ def test_the_type_of_a_setting_is_shown_with_its_bounds():
         (lambda: MeshShape(-2), "mesh.data=-2; expected -1, or at least 1"),
         (lambda: MeshShape(tensor=2.5), "mesh.tensor=2.5; expected a whole number"),
         (lambda: MeshShape(fsdp=-1), "mesh.data and mesh.fsdp are -1"),
-        (lambda: PairRows("rows", batch=10**20), "data.batch=100000000000000000000; expected at most 2^31 - 1"),
+        (lambda: PairRows("rows", batch=10**12), "data.batch=1000000000000; expected at most 2^31 - 1"),
+        (lambda: Quant(block=2**40), "quant.block=1099511627776; expected at most 2^31 - 1, or none"),
+        (lambda: Prompts("rows", decode_rows=-5), "data.decode_rows=-5; expected at least 1, or none"),
+        (lambda: Rules((exact,), reward_weights=(math.inf,)), "reward_weights=inf; expected a finite number"),
         (lambda: HarnessSettings(batch=0), "batch=0; expected at least 1"),
         (lambda: Calibration("rows.jsonl", tokens=-5, max_length=-9), "tokens=-5; expected at least 1"),
         (lambda: Calibration("rows.jsonl", invalid_limit=7), "invalid_limit=7; expected from 0 to 1"),

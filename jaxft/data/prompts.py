@@ -65,7 +65,7 @@ class Prompts(DataSettings):
     top_k: PositiveInt | None = None
     top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
     min_p: Annotated[float | None, ZERO_TO_ONE] = None
-    decode_rows: int | None = None
+    decode_rows: PositiveInt | None = None
     kv_cache: CacheFormat = "compute"
     passes: PositiveInt = 1
     minibatches: PositiveInt = 1

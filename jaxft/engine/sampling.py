@@ -43,17 +43,17 @@ class Sampling:
         check_bounds(self)
 
 
-def requested_sampling(options: Any) -> Sampling:
+def requested_sampling(options: Any, dashes: bool = True) -> Sampling:
     """Return the Sampling of a command's options: an object with its fields. Raises ValueError for --top-k,
-    --top-p or --min-p without a temperature.
+    --top-p or --min-p without a temperature. dashes: whether errors call them so, or as in Python.
     """
     values = {field.name: getattr(options, field.name) for field in fields(Sampling)}
     for name in ("top_k", "top_p", "min_p"):
         if values[name] is not None and not values["temperature"]:
-            raise ValueError(
-                f"--{name.replace('_', '-')} has no effect on greedy completions; remove it, or use "
-                "--temperature 1"
-            )
+            option, heat = (f"--{name.replace('_', '-')}", "--temperature 1") if dashes else (
+                f"{name}={values[name]}", "temperature=1"
+            )  # fmt: skip
+            raise ValueError(f"{option} has no effect on greedy completions; remove it, or use {heat}")
     return Sampling(**values)
 
 

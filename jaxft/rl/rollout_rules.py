@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxft.annotations import NonNegativeInt, check_bounds
+from jaxft.annotations import FiniteFloat, NonNegativeInt, check_bounds
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
 from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
@@ -67,7 +67,7 @@ class Rules:
     rewards: tuple[Reward, ...]
     estimate: AdvantageEstimator = by_group
     token_weights: TokenWeights = token_mean
-    reward_weights: tuple[float, ...] = ()
+    reward_weights: tuple[FiniteFloat, ...] = ()
     combine: Combine = adv.weighted_sum
     shape: Shape | None = None
     scale: Scale | None = None
@@ -89,8 +89,6 @@ class Rules:
                 f"reward_weights={list(self.reward_weights)} for the rewards {names}. Set one weight for "
                 "each reward."
             )
-        if not np.isfinite(self.reward_weights).all():
-            raise ValueError(f"reward_weights={self.reward_weights} must be finite. Set finite numbers.")
         if not self.reward_weights:
             object.__setattr__(self, "reward_weights", (1.0,) * count)
         require_signature(self.token_weights, "token_weights", ("lengths", "mask", "max_new"))
