@@ -234,7 +234,8 @@ class _Kind:
         others = "".join(f", or {TYPE_TEXTS[m]}" for m in self.members if m not in (int, float))
         if self.bounds == FINITE:
             return f"expected a finite number{others}"
-        finite = "a finite number " if is_number and not math.isfinite(value) else ""
+        also = ": " if self.bounds.also is not None else " "  # "a finite number: 0, or at least 0.0001"
+        finite = f"a finite number{also}" if is_number and not math.isfinite(value) else ""
         number = f"{TYPE_TEXTS[self._number]} " if is_wrong else finite
         bounds = self.bounds.broken_by(value) if is_number and not is_wrong else self.bounds
         return f"expected {number}{bounds}{others}"
@@ -249,7 +250,8 @@ class _Kind:
             return f"expected {len(kinds)} values"
         for place, (item, kind) in enumerate(zip(value, kinds, strict=True), 1):
             if text := _Kind.of("", kind).expected(item):
-                return f"{text} in {item}" if isinstance(item, tuple) else f"{text} as value {place}"
+                where = f"in {_written(item)}" if isinstance(item, tuple) else f"as value {place}"
+                return f"{text} {where}"
         return ""
 
 
@@ -298,9 +300,13 @@ def check_values(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 def _check(kind: _Kind, value: Any, section: str = "") -> None:
     if expected := kind.expected(value):
         setting = f"{section}{' ' if section.endswith(':') else '.'}{kind.name}" if section else kind.name
-        items = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        items = ",".join(map(_written, value)) if isinstance(value, tuple) else str(value)
         text = repr(value) if isinstance(value, str) else items
         raise ValueError(f"{setting}={text:.60}; {expected}")
+
+
+def _written(item: Any) -> str:
+    return ":".join(map(str, item)) if isinstance(item, tuple) else str(item)
 
 
 def name_of(fn: Callable) -> str:

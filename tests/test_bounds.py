@@ -18,6 +18,7 @@ from jaxft.annotations import (
     Bounds,
     FiniteFloat,
     Fraction,
+    PositiveFloat,
     PositiveInt,
     QuantKind,
     above,
@@ -163,8 +164,9 @@ def test_the_type_of_a_setting_is_shown_with_its_bounds():
         (lambda: World(length_bias=math.nan), "world.length_bias=nan; expected a finite number"),
         (lambda: Sampling(temperature=1e-5), "temperature=1e-05; expected 0, or at least 0.0001"),
         (lambda: Optim(lr=1e-40), "optim.lr=1e-40; expected 0, or from 1.2e-38"),
-        (lambda: Optim(lr_groups=(("q", -1.0),)), "optim.lr_groups=('q', -1.0); expected at least 0"),
-        (lambda: Adapter(rank_pattern=(("q", 0),)), "expected at least 1 as value 2 in ('q', 0)"),
+        (lambda: Optim(lr_groups=(("q", -1.0),)), "optim.lr_groups=q:-1.0; expected at least 0"),
+        (lambda: Adapter(rank_pattern=(("q", 0),)), "_pattern=q:0; expected at least 1 as value 2 in q:0"),
+        (lambda: Sampling(temperature=math.nan), "temperature=nan; expected a finite number: 0, or at least"),
         (lambda: Combination("ties", (1.0,), density=0.0), "--density=0.0; expected above 0 and at most 1"),
         (lambda: Combination("cat", (1.0,), rank=2), "--rank 2 needs --method svd"),
     ],
@@ -172,6 +174,15 @@ def test_the_type_of_a_setting_is_shown_with_its_bounds():
 def test_settings_refuse_nonsense_from_python(make, message):
     with pytest.raises(ValueError, match=f"^.*{re.escape(message)}"):
         make()
+
+
+def test_a_recipe_s_default_is_inside_its_own_bounds():
+    def config(beta: PositiveFloat = -1.0):
+        return Sampling(temperature=beta)
+
+    with pytest.raises(ValueError, match=r"config: the default beta=-1.0; expected above 0$"):
+        load_config(config, [])
+    assert load_config(config, ["beta=0.5"]).temperature == 0.5
 
 
 @pytest.mark.parametrize("override", ["sampling.top_p=0", "sampling.temperature=1e-5", "mesh.data=0"])
