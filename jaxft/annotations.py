@@ -1,6 +1,6 @@
 """Annotations of settings: bounds of numbers, choices of texts, descriptions, and short names of functions.
 
-`batch: Annotated[int, at_least(1)] = 8`, `invalid: Annotated[str, one_of(INVALID)] = "error"`,
+`rate: Annotated[float, at_least(1)] = 8.0`, `invalid: Annotated[str, one_of(INVALID)] = "error"`,
 `optimizer: Annotated[Callable, ShortNames.of(OPTIMIZERS)]` for `optim.optimizer=muon`. Usual bounds have
 names: `batch: PositiveInt = 8`, `beta: PositiveFloat | None = None`.
 
@@ -55,12 +55,22 @@ class Bounds:
         if self.also is not None:
             return f"{self.also:g}, or {replace(self, also=None)}"
         low, high = _short(self.least), _short(self.most)
-        if self.most == math.inf:
+        if self.most in (INT32, math.inf):  # errors about larger numbers name INT32, see `broken_by`
             return f"above {low}" if self.open_least else f"at least {low}"
         if not self.open_least and not self.open_most:
             return f"from {low} to {high}"
         first, last = "above" if self.open_least else "at least", "below" if self.open_most else "at most"
         return f"{first} {low} and {last} {high}"
+
+
+    def broken_by(self, number: float) -> str:
+        """Return what was expected in place of a number outside: the bounds, or only INT32 if it is larger.
+
+        >>> count_from(1).broken_by(0), count_from(1).broken_by(2**40)
+        ('at least 1', 'at most 2^31 - 1')
+        """
+        is_larger = self.most == INT32 and self.most < number < math.inf
+        return f"at most {_short(INT32)}" if is_larger else str(self)
 
 
 def _short(number: float) -> str:
@@ -85,7 +95,9 @@ def between(least: float, most: float) -> Bounds:
 
 
 def count_from(least: int) -> Bounds:
-    """Return a bound of a setting: whole numbers from `least` on that fit into 32 bits."""
+    """Return a bound of a setting: whole numbers from `least` on that fit into 32 bits, which its text
+    does not say.
+    """
     return Bounds(least, INT32)
 
 
@@ -97,9 +109,9 @@ ABOVE_ZERO_TO_ONE = Bounds(0.0, 1.0, open_least=True)
 INSIDE_ZERO_AND_ONE = Bounds(0.0, 1.0, open_least=True, open_most=True)
 POSITIVE_FLOAT32 = Bounds(1e-37, 3.4e38, open_least=True)  # XLA may round subnormal numbers to 0
 
-PositiveInt = Annotated[int, at_least(1)]
+PositiveInt = Annotated[int, count_from(1)]
 Seed = Annotated[int, Bounds(0, 2**63 - 1)]  # that JAX can make a random key of
-NonNegativeInt = Annotated[int, at_least(0)]
+NonNegativeInt = Annotated[int, count_from(0)]
 FiniteFloat = Annotated[float, FINITE]
 PositiveFloat = Annotated[float, above(0)]
 NonNegativeFloat = Annotated[float, at_least(0)]
@@ -155,7 +167,7 @@ def choices_of(kind: Any) -> tuple[str, ...]:
 
 
 def bounds_of(kind: Any) -> Bounds | None:
-    """Return the bounds in an annotation such as Annotated[int, at_least(1)]; None if it has none."""
+    """Return the bounds in an annotation such as Annotated[float, at_least(1)]; None if it has none."""
     return next((mark for mark in types_and_marks(kind)[1] if isinstance(mark, Bounds)), None)
 
 
@@ -222,9 +234,11 @@ class _Kind:
         others = "".join(f", or {TYPE_TEXTS[m]}" for m in self.members if m not in (int, float))
         if self.bounds == FINITE:
             return f"expected a finite number{others}"
-        finite = "a finite number " if is_number and not math.isfinite(value) else ""
+        also = ": " if self.bounds.also is not None else " "  # "a finite number: 0, or at least 0.0001"
+        finite = f"a finite number{also}" if is_number and not math.isfinite(value) else ""
         number = f"{TYPE_TEXTS[self._number]} " if is_wrong else finite
-        return f"expected {number}{self.bounds}{others}"
+        bounds = self.bounds.broken_by(value) if is_number and not is_wrong else self.bounds
+        return f"expected {number}{bounds}{others}"
 
     @property
     def _number(self) -> type:
@@ -236,7 +250,8 @@ class _Kind:
             return f"expected {len(kinds)} values"
         for place, (item, kind) in enumerate(zip(value, kinds, strict=True), 1):
             if text := _Kind.of("", kind).expected(item):
-                return f"{text} in {item}" if isinstance(item, tuple) else f"{text} as value {place}"
+                where = f"in {_written(item)}" if isinstance(item, tuple) else f"as value {place}"
+                return f"{text} {where}"
         return ""
 
 
@@ -285,9 +300,13 @@ def check_values(kinds: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 def _check(kind: _Kind, value: Any, section: str = "") -> None:
     if expected := kind.expected(value):
         setting = f"{section}{' ' if section.endswith(':') else '.'}{kind.name}" if section else kind.name
-        items = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        items = ",".join(map(_written, value)) if isinstance(value, tuple) else str(value)
         text = repr(value) if isinstance(value, str) else items
         raise ValueError(f"{setting}={text:.60}; {expected}")
+
+
+def _written(item: Any) -> str:
+    return ":".join(map(str, item)) if isinstance(item, tuple) else str(item)
 
 
 def name_of(fn: Callable) -> str:

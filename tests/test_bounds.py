@@ -18,6 +18,7 @@ from jaxft.annotations import (
     Bounds,
     FiniteFloat,
     Fraction,
+    PositiveFloat,
     PositiveInt,
     QuantKind,
     above,
@@ -27,13 +28,18 @@ from jaxft.annotations import (
     count_from,
     one_of,
 )
+from jaxft.data.pairs import PairRows
+from jaxft.data.prompts import Prompts
 from jaxft.distributed.processes import Hosts
 from jaxft.distributed.sharding import MeshShape
 from jaxft.engine.sampling import Sampling
 from jaxft.lab.worlds import World
 from jaxft.nn.adapters.lora import Adapter
+from jaxft.nn.quant import Quant
 from jaxft.nn.quant_formats import FORMATS
 from jaxft.optim.optimizer import Optim
+from jaxft.rl.rewards import exact
+from jaxft.rl.rollout_rules import Rules
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.setting_values import describe_kind
 from jaxft.serve.served_models import ServeFlags
@@ -49,8 +55,8 @@ from jaxft.weights.edit.new_adapters import Combination
     [
         (at_least(1), "at least 1", (1, 7), (0, -1, float("inf"), float("nan"))),
         (above(0), "above 0", (1e-9, 3), (0, -1, float("inf"))),
-        (count_from(1), "from 1 to 2^31 - 1", (1, 2**31 - 1), (0, 2**31)),
-        (ABOVE_ZERO, "above 0 and at most 2^31 - 1", (0.1, 2**31 - 1), (0, 2.0**31)),
+        (count_from(1), "at least 1", (1, 2**31 - 1), (0, 2**31)),
+        (ABOVE_ZERO, "above 0", (0.1, 2**31 - 1), (0, 2.0**31)),
         (between(2, 4), "from 2 to 4", (2, 4), (1.9, 4.1)),
         (ZERO_TO_ONE, "from 0 to 1", (0, 1), (-0.1, 1.1)),
         (BELOW_ONE, "at least 0 and below 1", (0, 0.9), (1, -0.1)),
@@ -113,11 +119,18 @@ def test_numbers_that_are_no_python_numbers_are_not_checked():
 
 
 @pytest.mark.parametrize(
-    ("section", "name"), [(Loop, "steps"), (Loop, "save_every"), (Hosts, "stop_seconds")]
+    ("section", "name"),
+    [
+        (Loop, "steps"),
+        (Loop, "save_every"),
+        (Hosts, "stop_seconds"),
+        (Sampling, "top_k"),
+        (Adapter, "rank"),
+    ],
 )
 def test_numbers_that_32_bits_do_not_hold_are_refused(section, name):
     with pytest.raises(
-        ValueError, match=rf"^{section.__name__.lower()}\.{name}=2147483648; expected .* 2\^31 - 1"
+        ValueError, match=rf"{name}=2147483648; expected .*at most 2\^31 - 1"
     ):
         section(**{name: 2**31})
     assert getattr(section(**{name: 2**31 - 1}), name) == 2**31 - 1
@@ -139,6 +152,10 @@ def test_the_type_of_a_setting_is_shown_with_its_bounds():
         (lambda: MeshShape(tensor=2.5), "mesh.tensor=2.5; expected a whole number"),
         (lambda: MeshShape(fsdp=-1), "mesh.data and mesh.fsdp are -1"),
         (lambda: EvaluatedModels(batch=0), "batch=0; expected at least 1"),
+        (lambda: PairRows("rows", batch=10**12), "data.batch=1000000000000; expected at most 2^31 - 1"),
+        (lambda: Quant(block=2**40), "quant.block=1099511627776; expected at most 2^31 - 1, or none"),
+        (lambda: Prompts("rows", decode_rows=-5), "data.decode_rows=-5; expected at least 1, or none"),
+        (lambda: Rules((exact,), reward_weights=(math.inf,)), "reward_weights=inf; expected a finite number"),
         (lambda: Calibration("rows.jsonl", tokens=-5, max_length=-9), "tokens=-5; expected at least 1"),
         (lambda: Calibration("rows.jsonl", invalid_limit=7), "invalid_limit=7; expected from 0 to 1"),
         (lambda: Calibration("rows.jsonl", invalid="skip"), "invalid='skip'; use one of few, error, drop"),
@@ -147,8 +164,9 @@ def test_the_type_of_a_setting_is_shown_with_its_bounds():
         (lambda: World(length_bias=math.nan), "world.length_bias=nan; expected a finite number"),
         (lambda: Sampling(temperature=1e-5), "temperature=1e-05; expected 0, or at least 0.0001"),
         (lambda: Optim(lr=1e-40), "optim.lr=1e-40; expected 0, or from 1.2e-38"),
-        (lambda: Optim(lr_groups=(("q", -1.0),)), "optim.lr_groups=('q', -1.0); expected at least 0"),
-        (lambda: Adapter(rank_pattern=(("q", 0),)), "expected at least 1 as value 2 in ('q', 0)"),
+        (lambda: Optim(lr_groups=(("q", -1.0),)), "optim.lr_groups=q:-1.0; expected at least 0"),
+        (lambda: Adapter(rank_pattern=(("q", 0),)), "_pattern=q:0; expected at least 1 as value 2 in q:0"),
+        (lambda: Sampling(temperature=math.nan), "temperature=nan; expected a finite number: 0, or at least"),
         (lambda: Combination("ties", (1.0,), density=0.0), "--density=0.0; expected above 0 and at most 1"),
         (lambda: Combination("cat", (1.0,), rank=2), "--rank 2 needs --method svd"),
     ],
@@ -156,6 +174,15 @@ def test_the_type_of_a_setting_is_shown_with_its_bounds():
 def test_settings_refuse_nonsense_from_python(make, message):
     with pytest.raises(ValueError, match=f"^.*{re.escape(message)}"):
         make()
+
+
+def test_a_recipe_s_default_is_inside_its_own_bounds():
+    def config(beta: PositiveFloat = -1.0):
+        return Sampling(temperature=beta)
+
+    with pytest.raises(ValueError, match=r"config: the default beta=-1.0; expected above 0$"):
+        load_config(config, [])
+    assert load_config(config, ["beta=0.5"]).temperature == 0.5
 
 
 @pytest.mark.parametrize("override", ["sampling.top_p=0", "sampling.temperature=1e-5", "mesh.data=0"])
@@ -167,6 +194,7 @@ def test_an_error_has_the_dotted_name_of_the_setting(override):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("evaluate --run x --samples 3000000000", "--samples: expected at most 2^31 - 1, got 3000000000"),
         ("serve --queue -1", "--queue: expected at least 0, got -1"),
         ("generate --prompt x --batch many", "--batch: expected a whole number at least 1, got many"),
         ("generate --prompt x --temperature 1e-5", "--temperature: expected 0, or at least 0.0001, got 1e-5"),

@@ -48,7 +48,8 @@ class Bounded:
         bounds = bounds_of(self.kind)
         if bounds is None or not bounds.contain(number):
             whole = "a whole number " if math.isnan(number) and number_type is int else ""
-            raise argparse.ArgumentTypeError(f"expected {whole}{bounds}, got {text}")
+            expected = bounds.broken_by(number) if bounds else None
+            raise argparse.ArgumentTypeError(f"expected {whole}{expected}, got {text}")
         return number
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 from jaxtyping import Bool
 
-from jaxft.annotations import BELOW_ONE, ZERO_TO_ONE, Seed, above, at_least, check_bounds, one_of
+from jaxft.annotations import BELOW_ONE, ZERO_TO_ONE, PositiveInt, Seed, above, at_least, check_bounds, one_of
 from jaxft.data.packing.pack import Epochs, permutation
 from jaxft.data.packing.reader import Reader, RowTask, Tokenising
 from jaxft.data.packing.tokenised import TokenisedRows
@@ -51,8 +51,8 @@ class DataSettings:
     held_out: str | Annotated[float, BELOW_ONE] | None = 0.05
     format: str = "auto"
     columns: tuple[str, ...] = ()
-    batch: Annotated[int, at_least(1)] = 8
-    micro: Annotated[int, at_least(1)] = 1
+    batch: PositiveInt = 8
+    micro: PositiveInt = 1
     seed: Seed = 0
     epochs: Annotated[float | None, above(0)] = 1.0
     tokens: Annotated[int | None, at_least(1)] = None
@@ -61,7 +61,7 @@ class DataSettings:
     system: Annotated[str, one_of(SYSTEM)] = TURN
     invalid: Annotated[str, one_of(INVALID)] = FEW
     invalid_limit: Annotated[float, ZERO_TO_ONE] = 0.05
-    workers: Annotated[int | None, at_least(1)] = None
+    workers: PositiveInt | None = None
     order_by: str | None = None
     max_samples: Annotated[int | None, at_least(1)] = None
     drop: tuple[Annotated[str, one_of(DROPPED)], ...] = ()

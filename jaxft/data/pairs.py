@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from jaxft.annotations import at_least, between, one_of
+from jaxft.annotations import between, count_from, one_of
 from jaxft.batch import Pairs
 from jaxft.data import source
 from jaxft.data.data_settings import DataSettings
@@ -63,7 +63,7 @@ class PairRows(DataSettings):
     ('chosen', 'rejected', 'rank_2', 'rank_3')
     """
 
-    max_length: Annotated[int, at_least(2)] = 1024
+    max_length: Annotated[int, count_from(2)] = 1024
     too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
     weighting: Annotated[str, one_of(WEIGHTING)] = "pair"
     weight_column: str | None = None

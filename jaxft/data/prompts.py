@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxft.annotations import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, at_least, one_of
+from jaxft.annotations import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, PositiveInt, at_least, one_of
 from jaxft.batch import Rollout, Tokens
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing.cache import Made
@@ -53,22 +53,22 @@ class Prompts(DataSettings):
     """
 
     format: Annotated[str, one_of(PROMPT_FORMATS)] = "auto"
-    max_prompt: Annotated[int, at_least(1)] = 256
-    max_new: Annotated[int, at_least(1)] = 128
-    max_turns: Annotated[int, at_least(1)] = 1
-    max_episode: Annotated[int | None, at_least(1)] = None
+    max_prompt: PositiveInt = 256
+    max_new: PositiveInt = 128
+    max_turns: PositiveInt = 1
+    max_episode: PositiveInt | None = None
     too_long: Annotated[str, one_of(TOO_LONG)] = "drop"
-    batch: Annotated[int, at_least(1)] = 16
-    group: Annotated[int, at_least(1)] = 1
-    eval_group: Annotated[int, at_least(1)] = 1
+    batch: PositiveInt = 16
+    group: PositiveInt = 1
+    eval_group: PositiveInt = 1
     temperature: Annotated[float, at_least(0)] = 1.0
-    top_k: Annotated[int | None, at_least(1)] = None
+    top_k: PositiveInt | None = None
     top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
     min_p: Annotated[float | None, ZERO_TO_ONE] = None
-    decode_rows: int | None = None
+    decode_rows: PositiveInt | None = None
     kv_cache: CacheFormat = "compute"
-    passes: Annotated[int, at_least(1)] = 1
-    minibatches: Annotated[int, at_least(1)] = 1
+    passes: PositiveInt = 1
+    minibatches: PositiveInt = 1
     unit: ClassVar[str] = "prompts"
     task: ClassVar[RowTask] = PROMPT_TASK
     packing: ClassVar[bool] = True

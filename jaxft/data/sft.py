@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jaxft.annotations import at_least, one_of
+from jaxft.annotations import count_from, one_of
 from jaxft.batch import Tokens
 from jaxft.data import source
 from jaxft.data.chat import loss_mask
@@ -67,7 +67,7 @@ class Rows(DataSettings):
     """
 
     loss_on: Annotated[str, one_of(loss_mask.LOSS_ON)] = "assistant"
-    max_length: Annotated[int, at_least(2)] = 1024
+    max_length: Annotated[int, count_from(2)] = 1024
     too_long: Annotated[str, one_of(TOO_LONG)] = "truncate"
     packing: Packing = True
     weighting: Annotated[str, one_of(WEIGHTING)] = "token"

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.annotations import ABOVE_ZERO, check_bounds, count_from
+from jaxft.annotations import ABOVE_ZERO, NonNegativeInt, PositiveInt, check_bounds
 from jaxft.distributed import exit, launch, sharding, sync
 from jaxft.distributed.exit import shorten_error
 from jaxft.distributed.sync import is_first
@@ -49,12 +49,12 @@ class Hosts:
     """
 
     coordinator: str | None = None
-    processes: Annotated[int | None, count_from(1)] = None
-    process: Annotated[int | None, count_from(0)] = None
-    devices: Annotated[int | None, count_from(1)] = None
-    start_seconds: Annotated[int, count_from(1)] = 300
-    heartbeat_seconds: Annotated[int, count_from(1)] = 100
-    stop_seconds: Annotated[int, count_from(1)] = 300
+    processes: PositiveInt | None = None
+    process: NonNegativeInt | None = None
+    devices: PositiveInt | None = None
+    start_seconds: PositiveInt = 300
+    heartbeat_seconds: PositiveInt = 100
+    stop_seconds: PositiveInt = 300
     step_seconds: Annotated[float | None, ABOVE_ZERO] = None
     phase_seconds: Annotated[float, ABOVE_ZERO] = 7200.0
 

@@ -13,9 +13,8 @@ from jaxft.annotations import (
     ABOVE_ZERO_TO_ONE,
     ZERO_TO_ONE,
     AnyTemperature,
-    at_least,
+    PositiveInt,
     check_bounds,
-    count_from,
 )
 from jaxft.batch import Tokens
 from jaxft.nn.tree import struct
@@ -34,9 +33,9 @@ class Sampling:
     fraction as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082); None for all.
     """
 
-    max_new: Annotated[int, count_from(1)] = 64
+    max_new: PositiveInt = 64
     temperature: AnyTemperature = 0.0
-    top_k: Annotated[int | None, at_least(1)] = None
+    top_k: PositiveInt | None = None
     top_p: Annotated[float | None, ABOVE_ZERO_TO_ONE] = None
     min_p: Annotated[float | None, ZERO_TO_ONE] = None
 
@@ -44,17 +43,17 @@ class Sampling:
         check_bounds(self)
 
 
-def requested_sampling(options: Any) -> Sampling:
+def requested_sampling(options: Any, dashes: bool = True) -> Sampling:
     """Return the Sampling of a command's options: an object with its fields. Raises ValueError for --top-k,
-    --top-p or --min-p without a temperature.
+    --top-p or --min-p without a temperature. dashes: whether errors call them so, or as in Python.
     """
     values = {field.name: getattr(options, field.name) for field in fields(Sampling)}
     for name in ("top_k", "top_p", "min_p"):
         if values[name] is not None and not values["temperature"]:
-            raise ValueError(
-                f"--{name.replace('_', '-')} has no effect on greedy completions; remove it, or use "
-                "--temperature 1"
-            )
+            option, heat = (f"--{name.replace('_', '-')}", "--temperature 1") if dashes else (
+                f"{name}={values[name]}", "temperature=1"
+            )  # fmt: skip
+            raise ValueError(f"{option} has no effect on greedy completions; remove it, or use {heat}")
     return Sampling(**values)
 
 

@@ -12,13 +12,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.annotations import at_least, check_bounds
+from jaxft.annotations import PositiveInt, check_bounds
 from jaxft.distributed.exit import shorten_error
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import BUCKET, NONFINITE, Sampling
@@ -42,11 +42,11 @@ class ServeSizes:
     tokens.
     """
 
-    rows: Annotated[int, at_least(1)] = 8
-    prompt: Annotated[int, at_least(1)] = 1024
-    new: Annotated[int, at_least(1)] = 512
-    stops: Annotated[int, at_least(1)] = 8
-    block: Annotated[int, at_least(1)] = 4
+    rows: PositiveInt = 8
+    prompt: PositiveInt = 1024
+    new: PositiveInt = 512
+    stops: PositiveInt = 8
+    block: PositiveInt = 4
     continues: bool = False
 
     def __post_init__(self):

@@ -26,7 +26,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from jaxft.annotations import BELOW_ONE, FiniteFloat, Seed, at_least, between, check_bounds
+from jaxft.annotations import BELOW_ONE, FiniteFloat, NonNegativeInt, Seed, at_least, between, check_bounds
 from jaxft.data.rows.dataset_rows import find_data, read_rows
 from jaxft.data.rows.shipped import ROOT
 
@@ -64,7 +64,7 @@ class World:
     source: str = "configs/data/extraction.jsonl"
     taste: Taste = Taste()
     pairs: Annotated[int, between(2, 100_000)] = 200
-    held_out: Annotated[int, at_least(0)] = 60
+    held_out: NonNegativeInt = 60
     gap: Annotated[float, between(0.0, 10.0)] = 0.5
     temperature: Annotated[float, at_least(0)] = 0.0
     noise: Annotated[float, between(0.0, 0.5)] = 0.0

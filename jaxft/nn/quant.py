@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxft.annotations import QuantKind, at_least, check_bounds
+from jaxft.annotations import PositiveInt, QuantKind, check_bounds
 from jaxft.distributed import sharding
 from jaxft.distributed.threads import map_in_threads
 from jaxft.nn import quant_formats as qf
@@ -48,12 +48,12 @@ class Quant:
     """
 
     kind: str = "nf4"
-    block: int | None = None
+    block: PositiveInt | None = None
     double: bool | None = None
     targets: str = "all-linear"
     fp8_matmul: bool | None = None
     calibrate: str | None = None
-    calibrate_tokens: Annotated[int, at_least(1)] = 16384
+    calibrate_tokens: PositiveInt = 16384
     codes: str | None = None
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxft.annotations import ABOVE_ZERO_TO_ONE, at_least, check_bounds
+from jaxft.annotations import ABOVE_ZERO_TO_ONE, PositiveInt, check_bounds
 from jaxft.batch import Pairs, without_fields
 from jaxft.distributed.exit import shorten_error
 from jaxft.nn import stack, tree
@@ -58,7 +58,7 @@ class EMAReference:
     """
 
     alpha: Annotated[float, ABOVE_ZERO_TO_ONE] = 0.6
-    every: Annotated[int, at_least(1)] = 512
+    every: PositiveInt = 512
 
     def __post_init__(self) -> None:
         check_bounds(self, "EMAReference")

@@ -31,6 +31,7 @@ from jaxft.annotations import (
     above,
     at_least,
     check_bounds,
+    count_from,
     name_of,
 )
 from jaxft.distributed import sharding
@@ -141,7 +142,7 @@ class Optim:
     lr_groups: tuple[tuple[str, NonNegativeFloat], ...] = ()
     lora_plus: Annotated[float | None, above(0)] = None
     ema: Annotated[float | None, INSIDE_ZERO_AND_ONE] = None
-    skip_spikes: tuple[PositiveFloat, Annotated[int, at_least(4)]] | None = None
+    skip_spikes: tuple[PositiveFloat, Annotated[int, count_from(4)]] | None = None
     optimizer_kwargs: tuple[tuple[str, float | None], ...] = ()
     schedule_kwargs: tuple[tuple[str, float], ...] = ()
     layerwise: bool = False

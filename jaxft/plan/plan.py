@@ -463,6 +463,8 @@ def _compile(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
         jax.config.update(name, value)
     try:
         return traced.lower().compile(compiler_options=dict(flags) or None)
+    except OverflowError as error:
+        raise ValueError("the batch has more than 2^31 - 1 positions; lower data.batch") from error
     finally:
         for name, value in before.items():
             jax.config.update(name, value)

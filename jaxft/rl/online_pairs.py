@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from jaxft.annotations import at_least
+from jaxft.annotations import count_from
 from jaxft.batch import Pairs, Rollout
 from jaxft.data.packing.pack import RowShape
 from jaxft.data.prompts import Prompts, padded_length, rollout_batch_shapes
@@ -100,7 +100,7 @@ class OnlinePairs(Rollouts):
     that differs from its default raises ValueError. Other fields: see Rollouts.
     """
 
-    group: Annotated[int, at_least(2)] = 2  # a pair needs two completions
+    group: Annotated[int, count_from(2)] = 2  # a pair needs two completions
     kind: ClassVar[BatchKind] = BatchKind(pair_shapes, pairs_of, best_and_worst_batch)
 
     def __post_init__(self) -> None:

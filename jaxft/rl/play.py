@@ -23,7 +23,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jaxft.annotations import above, at_least, check_bounds, name_of
+from jaxft.annotations import PositiveInt, above, check_bounds, name_of
 from jaxft.data.chat.loss_mask import example_prompt_ids
 from jaxft.data.chat.next_turn import NextPrompt, TurnWording, next_prompt
 from jaxft.data.chat.tool_calls import CallFormat, call_format, template_tool_format
@@ -65,13 +65,13 @@ class EpisodeLimits:
     observation: characters of what reset, step or a tool returns. workers: concurrent calls.
     """
 
-    turns: Annotated[int, at_least(1)] = 8
-    turn_tokens: Annotated[int, at_least(1)] = 256
-    tokens: Annotated[int, at_least(1)] = 1024
-    prompt: Annotated[int, at_least(1)] = 1024
+    turns: PositiveInt = 8
+    turn_tokens: PositiveInt = 256
+    tokens: PositiveInt = 1024
+    prompt: PositiveInt = 1024
     timeout: Annotated[float, above(0)] = 30.0
-    observation: Annotated[int, at_least(1)] = 1 << 16
-    workers: Annotated[int, at_least(1)] = 32
+    observation: PositiveInt = 1 << 16
+    workers: PositiveInt = 32
 
     def __post_init__(self) -> None:
         check_bounds(self, "data")

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxft.annotations import above, at_least
+from jaxft.annotations import PositiveInt, above
 from jaxft.batch import Pairs, Rollout, TrainState
 from jaxft.data import prompts
 from jaxft.data.chat.next_turn import restart_notes
@@ -178,7 +178,7 @@ class Rollouts(Prompts):
     environment: EnvironmentClass | None = None
     tools: tuple[Callable, ...] = ()
     timeout: Annotated[float, above(0)] = 30.0
-    max_observation: Annotated[int, at_least(1)] = 1 << 16
+    max_observation: PositiveInt = 1 << 16
     replay: str | None = None
     observations: bool = False
     kind: ClassVar[BatchKind] = BatchKind(policy_shapes, policy_rows, rollout_batch, of_tokens=True)

@@ -4,11 +4,10 @@ weights.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 
-from jaxft.annotations import at_least, check_bounds
+from jaxft.annotations import FiniteFloat, NonNegativeInt, check_bounds
 from jaxft.rl import advantages as adv
 from jaxft.rl.advantages import GroupLengths, GroupMask, GroupScores, Moments, ScoresPerReward
 from jaxft.rl.estimators import AdvantageEstimator, by_group, require_signature
@@ -68,13 +67,13 @@ class Rules:
     rewards: tuple[Reward, ...]
     estimate: AdvantageEstimator = by_group
     token_weights: TokenWeights = token_mean
-    reward_weights: tuple[float, ...] = ()
+    reward_weights: tuple[FiniteFloat, ...] = ()
     combine: Combine = adv.weighted_sum
     shape: Shape | None = None
     scale: Scale | None = None
     filter: Filter | None = None
     train_on_truncated: bool = True
-    warm_up: Annotated[int, at_least(0)] = 0
+    warm_up: NonNegativeInt = 0
     correction: Correction | None = None
     ratio_to_sampler: bool = False
 
@@ -90,8 +89,6 @@ class Rules:
                 f"reward_weights={list(self.reward_weights)} for the rewards {names}. Set one weight for "
                 "each reward."
             )
-        if not np.isfinite(self.reward_weights).all():
-            raise ValueError(f"reward_weights={self.reward_weights} must be finite. Set finite numbers.")
         if not self.reward_weights:
             object.__setattr__(self, "reward_weights", (1.0,) * count)
         require_signature(self.token_weights, "token_weights", ("lengths", "mask", "max_new"))

@@ -19,9 +19,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from jaxft.annotations import PositiveInt, check_bounds
+from jaxft.annotations import at_least, check_bounds
 from jaxft.data.rows.example import Decision
 from jaxft.data.rows.shipped import own_commands
 from jaxft.engine.scheduler import STOPPING, NewTokens, QueueFull, Scheduler, Stopped
@@ -69,7 +69,7 @@ class ServerLimits:
     """
 
     key: str = ""
-    body: PositiveInt = 1 << 20
+    body: Annotated[int, at_least(1)] = 1 << 20
     hosts: tuple[str, ...] = LOOPBACK
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxft.annotations import Seed, check_values
 from jaxft.data.chat.tool_calls import CallFormat
 from jaxft.data.rows.example import Message
 from jaxft.engine.sampling import Sampling
@@ -164,8 +165,7 @@ def changed_choice(chat: Conversation, text: str) -> ChoiceSettings:
     if values["max_new"] > chat.most_new:
         raise ValueError(f"max_new={value} is above {chat.most_new}; start chat with a larger --max-new")
     seed = values.pop("seed")
-    if seed is not None and not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, or none, got {seed}")
+    check_values({"seed": Seed | None}, {"seed": seed})
     return old._replace(sampling=Sampling(**values), seed=seed)
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.annotations import QuantKind
+from jaxft.annotations import QuantKind, Seed, check_values
 from jaxft.batch import TrainState
 from jaxft.data.packing.cache import row_cache_folder
 from jaxft.data.rows.row_files import Row
@@ -30,7 +30,7 @@ from jaxft.distributed import processes, sharding
 from jaxft.distributed.disk import temporary_file
 from jaxft.distributed.exit import signal_name
 from jaxft.distributed.sync import is_first
-from jaxft.engine.sampling import Sampling
+from jaxft.engine.sampling import Sampling, requested_sampling
 from jaxft.models.model import Model
 from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.objectives.objective import Objective
@@ -352,7 +352,8 @@ class LoadedModel:
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
+        min_p: float | None = None,
         **unknown: Any,
     ) -> list[str]:
         """Return the completion of each prompt as text, as `jaxft generate` does.
@@ -360,8 +361,9 @@ class LoadedModel:
         prompts: the user's turn as a string, a list of messages, or a row of columns. Prompts are rendered
         with the settings of the run that trained the model. max_new: the most tokens of a completion.
         temperature: 0 is greedy. top_k, top_p: sample from the k likeliest tokens, or from the likeliest ones
-        that together have the probability top_p; None for all tokens. seed: of sampling. Raises jaxft.Error
-        for a prompt that with max_new exceeds the model's positions.
+        that together have the probability top_p; None for all tokens. seed: of sampling. min_p: sample from
+        tokens at least this fraction as likely as the likeliest. Raises jaxft.Error for a prompt that with
+        max_new exceeds the model's positions, and for top_k, top_p or min_p without a temperature.
 
             loaded.generate(["Name a prime number.", [{"role": "user", "content": "Who are you?"}]])
             loaded.generate([{"instruction": "Add.", "input": "2, 3"}], max_new=8, temperature=0.7, top_p=0.9)
@@ -370,6 +372,8 @@ class LoadedModel:
             known = [name for name in inspect.signature(self.generate).parameters if name != "unknown"]
             lines = [advice(name) or f"generate has {', '.join(known[1:])}" for name in unknown]
             raise ValueError(f"unknown option {', '.join(unknown)}: {join_lines(lines)}")
+        check_values({"seed": Seed}, {"seed": seed})
+        sampling = requested_sampling(Sampling(max_new, temperature, top_k, top_p, min_p), dashes=False)
         if isinstance(prompts, str) or not prompts:
             raise ValueError(f"prompts={prompts!r}; give a list of prompts")
         if all(isinstance(prompt, Mapping) and "role" in prompt for prompt in prompts):
@@ -379,7 +383,7 @@ class LoadedModel:
             for i, prompt in enumerate(prompts)
         ]
         data = prompt_settings(self.named.record)
-        named, sampling = prompts_of_rows(rows, data), Sampling(max_new, temperature, top_k, top_p)
+        named = prompts_of_rows(rows, data)
         ids = encode_prompts(self.weights, named, template_settings(data), max_new)
         with jax.set_mesh(self.weights.mesh):
             tokens = Completer(seed=seed).complete(self.weights, ids, sampling)

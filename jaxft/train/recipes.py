@@ -40,6 +40,7 @@ from jaxft.annotations import (
     above,
     at_least,
     check_bounds,
+    count_from,
 )
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.rows.dataset_rows import evaluation_split
@@ -113,13 +114,13 @@ LearningRate = Annotated[
 ]
 PairBeta = Annotated[float, above(0), About("a smaller one lets the policy move further from the reference")]
 KLFactor = Annotated[float, at_least(0), About("factor of a KL penalty; 0 runs no reference")]
-RowLength = Annotated[int, at_least(2)]
+RowLength = Annotated[int, count_from(2)]
 Temperature = Annotated[float, at_least(1e-4)]  # below, completions would be greedy
 EosPenalty = Annotated[
     float, at_least(0), About("subtracted from the score of a completion without an end token")
 ]
 Overlong = Annotated[
-    int, at_least(1), About("DAPO's penalty: from 0 to -1 over the last so many tokens of an episode")
+    int, count_from(1), About("DAPO's penalty: from 0 to -1 over the last so many tokens of an episode")
 ]
 MovingReference = tuple[Annotated[float, ABOVE_ZERO_TO_ONE], PositiveInt]  # alpha, every
 EchoWeight = Annotated[
@@ -438,7 +439,7 @@ class SourceKnobs(Knobs):
     batch: PositiveInt = 8  # data.batch; with rows of your own from their number: about 100 steps
     micro: PositiveInt = 1
     epochs: PositiveFloat | None = 1.0
-    tokens: PositiveInt | None = None
+    tokens: Annotated[int | None, at_least(1)] = None
     seed: Seed = 0
 
     def settings(self) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from jaxft.annotations import (
     ABOVE_ZERO,
     REWARDS,
+    NonNegativeInt,
+    PositiveInt,
     Seed,
     ShortNames,
     above,
-    at_least,
     check_bounds,
-    count_from,
 )
 from jaxft.data.data_settings import DataSettings
 from jaxft.distributed import processes, sharding
@@ -74,18 +74,18 @@ class Loop:
     ValueError: loop.patience=3 needs evaluations during training; set loop.eval_every
     """
 
-    steps: Annotated[int | None, count_from(1)] = None
-    log_every: Annotated[int, count_from(1)] = 1
+    steps: PositiveInt | None = None
+    log_every: PositiveInt = 1
     eval_every: Annotated[int | float | None, ABOVE_ZERO] = None
     eval_scores: bool = False
     best_metric: str | None = None
     greater_is_better: bool | None = None
-    patience: Annotated[int | None, count_from(1)] = None
+    patience: PositiveInt | None = None
     eval_fraction: Annotated[float | None, above(0)] = 0.2
     save_every: Annotated[int | float, ABOVE_ZERO] = 100
-    keep_last: Annotated[int, count_from(1)] = 2
-    keep_best: Annotated[int, at_least(0)] = 1
-    max_bad: Annotated[int, count_from(1)] = 5
+    keep_last: PositiveInt = 2
+    keep_best: NonNegativeInt = 1
+    max_bad: PositiveInt = 5
     profile: tuple[int, int] | None = None
     watch: Literal["layers"] | None = None
     debug_nonfinite: bool = False
@@ -137,9 +137,9 @@ class Scoring:
     """
 
     by: tuple[ScoreFunction, ...] = ()
-    prompts: Annotated[int | None, at_least(1)] = None
+    prompts: PositiveInt | None = None
     regex: str | None = None
-    samples: Annotated[int, at_least(1)] = 1
+    samples: PositiveInt = 1
     pass_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -208,7 +208,7 @@ class Run:
     loop: Loop = field(default_factory=Loop)
     seed: Seed = 0
     general: str | None = None
-    samples: Annotated[int, at_least(0)] = 3
+    samples: NonNegativeInt = 3
     scoring: Scoring = field(default_factory=Scoring)
     sampling: Sampling = field(default_factory=lambda: Sampling(max_new=96))
     trackers: tuple[str, ...] = ()

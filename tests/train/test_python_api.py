@@ -107,6 +107,17 @@ def test_a_result_generates_what_it_was_shown_to_complete_and_evaluates_rows(pla
         for call in (result.generate, partial(jaxft.evaluate, result)):
             with pytest.raises(jaxft.Error, match="option max_new_tokens: max_new_tokens is max_new here"):
                 call("a", max_new_tokens=4)
+        for options, text in (
+            ({"seed": 2**70}, r"seed=1180591620717411303424; expected from 0 to 2\^63 - 1"),
+            ({"seed": 1.5}, "seed=1.5; expected a whole number"),
+            ({"seed": "a"}, "seed='a'; expected a whole number"),
+            ({"seed": -1}, "seed=-1; expected from 0"),
+            ({"top_k": 3}, "top_k=3 has no effect on greedy completions; remove it, or use temperature=1"),
+            ({"min_p": 2, "temperature": 1}, "min_p=2; expected from 0 to 1"),
+        ):
+            with pytest.raises(jaxft.Error, match=text):
+                result.generate(["a"], **options)
+        assert len(result.generate(["a"], max_new=2, temperature=1.0, min_p=0.5)) == 1
         with pytest.raises(jaxft.Error, match=r"one conversation, but .* give \[prompts\]"):
             result.generate([{"role": "user", "content": "a"}])
 

@@ -36,11 +36,10 @@ from jaxft.annotations import (
     ABOVE_ZERO_TO_ONE,
     INSIDE_ZERO_AND_ONE,
     PositiveFloat,
+    PositiveInt,
     Seed,
     above,
-    at_least,
     check_bounds,
-    count_from,
     one_of,
 )
 from jaxft.lab.loss_evaluation import loss_knobs
@@ -136,13 +135,13 @@ class Study:
     recipe: Run
     losses: Mapping[str, SearchedLoss]
     lr: tuple[PositiveFloat, ...] | LogRange
-    trials: Annotated[int, count_from(1)] = 6
+    trials: PositiveInt = 6
     keep: Annotated[float, ABOVE_ZERO_TO_ONE] = 1 / 3
     seeds: tuple[Seed, ...] = (0, 1, 2)
     metric: Annotated[str, one_of(METRICS_OF_PAIRS)] = ACCURACY
     margin: Annotated[float | None, above(0)] = None
     tuning: Annotated[float, INSIDE_ZERO_AND_ONE] = 0.5
-    evaluations: Annotated[int, at_least(1)] = 4
+    evaluations: PositiveInt = 4
 
     def __post_init__(self) -> None:
         check_bounds(self, "study")

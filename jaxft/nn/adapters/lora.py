@@ -24,7 +24,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxft.annotations import BELOW_ONE, PositiveInt, at_least, between, check_bounds
+from jaxft.annotations import BELOW_ONE, PositiveInt, between, check_bounds
 from jaxft.nn import tree
 from jaxft.nn.adapters.full_modules import Replaced, TokenRows, is_replacement
 from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
@@ -75,7 +75,7 @@ class Adapter:
     adapter the chosen ranks. eva_tokens: how many tokens of the run's first batches "eva" reads.
     """
 
-    rank: Annotated[int, at_least(1)] = 16
+    rank: PositiveInt = 16
     alpha: float = 32.0
     dropout: Annotated[float, BELOW_ONE] = 0.0
     targets: str | tuple[str, ...] = "all-linear"
@@ -91,7 +91,7 @@ class Adapter:
     dora: bool = False
     init: AdapterInit = "default"
     eva_rho: Annotated[float, between(1, 1000)] = 2.0
-    eva_tokens: Annotated[int, at_least(1)] = 16384
+    eva_tokens: PositiveInt = 16384
 
     def __post_init__(self):
         check_bounds(self, "adapter")

@@ -32,7 +32,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from jaxft.annotations import above, at_least, check_bounds
+from jaxft.annotations import PositiveInt, above, at_least, check_bounds
 from jaxft.rl.environments.environment import RowColumns
 from jaxft.rl.rewards import last_number
 
@@ -151,8 +151,8 @@ class SandboxLimits:
     seconds: Annotated[float, above(0)] = 5.0
     memory: Annotated[int, at_least(1 << 26)] = 1 << 30
     files: Annotated[int, at_least(0)] = 1 << 20
-    processes: Annotated[int, at_least(1)] = 64
-    output: Annotated[int, at_least(1)] = 4000
+    processes: PositiveInt = 64
+    output: PositiveInt = 4000
 
     def __post_init__(self) -> None:
         check_bounds(self, "sandbox")

@@ -233,6 +233,11 @@ def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str
     """Call `config`. Raises ValueError for a value that is not allowed, and for an error in `config`."""
     kinds = {name: knob.kind for name, knob in knobs.items() if knob.kind is not UNANNOTATED}
     check_values(kinds, {name: value for name, value in given.items() if name in kinds})
+    own = {name: knobs[name].default for name in kinds if name not in given and knobs[name].group is None}
+    try:
+        check_values(kinds, own)
+    except ValueError as error:
+        raise ValueError(f"{path}: the default {error}") from error
     arguments: dict[str, Any] = {name: value for name, value in given.items() if knobs[name].group is None}
     for group in dict.fromkeys(knobs[name].group for name in given):
         if group is not None:
