@@ -42,8 +42,8 @@ class PairRows(DataSettings):
     (detected from the columns), "plain" (strings are text without a chat template), or a name in formats.py,
     such as "preference" or "rated". max_length: the most tokens of a prompt with one response. too_long:
     "truncate" keeps the start, and leaves out a pair whose responses are then empty or equal; "drop" leaves
-    the pair out, "error" ends the run. weighting: "pair" gives every pair of the optimizer batch the
-    same weight, "token" every token of its responses. weight_column: a column of numbers that multiply the
+    the pair out, "error" ends the run. weighting: "pair" gives every pair of the optimizer batch the same
+    weight, "token" every token of its responses. weight_column: a column of numbers that multiply the
     weights. extras: columns of numbers that the loss can read. layout: "branches" stores a prompt once for
     all its responses, "plain" before each; "auto" uses branches where they save 2 % of the tokens, if the
     model's rope does not depend on the length of a text. unpaired: also accept rows of one response and a
@@ -53,8 +53,10 @@ class PairRows(DataSettings):
     "rank_{k - 1}", and all ratings, as columns "score_chosen", "score_rejected", "score_rank_2" and so on. A
     row with fewer responses lacks the last ranks; of a row with more, the best, the worst and responses at
     even distances between them are read. best_first: whether responses without ratings are listed from the
-    best to the worst; if not, a row without ratings is invalid. Other fields: see DataSettings; batch counts
-    pairs.
+    best to the worst; if not, a row without ratings is invalid. batch: pairs of one optimizer step, over all
+    devices.
+
+    Other fields: see DataSettings.
 
     >>> data = PairRows("pairs.jsonl", held_out=0.1, max_length=512, too_long="drop", batch=16, micro=4)
     >>> data.kinds

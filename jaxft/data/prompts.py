@@ -44,12 +44,14 @@ class Prompts(DataSettings):
     likely token. top_k: sample from the k most likely tokens; none: from all. top_p: sample from the most
     likely tokens that together have this probability; none: from all. min_p: sample from tokens with at least
     this fraction of the most likely token's probability; none: from all. decode_rows: completions that are
-    sampled at the same time; the next prompts take the rows of completions that ended. None: all on a CPU, at
+    sampled at the same time; the next prompts take the rows of completions that ended. none: all on a CPU, at
     most 256 per GPU or TPU over which rows are divided. Another number may round sums differently and so
     change a token where two are almost equally likely, except in bfloat16 on a CPU with bfloat16
     instructions. kv_cache: how the sampler stores keys and values, "compute" for the compute dtype. passes:
     how often the policy is trained on a rollout (PPO's epochs, GRPO's iterations). minibatches: optimizer
-    steps of each pass, of `micro` microbatches each. Other fields: see DataSettings.
+    steps of each pass, of `micro` microbatches each.
+
+    Other fields: see DataSettings.
     """
 
     format: Annotated[str, one_of(PROMPT_FORMATS)] = "auto"

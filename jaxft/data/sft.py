@@ -55,7 +55,9 @@ class Rows(DataSettings):
     their documents (needs too_long=split). weighting: "token" gives every target token of the optimizer batch
     the same weight, "sequence" every example; a column `weight` multiplies them. sample_by: the part of a
     text file that is one row: "document" (all of it, or a part between lines <|endoftext|>), "paragraph" or
-    "line". Other fields: see DataSettings; batch counts packed rows, or examples without packing.
+    "line". batch: packed rows, or examples without packing, of one optimizer step, over all devices.
+
+    Other fields: see DataSettings.
 
         data = Rows("rows.jsonl", held_out="test.jsonl", loss_on="completion", max_length=512, batch=16)
         run = Run("mine", weights, model_for(weights), sft, data)
@@ -463,11 +465,13 @@ class SolutionRows(Rows):
 
     Rows are {"prompt", "completions": [steps], "labels": [true or false]}. separator: the text after every
     step; \\n is a line break. last_step_only: train on the last step of each solution alone, and leave out
-    solutions whose last step ends after max_length tokens; evaluation reads all steps. All solutions of one
-    prompt stay on one side of the split. too_long: "truncate" leaves out the steps that end after max_length
-    tokens, "drop" the row, "error" ends the run. weighting: "token" gives every step of the optimizer batch
-    the same weight, "sequence" every solution; a column `weight` multiplies them. Other fields: see Rows;
-    loss_on and sample_by have no meaning here.
+    solutions whose last step ends after max_length tokens; evaluation reads all steps. too_long: "truncate"
+    leaves out the steps that end after max_length tokens, "drop" the row, "error" ends the run. weighting:
+    "token" gives every step of the optimizer batch the same weight, "sequence" every solution; a column
+    `weight` multiplies them.
+
+    All solutions of one prompt stay on one side of the split into training and held-out rows. Other fields:
+    see Rows; loss_on and sample_by have no meaning here.
     """
 
     too_long: Annotated[str, one_of(STEPS_TOO_LONG)] = "truncate"

@@ -36,16 +36,13 @@ class Hosts:
 
     coordinator: host:port of process 0. Set it together with `processes` and `process` if no launcher is
     detected; the environment variables JAXFT_COORDINATOR, JAXFT_PROCESSES and JAXFT_PROCESS do the same.
-    processes: number of processes. If a launcher determines it, a different number here is an error.
-    process: index of this process, from 0.
-    devices: expected number of devices on all processes; a different number is an error. None: not checked.
-    start_seconds: timeout for all processes to join at the start; if one does not, the others exit with code
-    75.
-    heartbeat_seconds: a process without a heartbeat for this long counts as lost.
-    stop_seconds: timeout of the shutdown.
-    step_seconds: a step that takes longer counts as stalled; None for 20 times the median step, at least 10
-    minutes (phase_seconds for the first steps).
-    phase_seconds: the same limit outside steps: loading, compilation, evaluation, checkpointing, export.
+    processes: number of processes. If a launcher determines it, a different number here is an error. process:
+    index of this process, from 0. devices: expected number of devices on all processes; a different number is
+    an error. none: not checked. start_seconds: timeout for all processes to join at the start; if one does
+    not, the others exit with code 75. heartbeat_seconds: a process without a heartbeat for this long counts
+    as lost. stop_seconds: timeout of the shutdown. step_seconds: a step that takes longer counts as stalled;
+    none for 20 times the median step, at least 10 minutes (phase_seconds for the first steps). phase_seconds:
+    the same limit outside steps: loading, compilation, evaluation, checkpointing, export.
     """
 
     coordinator: str | None = None

@@ -28,9 +28,9 @@ class Sampling:
     """Sampling settings.
 
     max_new: the most tokens of a completion. temperature: 0 (greedy) or at least 0.0001. top_k: sample from
-    this many of the likeliest tokens; None for all. top_p: sample from the fewest likeliest tokens whose
-    probabilities add up to at least this; None for all. min_p: sample from tokens that are at least this
-    fraction as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082); None for all.
+    this many of the likeliest tokens; none for all. top_p: sample from the fewest likeliest tokens whose
+    probabilities add up to at least this; none for all. min_p: sample from tokens that are at least this
+    fraction as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082); none for all.
     """
 
     max_new: PositiveInt = 64

@@ -35,10 +35,10 @@ class Quant:
     kind: int8 or fp8 (E4M3; both with a scale per output channel), int4, nf4, fp4 or affine4 (a scale, and
     for affine4 an offset, per `block` inputs), or checkpoint: as the files store it (bitsandbytes, GPTQ, AWQ,
     GGUF or scripts/quantize.py), without rounding again. block: the number of consecutive inputs that share a
-    scale. double: quantise the scales of nf4 and fp4 to 8 bits too. None for block or double is the kind's
-    usual value. targets: "all-linear" (every linear layer of the blocks) or a regular expression over
-    parameter paths, which may match embed and head too; norms are never quantised. fp8_matmul: how fp8
-    weights are multiplied (see nn.matmul). None: in FP8 on devices with FP8 matmuls; true: in FP8, emulated
+    scale; none for the kind's usual one. double: quantise the scales of nf4 and fp4 to 8 bits too; none for
+    the kind's usual value. targets: "all-linear" (every linear layer of the blocks) or a regular expression
+    over parameter paths, which may match embed and head too; norms are never quantised. fp8_matmul: how fp8
+    weights are multiplied (see nn.matmul). none: in FP8 on devices with FP8 matmuls; true: in FP8, emulated
     on other devices; false: dequantised first, on all devices.
 
     calibrate: round the layers' weights so that their outputs change least on some rows (see

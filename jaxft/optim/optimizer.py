@@ -115,7 +115,7 @@ class Optim:
     further arguments of the optimizer, pairs of a name and a value. schedule: one of schedules.py or your
     own. schedule_kwargs: the schedule's options, such as decay:0.1. warmup: number of steps with a rising
     learning rate, or below 1 their fraction of all steps. end: the schedule's last value as a fraction of lr.
-    clip: largest global gradient norm, None for no clipping. lr_groups: (path pattern, factor) pairs; a
+    clip: largest global gradient norm, none for no clipping. lr_groups: (path pattern, factor) pairs; a
     leaf's updates are multiplied by the factor of the first pattern that matches its path. lora_plus:
     learning rate of the LoRA matrices b, as a multiple of the learning rate of a (LoRA+, Hayou et al. 2024,
     arXiv:2402.12354; 16 in the paper); patterns of lr_groups take precedence. As in PEFT, it also applies to

@@ -158,13 +158,16 @@ class Rollouts(Prompts):
     """Data of a run with a policy objective: prompts, and the rules by which episodes are scored and trained
     on.
 
-    environment: answers the policy's turns and scores episodes, see environment.py; None for episodes of one
+    environment: answers the policy's turns and scores episodes, see environment.py; none for episodes of one
     turn; in a dict of several, a row's column `environment` names one. A batch's row has slots for a prompt
     of each episode, unless `reset` is annotated to return None. tools: functions that the policy may call.
-    timeout: seconds of each call of them. max_observation: characters of what each call returns. replay: the
-    folder of a run whose recorded rollouts, of the same prompts, are used in place of new ones; held-out
-    prompts are still sampled. observations: whether a batch has weights of the tokens that episodes were
-    given, for the objective policy.echo. Other fields: see Prompts.
+    timeout: seconds of each call of the environment or a tool. max_observation: the most characters that a
+    call of the environment or a tool may return; more is an error of the episode. replay: the folder of a run
+    whose recorded rollouts, of the same prompts, are used in place of new ones; held-out prompts are still
+    sampled. observations: whether a batch has weights of the tokens that episodes were given, for the
+    objective policy.echo.
+
+    Other fields: see Prompts.
 
     >>> from jaxft.rl.environments.shipped_environments import Calculator
     >>> from jaxft.rl.rewards import EnvironmentReward

@@ -42,17 +42,17 @@ class Rules:
         an argument `environments`, or other Rewards.
     estimate: the advantage estimator, see estimators.py.
     token_weights: the weight of each completion's tokens in an optimizer batch, see token_weights.py.
-    reward_weights: one for each reward, 1 by default.
+    reward_weights: a factor for each reward, 1 by default.
     combine: (scores [G, N, K], reward_weights) -> scores [G, N] of K rewards.
-    shape: (scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores; or None.
-    scale: (scores, moments of all scores so far) -> scores, such as advantages.scale_scores; or None.
+    shape: (scores, lengths, ended) -> scores: penalties and bounds, such as shape_scores; or none.
+    scale: (scores, moments of all scores so far) -> scores, such as advantages.scale_scores; or none.
         Metrics show the scores before scaling.
-    filter: (scores) -> mask of completions to train on, such as advantages.nonconstant_groups; or None for
+    filter: (scores) -> mask of completions to train on, such as advantages.nonconstant_groups; or none for
         all. It sees the scores before `shape`, so that a group with equal rewards does not pass because of
         its lengths.
     train_on_truncated: whether to train on completions without an end token, cut off at max_new.
     warm_up: number of rollouts at the start that train the critic alone.
-    correction: importance weights between sampler and training program, see token_weights.py; None for none.
+    correction: importance weights between sampler and training program, see token_weights.py; none without.
     ratio_to_sampler: whether the ratio of a policy loss is to the sampler's probabilities rather than to the
         training program's at sampling: verl's bypass mode, advised for DPPO (arXiv:2602.04879, section 5.2).
 

@@ -35,8 +35,8 @@ PARAMS_BATCH, LONGEST_PARAM = 100, 500  # MLflow's limits; the second of servers
 class Tracking:
     """Names and tags under which optional trackers store a run.
 
-    project: project of W&B and Trackio, experiment of MLflow; None for WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME
-    or MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together; None for the sweep that the
+    project: project of W&B and Trackio, experiment of MLflow; none for WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME
+    or MLFLOW_EXPERIMENT_ID, or else jaxft. group: runs that are shown together; none for the sweep that the
     run is a member of. tags: words to filter runs by. artifact: upload the adapter at the end; full weights
     are never uploaded.
     """

@@ -48,18 +48,18 @@ def steps_between(every: float, steps: int) -> int:
 class Loop:
     """Length of a run and its intervals, in optimizer steps, and debugging.
 
-    steps: length of the run; None for data.epochs. log_every: a logged metric is the mean over this many
+    steps: length of the run; none for data.epochs. log_every: a logged metric is the mean over this many
     steps. eval_every: steps between evaluations of the held-out rows, below 1 as a fraction of the run's
-    steps; None for before and after training only. save_every: steps between checkpoints, or a fraction as
+    steps; none for before and after training only. save_every: steps between checkpoints, or a fraction as
     for eval_every. keep_last: how many of the newest checkpoints to retain. keep_best: how many checkpoints
     with the best held-out score to retain. eval_scores: complete and score held-out prompts (see Scoring) at
     every evaluation, not only before and after training. best_metric: the metric of the evaluations that
-    selects the best checkpoint; None for eval_loss, or eval_reward if the run samples. greater_is_better:
-    whether a greater best_metric is better. None: lower is better for names that end in loss, kl, brier or
+    selects the best checkpoint; none for eval_loss, or eval_reward if the run samples. greater_is_better:
+    whether a greater best_metric is better. none: lower is better for names that end in loss, kl, brier or
     ece, greater for accuracies, margins, rewards and scores; for any other name it must be set. patience: the
     run ends after this many evaluations without a better best_metric. eval_fraction: the most compute of all
     evaluations together, as a fraction of training's. If data.held_out is a fraction and its rows would take
-    more, fewer of them are evaluated; None evaluates all, and a file of held-out rows is always evaluated in
+    more, fewer of them are evaluated; none evaluates all, and a file of held-out rows is always evaluated in
     full. max_bad: the run ends after this many non-finite steps in a row. A run whose last step is not finite
     is not finished either. store: a folder in an object store, gs://bucket/path or s3://bucket/path; the
     run's folder is copied there at every checkpoint and at the end, and a start on another machine fetches it
@@ -127,7 +127,7 @@ class Scoring:
     """How completions of held-out prompts are scored before and after training; mean scores are metrics.
 
     by: functions of (prompt, completion, row): exact, number, json_match, or one in a file of your own, such
-    as my.py:score; row["answer"] is the row's own response. prompts: how many held-out prompts, None for all.
+    as my.py:score; row["answer"] is the row's own response. prompts: how many held-out prompts, none for all.
     regex: also score 1 for a completion that this regular expression matches as a whole, else 0. samples:
     completions of each prompt. pass_at: numbers k for which pass@k is computed.
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 from scripts_in_process import call
 
+from jaxft.cli import help_page
 from jaxft.data.rows.shipped import ROOT
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim
@@ -54,6 +55,34 @@ def test_a_field_is_described_by_the_nearest_docstring():
         "b": "its own text.",
         "c": "the third (see x): more. It goes on in a second line.",
     }
+
+
+@dataclass(frozen=True)
+class Paragraphs:
+    """A toy.
+
+    a: the first.
+
+    Of both together.
+
+    b: the second. It
+    goes on.
+    """
+
+    a: int = 1
+    b: int = 2
+
+
+def test_a_fields_description_ends_with_its_paragraph():
+    assert descriptions(Paragraphs) == {"a": "the first.", "b": "the second. It goes on."}
+
+
+def test_a_description_names_no_other_fields_docstring_and_writes_none_as_users_do():
+    texts = {s.name: s.text for group in help_page.settings_of_any_run().values() for s in group}
+    texts["data.environment"] = texts["data.environment"].replace("is annotated to return None", "")
+    assert [name for name, text in texts.items() if re.search(r"\bNone\b|Other fields", text)] == []
+    assert "trained in full" in texts["adapter.modules_to_save"]
+    assert "trained" not in texts["adapter.layers_to_transform"].lower()
 
 
 @pytest.fixture(scope="module")

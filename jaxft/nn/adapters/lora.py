@@ -55,15 +55,17 @@ class Adapter:
     place of alpha / rank (rsLoRA, Kalajdzievski 2023, arXiv:2312.03732).
 
     rank_pattern, alpha_pattern: (pattern, value) pairs for modules with another rank or alpha; the first
-    pattern counts that matches a module's name or the end of it. exclude_modules: ends of module names, or
-    one regular expression over whole names, that get no adapter. layers_to_transform: numbers of the layers
-    that get one, None for all. Names are Hugging Face's or parts of paths, see nn/tensor_names.py.
+    pattern counts that matches a module's name, Hugging Face's or a part of a path (see nn/tensor_names.py),
+    or the end of it. exclude_modules: ends of module names (as in rank_pattern), or one regular expression
+    over whole names; these modules get no adapter. layers_to_transform: numbers of the layers that get an
+    adapter, none for all.
 
-    Trained in full in addition, and saved with the adapter (targets may be empty with them).
-    modules_to_save: modules such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward
-    model, always is), with the modules in them; the base keeps its weights. bias: the biases of all or of the
-    adapted layers. trainable_token_indices: the rows of these tokens in the embedding table. token_head:
-    also the rows of these tokens in an untied head; a tied head shares the table's rows.
+    modules_to_save: modules that are trained in full and saved with the adapter (targets may be empty with
+    them), such as "lm_head", "embed_tokens", "norm" or "mlp" ("score", the head of a reward model, always
+    is), with the modules in them; the base keeps its weights. bias: also train the biases of all layers or of
+    the adapted ones (lora_only), and save them with the adapter. trainable_token_indices: also train the rows
+    of these tokens in the embedding table, and save them with the adapter. token_head: also train the rows of
+    these tokens in an untied head; a tied head shares the table's rows.
 
     dora: learn the norm of each output's weights too (DoRA, Liu et al. 2024, arXiv:2402.09353; PEFT's
     use_dora). init: "default" starts a Kaiming-uniform and b at zero; "pissa", "olora" and "loftq" (for a

@@ -156,10 +156,21 @@ def descriptions(cls: type) -> dict[str, str]:
 
     Docstrings describe fields as `name: text. other, third: text.`, before their examples.
     """
-    name, texts = "|".join(field.name for field in dataclasses.fields(cls)), dict[str, str]()
+    names, texts = [field.name for field in dataclasses.fields(cls)], dict[str, str]()
     for base in reversed(inspect.getmro(cls)):
-        doc = " ".join((vars(base).get("__doc__") or "").partition(">>>")[0].split())
-        parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", doc)
+        texts |= described_names(vars(base).get("__doc__") or "", names)
+    return texts
+
+
+def described_names(docstring: str, names: Iterable[str]) -> dict[str, str]:
+    """Return name -> its description in a docstring, which ends at the next name or the end of a paragraph.
+
+    >>> described_names("Settings. a: the first. b, c: others. Of both.\\n\\nMore about a.", ["a", "b", "c"])
+    {'a': 'the first.', 'b': 'others. Of both.', 'c': 'others. Of both.'}
+    """
+    name, texts = "|".join(map(re.escape, names)), dict[str, str]()
+    for paragraph in re.split(r"\n[ \t]*\n", docstring.partition(">>>")[0]) if name else ():
+        parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", " ".join(paragraph.split()))
         for label, text in zip(parts[1::2], parts[2::2], strict=True):
             texts |= dict.fromkeys(label.split(", "), text.strip())
     return texts
