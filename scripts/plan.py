@@ -99,7 +99,7 @@ def print_plans(args: argparse.Namespace) -> int:
     plan.set_quick(args.quick)
     names = [name for name in args.devices if "=" not in name]  # overrides may follow --devices
     recipe, overrides = cli.recipe_and_overrides(args.config, args.overrides)
-    knobs = config.knob_names(recipe)
+    knobs = list(config.recipe_knobs(recipe))
     overrides = [*(name for name in args.devices if "=" in name), *overrides]
     if not names:
         raise ValueError(f"--devices has no machine, got {' '.join(args.devices)}; add one such as h100:8")

@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
 from jaxft.annotations import one_of
 from jaxft.batch import Decisions, Tokens
@@ -19,7 +18,7 @@ from jaxft.data.decisions import LETTERS, answer_tokens
 from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.pack import RowPlan, ranges
 from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
-from jaxft.data.packing.row_tasks import remedy_for_too_long, text_columns
+from jaxft.data.packing.row_tasks import text_columns, too_long
 from jaxft.data.packing.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.example import RESPONSE, Decision, ParsedRow
@@ -42,21 +41,17 @@ def _extras(settings: RowSettings) -> ColumnTypes:
     return {**text_columns(settings), **more}
 
 
-def _tokenise(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield a list for each row: its prompt with the token of the most probable choice; [] if too long."""
     template = reader.settings.template
-    chats = [_decision(row).prompt(template.arguments) for row in rows if isinstance(row, ParsedRow)]
+    decisions: list[Any] = [row.examples[RESPONSE] for row in rows]
+    chats = [decision.prompt(template.arguments) for decision in decisions]
     prompts = loss_mask.example_prompt_ids(chats, reader.tokenizer, template)
-    for row in rows:
-        yield row if isinstance(row, InvalidRow) else attempt(_example, _decision(row), next(prompts), reader)
+    for decision, prompt in zip(decisions, prompts, strict=True):
+        yield attempt(_example, decision, prompt, reader)
 
 
 DECISION_TASK = RowTask(DECISIONS, 5, "max_length", _tokenise, _extras, checks=())
-
-
-def _decision(row: ParsedRow) -> Decision:
-    decision: Any = row.examples[RESPONSE]
-    return decision
 
 
 def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader) -> list[TokenisedRow]:
@@ -64,10 +59,7 @@ def _example(decision: Decision, prompt: list[int] | InvalidRow, reader: Reader)
     ids, limit = np.array([*valid(prompt), *before], np.int32), reader.settings.max_length
     if len(ids) >= limit:
         if reader.settings.too_long == "error":
-            raise ValueError(
-                f"{decision.name}: {len(ids) + 1} tokens are more than data.max_length={limit}; "
-                f"{remedy_for_too_long('max_length')}"
-            )
+            raise too_long(decision.name, f"{len(ids) + 1} tokens are", limit, truncates=False)
         return []
     ids = np.append(ids, np.int32(tokens[int(np.argmax(decision.probabilities or [0.0]))]))
     extras = {
@@ -116,16 +108,11 @@ class DecisionRows(Rows):
 
     @property
     def token_settings(self) -> RowSettings:
-        """The settings that the tokens of a row depend on."""
         return replace(
-            super().token_settings,
-            labels=self.labels,
-            question=self.question,
-            unlabelled=self.unlabelled,
+            super().token_settings, labels=self.labels, question=self.question, unlabelled=self.unlabelled
         )
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Any]:
-        """Read, tokenise and plan the batches; see DataSettings.open."""
         opened = super().open(tokenizer, shards, cache)
         rows, train = opened.split.rows, opened.split.train
         if self.labels and not rows.labels and not self.unlabelled:
@@ -139,7 +126,6 @@ class DecisionRows(Rows):
 
     @property
     def batches(self) -> Callable[..., PackedBatches]:
-        """The BatchLayout class of these rows."""
         return DecisionBatches
 
     def abstract(self, shards: int = 1) -> Tokens:
@@ -202,11 +188,9 @@ class DecisionBatches(PackedBatches):
         return tuple(np.unique(self.choices.values[:]).tolist())
 
     def shapes(self) -> Decisions:
-        """Return the shapes of a training batch."""
         return with_choices(super().shapes(), int(self.choices.counts.max()), self.tokens)
 
     def fill(self, plan: RowPlan) -> Decisions:
-        """Return the rows of a step as a training batch."""
         return self._with_choices(super().fill(plan), plan)
 
     def evaluation(self, plan: RowPlan) -> tuple[Decisions, ...]:
@@ -232,29 +216,17 @@ class DecisionBatches(PackedBatches):
         return int(self.held_plan.members[self.held_plan.offsets[number * rows + row] + decision])
 
     def _with_choices(self, rows: Tokens, plan: RowPlan) -> Decisions:
-        """Return token arrays [micro, rows, ...] as Decisions: with the choices of the plan's examples, in
-        the order of the read positions.
-        """
-        micro, count, reads = rows.read.shape
-        of_each, probability_of_each = self._of_members(plan.members)
-        shape = reads, of_each.shape[1]
-        row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))
+        """Return token arrays with the choices of the plan's examples, in the order of read positions."""
+        (micro, count, reads), table = rows.read.shape, self.choices
+        counts = table.counts[plan.members]
+        row = np.repeat(np.arange(plan.rows), np.diff(plan.offsets))  # of each member
         number = np.arange(len(row)) - plan.offsets[row]
         per_micro = -(-self.settings.batch // self.settings.micro) if micro > 1 else count
-        at = row // per_micro, row % per_micro, number
-        choices = np.full((micro, count, *shape), -1, np.int32)
-        probabilities = np.zeros((micro, count, *shape), np.float32)
-        choices[at], probabilities[at] = of_each, probability_of_each
-        return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=self.tokens)
-
-    def _of_members(self, members: Int[np.ndarray, " n"]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the choices [n, C] of examples as indices into `tokens`, -1 where an example has fewer than
-        C, and the probabilities [n, C] of these choices.
-        """
-        table, counts = self.choices, self.choices.counts[members]
-        at = np.repeat(np.arange(len(members)), counts), ranges(np.zeros_like(counts), counts)
-        where, shape = ranges(table.offsets[members], counts), (len(members), int(table.counts.max()))
+        of_choices = (np.repeat(x, counts) for x in (row // per_micro, row % per_micro, number))
+        at = (*of_choices, ranges(np.zeros_like(counts), counts))
+        where = ranges(table.offsets[plan.members], counts)
+        shape = micro, count, reads, int(table.counts.max())
         choices, probabilities = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
         choices[at] = np.searchsorted(self.tokens, table.values[where])
         probabilities[at] = self.split.rows.extras[PROBABILITIES].values[where]
-        return choices, probabilities
+        return Decisions(**vars(rows), choices=choices, probabilities=probabilities, tokens=self.tokens)

@@ -70,17 +70,11 @@ def decide(
         )
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InvalidRow(
-            name,
-            "choices of the same value",
-            f"two choices have the value {twice[:60]!r}; give each choice its own value",
-        )
+        problem = f"two choices have the value {twice[:60]!r}; give each choice its own value"
+        raise InvalidRow(name, "choices of the same value", problem)
     if messages[-1]["role"] != "user":
-        raise InvalidRow(
-            name,
-            "no question",
-            f"the last message is from the {messages[-1]['role']}; end the row with a user's question",
-        )
+        problem = f"the last message is from the {messages[-1]['role']}; end the row with a user's question"
+        raise InvalidRow(name, "no question", problem)
     answers = tuple(LETTERS[: len(names)])
     lines = [
         f"{ANSWER_PREFIX}{letter} {choice.name}{': ' * bool(choice.description)}{choice.description}"
@@ -96,9 +90,8 @@ def relevance(name: str, query: str, document: str, instruction: str | None = No
     row's name. instruction: which documents are relevant; None for RELEVANCE, a web search.
     """
     text = f"<Instruct>: {instruction or RELEVANCE}\n<Query>: {query}\n<Document>: {document}"
-    return Decision(
-        name, tuple(user_messages(text, JUDGE)), tuple(map(DecisionChoice, NO_YES)), NO_YES, prefix=""
-    )
+    choices, messages = tuple(map(DecisionChoice, NO_YES)), tuple(user_messages(text, JUDGE))
+    return Decision(name, messages, choices, NO_YES, prefix="")
 
 
 def user_messages(text: str, system: str | None = None) -> list[Message]:
@@ -180,9 +173,8 @@ def parse(row: Row, format: str, settings: RowSettings = DEFAULT_ROW_SETTINGS) -
     choices = row_choices(row.name, row.fields["choices"])
     if row.fields.get("messages") is not None:
         if row.fields.get("question") is not None:
-            raise row.invalid(
-                "question and messages", "the row has 'question' and 'messages'; keep one of them"
-            )
+            problem = "the row has 'question' and 'messages'; keep one of them"
+            raise row.invalid("question and messages", problem)
         messages = with_system(row, messages_of(row, "messages"))
     else:
         messages = with_system(row, user_messages(text_of(row, "question")))
@@ -221,10 +213,8 @@ def labels_as_choices(labels: Iterable[str], ref: str) -> tuple[str, ...]:
     if not distinct:
         raise ValueError(f"{ref}: no row names a label; list the labels in data.labels")
     if len(distinct) < 2:
-        raise ValueError(
-            f"{ref}: all rows have the same label, {', '.join(distinct)[:60]!r}; list all labels in "
-            "data.labels"
-        )
+        only = ", ".join(distinct)[:60]
+        raise ValueError(f"{ref}: all rows have the same label, {only!r}; list all labels in data.labels")
     if len(distinct) > len(LETTERS):
         raise ValueError(
             f"{ref}: the rows have at least {len(distinct)} different labels, and a decision has at most "
@@ -255,11 +245,8 @@ def _choice(name: str, number: int, item: Any) -> DecisionChoice:
             "with a value and optionally a description",
         )
     if not isinstance(text, str | None):
-        raise InvalidRow(
-            name,
-            "description that is no text",
-            f"choices[{number}]: the description must be a string, got {type(text).__name__}",
-        )
+        problem = f"choices[{number}]: the description must be a string, got {type(text).__name__}"
+        raise InvalidRow(name, "description that is no text", problem)
     return DecisionChoice(value, (text or "").strip())
 
 
@@ -365,10 +352,8 @@ def _label(row: Row, choices: Sequence[DecisionChoice]) -> tuple[float, ...]:
         value = label_name(value)
         number = _choice_number(value, plain, VALUE)
         if number is None and value == NO_LABEL:
-            raise InvalidRow(
-                row.name, "no label", "label -1 means that the row has no label; remove the row, or list -1 "
-                "in data.labels",
-            )  # fmt: skip
+            problem = "label -1 means that the row has no label; remove the row, or list -1 in data.labels"
+            raise InvalidRow(row.name, "no label", problem)
     if number is None and not all(name.lstrip("-").isdecimal() for name in plain):
         number = _choice_number(value, names, INDEX)
     if number is None:
@@ -414,18 +399,12 @@ def _probabilities(
     """
     for name, p in given.items():
         if isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1 + TOLERANCE:
-            raise InvalidRow(
-                row,
-                "probability that is no number from 0 to 1",
-                f"{column}: the probability of {name[:60]!r} is {str(p)[:40]}; use a number from 0 to 1",
-            )
+            problem = f"{column}: the probability of {name[:60]!r} is {str(p)[:40]}; use a number from 0 to 1"
+            raise InvalidRow(row, "probability that is no number from 0 to 1", problem)
     total = math.fsum(given.values())
     if abs(total - 1) > TOLERANCE + 1e-9:  # 0.99 is not below 0.99
-        raise InvalidRow(
-            row,
-            "probabilities that do not sum to 1",
-            f"{column}: the probabilities sum to {total:.4g}; they must sum to 1, within {TOLERANCE}",
-        )
+        problem = f"{column}: the probabilities sum to {total:.4g}; they must sum to 1, within {TOLERANCE}"
+        raise InvalidRow(row, "probabilities that do not sum to 1", problem)
     return tuple(given.get(name, 0.0) / total for name in names)
 
 
@@ -460,9 +439,8 @@ def answer_tokens(
     """
     encoded = tokenizer([prefix, *(prefix + x for x in answers)], add_special_tokens=False).input_ids
     before, *answer_ids = encoded if prefix else ([], *encoded[1:])
-    wrong = [
-        x for x, ids in zip(answers, answer_ids, strict=True) if ids[:-1] != before or len(ids) <= len(before)
-    ]
+    each = zip(answers, answer_ids, strict=True)
+    wrong = [x for x, ids in each if ids[:-1] != before or len(ids) <= len(before)]
     if wrong:
         where = f"after {prefix!r}" if prefix else "alone"
         possible = LETTERS.find(wrong[0])  # the answers before it in the alphabet are single tokens

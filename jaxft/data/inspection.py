@@ -29,6 +29,7 @@ from jaxft.data.rows.mixture import SplitRows, held_out_sources, parse_sources
 from jaxft.data.sft import Rows
 from jaxft.data.source import RowSource, RowStats, SourceStats, length_percentiles
 
+AnyRows = Rows | PairRows | Prompts
 # columns that the prompt's text shows, so that they are not listed
 SHOWN_AS_PROMPT = ("prompt", "messages", "conversations", "instruction", "input", "system", "tools")
 
@@ -76,7 +77,7 @@ class Inspected(NamedTuple):
     split: SplitRows
 
 
-def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
+def inspect(data: AnyRows, tokenizer: Any) -> Inspected:
     """Read and tokenise a dataset. Invalid rows are left out and counted, whatever data.invalid is."""
     data = dataclasses.replace(data, invalid="drop", invalid_limit=1.0)
     if isinstance(data, Prompts):
@@ -84,7 +85,7 @@ def inspect(data: Rows | PairRows | Prompts, tokenizer: Any) -> Inspected:
     return inspect_source(data.open(tokenizer))
 
 
-def row_problem(data: Rows | PairRows | Prompts, tokenizer: Any, name: str) -> str:
+def row_problem(data: AnyRows, tokenizer: Any, name: str) -> str:
     """Explain why a row (FILE:LINE) has no example: its error, the settings that may leave it out, or that no
     dataset has such a row.
     """
@@ -193,10 +194,8 @@ def examples_of(batch: Tokens, names: list[list[str]]) -> Iterator[ShownExample]
 
     names: the names of the examples packed into each row of the batch.
     """
-    flat = [
-        np.asarray(x).reshape(-1, x.shape[-1])
-        for x in (batch.ids, batch.segments, batch.read, batch.token_weights)
-    ]
+    arrays = (batch.ids, batch.segments, batch.read, batch.token_weights)
+    flat = [np.asarray(x).reshape(-1, x.shape[-1]) for x in arrays]
     for ids, segments, read, token_weights, labels in zip(*flat, names, strict=False):
         weight = np.zeros(len(ids) + 1)
         np.add.at(weight, read + 1, token_weights)
@@ -233,11 +232,8 @@ def inspect_prompts(data: Prompts, train: PromptRows, held: PromptRows) -> Inspe
     }
 
     def example(index: int) -> ShownExample:
-        columns = [
-            f"{name}={value!r}"[:80]
-            for name, value in row_fields(rows, index).items()
-            if name not in SHOWN_AS_PROMPT
-        ]
+        fields = row_fields(rows, index).items()
+        columns = [f"{name}={value!r}"[:80] for name, value in fields if name not in SHOWN_AS_PROMPT]
         sampled = f"{data.group} completion{'s' * (data.group > 1)} of at most {data.max_new} tokens"
         facts = f"{rows.lengths[index]} tokens, {'; '.join([sampled, *columns])}"
         return ShownExample(rows.names[index], facts, _parts(rows, index, 0.0))
@@ -268,9 +264,7 @@ def data_summary(dataset: Inspected, tokenizer: Any) -> dict[str, Any]:
         "lengths": {
             label: length_histogram(x) for label, x in part_lengths(dataset.split, COUNTED_ROWS).items()
         },
-        "invalid": [
-            {"reason": reason, "rows": rows, "first": first} for reason, rows, first in dataset.invalid
-        ],
+        "invalid": [count._asdict() for count in dataset.invalid],
         "examples": [
             {
                 "name": example.name,
@@ -385,8 +379,8 @@ def overlap_lines(split: SplitRows, overlaps: dict[str, list[tuple[int, int]]]) 
     """
     names = split.rows.names
     lines = [
-        text.format(n=len(pairs), a=names[pairs[0][0]], b=names[pairs[0][1]])
-        for text, pairs in ((text, overlaps[kind]) for kind, text in OVERLAPS.items())
+        OVERLAPS[kind].format(n=len(pairs), a=names[pairs[0][0]], b=names[pairs[0][1]])
+        for kind, pairs in overlaps.items()
         if pairs
     ]
     return lines or ["no row repeats another one, and no held-out row is a training row"]
@@ -466,7 +460,7 @@ class RowLengths:
         return np.where(self.prompts < limit + (not self.kinds), tokens, 0)
 
 
-def measure(data: Rows | PairRows | Prompts, tokenizer: Any, cache: Path | None = None) -> RowLengths:
+def measure(data: AnyRows, tokenizer: Any, cache: Path | None = None) -> RowLengths:
     """Tokenise the training rows without a length limit, or load their tokens from the cache.
 
     Invalid rows are left out. Raises ValueError or OSError for a dataset that cannot be read.
@@ -493,31 +487,26 @@ def _reference_answers(rows: TokenisedRows, tokenizer: Any) -> Int[np.ndarray, "
     the first string among ANSWER_COLUMNS.
     """
     some = np.linspace(0, len(rows) - 1, min(len(rows), ANSWERS)) if ROW_FIELDS in rows.extras else ()
-    each = (
-        [fields.get(name) for name in ANSWER_COLUMNS] for fields in (row_fields(rows, int(i)) for i in some)
-    )
-    answers = [next((value for value in values if isinstance(value, str)), None) for values in each]
-    texts = [text for text in answers if text]
+    texts = list[str]()
+    for fields in (row_fields(rows, int(i)) for i in some):
+        answers = (fields.get(name) for name in ANSWER_COLUMNS)
+        texts += filter(None, [next((x for x in answers if isinstance(x, str)), None)])
     counts = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     return np.array(counts, np.int64)
 
 
-def micro_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
+def micro_tokens(data: AnyRows, lengths: RowLengths, limit: int) -> int:
     """Return the number of tokens of the largest microbatch if rows or prompts have up to `limit` tokens."""
     rows = -(-data.units_per_step // data.micro)
     if isinstance(data, Prompts):
         return rows * (min(limit, int(lengths.longest.max())) + data.group * data.episode_length)
     if isinstance(data, Rows):
         return rows * limit
-    return _fullest_row(data, lengths.kept(limit))
-
-
-def _fullest_row(data: PairRows, tokens: Int[np.ndarray, " pairs"]) -> int:
-    """Return how many tokens a row needs in any batch of the first epoch. tokens: the length of each pair."""
+    tokens = lengths.kept(limit)
     tokens = tokens[tokens > 0]
     if not len(tokens):
         return LENGTH_STEP
-    batches = order_batches(tokens, data.batch, data.seed, 0)
+    batches = order_batches(tokens, data.batch, data.seed, 0)  # of the first epoch
     return row_shape(tokens, tokens, [assign_rows(batches, tokens, min(data.micro, data.batch))]).length
 
 
@@ -538,18 +527,15 @@ class LimitCost:
     memory: float
 
 
-def limit_costs(
-    data: Rows | PairRows | Prompts, lengths: RowLengths, context: int = UNLIMITED
-) -> list[LimitCost]:
+def limit_costs(data: AnyRows, lengths: RowLengths, context: int = UNLIMITED) -> list[LimitCost]:
     """Return the costs of the present limit, and of limits that cover 50, 90, 95, 99 and 100 % of the rows.
 
     context: the longest sequence, in tokens, that the model supports; the other limits stay within it.
     """
     now = getattr(data, data.length_settings[0])
     most = context - (data.episode_length if isinstance(data, Prompts) else 0)
-    covering = [
-        min(most, round_up(percentile(lengths.longest, p), LENGTH_STEP)) for p in (50, 90, 95, 99, 100)
-    ]
+    needed = (round_up(percentile(lengths.longest, p), LENGTH_STEP) for p in (50, 90, 95, 99, 100))
+    covering = [min(most, limit) for limit in needed]
     costs, sizes = [], {limit: _epoch_tokens(data, lengths, limit) for limit in {now, *covering}}
     for limit, tokens in sorted(sizes.items()):
         whole = int((lengths.longest <= limit).sum())
@@ -560,7 +546,7 @@ def limit_costs(
     return costs
 
 
-def _epoch_tokens(data: Rows | PairRows | Prompts, lengths: RowLengths, limit: int) -> int:
+def _epoch_tokens(data: AnyRows, lengths: RowLengths, limit: int) -> int:
     """Return how many tokens an epoch trains on with this limit; completions of rollouts count in full."""
     if data.too_long == "split":
         return int(lengths.longest.sum())

@@ -86,7 +86,6 @@ class PairRows(DataSettings):
 
     @property
     def token_settings(self) -> RowSettings:
-        """The settings that the tokens of a pair depend on."""
         return self.row_settings(
             kinds=(*kinds_of_ranking(self.responses), *(["gold"] if self.third == "gold" else [])),
             max_length=self.max_length, too_long=self.too_long, extras=self.numbers,
@@ -148,10 +147,8 @@ class PairRows(DataSettings):
         if not self.unpaired:
             _require_both_responses(split.rows)
         if self.third == "mismatched":
-            sides = split.train, split.held
-            mismatched = pair_layout.mismatch_responses(
-                split.rows, sides, self.seed_of_split, self.max_length
-            )
+            sides, seed = (split.train, split.held), self.seed_of_split
+            mismatched = pair_layout.mismatch_responses(split.rows, sides, seed, self.max_length)
             split = replace(split, rows=mismatched)
         pairs, train = split.rows, split.train
         branched, plain = (pair_layout.tokens_per_pair(pairs, branches) for branches in (True, False))
@@ -231,13 +228,11 @@ class PairBatches(source.BatchLayout[Pairs]):
     def shapes(self, reference: bool = False) -> Pairs:
         """Return the shapes of a training batch. reference: whether it has the reference's log-probs."""
         reference |= self.rows.reference is not None
-        shapes = pair_layout.pair_batch_shapes(
-            self.rows, self.split.rows.kinds, self.settings.micro, reference
-        )
+        kinds, micro = self.split.rows.kinds, self.settings.micro
+        shapes = pair_layout.pair_batch_shapes(self.rows, kinds, micro, reference)
         return pair_layout.with_sources(shapes, self.split.train_names)
 
     def fill(self, plan: RowPlan) -> Pairs:
-        """Return the rows of a step as a training batch."""
         pairs, rows, micro = self.split.rows, self.rows, self.settings.micro
         pair_layout.check_fit(plan, self.lengths, pairs.targets, rows.shape)
         means = pair_layout.batch_means(pairs, plan.members, self.settings.weighting)
@@ -246,7 +241,6 @@ class PairBatches(source.BatchLayout[Pairs]):
         return jax.tree.map(lambda x: x.reshape(micro, rows.rows, *x.shape[1:]), flat)
 
     def evaluation(self, plan: RowPlan) -> tuple[Pairs, ...]:
-        """Return rows as held-out batches [1, rows, ...]."""
         split, rows = self.split, self.rows
         means = pair_layout.batch_means(split.rows, plan.members, self.settings.weighting)
         parts = [plan.slice(start, start + rows.rows) for start in range(0, plan.rows, rows.rows)]
@@ -263,8 +257,7 @@ class PairBatches(source.BatchLayout[Pairs]):
         return self.split.rows.names[batch.index.flat[position]]
 
     def prompts_of(self, batch: Pairs, row: int) -> Iterator[source.Prompt]:
-        """Yield the prompt and the chosen response of each pair of a row that has one and a weight above 0.
-        """
+        """Yield the prompt and chosen response of each pair of a row that has one and a weight above 0."""
         kinds = len(batch.kinds)
         for slot in np.flatnonzero(batch.pair_weights[0, row] > 0):
             where = np.flatnonzero(batch.responses[0, row] == slot * kinds + batch.kinds.index("chosen"))
@@ -282,44 +275,35 @@ class PairSource(source.RowSource[Pairs]):
 
     layout: PairBatches
 
-    @cached_property
+    @property
     def keys(self) -> tuple[str, ...]:
         """A hash of each pair's tokens, of training and held-out pairs."""
-        return self.split.rows.keys()
+        return self.split.rows.keys
 
     def cover(self, indices: Sequence[int]) -> tuple[Pairs, ...]:
         """Return evaluation batches of some pairs, with the shape of the held-out batches. Their weights sum
-        to 1.
-
-        indices: the positions of these pairs in split.rows. Raises ValueError for an index outside of it.
+        to 1. indices: the positions of these pairs in split.rows.
         """
-        members, pairs, count = np.asarray(indices, np.int64), self.split.rows, len(self.split.rows)
-        if len(members) and (members.min() < 0 or members.max() >= count):
-            raise ValueError(
-                f"the pair indices go from {members.min()} to {members.max()}, but the source has indices "
-                f"0 to {count - 1}; pass indices in that range"
-            )
-        plan = pair_layout.fit_rows(members, self.layout.lengths, pairs.targets, self.layout.rows.shape)
-        return self.layout.evaluation(plan)
-
-    def values(self, batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-        """Return a dict from a pair's index in split.rows to the values of its target tokens: one response
-        after the other, in the order of batch.kinds. x: a value, such as a log-prob, for each element of
-        batch.read.
-        """
-        return pair_layout.values_by_pair(batch, x)
-
-    def abstract(self, reference: bool = False) -> Pairs:
-        """Return the shapes of training batches. reference: whether they have the reference's log-probs."""
-        return self.layout.shapes(reference)
+        members, layout = np.asarray(indices, np.int64), self.layout
+        plan = pair_layout.fit_rows(members, layout.lengths, self.split.rows.targets, layout.rows.shape)
+        return layout.evaluation(plan)
 
     def with_reference(self, logps: dict[int, Float[np.ndarray, " tokens"]]) -> "PairSource":
         """Return this source with the reference model's log-probs in its batches.
 
-        logps: the log-probs of every pair, in the form that `values` returns.
+        logps: the log-probs of every pair, in the form that pair_layout.values_by_pair returns. Raises
+        ValueError for log-probs of another number, or that are not finite.
         """
-        rows = replace(self.layout.rows, reference=_reference(self.split.rows, logps))
-        layout = replace(self.layout, rows=rows)
+        pairs = self.split.rows
+        for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
+            if len(logps[i]) != expected or not np.isfinite(logps[i]).all():
+                raise ValueError(
+                    f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected} finite "
+                    "ones; compute them again"
+                )
+        reference = np.zeros(len(pairs.ids), np.float32)  # 0 for tokens that are no targets
+        reference[np.asarray(pairs.learned)] = np.concatenate([logps[i] for i in range(len(pairs))])
+        layout = replace(self.layout, rows=replace(self.layout.rows, reference=reference))
         return replace(self, layout=layout, held_out=layout.evaluation(layout.held_plan))
 
 
@@ -337,29 +321,6 @@ def _reversed_ratings(pairs: TokenisedRows, numbers: Sequence[str]) -> list[str]
     ]
 
 
-def _reference(
-    pairs: TokenisedRows, logps: dict[int, Float[np.ndarray, " _"]]
-) -> Float[np.ndarray, " tokens"]:
-    """Return the reference's log-prob of each target token, and 0 for other tokens. logps: by pair. Raises
-    ValueError if log-probs are missing or not finite.
-    """
-    missing = [pairs.names[i] for i in range(len(pairs)) if i not in logps]
-    if missing:
-        raise ValueError(
-            f"reference log-probs: {len(missing)} of {len(pairs)} pairs lack them, first {missing[0]}; "
-            "compute them for all pairs, on the batches that `cover` returns"
-        )
-    for i, (name, expected) in enumerate(zip(pairs.names, pairs.targets, strict=True)):
-        if len(logps[i]) != expected or not np.isfinite(logps[i]).all():
-            raise ValueError(
-                f"reference log-probs of {name}: got {len(logps[i])} numbers, expected {expected} finite "
-                "ones; compute them again"
-            )
-    reference = np.zeros(len(pairs.ids), np.float32)
-    reference[np.asarray(pairs.learned)] = np.concatenate([logps[i] for i in range(len(pairs))])
-    return reference
-
-
 def _require_both_responses(pairs: TokenisedRows) -> None:
     alone = np.flatnonzero((pairs.reads[:, :2] == 0).any(1))
     if len(alone):
@@ -371,9 +332,7 @@ def _require_both_responses(pairs: TokenisedRows) -> None:
 
 
 def _row_count(rows: PairRows, shards: int) -> int:
-    """Return how many rows the microbatches of a step have together. Raises ValueError if a batch has fewer
-    pairs than that.
-    """
+    """Return the number of rows of all microbatches of a step. Raises ValueError for too few pairs."""
     count = rows.micro * shards
     if rows.batch < count:
         raise ValueError(

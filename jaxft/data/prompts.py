@@ -111,14 +111,12 @@ class Prompts(DataSettings):
 
     @property
     def token_settings(self) -> RowSettings:
-        """The settings that the tokens of a prompt depend on."""
         return self.row_settings(
             max_length=self.max_prompt, too_long=self.too_long, tools=self.row_tools,
             optional=self.optional_prompts,
         )  # fmt: skip
 
     def held_out_mask(self, rows: TokenisedRows) -> Bool[np.ndarray, " rows"]:
-        """Return the mask of the rows to hold out; see DataSettings."""
         if not rows.group_by(0).any():
             raise ValueError(
                 f"{self.train}: data.held_out={self.held_out} cannot split a single prompt; set "
@@ -143,7 +141,6 @@ class Prompts(DataSettings):
 
     @property
     def length_settings(self) -> tuple[str, ...]:
-        """Names of the settings whose sum is max_length."""
         return "max_prompt", "max_new" if self.max_turns == 1 else "max_episode"
 
     @property

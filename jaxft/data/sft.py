@@ -22,7 +22,7 @@ from jaxft.data.packing import pack
 from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.pack import RowPlan
 from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
-from jaxft.data.packing.row_tasks import SFT_TASK, remedy_for_too_long, text_columns
+from jaxft.data.packing.row_tasks import SFT_TASK, text_columns, too_long
 from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import formats
@@ -89,7 +89,6 @@ class Rows(DataSettings):
 
     @property
     def token_settings(self) -> RowSettings:
-        """The settings that the tokens of a row depend on."""
         return self.row_settings(
             kinds=(RESPONSE,), max_length=self.max_length, too_long=self.too_long, loss_on=self.loss_on,
             sample_by=self.sample_by,
@@ -119,8 +118,10 @@ class Rows(DataSettings):
 
         layout = self.batches(self, split, plan, held_plan, (row_count, size, reads))
         epochs = source.plan_epochs(split, plan, examples.lengths, self.batch)
-        stats, fingerprint = _stats(layout), _fingerprint(layout)
-        return source.RowSource.of(layout, epochs, tokenizer, stats, fingerprint)
+        arrays = (array for x in (plan(0), held_plan) for array in (x.members, x.offsets, x.starts))
+        shape = (self.batch, size, reads)
+        fingerprint = source.fingerprint_of((shape, self.seed, self.weighting, examples.digest), arrays)
+        return source.RowSource.of(layout, epochs, tokenizer, _stats(layout), fingerprint)
 
     @property
     def batches(self) -> "Callable[..., PackedBatches]":
@@ -153,15 +154,12 @@ class PackedBatches(source.BatchLayout[Tokens]):
 
     @property
     def rows_per_step(self) -> int:
-        """Number of rows of a plan that an optimizer step reads."""
         return self.settings.batch
 
     def shapes(self) -> Tokens:
-        """Return the shapes of a training batch."""
         return _shapes(self.settings, self.shape)
 
     def fill(self, plan: RowPlan) -> Tokens:
-        """Return the rows of a step as a training batch."""
         settings, (row_count, *size) = self.settings, self.shape
         shape = (settings.batch, *size)
         weights = weights_of_members(self.split.rows, plan, settings.weighting)
@@ -267,38 +265,28 @@ def _plan(rows: Rows, examples: TokenisedRows, chosen: np.ndarray, size: int, ep
     lengths, keys = examples.lengths[chosen], None if rows.order_by is None else examples.order[chosen]
     if rows.packing == "wrapped":
         plan = pack.wrap_examples(lengths, examples.documents[chosen], size, (rows.seed, epoch), keys)
+    elif not rows.packing:
+        plan = pack.one_per_row(len(chosen), rows.seed, epoch, keys)
     elif keys is not None:
-        if rows.packing:
-            plan = pack.pack_in_order(lengths, keys, size, rows.batch, rows.seed)
-        else:
-            plan = RowPlan(pack.ascending(keys, rows.seed), np.arange(len(chosen) + 1))
-    elif rows.packing:
-        plan = pack.pack_examples(lengths, examples.targets[chosen], size, rows.seed, epoch)
+        plan = pack.pack_in_order(lengths, keys, size, rows.batch, rows.seed)
     else:
-        plan = pack.one_per_row(len(chosen), rows.seed, epoch)
+        plan = pack.pack_examples(lengths, examples.targets[chosen], size, rows.seed, epoch)
     return replace(plan, members=chosen[plan.members])
-
-
-def _fingerprint(layout: PackedBatches) -> str:
-    settings, plans = layout.settings, (layout.plan(0), layout.held_plan)
-    shape, rows = (settings.batch, *layout.shape[1:]), layout.split.rows
-    arrays = (array for plan in plans for array in (plan.members, plan.offsets, plan.starts))
-    return source.fingerprint_of((shape, settings.seed, settings.weighting, rows.digest), arrays)
 
 
 def _stats(layout: PackedBatches) -> source.RowStats:
     examples, plan = layout.split.rows, layout.plan(0)
     targets = int(member_targets(examples, plan)[examples.weights[plan.members] > 0].sum())
-    line = _learned_line(layout.settings, examples, layout.split.of_epoch(0), plan)
-    return source.row_stats(layout, "examples", layout.shape[1:], (targets, line))
+    return source.row_stats(layout, "examples", layout.shape[1:], (targets, _learned_line(layout)))
 
 
-def _learned_line(rows: Rows, examples: TokenisedRows, train: np.ndarray, plan: RowPlan) -> str:
-    """Return the line about the learned fraction of the response tokens of an epoch's examples."""
+def _learned_line(layout: PackedBatches) -> str:
+    """Return the line about the learned fraction of the response tokens of the first epoch's examples."""
+    rows, examples, train = layout.settings, layout.split.rows, layout.split.of_epoch(0)
     if rows.packing == "wrapped":
         tokens = int(examples.lengths[train].sum())
         detail = "data.packing=wrapped: every token but the first of each row"
-        return source.learned_line(tokens, tokens - plan.rows, detail)
+        return source.learned_line(tokens, tokens - layout.plan(0).rows, detail)
     targets = int(examples.learned_responses[train].sum())
     weights = examples.weights[train]
     others = int(examples.targets[train][weights > 0].sum()) - targets
@@ -397,24 +385,15 @@ def fill_rows(
     token_weights[slot] = np.repeat(weights, counts)[learned]
     turn_weights: Ragged = examples.extras[TOKEN_WEIGHTS]
     if turn_weights.counts[plan.members].any():
-        token_weights[slot] *= _own_weights(turn_weights, plan.members, examples.lengths)[learned]
+        lengths, own = examples.lengths[plan.members], np.ones(len(where), np.float32)
+        own[np.repeat(turn_weights.counts[plan.members] > 0, lengths)] = turn_weights.of(plan.members)
+        token_weights[slot] *= own[learned]
     batch = Tokens(ids, segments, positions, read, targets, token_weights)
     if sources is None:
         return batch
     number_of = np.zeros((rows, reads), np.int32)
     number_of[slot] = np.repeat(sources[plan.members], counts)[learned]
     return replace(batch, sources=number_of)
-
-
-def _own_weights(
-    own: Ragged, members: Int[np.ndarray, " members"], lengths: Int[np.ndarray, " examples"]
-) -> Float[np.ndarray, " tokens"]:
-    """Return a weight for each token of the members; an example without weights in `own`, the column
-    TOKEN_WEIGHTS, has 1 for all of its tokens.
-    """
-    weights = np.ones(lengths[members].sum(), np.float32)
-    weights[np.repeat(own.counts[members] > 0, lengths[members])] = own.of(members)
-    return weights
 
 
 # ---- solutions in steps, for process reward models
@@ -431,28 +410,18 @@ def _step_columns(settings: RowSettings) -> ColumnTypes:
     return {**text_columns(settings), **ragged(LABELS, np.int32)}
 
 
-def _tokenise_steps(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise_steps(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield a list for each solution: its example, or [] if it is left out as too long."""
     tokenizer, settings = reader.tokenizer, reader.settings
-    solutions = [row.examples[RESPONSE] for row in rows if isinstance(row, ParsedRow)]
-    texts = [text for x in solutions if isinstance(x, Solution) for text in (x.prompt, *x.steps)]
-    *each, separator = _ids_of([*texts, settings.separator], tokenizer)
-    pieces = iter(each)
-    for row in rows:
-        if isinstance(row, InvalidRow):
-            yield row
-            continue
-        solution: Any = row.examples[RESPONSE]
-        prompt, *steps = [next(pieces) for _ in range(1 + len(solution.steps))]
-        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        yield attempt(
-            _tokenised_steps, solution, [*bos, *prompt], [[*step, *separator] for step in steps], settings
-        )
-
-
-def _ids_of(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-    return ids
+    solutions: list[Any] = [row.examples[RESPONSE] for row in rows]
+    texts = [text for x in solutions for text in (x.prompt, *x.steps)]
+    encoded = tokenizer([*texts, settings.separator], add_special_tokens=False, verbose=False)
+    *each, separator = encoded.input_ids
+    pieces, bos = iter(each), [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for solution in solutions:
+        prompt = [*bos, *next(pieces)]
+        steps = [[*next(pieces), *separator] for _ in solution.steps]
+        yield attempt(_tokenised_steps, solution, prompt, steps, settings)
 
 
 STEP_TASK = RowTask(formats.STEPS, 1, "max_length", _tokenise_steps, _step_columns, checks=())
@@ -473,10 +442,7 @@ def _tokenised_steps(
     ids = np.array([*prompt, *(token for step in steps for token in step)], np.int32)
     limit, whole = settings.max_length, len(ids) <= settings.max_length
     if not whole and settings.too_long == "error":
-        raise ValueError(
-            f"{solution.name}: {len(ids)} tokens are more than data.max_length={limit}; "
-            f"{remedy_for_too_long('max_length')}, or truncate"
-        )
+        raise too_long(solution.name, f"{len(ids)} tokens are", limit)
     kept = last[last < limit]
     if not whole and (settings.too_long == "drop" or not len(kept)):
         return []
@@ -525,19 +491,19 @@ class SolutionRows(Rows):
 
     @property
     def token_settings(self) -> RowSettings:
-        """The settings that the tokens of a row depend on."""
         separator = self.separator.replace("\\n", "\n")
         return replace(super().token_settings, separator=separator, last_step=self.last_step_only)
 
     @property
     def batches(self) -> type[PackedBatches]:
-        """The BatchLayout class of these rows."""
         return StepBatches
 
     def open(self, tokenizer: Any, shards: int = 1, cache: Path | None = None) -> RowSource[Tokens]:
-        """Read, tokenise (or load from the cache) and plan the batches; see DataSettings.open."""
         opened = super().open(tokenizer, shards, cache)
-        stats = replace(opened.info.stats, learned=_right_line(opened.split.rows, opened.split.train))
+        labels, train = opened.split.rows.extras[LABELS], opened.split.train
+        steps, right = int(labels.counts[train].sum()), sum(int(labels[int(i)].sum()) for i in train)
+        line = f"{steps:,} steps with labels, {100 * right / max(1, steps):.0f} % of them right"
+        stats = replace(opened.info.stats, learned=line)
         return replace(opened, info=replace(opened.info, learned_ends={}, stats=stats))
 
 
@@ -552,10 +518,3 @@ class StepBatches(PackedBatches):
         extras = {**rows.extras, MASS: rows.targets.astype(np.float64), TOKEN_WEIGHTS: weights}
         every = replace(self.split, rows=replace(rows, extras=extras))
         return PackedBatches.evaluation(replace(self, split=every), plan)
-
-
-def _right_line(rows: TokenisedRows, train: np.ndarray) -> str:
-    labels = rows.extras[LABELS]
-    steps = int(labels.counts[train].sum())
-    right = sum(int(labels[int(i)].sum()) for i in train)
-    return f"{steps:,} steps with labels, {100 * right / max(1, steps):.0f} % of them right"

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
@@ -15,8 +16,8 @@ from jaxtyping import Int
 
 from jaxft.batch import TrainState
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.packing.pack import Epochs, RowPlan, epochs_of
-from jaxft.data.packing.tokenised import count_ids, preview
+from jaxft.data.packing.pack import Epochs, RowPlan
+from jaxft.data.packing.tokenised import preview
 from jaxft.data.rows.invalid import InvalidCount
 from jaxft.data.rows.mixture import SplitRows
 from jaxft.nn.attention.layer_attention import AttentionLayers
@@ -115,8 +116,9 @@ class SourceInfo:
 class Source(Protocol[BoundTo]):
     """The batches of a run, by optimizer step.
 
-    Arrays are NumPy's: [micro, rows, ...] in a training batch, [1, rows, ...] in a held-out batch. Each kind
-    of weights sums to 1 over a training batch, and over all held-out batches together.
+    Arrays are NumPy's: [micro, rows, ...] in a training batch, [1, rows, ...] in a held-out batch. An
+    array of loss weights, such as pair_weights, sums to 1 over a training batch, and over all held-out
+    batches together.
     """
 
     @property
@@ -151,10 +153,11 @@ class Source(Protocol[BoundTo]):
         """Return held-out metrics, or None if the train loop is to evaluate the objective on `held_out`."""
 
     def limit_evaluation(self, most: int | None) -> "Source[BoundTo]":
-        """Return the source with a limit for each evaluation: `evaluate` reads at most `most` held-out
-        prompts, or the train loop at most `most` batches of `held_out`; None for all.
+        """Return the source with a limit for each evaluation; None for no limit.
 
-        `spread` chooses them. A position in `held_out_name` counts the values of the chosen batches alone.
+        If `evaluate` computes the held-out metrics, it reads at most `most` held-out prompts. Otherwise the
+        train loop reads at most `most` batches of `held_out`, which stays complete. `spread` chooses the
+        prompts or batches; `held_out_name` then takes an index among the values of the chosen batches.
         """
 
     def row_names(self, step: int) -> list[str]:
@@ -254,7 +257,7 @@ class RowSource(Generic[SomeBatch]):
             preview=preview(split.rows, int(split.train.min()), tokenizer),
             stats=stats,
             warnings=split.warnings,
-            learned_ends=count_ids(split.rows.whole_ends),
+            learned_ends=split.rows.end_counts,
         )
         return cls(info, layout, layout.evaluation(layout.held_plan), epochs)
 
@@ -366,12 +369,13 @@ def plan_epochs(
     example takes in a row.
     """
 
+    @cache
     def batch_tokens(epoch: int) -> Int[np.ndarray, " steps"]:
         rows = plan(epoch)
         sums = rows.row_sums(rows.lengths_of(tokens))
         return np.add.reduceat(sums, np.arange(0, rows.rows, rows_per_step))
 
-    return epochs_of(batch_tokens, alike=split.mixture is None)
+    return Epochs(batch_tokens, alike=split.mixture is None)
 
 
 def fingerprint_of(settings: tuple[Any, ...], arrays: Iterable[np.ndarray | None]) -> str:

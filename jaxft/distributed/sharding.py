@@ -88,7 +88,10 @@ class MeshShape:
         check_bounds(self, "mesh")
         rest = [f"mesh.{axis}" for axis, size in vars(self).items() if size == -1]
         if len(rest) > 1:
-            raise ValueError(f"{' and '.join(rest)} are -1, all remaining devices; set all but one of them")
+            raise ValueError(
+                f"{' and '.join(rest)} are -1, but only one axis can take all remaining devices; give the "
+                "others a number"
+            )
 
 
 def make_mesh(shape: MeshShape, devices: list[Any] | None = None) -> Mesh:

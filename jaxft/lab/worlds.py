@@ -271,9 +271,11 @@ def reworded(prompt: str, rng: random.Random) -> str:
 class Features(NamedTuple):
     """The terms of the true reward.
 
-    facts: if the right completion is an object, correct fields / (expected fields + extra fields); otherwise
-    1 if the text contains the right answer, else 0. format: 1 for a JSON object without other text, or for a
-    text of no more words than the right answer, else 0. longer: len(completion) - len(right completion).
+    If the right completion is a JSON object: facts is correct fields / (expected fields + extra fields), and
+    format is 1 for a JSON object with fields and no other text, else 0. Otherwise facts is 1 if the text
+    contains the right answer, else 0, and format is 1 for the right answer itself and for a text that has
+    words, but no more than the right answer, else 0. longer: len(completion) - len(right completion), in
+    characters.
     """
 
     facts: float

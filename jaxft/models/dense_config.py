@@ -199,7 +199,9 @@ def _ropes(hf: dict[str, Any], form: ConfigFormat, max_positions: Any) -> dict[s
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
-        raise ValueError(f"config: {name} must be above 0 and finite, got {value!r:.60}")
+        raise ValueError(
+            f"config: {name} must be a finite number above 0 (not a string or a Boolean), got {value!r:.60}"
+        )
     return float(value)
 
 
@@ -271,7 +273,9 @@ def window_from_hf(hf: Mapping[str, Any]) -> int | None:
     """Return config.json's sliding_window. Raises ValueError unless it is null or a positive number."""
     window = hf.get("sliding_window")
     if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f"config: sliding_window must be a positive whole number or null, got {window!r}")
+        raise ValueError(
+            f"config: sliding_window must be a positive whole number or null, got {window!r:.60}"
+        )
     return window
 
 

@@ -103,12 +103,12 @@ class Rope:
         low, high = self.low_freq_factor, self.high_freq_factor
         if not 0 < low < high < math.inf:
             raise ValueError(
-                "config: rope's low_freq_factor must be above 0 and below high_freq_factor, got "
-                f"{low} and {high}"
+                "config: rope's low_freq_factor must be above 0 and below high_freq_factor, which must be "
+                f"finite, got low_freq_factor={low}, high_freq_factor={high}"
             )
         if not 0 < self.beta_slow <= self.beta_fast < math.inf:
             raise ValueError(
-                "config: rope's beta_slow must be above 0 and at most beta_fast, got "
+                "config: rope's beta_slow must be above 0 and at most beta_fast, which must be finite, got "
                 f"beta_slow={self.beta_slow}, beta_fast={self.beta_fast}"
             )
         if self.kind == "yarn" and self.theta == 1:

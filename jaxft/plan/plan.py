@@ -269,7 +269,7 @@ def train_programs(run: Run, p: Programs, pairs: PairSource | None = None) -> li
     """
     batch: Any = run.data.abstract(sharding.row_shards(p.mesh))
     if pairs is not None:
-        batch = pairs.abstract(_precomputed(run, p))
+        batch = pairs.layout.shapes(_precomputed(run, p))
     elif _precomputed(run, p) and isinstance(run.data, PairRows):
         batch = run.data.abstract(sharding.row_shards(p.mesh), reference=True)
     batch = sharded_batch(p, p.objective.batch_spec(batch))

@@ -256,7 +256,10 @@ def any_fits(tried: list[Trial]) -> bool:
 
 
 def search_report(tried: list[Trial], command: Command) -> str:
-    """Return the table of trials, fastest first, and the recommended overrides."""
+    """Return the table of trials and the overrides of the fastest one; if none fits, advice in their place.
+
+    tried: as `search` returns them, fastest first.
+    """
     lines = [f"{str(t.choice):58s} {trial_summary(t)}" for t in tried]
     if any_fits(tried):
         return "\n".join([*lines, "use: " + " ".join(tried[0].choice.overrides(command))])

@@ -281,7 +281,7 @@ def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
         [
             number_text(entry["step"]),
             f'<div class="text">{escaped(last_message(entry.get("prompt")), 1000)}</div>',
-            turns_html(entry.get("turns"))
+            turns_html(entry.get("turns"), entry.get("sampled_turns"))
             or f'<div class="text">{escaped(entry.get("completion", ""), 1500)}</div>',
             *(number_text(part_of(entry, "rewards").get(name)) for name in names),
             f"<strong>{number_text(entry.get('reward'))}</strong>",
@@ -291,13 +291,17 @@ def completions_table(entries: Sequence[Mapping[str, Any]], each: int) -> str:
     return html_table(["step", "prompt", "completion", *map(escaped, names), "reward in training"], rows)
 
 
-def turns_html(turns: Any) -> str:
-    """Return the turns of an episode after its prompt, coloured by who wrote them; "" without turns.
+def turns_html(turns: Any, sampled: Any = None) -> str:
+    """Return an episode's messages after its prompt, each up to 1500 characters, coloured by who wrote them;
+    "" without a message of the assistant.
 
-    turns: the episode's chat messages, beginning with the prompt's.
+    turns: the episode's chat messages, beginning with the prompt's. sampled: how many turns the model
+    sampled, which are the last messages of the assistant; None or 0 if it is unknown: then they begin with
+    the assistant's first message, which may be the prompt's.
     """
     messages = [turn for turn in turns or () if isinstance(turn, dict)]
     begins = [number for number, turn in enumerate(messages) if turn.get("role") == "assistant"]
+    begins = begins[-sampled:] if isinstance(sampled, int) and sampled > 0 else begins
     shown = []
     for turn in messages[begins[0] :] if begins else ():
         role = str(turn.get("role"))

@@ -341,7 +341,7 @@ def make_text_scorer(
         examples = list(map(with_response, prompts, completions))
         used = settings_for(tokenizer, settings)
         tokenised = map(valid, loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING, used))
-        texts = [ids.tolist() for ids, _ in tokenised]
+        texts = [tokens.ids.tolist() for tokens in tokenised]
         texts = [until_eos(ids, tokenizer) for ids in texts] if ends_at_eos else texts
         scores = np.full(len(texts), np.nan)
         fitting = [i for i, ids in enumerate(texts) if len(ids) <= max_length]

@@ -125,8 +125,10 @@ class Rules:
         return float(np.dot(is_environment, self.reward_weights))
 
     def score(self, episodes: Episodes, by_reward: Sequence[RewardScores]) -> ScoredEpisodes:
-        """Combine and shape the scores of each reward. Episodes with a fault get no score. A reward that
-        skips an episode counts 0 in its score, unless all rewards skip it.
+        """Combine and shape the scores of each reward.
+
+        A reward that skips an episode adds 0 to the episode's score. An episode has no score (NaN) if it has
+        a fault, if a reward failed on it, or if all rewards skip it.
         """
         lengths, valid = episodes.lengths, episodes.valid
         each = np.stack([reward.scores for reward in by_reward], 1).astype(np.float64)

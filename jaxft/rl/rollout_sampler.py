@@ -74,7 +74,8 @@ def append_table(path: Path, step: int, scored: ScoredEpisodes, names: list[str]
                 "reward": _json_number(scores[i]),
             }
             if episodes.most_turns > 1:
-                entry |= {"turns": played.turns, "fault": played.fault or None, "ended": played.ended}
+                entry |= {"turns": played.turns, "sampled_turns": len(played.sampled)}
+                entry |= {"fault": played.fault or None, "ended": played.ended}
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 

@@ -210,8 +210,7 @@ def _masked(log_ratio: np.ndarray, least: float, most: float) -> np.ndarray:
 def _check_bounds(least: float, most: float) -> None:
     if not 0 <= least < most:
         raise ValueError(
-            f"correction: weights from least={least:g} to most={most:g} "
-            f"(correction_bounds={least:g},{most:g}). Use 0 <= least < most."
+            f"correction_bounds={least:g},{most:g} (least, most) are not valid bounds. Use 0 <= least < most."
         )
 
 

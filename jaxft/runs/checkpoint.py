@@ -99,9 +99,7 @@ class Checkpoints:
         return tuple(ranked[member][0]) if member < len(ranked) and ranked[member] else None
 
     def _best_first(self) -> list[list[tuple[int, float]]]:
-        """Return for each member the (step, score) of its checkpoints with a score, the best first. Of two
-        equal scores the newer checkpoint comes first.
-        """
+        """Return each member's (step, score) from the best on; of equal scores the newer comes first."""
         ranked: list[list[tuple[int, float]]] = []
         for step in self.steps():
             with contextlib.suppress(Corrupt, ValueError, OSError):
@@ -144,7 +142,9 @@ class Checkpoints:
             )
             wait_written = self._start_writing(self.folder / f"{step}.tmp" / "state", leaves)
         except Exception as error:
-            wait_written = _raises(error)  # in the thread, where the other processes learn of it
+            failed = concurrent.futures.Future[None]()
+            failed.set_exception(error)
+            wait_written = failed.result  # raises in the thread, where the other processes learn of it
         exchange = sync.FileExchange(self.folder / EXCHANGE, topic, TIMEOUT_S)
         work = partial(self._finish, body, entries, wait_written, exchange)
         self._thread = threading.Thread(target=work, name=f"checkpoint-{step}")
@@ -155,10 +155,7 @@ class Checkpoints:
         name for this save, under which the processes exchange messages: the topic of its sync.FileExchange.
         """
         make_folder(self.folder)
-        for stale in (
-            *self.folder.glob("*.tmp"),
-            *self.folder.glob(EXCHANGE),
-        ):  # of a process that was killed
+        for stale in (*self.folder.glob("*.tmp"), *self.folder.glob(EXCHANGE)):  # of a killed process
             shutil.rmtree(stale)
         (self.folder / f"{step}.tmp" / "state").mkdir(parents=True)
         if jax.process_count() > 1:
@@ -179,7 +176,9 @@ class Checkpoints:
         args = ocp.args.PyTreeSave(arrays, save_args=chunks)
         orbax = self._orbax
         assert orbax is not None
-        futures = _run_coroutine(lambda: orbax.async_save(epath.Path(folder), args=args))
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # a notebook's thread has an event loop
+            save = pool.submit(lambda: asyncio.run(orbax.async_save(epath.Path(folder), args=args)))
+        futures = save.result()
 
         def wait() -> None:
             for future in futures or ():
@@ -246,9 +245,7 @@ class Checkpoints:
         keep |= sent
         try:
             for folder in [self.folder / str(step) for step in steps if step not in keep]:
-                folder.rename(
-                    folder.with_suffix(".tmp")
-                )  # so that a kill during removal leaves no incomplete checkpoint
+                folder.rename(folder.with_suffix(".tmp"))  # a kill then leaves no incomplete checkpoint
             for folder in self.folder.glob("*.tmp"):
                 shutil.rmtree(folder)
         except OSError as error:
@@ -339,17 +336,13 @@ class Checkpoints:
                 read = partial(read_checkpoint, folder, abstract_state, restored)
                 reasons = [reason for reason in sync.run_on_all(sync.gather_texts, read) if reason]
             except OSError as error:
-                text = (
-                    f"cannot read the checkpoint: {error.strerror}; check disk and permissions, start again"
-                )
+                text = f"cannot read the checkpoint: {error.strerror}"
+                text += "; check disk and permissions, start again"
                 raise OSError(error.errno, text, str(folder)) from error
             if not reasons:
                 return restored["state"], restored["meta"], candidate
-            limit = candidate  # the newest step that may be fetched in its place
-            if step is not None:
-                limit = -1  # none
-            elif candidate in fetched:
-                limit = candidate - 1  # the store's copy is damaged too
+            # The newest step that may be fetched in its place; the store's copy may be damaged too.
+            limit = -1 if step is not None else candidate - (candidate in fetched)
             quarantine = partial(self._quarantine, folder, reasons[0], limit)
             instead = sync.exchange_first(sync.gather_texts, quarantine)
             if step is not None:
@@ -388,19 +381,6 @@ def _for_orbax(leaf: Any) -> jax.Array | np.ndarray:
     """
     is_global = isinstance(leaf, jax.Array) and (jax.process_count() == 1 or not leaf.is_fully_addressable)
     return leaf if is_global else np.asarray(leaf)
-
-
-def _run_coroutine(make: Callable[[], Any]) -> Any:
-    """Run a coroutine in a separate thread: this one may have a running event loop, as in a notebook."""
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(make())).result()
-
-
-def _raises(error: Exception) -> Callable[[], None]:
-    def act() -> None:
-        raise error
-
-    return act
 
 
 GROUP_BYTES = 256 << 20  # leaves are restored in groups of about this size on each process
@@ -501,13 +481,10 @@ def _read_group(folder: Path, shardings: dict[str, jax.sharding.Sharding]) -> di
 
 
 def _check_arrived(name: str, array: jax.Array, entry: dict[str, Any]) -> None:
-    """Compare the shards on this process's devices with their hashes, where the manifest has a shard with the
-    same index. Raises Corrupt.
-    """
+    """Raise Corrupt if a shard on this process's devices does not match its hash in the manifest."""
     manifest.check_leaf(name, array.shape, np.dtype(array.dtype), entry)
-    shards = {
-        manifest.format_index(shard.index, array.shape): shard.data for shard in array.addressable_shards
-    }
+    each = array.addressable_shards
+    shards = {manifest.format_index(shard.index, array.shape): shard.data for shard in each}
     for index, data in shards.items():
         if index in entry["shards"]:
             manifest.check_hash(name, entry, index, manifest.hash_array(np.asarray(data)))

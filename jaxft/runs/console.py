@@ -164,7 +164,10 @@ class ConsoleView:
         eta = [f"eta {self._eta()}"] if SPEED in perf and step < self._total_steps else []
         if self._columns:
             return "\n".join(self._rows(step, metrics, [*rates, *eta]))
-        return "  ".join([f"step {step}/{self._total_steps}", *values, *rates, *eta, *remarks(metrics)])
+        texts = [f"step {step}/{self._total_steps}", *values, *rates, *eta]
+        if metrics.get(ZERO_STD) == 1 and not metrics.get(GRAD_NORM):  # no gradient
+            texts.append("(nothing learned: the rewards of every group are equal)")
+        return "  ".join(texts)
 
     def _rows(self, step: int, metrics: dict[str, float], rates: list[str]) -> list[str]:
         """Return the lines of a sweep's table: one for each metric, and in the first call a heading above
@@ -207,12 +210,6 @@ class ConsoleView:
             rows.append(Text(f"loss {sparkline(list(self._losses))}", style="green"))
         rows.append(Text(self._status, style="dim"))
         return Group(bar, *[row for row in rows if row.plain])
-
-
-def remarks(metrics: dict[str, float]) -> list[str]:
-    """Return one remark if a step had zero gradient because all rewards in each group are equal, else []."""
-    equal = metrics.get(ZERO_STD) == 1 and not metrics.get(GRAD_NORM)
-    return ["(nothing learned: the rewards of every group are equal)"] if equal else []
 
 
 def format_metric(name: str, value: float) -> str:

@@ -85,18 +85,6 @@ def environment(step: int = 0, attention: str | None = None) -> dict[str, Any]:
     }
 
 
-def with_earlier_starts(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the content of env.json: this start, with all earlier ones under "earlier", oldest first.
-
-    before: the content of env.json so far, None at the first start.
-    """
-    if before is None:
-        return {**now, "earlier": []}
-    earlier = before.get("earlier", [])
-    last = {name: value for name, value in before.items() if name != "earlier"}
-    return {**now, "earlier": [*earlier, last] if isinstance(earlier, list) else [last]}
-
-
 def environment_changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return a line such as "jax: 0.7.0 -> 0.7.1" for each difference between two starts of a run: in
     versions, flags, devices, number of processes, attention kernel and commit. before, now: from environment.
@@ -167,11 +155,7 @@ def processor() -> dict[str, Any]:
     name = re.search(r"model name\s*: (.*)", text)
     flags = re.search(r"(?:flags|Features)\s*: (.*)", text)
     features = [feature for feature in CPU_FEATURES if flags and feature in flags[1].split()]
-    return {
-        "name": name[1] if name else platform.machine(),
-        "cores": os.cpu_count(),
-        "features": features,
-    }
+    return {"name": name[1] if name else platform.machine(), "cores": os.cpu_count(), "features": features}
 
 
 def memory() -> dict[str, float]:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TextIO
 
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
-from jaxft.runs.environment import environment, environment_changes, versions, with_earlier_starts
+from jaxft.runs.environment import environment, environment_changes, versions
 from jaxft.runs.metrics_log import METRICS, json_value, read_entries
 from jaxft.runs.settings.setting_values import absent_lines, describe, differences
 from jaxft.weights.edit import calibrated_base
@@ -96,10 +96,8 @@ def check_paths(folder: Path) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         must_be = "folder" if path.name in FOLDERS else "file"
         is_right = path.is_dir() if must_be == "folder" else path.is_file()
-        is_other = (
-            path.is_dir() and path.suffix not in FILE_KINDS and path.name != "lock"
-        )  # such as a profile
-        if path.exists() and not (is_right or is_other):
+        is_profile = path.is_dir() and path.suffix not in FILE_KINDS and path.name != "lock"  # or the like
+        if path.exists() and not (is_right or is_profile):
             kind = "file" if path.is_file() else "folder" if path.is_dir() else "pipe, socket or device"
             result = path.name if path.name in FOLDERS else "files"
             raise ValueError(
@@ -143,20 +141,23 @@ def part_of(record: Any, name: str) -> dict[str, Any]:
 def write_record(
     folder: Path, record: dict[str, Any], step: int = 0, attention: str | None = None
 ) -> list[str]:
-    """Write config.json, and add this start to env.json, which has the earlier starts too.
+    """Write config.json, and add this start to env.json, where "earlier" has those before it, oldest first.
 
     record: the settings, for config.json. step: how many steps earlier starts have done. attention: the train
     step's attention kernel. Return a line for each version, flag, device or kernel that has changed.
     """
     write_durable_json(folder / "config.json", record)
-    path, now, before, lines = folder / "env.json", environment(step, attention), None, []
+    path, now = folder / "env.json", environment(step, attention)
+    earlier, lines = list[Any](), list[str]()
     if path.exists():
         try:
             before = read_saved_json(path)
             lines = environment_changes(before, now)
+            older = before.pop("earlier", [])
+            earlier = [*(older if isinstance(older, list) else []), before]
         except ValueError as error:
             lines = [f"the versions of earlier starts are lost: {error}"]
-    write_durable_json(path, with_earlier_starts(now, before))
+    write_durable_json(path, {**now, "earlier": earlier})
     return lines
 
 
@@ -220,10 +221,7 @@ def changes_since_start(folder: Path, record: dict[str, Any], defaults: Mapping[
 
 
 def permitted_changes(
-    folder: Path | str,
-    old: dict[str, Any],
-    new: dict[str, Any],
-    defaults: Mapping[str, Any] = NO_DEFAULTS,
+    folder: Path | str, old: dict[str, Any], new: dict[str, Any], defaults: Mapping[str, Any] = NO_DEFAULTS
 ) -> list[str]:
     """Return the differences between a run's original settings and today's, one line each.
 
@@ -231,15 +229,8 @@ def permitted_changes(
     recorded_defaults; a run that began before a setting existed continues with its default. Raises ValueError
     that lists the differences which would change what the run computes.
     """
-    old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
-    lines = differences(old, json.loads(json.dumps(new)))
-    permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
-    began_before = absent_lines(defaults)
-    fixed = [line for line in lines if line.startswith(MUST_STAY)]
-    changed = [line for line in lines if not permitted.match(line) or line in fixed]
-    refused = [line for line in changed if line not in began_before]
+    lines, refused = setting_changes(old, new, defaults)
     if refused:
-        refused = _explained(refused, new)
         raise ValueError(
             f"{folder}: cannot resume, these settings differ from the original run: {'; '.join(refused)}. "
             "Restore them, or choose another name=..."
@@ -247,11 +238,24 @@ def permitted_changes(
     return lines
 
 
-def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
-    """Replace each line about a fingerprint, a hash of files, by a line that names the changed files.
+def setting_changes(
+    old: dict[str, Any], new: dict[str, Any], defaults: Mapping[str, Any] = NO_DEFAULTS
+) -> tuple[list[str], list[str]]:
+    """Return (all differences, those that would change what a run computes), see permitted_changes."""
+    old, new = ({k: describe(v) for k, v in r.items() if k not in NOT_COMPARED} for r in (old, new))
+    lines = differences(old, json.loads(json.dumps(new)))
+    permitted = re.compile(rf"({'|'.join(map(re.escape, MAY_CHANGE))})[.:]")
+    began_before = absent_lines(defaults)
+    fixed = [line for line in lines if line.startswith(MUST_STAY)]
+    changed = [line for line in lines if not permitted.match(line) or line in fixed]
+    refused = [line for line in changed if line not in began_before]
+    return lines, _explained(refused, new)
 
-    lines: from `differences`, such as "data_fingerprint: 1a -> 2b". Such a line is left out if the setting
-    that names the files (here data) is in `lines` too. record: today's settings.
+
+def _explained(lines: list[str], record: dict[str, Any]) -> list[str]:
+    """Replace lines about fingerprints, hashes of files, by lines that name the changed files; leave out one
+    if the setting that names the files is in `lines` too. lines: such as "data_fingerprint: 1a -> 2b".
+    record: today's settings.
     """
     names, explained = [line.partition(":")[0] for line in lines], []
     for line, name in zip(lines, names, strict=True):
@@ -431,20 +435,9 @@ def prompt_differences(ref: str, record: dict[str, Any]) -> list[str]:
             f"{ref} was trained with another chat template than this run's, so prompts differ; "
             "set chat_template= as in that run to continue with the same prompts"
         )
-    date, today = (r["data"].get("date") for r in (old, record))
-    if date is not None and date != today:
-        lines.append(
-            f"{ref} was trained with data.date={date}, and this run has {today}; "
-            f'"data.date={date}" continues with the same prompts'
-        )
-    return lines + _template_differences(ref, old["data"], record["data"])
-
-
-def _template_differences(ref: str, old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return lines about settings of the chat template that differ. old: may lack some settings."""
-    lines = []
-    for name in ("chat_template_kwargs", "system"):
-        was, now = (",".join(x) if isinstance(x, list | tuple) else x for x in (old.get(name), new.get(name)))
+    for name in ("date", "chat_template_kwargs", "system"):
+        values = (r["data"].get(name) for r in (old, record))
+        was, now = (",".join(x) if isinstance(x, list | tuple) else x for x in values)
         if was is not None and was != now:
             lines.append(
                 f"{ref} was trained with data.{name}={was}, and this run has {now or 'none'}; "
@@ -476,14 +469,13 @@ def trained_weights(folder: Path) -> tuple[str, Path | None, dict[str, Any]]:
             f"{folder}: not a run's folder, it has no config.json; runs are in runs/<name>"
         )
     record = read_record(folder)
-    for name in ("adapter/adapter_config.json", "model/config.json"):
-        if (folder / name).is_file():
-            check_results((folder / name).parent)
-            return (
-                (str(folder / "model"), None, record)
-                if name.startswith("model")
-                else (_base_weights(folder, record), folder / "adapter", record)
-            )
+    adapter, model = folder / "adapter", folder / "model"
+    if (adapter / "adapter_config.json").is_file():
+        check_results(adapter)
+        return _base_weights(folder, record), adapter, record
+    if (model / "config.json").is_file():
+        check_results(model)
+        return str(model), None, record
     then = "finish the run with the command that started it"
     if (folder / SUMMARY).is_file():
         then = "the command that started the run writes them again from its last checkpoint"
@@ -511,20 +503,15 @@ def _base_weights(folder: Path, record: dict[str, Any]) -> str:
                 f"{folder}: the model with new tokens cannot be used: {damage}. Start the run's command "
                 "again, which writes it, or use --model"
             )
-    if (folder / CALIBRATED_JSON).is_file():
-        _check_codes(folder)
-    return ref
-
-
-def _check_codes(folder: Path) -> None:
-    """Raise ValueError if the quantised base that the run in `folder` calibrated has changed in the cache."""
-    record = read_saved_json(folder / CALIBRATED_JSON)
-    name = str(record.get("codes"))
-    if not calibrated_base.confirm_codes(record):
+    calibrated = folder / CALIBRATED_JSON
+    codes = read_saved_json(calibrated) if calibrated.is_file() else None
+    if codes is not None and not calibrated_base.confirm_codes(codes):
+        place = calibrated_base.codes_folder(str(codes.get("codes")))
         raise ValueError(
-            f"{folder}: the calibrated base in the cache, {calibrated_base.codes_folder(name)}, has changed "
-            f"since this run was trained. {calibrated_base.AGAIN}"
+            f"{folder}: the calibrated base in the cache, {place}, has changed since this run was trained. "
+            f"{calibrated_base.AGAIN}"
         )
+    return ref
 
 
 def weights_fingerprint(ref: str) -> str:

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,15 @@ import xxhash
 from jaxft.distributed.disk import make_folder, publish, write_durably
 from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
-from jaxft.runs.folder import CHECKPOINTS, NO_DEFAULTS, RESULTS, SUMMARY, permitted_changes, read_saved_json
+from jaxft.runs.folder import (
+    CHECKPOINTS,
+    NO_DEFAULTS,
+    RESULTS,
+    SUMMARY,
+    permitted_changes,
+    read_saved_json,
+    setting_changes,
+)
 from jaxft.runs.object_store import Store, StoreError, check_store_url, open_store
 from jaxft.weights.hf.complete_folders import cache_folder
 
@@ -118,7 +127,14 @@ class Mirror:
             self._check_settings(records)
         if ahead > (max(local, default=-1), (self.folder / SUMMARY).is_file()):
             self._check_folder(records)
-            self._fetch(sorted(set(stored) - set(local)))
+            self.report(f"fetching step {max(stored, default='')} of this run from {self.store.url}")
+            for name in self._sent:
+                try:
+                    self._fetch_file(name)
+                except Damaged as error:
+                    self.report(f"warning: {error}; it is written again from the last checkpoint")
+            for step in sorted(set(stored) - set(local)):  # the newest last: a killed start fetches again
+                self._fetch_checkpoint(step)
 
     def fetch_step(self, limit: int) -> int | None:
         """Fetch the store's newest intact checkpoint of at most step `limit`, if it is newer than the disk's.
@@ -160,6 +176,14 @@ class Mirror:
 
     def _check_settings(self, records: Records) -> None:
         """Raise ValueError if the run in the store has other settings. records: as in `open`."""
+        for place, old, record in self._compared(records):
+            try:
+                permitted_changes(place, old, record, self._defaults)
+            except ValueError as error:
+                raise ValueError(f"{error} or loop.store=...") from error
+
+    def _compared(self, records: Records) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+        """Yield (URL, the store's settings, `records`' settings) of each file that the store has."""
         for name, record in records.items():
             place, content = f"{self.store.url}/{name}", self.store.read(name)
             if content is None:
@@ -171,36 +195,19 @@ class Mirror:
             old = stored if isinstance(stored, dict) else {}
             if "members" in {**old, **record}:  # a sweep's, which may change at_once
                 old, record = ({"members": side.get("members")} for side in (old, record))
-            try:
-                permitted_changes(place, old, record, self._defaults)
-            except ValueError as error:
-                raise ValueError(f"{error} or loop.store=...") from error
+            yield place, old, record
 
     def _check_folder(self, records: Records) -> None:
         """Raise ValueError if the folder has another run than the store. records: as in `open`."""
         paths = {name: self.folder / name for name in records}
         local = {name: read_saved_json(path) for name, path in paths.items() if path.is_file()}
-        try:
-            self._check_settings(local)
-        except ValueError as error:
-            raise ValueError(
-                f"{self.folder} and {self.store.url} have different runs; choose another name=... or "
-                "loop.store=..."
-            ) from error
-
-    def _fetch(self, steps: list[int]) -> None:
-        """Write the files of the store into the folder, checkpoints in ascending order.
-
-        The newest checkpoint is complete only after all else, so that a start that is killed fetches again.
-        """
-        self.report(f"fetching step {max(steps, default='')} of this run from {self.store.url}")
-        for name in self._sent:
-            try:
-                self._fetch_file(name)
-            except Damaged as error:
-                self.report(f"warning: {error}; it is written again from the last checkpoint")
-        for step in steps:
-            self._fetch_checkpoint(step)
+        for place, old, record in self._compared(local):
+            if refused := setting_changes(old, record, self._defaults)[1]:
+                raise ValueError(
+                    f"{self.folder} and {self.store.url} have different runs: from {place} to the folder, "
+                    f"{'; '.join(refused)}. Move the folder away to continue the stored run, or choose "
+                    "another name=... or loop.store=..."
+                )
 
     def fetch_results(self) -> list[str]:
         """Write the files of the store, without checkpoints, into the folder; return their names, [] if the
@@ -243,9 +250,7 @@ class Mirror:
         write_durably(path, content)
 
     def _fetch_checkpoint(self, step: int) -> bool:
-        """Write a checkpoint of the store into the folder, unless it is damaged, which is reported; return
-        whether it was written.
-        """
+        """Write a checkpoint of the store into the folder; if it is damaged, report that and return False."""
         part = self.folder / CHECKPOINTS / f"{step}.tmp"
         shutil.rmtree(part, ignore_errors=True)
         make_folder(part.parent)
@@ -313,10 +318,8 @@ class Mirror:
             if self._is_behind(stored, step):
                 return
             self._send_checkpoints([i for i in kept if i == step or _marker(i) not in stored], stored)
-            stored_steps = {
-                int(name) for name in re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/", "\n".join(stored))
-            }
-            for old in sorted(stored_steps - set(kept)):
+            stored_steps = re.findall(rf"(?m)^{CHECKPOINTS}/(\d+)/", "\n".join(stored))
+            for old in sorted(set(map(int, stored_steps)) - set(kept)):
                 self._delete_checkpoint(old)
             self._fails_since = ""
         except Exception as error:
@@ -369,9 +372,7 @@ class Mirror:
         self.is_stopped = True
 
     def _is_behind(self, stored: list[str], step: int) -> bool:
-        """Return whether the store has a checkpoint later than `step`, and report it. stored: names of the
-        store's objects.
-        """
+        """Report and return whether the store has a later checkpoint than `step`. stored: its names."""
         latest = max(_complete_steps(stored), default=step)
         if latest > step:
             self.report(f"{self.store.url} has step {latest}: nothing is copied before the run has passed it")
@@ -394,9 +395,7 @@ class Mirror:
             folder, prefix = self.folder / CHECKPOINTS / str(step), f"{CHECKPOINTS}/{step}/"
             if any(name.startswith(prefix) for name in stored):
                 self._delete_checkpoint(step)
-            files = sorted(
-                file for file in folder.rglob("*") if file.is_file() and file.name != manifest.NAME
-            )
+            files = sorted(x for x in folder.rglob("*") if x.is_file() and x.name != manifest.NAME)
             self.store.write_files((prefix + file.relative_to(folder).as_posix(), file) for file in files)
         logs = [path for path in self._files() if path.name != SUMMARY and not self._is_result(path)]
         self._send_files(logs)
@@ -428,15 +427,13 @@ class Mirror:
         """Return the paths of the run's files to send, summary.json last. Left out are checkpoints, links,
         the lock, index.json, temporary files (.part, .tmp) and folders that were renamed as damaged (.bad).
         """
-        paths = [
-            path
-            for path in self.folder.rglob("*")
-            if path.is_file()
-            and not path.is_symlink()
-            and path.relative_to(self.folder).parts[0] not in (CHECKPOINTS, *LOCAL_FILES)
-            and path.suffix not in TEMPORARY
-            and not _is_set_aside(path.relative_to(self.folder))
-        ]
+        is_bad = re.compile(rf".*{re.escape(manifest.SET_ASIDE)}\d*").fullmatch
+        paths = []
+        for path in self.folder.rglob("*"):
+            *folders, _ = parts = path.relative_to(self.folder).parts
+            is_kept = parts[0] not in (CHECKPOINTS, *LOCAL_FILES) and path.suffix not in TEMPORARY
+            if is_kept and path.is_file() and not path.is_symlink() and not any(map(is_bad, folders)):
+                paths.append(path)
         return sorted(paths, key=lambda path: (path.name == SUMMARY, path))
 
     def _is_result(self, path: Path) -> bool:
@@ -455,11 +452,6 @@ def _complete_steps(names: list[str]) -> list[int]:
     """Return the steps of the checkpoints that have a manifest. names: the names of all objects."""
     pattern = rf"(?m)^{CHECKPOINTS}/(\d+)/{manifest.NAME}$"
     return [int(step) for step in re.findall(pattern, "\n".join(names))]
-
-
-def _is_set_aside(path: Path) -> bool:
-    """Return whether a file is in a damaged folder that manifest.set_aside has renamed, as adapter.bad/."""
-    return any(folder.suffix.rstrip("0123456789") == manifest.SET_ASIDE for folder in path.parents)
 
 
 def _entry_of(content: bytes) -> list[Any]:
@@ -540,7 +532,8 @@ def fetch_run(url: str) -> Path:
         root = "/".join(parts[:size])
         place = cache_folder() / "runs" / hashlib.sha256(root.encode()).hexdigest()[:16]
         folder, listed = place / parts[size - 1], place / FETCHED
-        names = Mirror(folder, open_store(root), _report).fetch_results()
+        report = partial(print, file=sys.stderr, flush=True)
+        names = Mirror(folder, open_store(root), report).fetch_results()
         if not names:
             continue
         before = json.loads(listed.read_bytes()) if listed.is_file() else []
@@ -552,7 +545,3 @@ def fetch_run(url: str) -> Path:
         f"{url}: no run is there; name the folder of one that was trained with loop.store=..., such as "
         "s3://bucket/runs/sft"
     )
-
-
-def _report(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -192,12 +192,8 @@ def recorded_data(record: dict[str, Any]) -> Rows | PairRows | Prompts:
     record: the run's settings. Raises ValueError if its data source is a class that jaxft does not define.
     """
     data = record["data"]
-    kinds = {
-        "jaxft.data.sft:Rows": Rows,
-        "jaxft.data.pairs:PairRows": PairRows,
-        "jaxft.data.decision_rows:DecisionRows": DecisionRows,
-    }
-    kind = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
+    kinds = {f"{x.__module__}:{x.__name__}": x for x in (Rows, PairRows, DecisionRows)}
+    kind: Any = Prompts if data.get("type", "").startswith("jaxft.rl.") else kinds.get(data.get("type"))
     if kind is None:
         raise ValueError(
             f"cannot rebuild the held-out rows of a run with data={data.get('type')}; name rows by --file"
@@ -335,10 +331,7 @@ class LoadedWeights(NamedTuple):
 
 
 def load_each(
-    named: Mapping[str, NamedWeights],
-    mesh: Mesh,
-    dtype: str | None = None,
-    kind: QuantKind | None = None,
+    named: Mapping[str, NamedWeights], mesh: Mesh, dtype: str | None = None, kind: QuantKind | None = None
 ) -> dict[str, LoadedWeights]:
     """Load weights by name onto a mesh. Several weights must be adapters on one base. Their arrays get equal
     shapes, so that one compiled program takes each of them.
@@ -352,7 +345,9 @@ def load_each(
     folders = {name: item.adapter for name, item in named.items() if item.adapter is not None}
     trees, model = dict[str, Params](), adapted(base, None)
     if len(folders) > 1:
-        trees = load_equal_adapters(folders, ref, base, frozen, mesh)
+        adapters = read_adapters(folders, ref, base, frozen)
+        equal = [in_dtype(tree, base.dtype) for tree in of_equal_shapes(list(adapters.values()))]
+        trees = adapter_folders.on_every_device(dict(zip(adapters, equal, strict=True)), None, mesh)
         model = adapted_like(base, next(iter(trees.values())))
     for name, folder in folders.items() if len(folders) == 1 else ():
         pretrained.check_adapter_base(folder, ref)
@@ -374,19 +369,13 @@ def load_shared_base(
     """Return (the model without adapters, its parameters) of weights on one base. Arguments and errors: as in
     load_each.
     """
-    ref, chosen = next(iter(named.values())).ref, jnp.dtype(common_dtype(named, dtype))
-    base = pretrained.model_for(ref, dtype=chosen, residual=common_residual(named, dtype))
-    return base, pretrained.load_frozen(ref, base, mesh, common_quant(named, kind))
-
-
-def common_dtype(named: Mapping[str, NamedWeights], dtype: str | None) -> str:
-    """Return `dtype` or, if None, the runs' compute dtype, "bfloat16" if there is no record of a run. Raises
-    ValueError if `dtype` is None and the runs differ.
-    """
+    ref, residual = next(iter(named.values())).ref, common_residual(named, dtype)
     dtypes = {n.record["model"]["dtype"]: name for name, n in named.items() if n.record}
     if dtype is None and len(dtypes) > 1:
         raise ValueError(f"the runs {' and '.join(dtypes.values())} have different dtypes; set --dtype")
-    return dtype or next(iter(dtypes), "bfloat16")
+    chosen = jnp.dtype(dtype or next(iter(dtypes), "bfloat16"))
+    base = pretrained.model_for(ref, dtype=chosen, residual=residual)
+    return base, pretrained.load_frozen(ref, base, mesh, common_quant(named, kind))
 
 
 def common_residual(named: Mapping[str, NamedWeights], dtype: str | None) -> str | None:
@@ -416,17 +405,6 @@ def common_quant(named: Mapping[str, NamedWeights], kind: QuantKind | None) -> Q
         if other != quant:
             raise ValueError(f"{first} and {name} were trained on differently quantised bases; set --quant")
     return quant
-
-
-def load_equal_adapters(
-    folders: Mapping[str, Path], ref: str, model: Model, base: Params, mesh: Mesh
-) -> dict[str, Params]:
-    """Load adapters by name as trees of the same shapes, so that one program takes each. Arguments and
-    errors: as in read_adapters.
-    """
-    loaded = read_adapters(folders, ref, model, base)
-    equal = [in_dtype(tree, model.dtype) for tree in of_equal_shapes(list(loaded.values()))]
-    return adapter_folders.on_every_device(dict(zip(loaded, equal, strict=True)), None, mesh)
 
 
 def read_adapters(folders: Mapping[str, Path], ref: str, model: Model, base: Params) -> dict[str, Params]:

@@ -24,7 +24,7 @@ from jaxft.runs.metrics_log import (
     read_entries,
     truncate,
 )
-from jaxft.runs.trackers import RunEnd, Tracker, open_tensorboard, open_trackers
+from jaxft.runs.trackers import RunEnd, TensorBoard, Tracker, check_trackers
 
 ALARMS_JSON = "alarms.json"
 
@@ -73,16 +73,16 @@ class Log:
     ):
         self._folder, self._total_steps = Path(folder), total_steps
         self._folder.mkdir(parents=True, exist_ok=True)
-        optional = open_trackers(trackers, self._folder, start_step)
-        (self._folder / ALARMS_JSON).unlink(
-            missing_ok=True
-        )  # `listen` raises the alarms of earlier entries again
+        optional = [open_tracker(self._folder, start_step) for open_tracker in check_trackers(trackers)]
+        optional += [tracker for tracker in trackers if not isinstance(tracker, str)]
+        (self._folder / ALARMS_JSON).unlink(missing_ok=True)  # `listen` raises earlier alarms again
         self._jsonl = Jsonl(self._folder / METRICS, start_step)
         self._completions = EntrySteps(truncate(self._folder / COMPLETIONS, start_step))
         self._completions_size = read_appended(self._folder / COMPLETIONS, 0)[1]
-        board = open_tensorboard(self._folder, start_step)
+        board = TensorBoard(self._folder / "tensorboard", start_step)
         self._trackers: list[Tracker] = [self._jsonl, *optional, board]
-        self._view = None if quiet else ConsoleView(self._folder.name, total_steps, start_step, console)
+        console = Console(quiet=True, force_terminal=False) if quiet else console
+        self._view = ConsoleView(self._folder.name, total_steps, start_step, console)
         self.alarms: list[str] = []
         self.first: Entry = {}
         self.last: Entry = {}
@@ -104,8 +104,7 @@ class Log:
         except OSError as error:
             text = f"cannot write metrics: {error.strerror}. Free disk space, then repeat the command"
             raise OSError(error.errno, text, str(self._folder)) from error
-        if self._view is not None:
-            self._view.log(step, metrics, perf)
+        self._view.log(step, metrics, perf)
         for text in self._observe(entry):
             self.message(text)
         return True in ends
@@ -147,8 +146,7 @@ class Log:
     def ends_at(self, step: int) -> None:
         """Make `step` the last step of the run: its next evaluation is of the finished run."""
         self._total_steps = step
-        if self._view is not None:
-            self._view.ends_at(step)
+        self._view.ends_at(step)
 
     def _observe(self, entry: Entry) -> list[str]:
         """Update `first` and `last` by an entry; return the messages and new alarms about it."""
@@ -170,18 +168,15 @@ class Log:
 
     def message(self, text: str) -> None:
         """Print a line, above the live view where there is one."""
-        if self._view is not None:
-            self._view.message(text)
+        self._view.message(text)
 
     def progress(self, text: str) -> None:
         """Show the progress of a phase of the run, such as an evaluation; "" ends the phase."""
-        if self._view is not None:
-            self._view.progress(text)
+        self._view.progress(text)
 
     def tabulate(self, labels: Sequence[str]) -> None:
         """Show a sweep's metrics as a table in the terminal from now on, with a column for each label."""
-        if self._view is not None:
-            self._view.tabulate(labels)
+        self._view.tabulate(labels)
 
     def mark(self, end: RunEnd) -> None:
         """Set how the run ended, which `close` passes to the trackers; without this call it is "failed"."""
@@ -192,5 +187,4 @@ class Log:
         with contextlib.ExitStack() as stack:
             while self._trackers:
                 stack.callback(self._trackers.pop(0).close, self._end)
-            if self._view is not None:
-                stack.callback(self._view.close)
+            stack.callback(self._view.close)

@@ -5,6 +5,7 @@ it was in memory. It also has the size and hash of each file, and a hash of itse
 """
 
 import collections
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -131,11 +132,8 @@ def file_hashes(folder: Path, names: list[str]) -> dict[str, list[Any]]:
 
 def hash_file(path: Path) -> str:
     """Return the xxh3-128 of a file's bytes, in hex."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def set_aside(folder: Path) -> Path:
@@ -156,9 +154,8 @@ def check_tree(expected: dict[str, Any], entries: dict[str, Any], folder: Path) 
     stored = {n: f"{entry['dtype']}{entry['shape']}" for n, entry in entries.items()}
     wrong = [n for n in {**required, **stored} if required.get(n) != stored.get(n)]
     if wrong:
-        lines = [
-            f"{n}: got {stored.get(n, 'nothing')}, expected {required.get(n, 'nothing')}" for n in wrong[:3]
-        ]
+        each = [(n, *(x.get(n, "nothing") for x in (stored, required))) for n in wrong[:3]]
+        lines = [f"{n}: got {got}, expected {expected}" for n, got, expected in each]
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
             f"{folder} does not fit the parameters of these settings ({'; '.join(lines)}{more}); restore the "

@@ -65,18 +65,13 @@ def read_appended(path: Path, size: int) -> tuple[list[Entry], int]:
 
 
 def _lines(path: Path, start: int = 0) -> list[tuple[bytes, Entry]]:
-    if not path.exists():
-        return []
     lines = []
-    with path.open("rb") as file:
-        file.seek(start)
-        content = file.read()
-    for text in content.splitlines(keepends=True):
+    for text in whole_lines(path, start):
         try:
             entry = json.loads(text)
         except ValueError:
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int) and text.endswith(b"\n"):
+        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             lines.append((text, entry))
     return lines
 
@@ -126,10 +121,8 @@ class EntrySteps:
 
     def missing(self, logged: dict[str, Any]) -> str:
         """Return which entries of an earlier `logged` are missing: "steps 3-9", "2 of 9 entries" or ""."""
-        steps = {
-            step for first, last, every in logged["steps"] for step in range(first, last + 1, every or 1)
-        }
-        missing = step_ranges(steps.difference(self._steps))
+        ranges = [range(first, last + 1, every or 1) for first, last, every in logged["steps"]]
+        missing = step_ranges(set().union(*ranges).difference(self._steps))
         if missing:
             return "steps " + ", ".join(
                 f"{first}" if first == last else f"{first}-{last}" + f" (every {every})" * (every > 1)
@@ -189,10 +182,15 @@ def next_digest(before: str, content: bytes) -> str:
     return hashlib.sha256(f"{before}\n".encode() + content).hexdigest()
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """Return the lines of a file, except a last one that is half written; [] if the file does not exist."""
-    content = path.read_bytes() if path.is_file() else b""
-    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+def whole_lines(path: Path, start: int = 0) -> list[bytes]:
+    """Return the lines of a file from byte `start` on, except a last one that is half written; [] if the file
+    does not exist.
+    """
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        file.seek(start)
+        return [line for line in file if line.endswith(b"\n")]
 
 
 class DigestWriter:
@@ -215,16 +213,8 @@ class DigestWriter:
             write_durably(self._path, content)
         self._file = self._path.open("ab")
 
-    def add(self, line: bytes) -> None:
-        """Append the digest of a line of the log."""
-        self._write(line, {})
-
-    def add_file(self, path: Path) -> None:
-        """Append the digest of another file of the run's folder, such as summary.json."""
-        (sha256,) = files_sha256([path])
-        self._write(f"{path.name} {sha256}\n".encode(), {FILE: path.name, "sha256": sha256})
-
-    def _write(self, content: bytes, more: dict[str, str]) -> None:
+    def add(self, content: bytes, **more: str) -> None:
+        """Append the digest of a line of the log, or of a line about another file. more: further keys."""
         self.last = next_digest(self.last, content)
         self._file.write((json.dumps({**more, DIGEST: self.last}) + "\n").encode())
         self._file.flush()
@@ -238,9 +228,9 @@ class DigestWriter:
 def add_files(log: Path, files: Iterable[Path]) -> str:
     """Append digests of the `files` that exist to the digests of a finished log; return the last digest."""
     writer = DigestWriter(log, whole_lines(log))
-    for path in files:
-        if path.is_file():
-            writer.add_file(path)
+    for path in filter(Path.is_file, files):
+        (sha256,) = files_sha256([path])
+        writer.add(f"{path.name} {sha256}\n".encode(), **{FILE: path.name, "sha256": sha256})
     writer.close()
     return writer.last
 

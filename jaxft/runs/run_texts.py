@@ -133,23 +133,6 @@ def parameter_line(model: ModelSummary) -> str:
     return line + (f"; frozen: {model.quantised}" if model.quantised else "")
 
 
-def header_lines(
-    devices: str, model: ModelSummary, data_lines: list[str], preview: str, resumed: list[str]
-) -> list[str]:
-    """Return the lines printed before anything is loaded.
-
-    data_lines: the source's summary and notes about it. preview: the first row as text. resumed: lines about
-    the checkpoint that the run continues from, [] for a fresh run.
-    """
-    shown = f"{FIRST_ROW}\n{preview}"
-    return [devices, parameter_line(model), *data_lines, shown, *resumed]
-
-
-def resumed_lines(step: int, changes: list[str]) -> list[str]:
-    """Return lines about where a run resumes, and which settings have changed since its start."""
-    return [f"resuming after step {step}", *(f"changed since the start: {line}" for line in changes)]
-
-
 TRIED_WITH = {  # the options of a command that tries the weights of a run
     "generate": '--prompt "..."',
     "score": "--file PAIRS",
@@ -406,9 +389,7 @@ def completions_section(folder: Path) -> str:
     if not entries:
         return ""
     steps = dict.fromkeys((entries[0]["step"], entries[-1]["step"]))
-    shown = [
-        entry for step in steps for entry in [e for e in entries if e["step"] == step][:COMPLETIONS_PER_STEP]
-    ]
+    shown = [e for step in steps for e in [x for x in entries if x["step"] == step][:COMPLETIONS_PER_STEP]]
     by_function = list(shown[0]["rewards"])
     rows = []
     for entry in shown:

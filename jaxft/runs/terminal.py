@@ -45,10 +45,8 @@ def printable_line(text: str) -> str:
     """Return text as one line of at most LONGEST_LINE characters. A character that is not printable becomes
     its escape sequence, such as \\x1b; URLs lose their secrets.
     """
-    line = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
-        for c in " ".join(text[: 10 * LONGEST_LINE].split())
-    )
+    words = " ".join(text[: 10 * LONGEST_LINE].split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
     line = without_secrets(line)
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 4]} ..."
 

@@ -190,20 +190,22 @@ def import_package(package: str) -> ModuleType:
 
 
 class TensorBoard:
-    """Appends scalars to an event file.
+    """Appends scalars to a new event file in a folder.
 
     tensorboardX's SummaryWriter writes in a thread that dies on a full disk, and the run then waits for it
     forever. Its messages are therefore written here, without that thread.
     """
 
-    def __init__(self, path: Path, start_step: int):
+    def __init__(self, folder: Path, start_step: int):
         # Imported here, because tensorboardX imports torch where that is installed, which takes seconds.
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import masked_crc32c
         from tensorboardX.summary import scalar
 
         self._event, self._scalar, self._crc32c = Event, scalar, masked_crc32c
-        self._file = path.open("ab")
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
+        self._file = (folder / name).open("ab")
         self._write(file_version="brain.Event:2")
         # A session that starts at a step hides the entries of an earlier process for later steps.
         start = SessionLog(status=SessionLog.START)
@@ -225,13 +227,6 @@ class TensorBoard:
         size = struct.pack("<Q", len(data))
         checks = [struct.pack("<I", self._crc32c(part)) for part in (size, data)]
         self._file.write(size + checks[0] + data + checks[1])
-
-
-def open_tensorboard(folder: Path, start_step: int) -> Tracker:
-    """Open a new event file in the run folder's tensorboard/."""
-    (folder / "tensorboard").mkdir(exist_ok=True)
-    name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}"
-    return TensorBoard(folder / "tensorboard" / name, start_step)
 
 
 class WandB:
@@ -365,9 +360,8 @@ class MLflow:
             try:
                 self._client.set_terminated(self._run_id, MLFLOW_STATUS[end])
             except self._error as error:
-                print(
-                    f"trackers=mlflow: the run is not marked as {end}: {_short_error(error)}", file=sys.stderr
-                )
+                text = f"the run is not marked as {end}: {_short_error(error)}"
+                print(f"trackers=mlflow: {text}", file=sys.stderr)
 
     def _upload(self, adapter: Path) -> None:
         self._client.log_artifacts(self._run_id, str(adapter), ADAPTER)
@@ -403,22 +397,17 @@ def _new_mlflow_run(mlflow: ModuleType, client: Any, name: str, run: TrackedRun)
     """Create a run with its settings; return its id."""
     tags = {tag: "true" for tag in run.tracking.tags}
     tags |= {"group": run.group} if run.group else {}
-    run_id = client.create_run(_mlflow_experiment(client, run.tracking), run_name=name, tags=tags).info.run_id
+    experiment, given = os.environ.get("MLFLOW_EXPERIMENT_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME")
+    if run.tracking.project is not None or given or not experiment:
+        project = run.tracking.project or given or PROJECT
+        known = client.get_experiment_by_name(project)
+        experiment = known.experiment_id if known else client.create_experiment(project)
+    run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
     flat = flat_settings(run.settings)
     params = [mlflow.entities.Param(key, str(value)[:LONGEST_PARAM]) for key, value in flat.items()]
     for begin in range(0, len(params), PARAMS_BATCH):
         client.log_batch(run_id, params=params[begin : begin + PARAMS_BATCH])
     return run_id
-
-
-def _mlflow_experiment(client: Any, tracking: Tracking) -> str:
-    """Return the id of the run's MLflow experiment; create it if it does not exist."""
-    number, name = os.environ.get("MLFLOW_EXPERIMENT_ID"), os.environ.get("MLFLOW_EXPERIMENT_NAME")
-    if tracking.project is None and number and not name:
-        return number
-    name = tracking.project or name or PROJECT
-    known = client.get_experiment_by_name(name)
-    return known.experiment_id if known else client.create_experiment(name)
 
 
 def _short_error(error: Exception) -> str:
@@ -440,13 +429,3 @@ def check_trackers(trackers_or_names: tuple[str | Tracker, ...]) -> list[OpenTra
         if name in OPENERS:
             import_package(name)
     return [OPENERS.get(name) or load_callable(name) for name in names]
-
-
-def open_trackers(
-    trackers_or_names: tuple[str | Tracker, ...], folder: Path, start_step: int
-) -> list[Tracker]:
-    """Open the optional trackers that are given by name; return them and the given objects. Raises the errors
-    of check_trackers before any is open.
-    """
-    opened = [open_tracker(folder, start_step) for open_tracker in check_trackers(trackers_or_names)]
-    return opened + [tracker for tracker in trackers_or_names if not isinstance(tracker, str)]

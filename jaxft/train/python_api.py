@@ -47,7 +47,7 @@ from jaxft.runs.loaded_weights import (
 )
 from jaxft.runs.metrics_log import METRICS, read_entries
 from jaxft.runs.run_texts import same_prompts
-from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, knob_names
+from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, recipe_knobs
 from jaxft.runs.settings.option import as_text
 from jaxft.runs.settings.setting_names import advice, join_lines
 from jaxft.runs.trackers import Callback
@@ -125,7 +125,7 @@ def resolve_settings(recipe: Recipe, rows: GivenRows | None, settings: dict[str,
     rows: the training rows, None for the recipe's; they are written to a file, which becomes the setting
     `data`. Raises ValueError if both are given.
     """
-    knobs = knob_names(recipe)
+    knobs = recipe_knobs(recipe)
     for name in OTHER_ROWS:
         if name in settings and name not in knobs and not isinstance(settings[name], PLAIN_VALUES):
             raise ValueError(f"this recipe takes no {name}=; pass the rows as the second argument")

@@ -165,19 +165,23 @@ class Scoring:
 class Run:
     """The settings of a run.
 
-    name: results are in runs/NAME. objective: `objective(model)` returns the objective, such as
-    objectives.sft.sft. data: the rows; `data.open(tokenizer)` returns the source of batches. weights: where
-    the base comes from (see weights.hf.hub). adapter: LoRA settings; None trains the base. start: a PEFT
-    folder, or a run's, with the adapter to start from; without `adapter` it is merged into the base. train: a
-    regular expression; parameters whose paths it matches are trained, instead of the adapter or, without one,
-    the base. quant: how the frozen base is stored; None for the compute dtype. params: the dtype of trainable
-    base weights; in bfloat16 their gradients are bfloat16 too, summed over tokens and microbatches in
-    float32, and updates are rounded stochastically. general: a text file whose loss before and after training
-    shows forgetting. samples: number of held-out prompts that are completed and shown before and after
-    training. scoring: functions that score such completions. seed: of fresh weights, dropout and sampling.
+    name: results are in runs/NAME. model: the Model of `weights`, see weights.pretrained.model_for.
+    objective: `objective(model)` returns the objective, such as objectives.sft.sft. data: the rows;
+    `data.open(tokenizer)` returns the source of batches. weights: where the base comes from (see
+    weights.hf.hub). adapter: LoRA settings; None trains the base. start: a PEFT folder, or a run's, with the
+    adapter to start from; without `adapter` it is merged into the base. train: a regular expression;
+    parameters whose paths it matches are trained, instead of the adapter or, without one, the base. quant:
+    how the frozen base is stored; None for the compute dtype. params: the dtype of trainable base weights; in
+    bfloat16 their gradients are bfloat16 too, summed over tokens and microbatches in float32, and updates are
+    rounded stochastically. general: a text file whose loss before and after training shows forgetting.
+    samples: number of held-out prompts that are completed and shown before and after training. scoring:
+    functions that score such completions. sampling: how the completions of `samples` and `scoring` are
+    sampled; rollouts have settings of their own in `data`. seed: of fresh weights, dropout and sampling.
     trackers: wandb, trackio, mlflow, or file.py:name of your own; every run writes TensorBoard's files.
     heads: further models with scalar heads on the base, by name (see models/adapted.py). teacher: a second,
     frozen language model that the objective reads, such as a reference policy with weights of its own.
+
+    Raises ValueError for settings that contradict each other.
 
     >>> from jaxft.data.sft import Rows
     >>> from jaxft.objectives.sft import sft

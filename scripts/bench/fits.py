@@ -72,7 +72,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def cells_of(a: argparse.Namespace) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (chip, model, method, objective) of each cell, SFT first and small models first."""
+    """Yield (chip, model, method, objective) of each cell, without the cells that ONLY excludes.
+
+    They are ordered by objective, model, method and chip, each in the order of its option.
+    """
     for objective, model, method, chip in itertools.product(a.objectives, a.models, a.methods, a.hardware):
         if ONLY.get(model, (method, objective, chip)) == (method, objective, chip):
             yield chip, model, method, objective

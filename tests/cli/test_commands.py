@@ -171,7 +171,7 @@ def kind_of(run, name):
 def test_what_is_completed_are_the_recipe_s_settings_and_their_values(name):
     file, run = ROOT / "configs" / f"{name}.py", config.load_config(name, [])
     knobs, fields = setting_names.knobs(file), setting_names.dotted_fields(file)
-    assert [knob.name for knob in knobs] == config.knob_names(name)
+    assert [knob.name for knob in knobs] == list(config.recipe_knobs(name))
     assert [field.name for field in fields] == [s.name for s in settings_list.settings_of(run)]
     for field in fields:
         if kind := kind_of(run, field.name):

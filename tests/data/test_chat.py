@@ -30,7 +30,7 @@ def conversation(texts, name="rows.jsonl:1"):
 
 def tokenise(example, kind, loss_on="completion"):
     (tokens,) = loss_mask.tokenise_examples([example], tiny(kind), loss_on)
-    return valid(tokens)
+    return valid(tokens)[:2]
 
 
 def learned_text(kind, ids, learned):
@@ -103,7 +103,7 @@ def test_marker_that_leaves_out_the_end_of_turn_still_learns_it():
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "+ '<|im_end|>' }}{% endgen", "}}{% endgen"
     ).replace("{% endgeneration %}{{ '\n'", "{% endgeneration %}{{ '<|im_end|>\n'")
-    ((ids, learned),) = loss_mask.tokenise_examples([conversation(["a", "bc"])], tokenizer)
+    ((ids, learned, _),) = loss_mask.tokenise_examples([conversation(["a", "bc"])], tokenizer)
     assert tokenizer.decode(ids[learned].tolist()) == "bc<|im_end|>"
 
 
@@ -112,7 +112,7 @@ def test_marker_that_leaves_out_the_end_of_turn_still_learns_it():
 def test_eos_is_learned_whatever_pad_is(kind, pad_is_eos):
     tokenizer = tiny(kind, pad_is_eos)
     for example in (Completion("r:1", "the rank", " of a matrix"), Text("r:1", "the rank")):
-        ((ids, learned),) = loss_mask.tokenise_examples([example], tokenizer)
+        ((ids, learned, _),) = loss_mask.tokenise_examples([example], tokenizer)
         assert ids[-1] == tokenizer.eos_token_id and learned[-1]
         assert ids.tolist().count(tokenizer.eos_token_id) == 1
 
@@ -142,7 +142,7 @@ def test_a_completion_after_a_prompt_gets_no_space_that_a_tokenizer_puts_before_
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     for prompt, completion, expected in (("ca", "bc", ["b", "c"]), ("ca", "b a", ["b", "\u2581a"])):
         assert tokenizer.tokenize(prompt + completion)[2] == "ab"
-        ((ids, learned),) = loss_mask.tokenise_examples([Completion("r:1", prompt, completion)], tokenizer)
+        ((ids, learned, _),) = loss_mask.tokenise_examples([Completion("r:1", prompt, completion)], tokenizer)
         assert tokenizer.convert_ids_to_tokens(ids.tolist()) == ["\u2581", "c", "a", *expected, "</s>"]
         assert learned.tolist() == [False] * 3 + [True] * (len(expected) + 1)
 
@@ -166,7 +166,7 @@ def test_eos_that_the_tokenizer_adds_is_not_doubled():
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", eos)]
     )
-    ((ids, learned),) = loss_mask.tokenise_examples([Completion("r:1", "the", " rank")], tokenizer)
+    ((ids, learned, _),) = loss_mask.tokenise_examples([Completion("r:1", "the", " rank")], tokenizer)
     assert ids.tolist().count(eos) == 1 and learned[-1]
 
 
@@ -286,7 +286,7 @@ def test_tool_calls_are_learned():
         {"role": "assistant", "content": "", "tool_calls": [{"name": "sum"}]},
     ]
     turns += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "so 3"}]
-    ((ids, learned),) = loss_mask.tokenise_examples([Chat("r:1", tuple(turns), 3)], tokenizer, "assistant")
+    ((ids, learned, _),) = loss_mask.tokenise_examples([Chat("r:1", tuple(turns), 3)], tokenizer, "assistant")
     assert tokenizer.decode(ids[learned].tolist()) == "<call>sum</call><|im_end|>so 3<|im_end|>"
 
 
@@ -306,7 +306,7 @@ def test_order_of_examples_is_kept_among_kinds_and_chunks():
     texts = [loss_mask.render(e, loss_mask.template_of(tiny("chatml"))).text for e in examples]
     got = [
         tiny("chatml").decode(ids.tolist())
-        for ids, _ in loss_mask.tokenise_examples(examples, tiny("chatml"))
+        for ids, *_ in loss_mask.tokenise_examples(examples, tiny("chatml"))
     ]
     assert all(g.startswith(t) for g, t in zip(got, texts, strict=True))
     assert len(got) == len(examples) and isinstance(got[0], str) and np.unique(got).size == 2100

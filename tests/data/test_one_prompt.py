@@ -161,7 +161,7 @@ def prompts_by_stage(folder, row, tokenizer, **options):
     )
     generated = generated_ids(args, record, tokenizer)
     judged = with_response(rollout.prompts[0], "so")
-    ((whole, _),) = loss_mask.tokenise_examples([judged], tokenizer, "all", rollout.template)
+    ((whole, *_),) = loss_mask.tokenise_examples([judged], tokenizer, "all", rollout.template)
     (ids,) = rollout.ids
     return {
         "rollout": list(ids),

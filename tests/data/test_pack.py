@@ -86,11 +86,6 @@ def test_a_slice_past_the_end_is_shorter():
     assert part.rows == 2 and part.members.tolist() == plan.members[8:].tolist() and part.offsets[0] == 0
 
 
-def test_lengths_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="lengths of 3 to 11 do not fit rows of 10"):
-        pack.first_fit(np.array([11, 3]), 10)
-
-
 def test_a_hundred_thousand_rows_are_packed_in_seconds_and_well():
     rng = np.random.default_rng(0)
     lengths = np.minimum(rng.lognormal(5.2, 0.7, 100_000).astype(int) + 10, 2048)

@@ -15,6 +15,7 @@ from tiny_tokenizers import KINDS, tiny
 
 from jaxft.batch import Tokens
 from jaxft.data.chat import loss_mask
+from jaxft.data.packing.pair_layout import values_by_pair
 from jaxft.data.pairs import PairRows
 from jaxft.data.rows.example import Chat
 from jaxft.data.rows.row_files import Row
@@ -73,7 +74,7 @@ def test_the_border_is_where_sft_begins_to_learn(folder, kind):
             {"role": "user", "content": fields["prompt"]},
             {"role": "assistant", "content": fields["chosen"]},
         )
-        ((ids, learned),) = loss_mask.tokenise_examples([Chat("r:1", turns, 1)], tiny(kind))
+        ((ids, learned, _),) = loss_mask.tokenise_examples([Chat("r:1", turns, 1)], tiny(kind))
         prompt, answer = trl(fields, tiny(kind), ("chosen",))
         assert learned.argmax() == len(prompt) and ids[: len(prompt)].tolist() == prompt
         assert tiny(kind).decode(ids[learned].tolist()).startswith(tiny(kind).decode(answer).rstrip())
@@ -162,7 +163,7 @@ def test_every_response_has_the_log_probs_that_it_has_alone(folder, float64):
         s = source(folder, layout=layout, third="mismatched", micro=2)
         found = {}
         for batch in s.cover(range(37)):
-            found.update(s.values(batch, np.asarray(logps(batch))[None]))
+            found.update(values_by_pair(batch, np.asarray(logps(batch))[None]))
             if layout == "branches":
                 alone.update({i: on_its_own(whole, value[2]) for i, value in seen(batch).items() if i < 5})
         for i, expected in alone.items():

@@ -92,7 +92,7 @@ def test_jsonl_is_read_without_datasets_pyarrow_or_pandas(tmp_path):
         ("r.jsonl", '{"text": ""}\n', r"r\.jsonl:1: the row is empty"),
         ("r.jsonl", '{"text": "a"}\n["b"]\n', r"r\.jsonl:2: the row is a list; use an object"),
         ("r.jsonl", b'{"text": "a"}\n{"text": "\xff\xfe"}\n', r"r\.jsonl:2: not UTF-8"),
-        ("r.jsonl", '{"text": "a"}\n'.encode("utf-16") + b"\x00", r"r\.jsonl: not utf-16 text"),
+        ("r.jsonl", '{"text": "a"}\n'.encode("utf-16") + b"\x00", r"r\.jsonl: not utf-16-le text"),
         ("r.jsonl", '{"text": "' + "ä" * 99 + '" x}', r"r\.jsonl:1: .* near '.*ä\" x}'"),
         ("r.jsonl", "", r"the dataset has no rows"),
         ("r.json", '[{"text": "a"},\n {"text": }]', r"r\.json:2: malformed JSON"),

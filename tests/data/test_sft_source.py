@@ -70,7 +70,7 @@ def expected_examples(folder, kind="llama3"):
     """{ids: [(target, place)]} straight from tokenise."""
     found = examples(read_rows(str(folder / "r.jsonl")), "plain")
     result = {}
-    for ids, learned in loss_mask.tokenise_examples(found, tiny(kind)):
+    for ids, learned, _ in loss_mask.tokenise_examples(found, tiny(kind)):
         result[tuple(ids.tolist())] = [(int(ids[i]), i - 1) for i in range(1, len(ids)) if learned[i]]
     return result
 

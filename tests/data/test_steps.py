@@ -131,7 +131,7 @@ BAD = [
         "the row has 2 steps in 'completions' and 1 entries in 'labels'; use one label",
     ),
     ({**GOOD, "labels": []}, "the row has 2 steps in 'completions' and 0 entries in 'labels'; use one label"),
-    ({**GOOD, "completions": [], "labels": []}, "the row has 0 steps in 'completions'"),
+    ({**GOOD, "completions": [], "labels": []}, "'completions' is empty; add the steps of the solution"),
     ({**GOOD, "labels": True}, "column 'labels' is a boolean; use a list"),
     ({**GOOD, "completions": ["x", 3]}, r"column 'completions\[1\]' must be a string, got int"),
     ({**GOOD, "prompt": " "}, "column 'prompt' is empty; fill it or remove the row"),

@@ -58,7 +58,7 @@ def check_learned(name, tokenizer, turns, loss_on):
         return
     rendered = loss_mask.render(row(turns, tools), template, loss_on)
     assert [rendered.text[start:end].strip() for start, end in rendered.learned] == texts
-    ((ids, learned),) = loss_mask.tokenise_examples([row(turns, tools)], tokenizer, loss_on, settings)
+    ((ids, learned, _),) = loss_mask.tokenise_examples([row(turns, tools)], tokenizer, loss_on, settings)
     end = tokenizer.eos_token if rendered.end else ""  # of a last turn that the template does not end
     assert squeezed(tokenizer.decode(ids[learned].tolist())) == squeezed("".join(texts) + end)
 

@@ -40,7 +40,7 @@ def quick(monkeypatch):
 def test_a_row_for_which_the_template_renders_a_huge_text_is_invalid():
     tokenizer = tokenizer_with(for_row("big", "{{ 'a' * 3 * 10**6 }}"))
     rows = [asked("r:1", "big"), asked("r:2", "small")]
-    first, (ids, _) = loss_mask.tokenise_examples(rows, tokenizer)
+    first, (ids, *_) = loss_mask.tokenise_examples(rows, tokenizer)
     assert isinstance(first, InvalidRow) and len(ids)
     assert "characters, more than 2097152" in str(first)
     (prompt,) = loss_mask.example_prompt_ids(rows[:1], tokenizer)
@@ -118,14 +118,14 @@ def test_a_long_plain_text_has_the_tokens_of_the_text_as_a_whole(monkeypatch, sp
         core.normalizer = normalizers.Prepend(" ")
     texts = ["Two  words\nand a ring ☃ of 漢字.\n\n" * 60, "x" * 2000 + "y", "é" * 1999]
     examples = [Text(f"r:{i}", text) for i, text in enumerate(texts)]
-    whole = list(loss_mask.tokenise_weighted(examples, tokenizer))
+    whole = list(loss_mask.tokenise_examples(examples, tokenizer))
     monkeypatch.setattr(loss_mask, "LONGEST_TEXT", 500)
     monkeypatch.setattr(loss_mask, "TEXT_PIECE", 256)
     monkeypatch.setattr(loss_mask, "OVERLAP", 64)
-    pieces = list(loss_mask.tokenise_weighted(examples, tokenizer))
+    pieces = list(loss_mask.tokenise_examples(examples, tokenizer))
     for one, other in zip(whole, pieces, strict=True):
         assert one.ids.tolist() == other.ids.tolist() and one.learned.all() and other.learned.all()
-    (row,) = loss_mask.tokenise_weighted([Text("r:9", " " * 2000)], tiny("none"))
+    (row,) = loss_mask.tokenise_examples([Text("r:9", " " * 2000)], tiny("none"))
     assert "no token begins near character 288" in str(row)
 
 

@@ -84,7 +84,7 @@ def test_another_models_template_gets_the_arguments_that_it_reads():
     assert settings_for(stock_tokenizer("qwen3"), run) == own
     prompt = Chat("r:1", (Q,), 1)
     judged = with_response(prompt, "so")
-    ((ids, _),) = loss_mask.tokenise_examples([judged], stock_tokenizer("qwen3"), loss_mask.NOTHING, own)
+    ((ids, *_),) = loss_mask.tokenise_examples([judged], stock_tokenizer("qwen3"), loss_mask.NOTHING, own)
     assert stock_tokenizer("qwen3").decode(ids).endswith("<think>\n\n</think>\n\nso<|im_end|>\n")
 
 

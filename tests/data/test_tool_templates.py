@@ -65,12 +65,12 @@ def test_prompts_and_rows_are_rendered_by_the_template_that_transformers_chooses
     full = examples(
         [Row("row", {"messages": [*messages, MESSAGES[-1]][: 5 if tools else 3], "tools": tools})]
     )[0]
-    ((ids, learned),) = loss_mask.tokenise_examples([full], tokenizer, "assistant")
+    ((ids, learned, _),) = loss_mask.tokenise_examples([full], tokenizer, "assistant")
     theirs = tokenizer.apply_chat_template(list(full.messages), tools=tools, tokenize=True)["input_ids"]
     assert ids.tolist() == theirs
     alone = OF_TOOLS.replace("in tools", "in tools or []") if tools else CHATML
     one = tokenizer_with(alone)  # the same mask as with this template alone
-    ((same, mask),) = loss_mask.tokenise_examples([full], one, "assistant")
+    ((same, mask, _),) = loss_mask.tokenise_examples([full], one, "assistant")
     assert ids.tolist() == same.tolist() and learned.tolist() == mask.tolist() and learned.any()
     end = tokenizer.convert_tokens_to_ids("<|eot|>" if tools else "<|im_end|>")
     assert end in ids[learned]

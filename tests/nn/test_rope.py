@@ -241,9 +241,10 @@ def test_layers_without_rope_are_not_rotated_and_bfloat16_is_rounded_once():
         (dict(rotated=1.5), "partial_rotary_factor=1.5; expected above 0 and at most 1"),
         (
             dict(kind="llama3", original_max_positions=8, low_freq_factor=4.0),
-            "low_freq_factor must be above 0 and below high_freq_factor, got 4.0 and 4.0",
+            "below high_freq_factor, which must be finite, got low_freq_factor=4.0, high_freq_factor=4.0",
         ),
         (dict(kind="yarn", original_max_positions=8, beta_slow=64.0), "beta_slow=64.0, beta_fast=32.0"),
+        (dict(kind="yarn", original_max_positions=8, beta_fast=np.inf), "beta_fast, which must be finite"),
         (dict(kind="yarn", original_max_positions=8, theta=1.0), "rope_theta must be above 1 for"),
         (dict(kind="yarn", original_max_positions=8, mscale=-1.0), "rope: mscale=-1.0; expected at least 0"),
         (dict(kind="longrope", original_max_positions=8, short_factor=(0.0,)), "short_factor must be finite"),

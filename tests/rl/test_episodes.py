@@ -239,6 +239,9 @@ def test_an_episode_is_shown_turn_by_turn(tmp_path):
     for text in ('turn assistant" title="assistant">add({', 'turn tool" title="tool">', "It is &lt;3."):
         assert text in html
     assert "What is 1" not in html and turns_html(None) == ""
+    earlier = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Of the prompt"})
+    assert entries[0]["sampled_turns"] == 3 and turns_html([*earlier, *TURNS], 2) == html
+    assert "Of the prompt" in turns_html([*earlier, *TURNS])
 
     (tmp_path / "rollouts").mkdir()
     (tmp_path / "rollouts" / "0.npz").write_bytes(to_bytes(given, 0))

@@ -73,7 +73,7 @@ def as_prompts(given):
 def token_ids(prompts, completions, tokenizer):
     """The texts that a reward model reads, as lists of ids."""
     examples = list(map(reward_models.with_response, as_prompts(prompts), completions))
-    return [ids.tolist() for ids, _ in loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING)]
+    return [ids.tolist() for ids, *_ in loss_mask.tokenise_examples(examples, tokenizer, loss_mask.NOTHING)]
 
 
 def by_transformers(folder, texts):

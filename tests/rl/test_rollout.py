@@ -307,7 +307,7 @@ def test_a_correction_that_does_not_fit_is_refused_before_sampling():
         Rules((number,), correction=truncated_tokens, ratio_to_sampler=True)
     with pytest.raises(ValueError, match=r"correction=word_length can't be called with .log_ratio, "):
         Rules((number,), correction=word_length)
-    with pytest.raises(ValueError, match="correction: weights from least=3 to most=2"):
+    with pytest.raises(ValueError, match=r"correction_bounds=3,2 \(least, most\) are not valid"):
         Rules((number,), correction=partial(truncated_tokens, least=3.0, most=2.0))
 
 

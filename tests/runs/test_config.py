@@ -29,7 +29,7 @@ from jaxft.annotations import ShortNames
 from jaxft.objectives.losses import preference_losses, ranking_losses, reference_free_losses
 from jaxft.objectives.pair import PairBatch, declaration
 from jaxft.runs.folder import permitted_changes
-from jaxft.runs.settings.config import knob_names, load_config, resolve_config
+from jaxft.runs.settings.config import load_config, recipe_knobs, resolve_config
 from jaxft.runs.settings.setting_values import (
     describe,
     differences,
@@ -414,7 +414,7 @@ def test_the_fields_of_a_group_are_knobs(tmp_path):
     path = write(tmp_path, GROUPS % "")
     settings = resolve_config(path, ["model=mine", "name=x"])
     assert (settings.value.base.model, settings.value.base.rank, settings.value.name) == ("mine", 8, "x")
-    assert settings.knobs == {"model": "mine", "rank": 8, "name": "x"} and knob_names(path) == [
+    assert settings.knobs == {"model": "mine", "rank": 8, "name": "x"} and list(recipe_knobs(path)) == [
         "model",
         "rank",
         "name",

@@ -127,7 +127,7 @@ def test_groups_of_knobs_refuse_wrong_numbers_from_python():
 
 
 def test_lora_plus_is_a_knob_of_every_recipe_with_lora():
-    paths = [path for path in CONFIGS if "rank" in config.knob_names(str(path))]
+    paths = [path for path in CONFIGS if "rank" in config.recipe_knobs(str(path))]
     assert len(paths) >= 12
     for path in paths:
         assert config.load_config(str(path), ["lora_plus=16"]).optim.lora_plus == 16, path
@@ -201,7 +201,7 @@ def test_every_sft_recipe_starts_from_a_run(tmp_path):
     paths = [path for path in Path("configs").glob("*.py") if "sft" in path.name]
     assert len(paths) >= 4
     for path in paths:
-        assert "start" in config.knob_names(str(path)), path
+        assert "start" in config.recipe_knobs(str(path)), path
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def sweep(run):
         (linked, ("LICENSE: not a regular file",)),
         (linked_picture, ("sft/training.png: not a regular file",)),
         (changed, ("adapter_config.json: the file has changed",)),
-        (continued, ("this run is not finished", "after step 2, has reached step 3")),
+        (continued, ("after step 2, has reached step 3", "finish the run with the command")),
         (sweep, ("is a sweep", "lr=1")),
         (lambda run: shutil.rmtree(run / "adapter"), ("is not finished",)),
     ],
@@ -301,7 +301,7 @@ def test_a_model_is_not_merged_that_could_not_be_pushed(hub, push, run, monkeypa
     hub.repos[REPO].commit("main", {}, "initial commit")
     refused_early("is public", "--public")
     continued(run)
-    refused_early("this run is not finished")
+    refused_early("finish the run with the command that continued it")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (run / "metrics.jsonl").unlink()
     refused_early("HF_HUB_OFFLINE is set")

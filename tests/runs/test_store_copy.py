@@ -214,7 +214,7 @@ def test_a_folder_with_another_run_is_not_overwritten(store, tmp_path):
         copy(3)
     other = write_folder(tmp_path / "other", OTHER)
     before = tree_of(other)
-    with pytest.raises(ValueError, match="have different runs; choose another name"), started(other):
+    with pytest.raises(ValueError, match=r"different runs: .*, data.seed: 0 -> 1\. Move the"), started(other):
         pass
     assert tree_of(other) == before
 

@@ -23,7 +23,7 @@ from jaxft.nn import tree
 from jaxft.nn.quant import Quant
 from jaxft.objectives.sft import sft
 from jaxft.runs.metrics_log import read_entries
-from jaxft.runs.settings.config import knob_names, load_config, resolve_config
+from jaxft.runs.settings.config import load_config, recipe_knobs, resolve_config
 from jaxft.train import loop
 from jaxft.train.export import export
 from jaxft.train.programs import abstract
@@ -248,7 +248,7 @@ def test_the_step_of_each_objective_is_traced_for_each_kind_or_one_line_says_why
     path = str(Path(__file__).resolve().parents[2] / "configs" / f"{recipe}.py")
     monkeypatch.chdir(place.folder)
     base = [] if any("model=" in text for text in KINDS[kind]) else ["model=base"]
-    knobs = [f"{name}={value}" for name, value in SIZES.items() if name in knob_names(path)]
+    knobs = [f"{name}={value}" for name, value in SIZES.items() if name in recipe_knobs(path)]
     knobs += ["critic=fresh"] if recipe == "ppo" else []
     argv = [*base, *with_block(KINDS[kind]), *knobs, "general=none", "dtype=float32"]
 

@@ -89,7 +89,7 @@ def test_pairs_are_planned_in_the_rows_that_the_run_has(place, base, tmp_path):
     settings, lines = fitted(resolve("dpo", [*place, "data=pairs.jsonl", *options]), devices=1)
     run = settings.value
     source, bound = planned_pairs(run, 1)
-    planned = source.abstract()
+    planned = source.layout.shapes()
     assert planned == run.data.open(load_tokenizer(str(base))).shapes[-1] and not bound
     length = planned.ids.shape[-1]
     assert length % 64 == 0 and length < run.data.abstract().ids.shape[-1]

@@ -273,7 +273,7 @@ def test_a_teacher_of_other_tokens_or_without_weights_is_refused(folder, make, m
 SFT_DPO = partial(preference, loss=dpo)
 REFUSED = {
     "reads no second model": {"objective": SFT_DPO},
-    "but run.teacher=none; set run.teacher": {"teacher": None},
+    "but run.teacher=none; set it in the recipe": {"teacher": None},
     "shares the run's base, which is trained": {"adapter": None},
     "changes the base that the teacher shares": {"adapter": Adapter(rank=4, init="pissa")},
     "is beyond the 32 positions of the teacher": {"teacher": "short"},

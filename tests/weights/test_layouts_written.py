@@ -107,8 +107,8 @@ def test_values_are_those_of_the_layouts_definition_and_are_read_unchanged(
 @pytest.mark.parametrize(
     "sizes, args, words",
     [
-        ({}, ("--pack", "nf4", "--format", "gptq"), "--format gptq: its weights are int4, not nf4"),
-        ({}, ("--pack", "int8", "--format", "awq"), "--format awq: its weights are int4, not int8"),
+        ({}, ("--pack", "nf4", "--format", "gptq"), "gptq: it stores int4, and these weights are nf4"),
+        ({}, ("--pack", "int8", "--format", "awq"), "awq: it stores int4, and these weights are int8"),
         (
             dict(intermediate_size=96),
             ("--pack", "int4", "--format", "gptq"),

@@ -148,7 +148,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A"
         ({"extra": "base_model.model.v_head.summary.weight"}, ("v_head.summary.weight is not part of",)),
         ({"extra": "model.norm.original_module.weight"}, ("model.norm.original_module.weight is not part",)),
         ({"extra": f"{A}.default.weight"}, ("several adapters", "none (", "'default'")),
-        ({"extra": f"base_model.model.{A}.weight"}, ("have one name in PEFT's layout",)),
+        ({"extra": f"base_model.model.{A}.weight"}, ("have the same name in PEFT's layout",)),
     ],
     ids=str,
 )

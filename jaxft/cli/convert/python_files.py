@@ -87,7 +87,7 @@ def read_python(file: Path, text: str) -> ForeignConfig:
             f"{file}: not a Python file that can be parsed; correct it, or convert a YAML file"
         ) from error
     try:
-        options, trainers, notes = _options(tree)
+        options, trainers = _options(tree)
     except RecursionError as error:
         raise ValueError(
             f"{file}: an expression is nested too deeply; write it in several statements"
@@ -107,7 +107,7 @@ def read_python(file: Path, text: str) -> ForeignConfig:
     lora = bool(calls & {"LoraConfig", "get_peft_model"}) or None
     check_count(file, tuple(options))
     trainer = next((trainer for trainer in trainers if trainer), trainer_of(file.name))
-    return ForeignConfig(file, tool, tuple(options), trainer, lora or False, None, tuple(notes))
+    return ForeignConfig(file, tool, tuple(options), trainer, lora or False)
 
 
 def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
@@ -126,12 +126,15 @@ def _docstring(file: Path, tree: ast.Module) -> ForeignConfig:
     )
 
 
-def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]:
-    """Return (options, methods, notes) of a file's calls. methods: of CONFIGS and TRAINER_CLASSES."""
+def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str]]:
+    """Return (options, training methods) of a file's calls, in their order in the file.
+
+    Of options with the same name the last value counts. methods: the value in CONFIGS or TRAINER_CLASSES of
+    each class that is called, "" for any method.
+    """
     names, stoppers = _assignments(tree), _stoppers(tree)
     options: list[GivenOption] = []
     trainers: list[str] = []
-    notes: list[str] = []
     for node in sorted(
         (n for n in ast.walk(tree) if isinstance(n, ast.Call)), key=lambda n: (n.lineno, n.col_offset)
     ):
@@ -162,7 +165,7 @@ def _options(tree: ast.Module) -> tuple[list[GivenOption], list[str], list[str]]
             options.append(GivenOption(name, ast.unparse(node), node.lineno, OTHER_CALLS[name]))
     options += row_options(tree, partial(_value, names=names))
     unique = {option.name: option for option in options}
-    return list(unique.values()), trainers, notes
+    return list(unique.values()), trainers
 
 
 def _keywords(node: ast.Call, names: dict[str, Any]) -> Iterator[GivenOption]:

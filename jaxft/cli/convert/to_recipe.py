@@ -318,7 +318,8 @@ def _quantisation(draft: Draft) -> None:
 
 def _mixed(draft: Draft, name: str, kinds: list) -> str:
     """Return losses with their weights as Python source, such as "(dpo, 1.0), (nll, 0.5)". name: the option
-    that lists the losses. kinds: its items, as the tool calls them.
+    that lists the losses. kinds: its items, as the tool calls them. Each weight is 1.0 unless the option
+    loss_weights (dpo_loss_weights) has one for each loss.
     """
     given = draft.peek("loss_weights", "dpo_loss_weights")
     weights = given if isinstance(given, list) and len(given) == len(kinds) else [1.0] * len(kinds)

@@ -38,7 +38,6 @@ from jaxft.data.rows.example import Chat, Completion, Example, Message, Text, ta
 from jaxft.data.rows.invalid import InvalidRow, Value, attempt
 
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
-MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
 LOSS_ON = ("completion", "assistant", "all")
 EXAMPLES_AT_ONCE = 1024  # that are rendered and tokenised together
 ANCHORS = ("\n", ":", "a")  # texts after which a completion may be tokenised alone
@@ -71,7 +70,7 @@ class Rendered:
     name: the row's FILE:LINE, for errors. learned: the ranges that are targets. begin, end: whether to add
     BOS and EOS. learns_end: whether the added EOS is a target. weights: (range, factor of the loss) where the
     factor is not 1. prompt: how many characters at the start are a plain prompt, which is tokenised alone; 0
-    without one. Raises InvalidRow if the text is not valid Unicode.
+    without one.
     """
 
     name: str
@@ -82,13 +81,6 @@ class Rendered:
     learns_end: bool = True
     weights: tuple[tuple[Span, float], ...] = ()
     prompt: int = 0
-
-    def __post_init__(self) -> None:
-        try:
-            self.text.encode()
-        except UnicodeEncodeError as error:
-            problem = f"character {error.start} of its text is an unpaired surrogate; fix the text"
-            raise InvalidRow(self.name, "unpaired surrogate", problem) from error
 
 
 def _require_short(name: str, text: str) -> None:
@@ -147,27 +139,16 @@ def _no_template(example: Example) -> ValueError:
 
 
 def tokenise_examples(
-    examples: Iterable[Example | InvalidRow],
-    tokenizer: Any,
-    loss_on: str = "completion",
-    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-) -> Iterator[MaskedTokens | InvalidRow]:
-    """Yield (token ids, loss mask), untruncated, for each example in order, or an InvalidRow with its error.
-
-    The mask is True where a token is a target. loss_on: as in data.loss_on. Raises ValueError for a slow
-    tokenizer, for plain text if it has no EOS, and for conversations if it has no chat template.
-    """
-    for outcome in tokenise_weighted(examples, tokenizer, loss_on, settings):
-        yield outcome if isinstance(outcome, InvalidRow) else (outcome.ids, outcome.learned)
-
-
-def tokenise_weighted(
-    examples: Iterable[Example | InvalidRow],
+    examples: Iterable[Example],
     tokenizer: Any,
     loss_on: str = "completion",
     settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
 ) -> Iterator[WeightedTokens | InvalidRow]:
-    """Do what `tokenise_examples` does, but yield WeightedTokens, with a loss factor for each token."""
+    """Yield the tokens of each example in order, untruncated, or an InvalidRow with its error.
+
+    loss_on: as in data.loss_on. Raises ValueError for a slow tokenizer, for plain text if it has no EOS, and
+    for conversations if it has no chat template.
+    """
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} is slow (written in Python): it has no character "
@@ -205,26 +186,19 @@ def tokenise_weighted(
 def _in_chunks(
     function: Callable[[Any], Value], examples: Iterable[Any]
 ) -> Iterator[tuple[list[Any], list[Value | InvalidRow]]]:
-    """Yield (examples, results) in lists of up to EXAMPLES_AT_ONCE. A result is function(example), or the
-    InvalidRow that it raises. The result of an InvalidRow in `examples` is that InvalidRow.
-    """
+    """Yield (examples, results) in lists of up to EXAMPLES_AT_ONCE; a result may be an InvalidRow."""
     examples = list(examples)
     for at in range(0, len(examples), EXAMPLES_AT_ONCE):
         chunk = examples[at : at + EXAMPLES_AT_ONCE]
-        yield chunk, [x if isinstance(x, InvalidRow) else attempt(function, x) for x in chunk]
+        yield chunk, [attempt(function, x) for x in chunk]
 
 
-def tools_warnings(
-    examples: Iterable[Example | InvalidRow],
-    tokenizer: Any,
-    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-) -> tuple[str, ...]:
-    """Return a warning if the chat template drops the tools of the first example that has any: its prompt is
+def tools_warnings(chats: Sequence[Chat], template: Template) -> tuple[str, ...]:
+    """Return a warning if the chat template drops the tools of the first chat that has any: its prompt is
     rendered the same without them. Else return ().
     """
-    chat = next((e for e in examples if isinstance(e, Chat) and e.tools), None)
-    template = template_of(tokenizer, settings) if chat else None
-    if template is None or chat is None:
+    chat = next((chat for chat in chats if chat.tools), None)
+    if chat is None:
         return ()
     prompt = chat.messages[: chat.response] or chat.messages
     template = template.of_chat(chat)
@@ -236,20 +210,12 @@ def tools_warnings(
     return (f"warning: {lost}see them; {SHOW_TOOLS}",) if same else ()
 
 
-def content_warnings(
-    examples: Iterable[Example | InvalidRow],
-    tokenizer: Any,
-    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-) -> tuple[str, ...]:
+def content_warnings(chats: Sequence[Chat], template: Template) -> tuple[str, ...]:
     """Return warnings about messages of prompts, except assistant turns, whose content the chat template
     drops: one for each role, which names the first such message.
     """
-    template, warnings = template_of(tokenizer, settings), dict[str, str]()
-    if template is None:
-        return ()
-    for chat in examples:
-        if not isinstance(chat, Chat):
-            continue
+    warnings = dict[str, str]()
+    for chat in chats:
         used = template.of_chat(chat)
         prompt = chat.messages[: chat.response] or chat.messages
         for index in _perhaps_hidden(used, chat, prompt):
@@ -267,9 +233,7 @@ def content_warnings(
 
 
 def _perhaps_hidden(template: Template, chat: Chat, prompt: Sequence[Message]) -> list[int]:
-    """Return the indices of at most 100 messages, assistant turns excluded, whose content the template may
-    drop. Each content is replaced by a unique word; a message is returned if the rendering lacks its word.
-    """
+    """Return the indices of at most 100 messages but assistant turns whose content may be dropped."""
     asked = [i for i, m in enumerate(prompt) if m["role"] != "assistant" and (m["content"] or "").strip()]
     words = {i: {**prompt[i], "content": f"Qx7w{i}Zk"} for i in asked}
     try:
@@ -293,19 +257,12 @@ def _shows(template: Template, chat: Chat, prompt: Sequence[Message], index: int
     return word.lower() in text.lower()
 
 
-def prompt_warnings(
-    examples: Iterable[Example | InvalidRow],
-    tokenizer: Any,
-    settings: TemplateSettings = DEFAULT_TEMPLATE_SETTINGS,
-) -> tuple[str, ...]:
+def prompt_warnings(chats: Sequence[Chat], template: Template) -> tuple[str, ...]:
     """Return a warning for the first conversation whose rendered text does not begin with its rendered
     prompt, () without any: the model then learns responses after a text that it doesn't generate them after.
     """
-    template = template_of(tokenizer, settings)
-    if template is None:
-        return ()
-    for chat in examples:
-        if not (isinstance(chat, Chat) and 0 < chat.response < len(chat.messages)):
+    for chat in chats:
+        if not 0 < chat.response < len(chat.messages):
             continue
         used = template.of_chat(chat)
         lost = _prompt_that_is_not_trained(used, chat)
@@ -322,9 +279,7 @@ def prompt_warnings(
 
 
 def _prompt_that_is_not_trained(template: Template, chat: Chat) -> str:
-    """Return the end of the rendered prompt, from where it first differs from the rendered conversation. ""
-    if the conversation begins with the prompt, or the template rejects the row.
-    """
+    """Return the end of the rendered prompt that the rendered row lacks; "" if the row begins with it."""
     try:
         prompt = render_messages(template, chat.messages[: chat.response], chat.tools, generation=True)
         text = render_messages(template, chat.messages, chat.tools)
@@ -420,12 +375,9 @@ def _ids_of(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[in
 def _from_prompt(
     r: Rendered, prompt: list[int], ids: list[int], offsets: list[Span], tokenizer: Any
 ) -> tuple[list[int], list[Span]]:
-    """Return token ids of a text that begin with the ids `prompt` of its prompt, and each token's range of
-    characters.
-
-    ids, offsets: the same for the whole text tokenised at once; returned if the ids begin with `prompt`. Else
-    the text after the prompt is tokenised with one of ANCHORS in front: a tokenizer may add a space to a
-    text's first word.
+    """Return token ids of a text that begin with the ids of its prompt, and each token's range of characters.
+    ids, offsets: of the whole text, kept if they begin with `prompt`. Else the rest is tokenised with one of
+    ANCHORS in front: a tokenizer may add a space to a text's first word.
     """
     if ids[: len(prompt)] == prompt:
         return ids, offsets
@@ -448,11 +400,9 @@ def fallback_prompt(messages: Sequence[Message]) -> str:
 
 
 def _mask_of_text(r: Rendered, tokenizer: Any) -> WeightedTokens:
-    """Tokenise a long document in pieces, to save memory; every token is a target.
-
-    Pieces overlap and are joined where both have a token that begins at the same character. The ids equal the
-    ids of the whole text if each token depends on fewer than OVERLAP / 2 characters. Raises InvalidRow if two
-    pieces have no such character.
+    """Tokenise a long document in pieces, to save memory; every token is a target. Pieces overlap and are
+    joined where both have a token that begins at the same character: the ids equal those of the whole text if
+    a token depends on fewer than OVERLAP / 2 characters. Raises InvalidRow without such a character.
     """
     begins = r.begin and not _has_bos(r.text, tokenizer)
     with_special, (plain,) = next(_ids_of(["a"], tokenizer, begins)), _ids_of(["a"], tokenizer, False)
@@ -511,10 +461,8 @@ def _encode(texts: list[str], tokenizer: Any, special: bool) -> Iterator[tuple[l
 def _span_of_each(
     spans: Sequence[Span], first: Int[np.ndarray, " tokens"], last: Int[np.ndarray, " tokens"]
 ) -> Int[np.ndarray, " tokens"]:
-    """For each token, return the index of the last span that contains one of its characters, -1 for none.
-
-    spans: disjoint, in ascending order. first, last: the characters at which each token begins and ends (last
-    is exclusive).
+    """Return the index of the last span that contains a character of each token, -1 for none. spans:
+    disjoint, ascending. first, last: the characters at which each token begins and ends (exclusive).
     """
     starts, ends = np.asarray(spans, np.int64).reshape(len(spans), 2).T
     index = np.searchsorted(starts, last) - 1  # the last span that begins before the token ends
@@ -545,9 +493,8 @@ def _mask(r: Rendered, ids: list[int], offsets: list[Span], eos: int | None) -> 
         learned[:] = True
     if r.end:
         eos = _eos(r, eos)
-        if not (
-            r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0
-        ):  # some tokenizers add EOS themselves
+        is_added = r.begin and ids and ids[-1] == eos and offsets[-1][1] == 0  # by the tokenizer
+        if not is_added:
             ids, learned = [*ids, eos], np.append(learned, True)
             weights = weights if weights is None else np.append(weights, weights[-1])
         learned[-1] = r.learns_end
@@ -586,14 +533,7 @@ def _render_chat(chat: Chat, template: Template, loss_on: str) -> Rendered:
     last = len(chat.messages) - 1
     unfinished = chat.messages[last]["role"] == "assistant" and not ended
     if loss_on == "all":
-        learned = _outside(hidden, len(text))
+        starts, ends = [0, *(end for _, end in hidden)], [*(start for start, _ in hidden), len(text)]
+        learned = [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]
     learns_end = loss_on == NOTHING or last in targets
     return Rendered(chat.name, text, tuple(learned), False, unfinished, learns_end, weighted)
-
-
-def _outside(spans: Sequence[Span], length: int) -> list[Span]:
-    """Return the ranges of a text of `length` characters that are in none of the spans, which are disjoint
-    and in ascending order.
-    """
-    starts, ends = [0, *(end for _, end in spans)], [*(start for start, _ in spans), length]
-    return [(start, end) for start, end in zip(starts, ends, strict=True) if start < end]

@@ -70,9 +70,8 @@ def next_prompt(
     """
     template = template_of(tokenizer, settings)
     if template is None:
-        raise InvalidRow(
-            chat.name, "no chat template", "a further turn needs a chat template; set chat_template=chatml"
-        )
+        problem = "a further turn needs a chat template; set chat_template=chatml"
+        raise InvalidRow(chat.name, "no chat template", problem)
     template = template.of_chat(chat)
     number, suffix = _first_suffix(template, chat, ways)
     if suffix is None:
@@ -112,7 +111,11 @@ def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _S
     messages = (*chat.messages, turn, *way.answers)
     text, spans = render_turns(template, replace(chat, messages=messages, response=index), [index])
     whole = render_messages(template, messages, chat.tools, generation=True)
-    _require_answers(template, chat, (*chat.messages, turn), way.answers)
+    words = [f"Qx7w{number}Zk" for number in range(len(way.answers))]
+    marked = [{**answer, "content": word} for answer, word in zip(way.answers, words, strict=True)]
+    shown = render_messages(template, [*chat.messages, turn, *marked], chat.tools).lower()
+    if not all(word.lower() in shown for word in words):
+        raise HiddenPart("it does not show the content of a message that answers the turn")
     end = spans[-1][1]
     if not text.startswith(prompt) or whole[:end] != text[:end]:
         return None
@@ -120,23 +123,10 @@ def _suffix(template: Template, chat: Chat, way: TurnWording, prompt: str) -> _S
     return _Suffix(max(ends, key=len, default=""), whole[end:])
 
 
-def _require_answers(
-    template: Template, chat: Chat, before: tuple[Message, ...], answers: tuple[Message, ...]
-) -> None:
-    """Raise HiddenPart if the template drops the content of an answer. before: all messages before them."""
-    words = [f"Qx7w{number}Zk" for number in range(len(answers))]
-    marked = [{**answer, "content": word} for answer, word in zip(answers, words, strict=True)]
-    text = render_messages(template, [*before, *marked], chat.tools).lower()
-    if not all(word.lower() in text for word in words):
-        raise HiddenPart("it does not show the content of a message that answers the turn")
-
-
 def _restart(
     chat: Chat, ways: Sequence[TurnWording], tokenizer: Any, settings: TemplateSettings
 ) -> NextPrompt:
-    """Return the whole conversation as the prompt of a new row, with the first wording that the template
-    accepts. Raises the InvalidRow of the last wording if it rejects all.
-    """
+    """Return the whole conversation as the prompt of a new row, in the first wording that is accepted."""
     for way in ways:
         messages = (*chat.messages, way.turn, *way.answers)
         (ids,) = example_prompt_ids(
@@ -159,17 +149,14 @@ def restart_notes(tools: Sequence[Any], tokenizer: Any, settings: TemplateSettin
     """
     if template_of(tokenizer, settings) is None:
         return ()
-    chat, rewriting = (
-        Chat("probe", ({"role": "user", "content": SOME_TEXT},), 1, tools=list(tools) or None),
-        list[str](),
-    )
+    chat = Chat("probe", ({"role": "user", "content": SOME_TEXT},), 1, tools=list(tools) or None)
+    rewriting = list[str]()
     for turn, content in _TURNS.items():
         for answer, role in _ANSWERS.items():
-            wording = TurnWording(
-                {"role": "assistant", "content": content}, ({"role": role, "content": SOME_TEXT},)
-            )
             if role == "tool" and not tools:
                 continue
+            replies = ({"role": role, "content": SOME_TEXT},)
+            wording = TurnWording({"role": "assistant", "content": content}, replies)
             try:
                 restarts = next_prompt(chat, [wording], True, tokenizer, settings).restarts
             except InvalidRow:

@@ -152,9 +152,7 @@ def settings_for(tokenizer: Any, settings: TemplateSettings) -> TemplateSettings
 
 
 def _sources(tokenizer: Any) -> list[str]:
-    """Return the Jinja text of the tokenizer's template, and of its template for tools if that is another
-    one; [] without a template.
-    """
+    """Return the texts of the template and of another one for tools, [] without a template."""
     if not tokenizer.chat_template:
         return []
     sources = (tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=list(PROBE_TOOLS)))
@@ -251,11 +249,9 @@ def _any_of(tokens: Iterable[str]) -> str:
 def _ends_of_text(
     special: re.Pattern, opening: str, behind: str, between: str
 ) -> tuple[Sequence[str], Sequence[str]]:
-    """Return the text that ends the last assistant turn of a conversation, and the text that ends earlier
-    assistant turns, each as a list of one text, or [] if no special token ends such a turn.
-
-    special: matches a special token. opening: the generation prompt. behind: the text after the last response
-    of a conversation. between: the text between a response and the next question.
+    """Return the text that ends the last assistant turn, and the text that ends earlier ones, each as a list
+    of one text, [] if no special token does. opening: the generation prompt. behind: the text after the last
+    response. between: the text between a response and the next question.
     """
     shared = list(special.finditer(commonprefix([behind, between])))
     if shared:
@@ -269,10 +265,8 @@ def _ends_of_text(
 
 
 def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> list[str]:
-    """Return the special token that ends an assistant turn of tool calls, as a list. [] if the template does
-    not render tool calls, or no token ends the turn, or the token ends every call of the turn.
-
-    asked: the messages before the turn.
+    """Return the special token that ends an assistant turn of tool calls, as a list; [] without one, if it
+    ends every call of the turn, or if calls are not rendered. asked: the messages before the turn.
     """
     for count, content in ((2, None), (2, ""), (1, None), (1, "")):
         calls = [_probe_call(number) for number in range(count)]
@@ -298,9 +292,7 @@ def _ends_of_calls(bare: Template, asked: list[Message], tools: list | None) -> 
 
 
 def _needs_content(bare: Template, system: list[Message], tools: list | None) -> bool:
-    """Whether a turn of tool calls needs "" as its content, because null is rejected or rendered as the word
-    None.
-    """
+    """Whether a turn of tool calls needs "" as content: null is rejected or rendered as the word None."""
     texts, asked = list[str | None](), [*system, {"role": "user", "content": PROBES[0]}]
     for content in (None, ""):
         turn = {"role": "assistant", "content": content, "tool_calls": [_probe_call(0)]}
@@ -449,12 +441,9 @@ def _with_text_arguments(message: Message) -> Message:
     def as_text(call: dict[str, Any]) -> dict[str, Any]:
         if isinstance(call.get("function"), dict):
             return {**call, "function": as_text(call["function"])}
-        arguments = call.get("arguments")
-        return (
-            {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
-            if arguments is not None
-            else call
-        )
+        if call.get("arguments") is None:
+            return call
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)}
 
     calls = message.get("tool_calls")
     return {**message, "tool_calls": [as_text(call) for call in calls]} if calls else message
@@ -525,9 +514,7 @@ def _with_ids(message: Message) -> Message:
 
 
 def _remedy_for_turns(messages: Sequence[Message], reason: str) -> str | None:
-    """Return the remedy for user and assistant turns that do not alternate; None if they alternate, or
-    `reason`, the template's error, does not mention it.
-    """
+    """Return the remedy for turns that do not alternate, if `reason`, the template's error, is about it."""
     if "alternat" not in reason.lower():
         return None
     turns = [

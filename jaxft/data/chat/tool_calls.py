@@ -149,9 +149,7 @@ class CallStream:
         return len(text[: len(text) - begun].rstrip())
 
     def _call_end(self, start: int, is_last: bool) -> int | None:
-        """Return where the call at the beginning of the waiting text ends, None if it may go on. start: where
-        its opening tag ends.
-        """
+        """Return where the first call ends, None if it may go on. start: where its opening tag ends."""
         text, mark = self._waiting, self.format.closes or self.format.opens
         at = self._next_mark(mark, start)
         if at is None and is_last and self._quoted:  # a string without an end
@@ -213,9 +211,7 @@ def _as_json(arguments: Any) -> str:
 
 
 def _named(item: Any) -> tuple[str, Any]:
-    """Return the name of a call in JSON and its arguments, None without any. Raises ValueError if it has no
-    name.
-    """
+    """Return the name and the arguments (or None) of a call in JSON. Raises ValueError without a name."""
     if not isinstance(item, dict) or not isinstance(item.get("name"), str) or not item["name"]:
         raise ValueError("a call needs a name")
     return item["name"], item.get("arguments", item.get("parameters"))

@@ -18,11 +18,7 @@ from jaxft.data.chat.template import REJECTIONS, Span, Template, render_marked, 
 from jaxft.data.rows.example import Chat, Message
 from jaxft.data.rows.invalid import InvalidRow
 
-REASONING = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # keys of messages, as different templates read them
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of messages in different templates
 THINKING = "the thinking block"
 MARKER = re.compile(r"Qx7w\d+Zk", re.IGNORECASE)  # a word of with_markers
 _THOUGHT = re.compile(r"\s*(?:<think>)?(?P<thought>.*?)</think>(?P<content>.*)", re.DOTALL)
@@ -103,14 +99,6 @@ def _first(part: Part, text: str, at: int) -> Span | None:
     return None if start < 0 else (start, start - length)
 
 
-def shows_null(message: Message, text: str) -> bool:
-    """Whether content that is null is rendered as the word None."""
-    if message["content"] is not None:
-        return False
-    known = sum(max(s.count("None") for s in part.spellings) for part in parts_of(message))
-    return text.count("None") > known
-
-
 def with_markers(message: Message, first: int = 0) -> tuple[Message, dict[str, str]]:
     """Return the turn with each text replaced by a unique word, and a dict from words to names of parts.
 
@@ -146,9 +134,8 @@ def with_markers(message: Message, first: int = 0) -> tuple[Message, dict[str, s
         thought = _THOUGHT.fullmatch(message["content"])
         other["content"] = mark(thought["content"] if thought else message["content"], "the content")
         if thought and thought["thought"].strip():
-            other["content"] = (
-                f"<think>\n{mark(thought['thought'], THINKING)}\n</think>\n\n{other['content']}"
-            )
+            thinking = mark(thought["thought"], THINKING)
+            other["content"] = f"<think>\n{thinking}\n</think>\n\n{other['content']}"
     if message.get("tool_calls"):
         other["tool_calls"] = [mark_call(call, i) for i, call in enumerate(message["tool_calls"], 1)]
     return {**message, **other}, words
@@ -159,9 +146,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _function(call: Any) -> dict[str, Any]:
-    """Return the dictionary with a tool call's name and arguments: its item "function" or, without one, the
-    call itself. Raises HiddenPart if that is no dictionary.
-    """
+    """Return the dictionary with a call's name and arguments. Raises HiddenPart if there is none."""
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict):
         raise HiddenPart(
@@ -219,7 +204,13 @@ def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[st
     exactly, InvalidRow if the row has so many turns that this takes too long, and the errors of
     render_messages.
     """
-    _require_little_work(chat, learned)
+    size = sum(len(message["content"] or "") + MESSAGE_WORK for message in chat.messages)
+    if len(learned) * size > MOST_WORK:
+        problem = (
+            f"{len(learned)} learned turns in {len(chat.messages)} messages take too long to render one by "
+            "one; split the conversation into several rows, or set data.loss_on=completion"
+        )
+        raise InvalidRow(chat.name, "conversation of too many turns", problem)
     hidden = _make_hidden(template, chat, learned)
     if not template.marked:
         text = render_messages(template, chat.messages, chat.tools)
@@ -237,27 +228,14 @@ def render_turns(template: Template, chat: Chat, learned: list[int]) -> tuple[st
     return text, spans
 
 
-def _require_little_work(chat: Chat, learned: Sequence[int]) -> None:
-    """Raise InvalidRow if rendering the messages before each turn would take too long."""
-    size = sum(len(message["content"] or "") + MESSAGE_WORK for message in chat.messages)
-    if len(learned) * size > MOST_WORK:
-        problem = (
-            f"{len(learned)} learned turns in {len(chat.messages)} messages take too long to render one by "
-            "one; split the conversation into several rows, or set data.loss_on=completion"
-        )
-        raise InvalidRow(chat.name, "conversation of too many turns", problem)
-
-
 def is_closed(template: Template, text: str) -> bool:
     """Whether the text ends with an end-of-turn token, apart from whitespace."""
     return bool(template.ends) and text.rstrip().endswith(template.ends)
 
 
 def _one_of_each(template: Template, chat: Chat, text: str, marked: list[Span]) -> dict[int, list[Span]]:
-    """Assign marked ranges to assistant turns by their order: return {message's index: [range]}.
-
-    {} unless there is one range per turn, each range follows a generation prompt, and a special token ends
-    turns. `_inside` then assigns them, by further renderings.
+    """Assign marked ranges to assistant turns by their order: {message's index: [range]}. {} unless there is
+    one per turn, each after a generation prompt, and a special token ends turns: see `_inside`.
     """
     turns = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant"]
     opening = template.opening
@@ -341,9 +319,7 @@ def _start(template: Template, chat: Chat, text: str, index: int) -> int | None:
 
 
 def _turn_of_text(template: Template, chat: Chat, text: str, index: int, start: int) -> Span | None:
-    """Return the range of a text-only turn whose content and end-of-turn token follow `start`; None for other
-    turns.
-    """
+    """Return the range of a turn of text alone whose content and end follow `start`, None for others."""
     message = chat.messages[index]
     alone = all(part.name in (THINKING, "the content") for part in parts_of(message))
     if not (alone and message["content"]) or template.closing is None:
@@ -421,7 +397,8 @@ def _checked_end(template: Template, chat: Chat, text: str, index: int, within: 
     lost = missing.name if missing else hidden(index)
     if lost:
         raise HiddenPart(f"it does not show {lost} of message {index}, an assistant turn")
-    if shows_null(message, text[start:limit]):
+    known = sum(max(spelling.count("None") for spelling in part.spellings) for part in parts)
+    if message["content"] is None and text.count("None", start, limit) > known:
         raise HiddenPart(f"it renders the content of message {index}, which is null, as the word None")
     if template.closing is None:
         return limit
@@ -450,17 +427,15 @@ def _make_hidden(template: Template, chat: Chat, learned: Sequence[int]) -> Hidd
             return frozenset(learned)
         return frozenset(index for word, index in turns.items() if word not in shown)
 
-    return lambda index: _hidden_marker(template, chat, index) if index in suspects() else None
+    def hidden(index: int) -> str | None:
+        if index not in suspects():
+            return None
+        marked, parts = with_markers(chat.messages[index])
+        messages = [*chat.messages[:index], marked, *chat.messages[index + 1 :]]
+        try:
+            text = render_messages(template, messages, chat.tools)
+        except REJECTIONS:  # the template needs the replaced value
+            return None
+        return next((part for word, part in parts.items() if word not in text), None)
 
-
-def _hidden_marker(template: Template, chat: Chat, index: int) -> str | None:
-    """Return the name of the first part of turn `index` that the template drops: a word in place of its text
-    is not rendered. None if there is none, or if the template rejects the words.
-    """
-    marked, parts = with_markers(chat.messages[index])
-    messages = [*chat.messages[:index], marked, *chat.messages[index + 1 :]]
-    try:
-        text = render_messages(template, messages, chat.tools)
-    except REJECTIONS:  # the template needs the replaced value
-        return None
-    return next((part for word, part in parts.items() if word not in text), None)
+    return hidden

@@ -44,9 +44,9 @@ class Flat:
         return int(self.starts[-1])
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Return the values at a slice, an index or an array of indices, all at least 0."""
+        """Return the values at a slice of step 1, an index or an array of indices, all at least 0."""
         if isinstance(index, slice):
-            return self._slice(*index.indices(len(self)))
+            return self._slice(*index.indices(len(self))[:2])
         values = self._gather(np.asarray(index))
         self._release()
         return values
@@ -65,9 +65,7 @@ class Flat:
             values[here] = self.parts[number][index[here] - self.starts[number]]
         return values
 
-    def _slice(self, start: int, stop: int, step: int) -> np.ndarray:
-        if step != 1:
-            raise ValueError(f"a Flat can be sliced only with step 1, got {step}; index it with an array")
+    def _slice(self, start: int, stop: int) -> np.ndarray:
         if stop <= start:
             return self.parts[0][:0]
         first, last = np.searchsorted(self.starts, (start, stop - 1), "right") - 1

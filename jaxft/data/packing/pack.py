@@ -11,7 +11,6 @@ compiled program serves all of them.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
@@ -94,16 +93,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def first_fit(lengths: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " n"]:
     """Return the index of each example's row: the first row of `size` tokens that has room for it. lengths:
-    number of tokens of each example, descending. Raises ValueError for an example that fits no row.
+    number of tokens of each example, descending, from at most `size` to 1.
 
     >>> first_fit(np.array([5, 4, 3, 2]), 8).tolist()
     [0, 1, 0, 1]
     """
-    if len(lengths) and (lengths[0] > size or lengths[-1] < 1):
-        raise ValueError(
-            f"lengths of {lengths[-1]} to {lengths[0]} do not fit rows of {size} tokens; use lengths of 1 to "
-            f"{size}"
-        )
     rows = np.empty(len(lengths), np.int64)
     values, counts = np.unique(-lengths, return_counts=True)
     room = np.empty(0, np.int64)
@@ -176,9 +170,12 @@ def pack_in_order(
     return RowPlan(np.concatenate(members), np.concatenate([[0], np.cumsum(np.concatenate(sizes))]))
 
 
-def one_per_row(count: int, seed: int, epoch: int) -> RowPlan:
-    """Put each example into a separate row and shuffle the rows."""
-    return RowPlan(permutation(count, seed, 1, epoch), np.arange(count + 1))
+def one_per_row(
+    count: int, seed: int, epoch: int, order_by: Float[np.ndarray, " n"] | None = None
+) -> RowPlan:
+    """Put each example into a separate row, and shuffle the rows or sort them by `order_by`."""
+    order = permutation(count, seed, 1, epoch) if order_by is None else ascending(order_by, seed)
+    return RowPlan(order, np.arange(count + 1))
 
 
 def wrap_examples(
@@ -324,8 +321,3 @@ class Epochs:
             if tokens <= read[-1]:
                 return steps + int(np.searchsorted(read, tokens)) + 1
             steps, tokens, epoch = steps + len(read), tokens - int(read[-1]), epoch + 1
-
-
-def epochs_of(batch_tokens: Callable[[int], Int[np.ndarray, " steps"]], alike: bool = True) -> Epochs:
-    """Return Epochs that call batch_tokens only once for each epoch."""
-    return Epochs(lru_cache(maxsize=None)(batch_tokens), alike)

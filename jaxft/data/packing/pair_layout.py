@@ -136,9 +136,8 @@ def fit_rows(
     shape: pack.RowShape,
 ) -> pack.RowPlan:
     """Pack pairs into rows of a shape, whatever their batch: from long to short, each into the first row that
-    it fits. Raises ValueError for a pair that fits no row.
-
-    pairs: indices of these pairs. tokens, reads: numbers of tokens and targets of all pairs.
+    it fits. pairs: indices of these pairs. tokens, reads: numbers of tokens and targets of all pairs. shape:
+    one that each of them fits.
     """
     pairs = pairs[np.argsort(-tokens[pairs], kind="stable")]
     left = np.empty((len(pairs), 3), np.int64)
@@ -147,16 +146,10 @@ def fit_rows(
     used = 0
     for number, pair in enumerate(pairs):
         need = np.array([tokens[pair], reads[pair], 1])
-        fits = np.flatnonzero((left[: used + 1] >= need).all(1))
-        if not len(fits):
-            raise ValueError(
-                f"a pair of {need[0]} tokens and {need[1]} read positions does not fit a row of "
-                f"{shape.length} tokens, {shape.reads} read positions and {shape.slots} pairs; pass the "
-                "shape that row_shape returns for these pairs"
-            )
-        row[number] = fits[0]
-        left[fits[0]] -= need
-        used = max(used, int(fits[0]) + 1)
+        first = np.flatnonzero((left[: used + 1] >= need).all(1))[0]
+        row[number] = first
+        left[first] -= need
+        used = max(used, int(first) + 1)
     return plan_rows(pairs, row, used)
 
 
@@ -237,9 +230,8 @@ def fill_pairs(pairs: TokenisedRows, plan: pack.RowPlan, layout: PairLayout, mea
         return np.repeat(np.broadcast_to(x, runs.count.shape).ravel(), counts)
 
     at = (per_token(row[:, None]), pack.ranges(runs.column.ravel(), counts))
-    ids, segments, positions, branches = (
-        np.zeros((layout.rows, layout.shape.length), np.int32) for _ in range(4)
-    )
+    shape = (layout.rows, layout.shape.length)
+    ids, segments, positions, branches = (np.zeros(shape, np.int32) for _ in range(4))
     ids[at] = pairs.ids[where]
     segments[at] = per_token(runs.segment)
     positions[at] = pack.ranges(runs.position.ravel(), counts)
@@ -251,13 +243,18 @@ def fill_pairs(pairs: TokenisedRows, plan: pack.RowPlan, layout: PairLayout, mea
     answer = per_token(slot[:, None])[learned] * len(pairs.kinds) + piece - 1
     place = _count_within(np.repeat(np.arange(len(counts)), counts)[learned])
     read = np.where(first, per_token(runs.before), at[1] - 1)[learned]
+    last = np.zeros((layout.rows, layout.shape.slots, len(pairs.kinds)), np.int32)  # 0: no such response
+    if len(members):
+        responses = runs.piece[0] > 0
+        count, column = runs.count[:, responses], runs.column[:, responses]
+        last[row, slot] = np.where(count > 0, column + count - 1, 0)
     return Pairs(
         ids=ids,
         segments=segments,
         positions=positions,
         **_read_arrays(pairs, layout, at[0][learned], (read, answer, place, where[learned])),
         **_slot_arrays(pairs, layout, (row, slot, members), means),
-        last=_last_columns(runs, layout, (row, slot), len(pairs.kinds)),
+        last=last,
         branches=branches if layout.branches else None,
         kinds=pairs.kinds,
         max_length=layout.max_length,
@@ -289,9 +286,7 @@ def _runs(pairs: TokenisedRows, plan: pack.RowPlan, row: np.ndarray, branches: b
 
 
 def _sum_before(counts: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Return, for each count, the sum of the counts before it in the same row. row: the row of each count,
-    ascending.
-    """
+    """Return the sum of the counts before each one in the same row. row: of each count, ascending."""
     total = np.concatenate([[0], np.cumsum(counts)])
     return total[:-1] - total[np.searchsorted(row, row)]
 
@@ -325,20 +320,6 @@ def _read_arrays(
         "offsets": offsets,
         "reference": reference,
     }
-
-
-def _last_columns(
-    runs: _Runs, layout: PairLayout, at: tuple[np.ndarray, np.ndarray], kinds: int
-) -> Int[np.ndarray, "B P A"]:
-    """Return the column of each response's last token, which is a target; 0 for a missing response. at: the
-    row and the slot of each pair.
-    """
-    last = np.zeros((layout.rows, layout.shape.slots, kinds), np.int32)
-    responses = runs.piece[0] > 0 if len(runs.piece) else np.zeros(0, bool)
-    if responses.any():
-        count, column = runs.count[:, responses], runs.column[:, responses]
-        last[at] = np.where(count > 0, column + count - 1, 0)
-    return last
 
 
 def _slot_arrays(
@@ -381,7 +362,9 @@ def pair_batch_shapes(layout: PairLayout, kinds: tuple[str, ...], micro: int, re
 
 
 def values_by_pair(batch: Pairs, x: Float[np.ndarray, "... M"]) -> dict[int, Float[np.ndarray, " tokens"]]:
-    """Return the values for the targets of each pair, by its index; see PairSource.values."""
+    """Return a dict from a pair's index in split.rows to the values of its target tokens: one response after
+    the other, in the order of batch.kinds. x: a value, such as a log-prob, for each element of batch.read.
+    """
 
     def flat(a: Any) -> np.ndarray:
         return np.asarray(a).reshape(-1, np.shape(a)[-1])

@@ -18,34 +18,29 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
-from jaxtyping import Bool, Int
 
 from jaxft.data.chat import loss_mask
+from jaxft.data.chat.template import Template, template_of
 from jaxft.data.decisions import DECISION, labels_as_choices
 from jaxft.data.packing import cache as files
 from jaxft.data.packing.cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, stored_columns
 from jaxft.data.progress import RowProgress
-from jaxft.data.row_settings import RowSettings, TemplateSettings
+from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import format_choice
 from jaxft.data.rows.conversation import PLAIN, other_columns
 from jaxft.data.rows.dataset_rows import Listing, check_rows, list_chunks, sampled
-from jaxft.data.rows.example import Example, ParsedRow, has_placeholder
+from jaxft.data.rows.example import Chat, ParsedRow, has_placeholder
 from jaxft.data.rows.format_choice import ChosenFormat, ColumnCounts, Formats, parse_rows
 from jaxft.data.rows.formats import formats_of
 from jaxft.data.rows.invalid import InvalidRow, InvalidRows, Tally, valid
-from jaxft.data.rows.row_files import (
-    ROW_CHUNK_BYTES,
-    Chunk,
-    Row,
-    loaded,
-)
+from jaxft.data.rows.row_files import ROW_CHUNK_BYTES, Chunk, Row, loaded
 from jaxft.distributed.threads import cores
 
 MapChunks = Callable[[Callable[..., Any], Iterable[Chunk]], Iterator[Any]]
@@ -71,7 +66,7 @@ class TokenisedRow(NamedTuple):
 
 ParsedRows = Iterator[ParsedRow | InvalidRow]
 CutRows = Iterator[list[TokenisedRow] | InvalidRow]
-CheckExamples = Callable[[Sequence[Example], Any, TemplateSettings], tuple[str, ...]]
+CheckChats = Callable[[Sequence[Chat], Template], tuple[str, ...]]
 
 
 class RowTask(NamedTuple):
@@ -82,16 +77,17 @@ class RowTask(NamedTuple):
     the cache key. limit: the setting that limits the tokens of a row. tokenise(rows, reader) yields the
     examples of each row, [] if it is too long. extras(settings): the types of further columns of examples.
     parse(format, rows, settings, task) yields the prompt and responses of each row. Both yield an InvalidRow
-    for an invalid row. checks: functions that return warnings about the first examples.
+    for an invalid row. checks: functions that return warnings about the first conversations, given these and
+    the chat template.
     """
 
     name: str
     version: int
     limit: str
-    tokenise: Callable[[Sequence[ParsedRow | InvalidRow], "Reader"], CutRows]
+    tokenise: Callable[[Sequence[ParsedRow], "Reader"], CutRows]
     extras: Callable[[RowSettings], ColumnTypes]
     parse: Callable[[ChosenFormat, Iterable[Row], RowSettings, str], ParsedRows] = parse_rows
-    checks: tuple[CheckExamples, ...] = (loss_mask.tools_warnings, loss_mask.content_warnings)
+    checks: tuple[CheckChats, ...] = (loss_mask.tools_warnings, loss_mask.content_warnings)
 
 
 @dataclass(frozen=True)
@@ -152,12 +148,16 @@ class Reader:
         invalid.check(ref, read)
         dropped = read - invalid.total - facts["left"]
         if not facts["left"]:
-            raise ValueError(self._all_too_long(ref, dropped))
+            name, why = self.task.limit, "prompts have more tokens than"
+            if name == "max_length":
+                why = "rows were dropped because they are longer than"
+            raise ValueError(f"{ref}: all {dropped} {why} data.{name}={settings.max_length}; raise it")
+        known = self.formats.get(format.name)
         columns = stored_columns(stored, settings.kinds, extras, listing.labels)
         return TokenisedRows(
             **columns,
             formats=(format.name,),
-            labels=format.labels or self.labels_of(format),
+            labels=format.labels or (settings.labels if known is not None and known.labelled else ()),
             dropped=dropped,
             invalid=invalid.counts(),
             warnings=self._warnings(listing, facts),
@@ -183,10 +183,6 @@ class Reader:
         theirs = (format_choice.split_column(item)[1] for item in self.settings.columns)
         return tuple(dict.fromkeys([*format_choice.names_in_datasets(self.formats), *theirs]))
 
-    def count_columns(self, rows: Iterable[Row]) -> ColumnCounts:
-        """Count the columns that the rows have."""
-        return format_choice.count_columns(rows, self.settings.columns, self.formats)
-
     def format_of(self, counts: ColumnCounts, ref: str) -> ChosenFormat:
         """Return the format of a dataset with these columns. ref: the dataset, for errors. Raises ValueError
         if no row fits a format, or the labels of a classifier cannot be choices.
@@ -199,22 +195,9 @@ class Reader:
             return chosen
         return chosen._replace(labels=labels_as_choices(counts.labels, ref))
 
-    def labels_of(self, format: ChosenFormat) -> tuple[str, ...]:
-        """Return data.labels if rows of this format choose from common labels, () otherwise."""
-        known = self.formats.get(format.name)
-        return self.settings.labels if known is not None and known.labelled else ()
-
     def parse(self, rows: Iterable[Row], format: ChosenFormat) -> list[ParsedRow | InvalidRow]:
         """Return each row's prompt and responses, or the error that makes it invalid."""
         return [*self.task.parse(format, rows, self.settings, self.task.name)]
-
-    def _all_too_long(self, ref: str, dropped: int) -> str:
-        name, limit = self.task.limit, self.settings.max_length
-        if name == "max_length":
-            why = "rows were dropped because they are longer than"
-        else:
-            why = "prompts have more tokens than"
-        return f"{ref}: all {dropped} {why} data.{name}={limit}; raise it"
 
     def _warnings(self, listing: Listing, facts: StoredFacts) -> tuple[str, ...]:
         """Return lines for the start of a run: how the files and their columns were read, and what the chat
@@ -226,17 +209,14 @@ class Reader:
         by_other_names = dict.fromkeys(item for columns in others for item in columns.items())
         lines = format._replace(columns=(*format.columns, *by_other_names)).note()
         if format.name in self.formats:
-            unread = dict.fromkeys(
-                chain.from_iterable(
-                    format_choice.unread_columns(format, row, self.settings.columns, self.formats)
-                    for row in rows
-                )
-            )
+            used = partial(format_choice.unread_columns, format, self.settings.columns, self.formats)
+            unread = dict.fromkeys(chain.from_iterable(map(used, rows)))
             lines += [f"columns that are not read: {', '.join(unread)}"] if unread else []
             lines += filter(None, [self.formats[format.name].note(self.settings)])
         notes = [*listing.notes, *(f"{listing.name}: {note}" for note in lines)]
-        examples = [example for row in parsed for example in row.examples.values()]
-        checked = (check(examples, self.tokenizer, self.settings.template) for check in self.task.checks)
+        chats = [x for row in parsed for x in row.examples.values() if isinstance(x, Chat)]
+        template = template_of(self.tokenizer, self.settings.template) if chats else None
+        checked = () if template is None else (check(chats, template) for check in self.task.checks)
         return (*(f"note: {line}" for line in notes), *chain.from_iterable(checked))
 
 
@@ -309,20 +289,17 @@ def _format_of(
 
 def _portable(tallies: dict[str, Tally], folder: str) -> list[list]:
     """Return tallies as JSON, without the folder of the files: they may be moved."""
-
-    def where(name: str) -> list[str]:
-        inside = bool(folder) and name.startswith(f"{folder}/")
-        return ["file", name[len(folder) + 1 :]] if inside else ["row", name]
-
-    return [[reason, rows, *where(first.name), first.problem] for reason, (rows, first) in tallies.items()]
+    stored, prefix = [], f"{folder}/"
+    for reason, (rows, first) in tallies.items():
+        kind = "file" if folder and first.name.startswith(prefix) else "row"
+        name = first.name.removeprefix(prefix) if kind == "file" else first.name
+        stored.append([reason, rows, kind, name, first.problem])
+    return stored
 
 
 def _tallies(stored: list[list], folder: str) -> dict[str, Tally]:
-    def name_of(kind: str, name: str) -> str:
-        return f"{folder}/{name}" if kind == "file" else name
-
     return {
-        reason: Tally(rows, InvalidRow(name_of(kind, name), reason, problem))
+        reason: Tally(rows, InvalidRow(f"{folder}/{name}" if kind == "file" else name, reason, problem))
         for reason, rows, kind, name, problem in stored
     }
 
@@ -369,7 +346,8 @@ def count_chunk(chunk: Chunk, job: Reader) -> CountedChunk:
     """Count the columns of a chunk's rows."""
     invalid = InvalidRows(job.how.invalid_limit)
     rows = _read(chunk, invalid)
-    return CountedChunk(len(rows), job.count_columns(rows), invalid.tallies)
+    columns = format_choice.count_columns(rows, job.settings.columns, job.formats)
+    return CountedChunk(len(rows), columns, invalid.tallies)
 
 
 def tokenise_chunk(chunk: Chunk, job: Reader, format: ChosenFormat) -> TokenisedChunk:
@@ -379,11 +357,13 @@ def tokenise_chunk(chunk: Chunk, job: Reader, format: ChosenFormat) -> Tokenised
     unreadable = invalid.total
     parsed, part = job.parse(rows, format), _Columns(job)
     left, labels = list[Row](), list[str]()
-    for row, outcome, examples in zip(rows, parsed, job.task.tokenise(parsed, job), strict=True):
+    examples = iter(job.task.tokenise([row for row in parsed if isinstance(row, ParsedRow)], job))
+    for row, outcome in zip(rows, parsed, strict=True):
         with invalid.skip():
-            tokenised, label = valid(examples), row.name.rpartition(":")[0]
+            valid_row, label = valid(outcome), row.name.rpartition(":")[0]
+            tokenised = valid(next(examples))
             for example in tokenised:
-                part.add(valid(outcome), example)
+                part.add(valid_row, example)
                 labels.append(label)
             left += [row] if tokenised else []
     some = [] if format.name == "text" else first_rows(left, job.settings.columns)  # it may be long
@@ -433,10 +413,8 @@ class _Columns:
         after = np.cumsum(counts).reshape(counts.shape)
         part |= _hashes(ids, learned, after, further)
         if "reads" in self.types:
-            part["reads"] = np.diff(
-                np.append(np.int32(0), np.cumsum(learned, dtype=np.int32))[np.append(0, after)]
-            )
-            part["reads"] = part["reads"].reshape(counts.shape)[:, 1:]
+            sums = np.append(np.int32(0), np.cumsum(learned, dtype=np.int32))[np.append(0, after)]
+            part["reads"] = np.diff(sums).reshape(counts.shape)[:, 1:]
             part["ends"] = np.full(part["reads"].shape, -1, np.int32)  # of a missing continuation
             present = counts[:, 1:] > 0
             part["ends"][present] = _last_targets(ids, learned, after[:, 1:][present], self.tokenizer)
@@ -446,10 +424,8 @@ class _Columns:
 def _hashes(
     ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, further: list[Any] | None
 ) -> ChunkColumns:
-    """Return the hashes of each piece, and of the content of each example; see TokenisedRows.
-
-    ends: where each piece ends in ids. further: a value of each example that is part of its content too, such
-    as the columns that rewards read; None for none.
+    """Return the hashes of each piece, and of each example's content. ends: where each piece ends in ids.
+    further: what is part of each content too, such as the columns that rewards read, or None.
     """
     bounds, size = np.append(0, ends).tolist(), ends.shape[1]
     hashes = (xxhash.xxh3_64_intdigest(ids[start:end].data) for start, end in pairwise(bounds))
@@ -463,12 +439,7 @@ def _hashes(
     return {"hashes": np.fromiter(hashes, np.uint64, ends.size).reshape(ends.shape), "content": content}
 
 
-def _last_targets(
-    ids: Int[np.ndarray, " tokens"],
-    learned: Bool[np.ndarray, " tokens"],
-    ends: Int[np.ndarray, " sequences"],
-    tokenizer: Any,
-) -> Int[np.ndarray, " sequences"]:
+def _last_targets(ids: np.ndarray, learned: np.ndarray, ends: np.ndarray, tokenizer: Any) -> np.ndarray:
     """Return the token id of each sequence's last target, skipping at most two targets of whitespace at the
     end. ends: index after the last token of each sequence.
     """
@@ -489,26 +460,15 @@ def first_rows(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
 
     rows: valid rows. columns: see data.columns.
     """
-    return [*rows[:1], *_first_row_with_system(rows), *_first_row_with_tools(rows, columns)]
-
-
-def _first_row_with_tools(rows: Sequence[Row], columns: Sequence[str]) -> list[Row]:
-    """Return the first row that has tools, [] without any. columns: see data.columns."""
-    renamed = (item.partition("=") for item in columns)
-    name = next((theirs.strip() for ours, _, theirs in renamed if ours.strip() == "tools"), "tools")
-    return next(([row] for row in rows if row.fields.get(name)), [])
-
-
-def _first_row_with_system(rows: Sequence[Row]) -> list[Row]:
-    """Return the first row with a column `system` or a system message as a column's first, [] without any."""
 
     def begins(value: Any) -> bool:
         first = value[0] if isinstance(value, list | tuple) and value else None
         return isinstance(first, dict) and "system" in (first.get("role"), first.get("from"))
 
-    return next(
-        ([row] for row in rows if row.fields.get("system") or any(map(begins, row.fields.values()))), []
-    )
+    tools = dict(map(format_choice.split_column, columns)).get("tools", "tools")
+    with_system = (row for row in rows if row.fields.get("system") or any(map(begins, row.fields.values())))
+    with_tools = (row for row in rows if row.fields.get(tools))
+    return [*rows[:1], *islice(with_system, 1), *islice(with_tools, 1)]
 
 
 # ---- processes

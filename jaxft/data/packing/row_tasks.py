@@ -14,12 +14,13 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.chat.loss_mask import MaskedTokens, WeightedTokens
+from jaxft.data.chat.loss_mask import WeightedTokens
 from jaxft.data.packing.cache import ColumnType, ColumnTypes
 from jaxft.data.packing.pack import split_lengths
 from jaxft.data.packing.reader import CutRows, ParsedRows, Reader, RowTask, TokenisedRow
@@ -52,11 +53,11 @@ def text_columns(settings: RowSettings) -> ColumnTypes:
     return {MASS: ColumnType(np.float64), **ragged(TOKEN_WEIGHTS, np.float32)}
 
 
-def _tokenise_sft(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise_sft(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield the examples of each row: one, or the pieces of a document that is split."""
     settings, tokenizer = reader.settings, reader.tokenizer
-    examples = [row if isinstance(row, InvalidRow) else row.examples[RESPONSE] for row in rows]
-    tokenised = loss_mask.tokenise_weighted(examples, tokenizer, settings.loss_on, settings.template)
+    examples = [row.examples[RESPONSE] for row in rows]
+    tokenised = loss_mask.tokenise_examples(examples, tokenizer, settings.loss_on, settings.template)
     responses = _response_masks(examples, settings, tokenizer)
     for example, outcome, response in zip(examples, tokenised, responses, strict=True):
         yield attempt(_examples_of, example, outcome, response, settings)
@@ -67,10 +68,7 @@ SFT_TASK = RowTask(formats.SFT, 13, "max_length", _tokenise_sft, text_columns, c
 
 
 def _examples_of(
-    example: Example | InvalidRow,
-    outcome: WeightedTokens | InvalidRow,
-    response: np.ndarray | None,
-    settings: RowSettings,
+    example: Example, outcome: WeightedTokens | InvalidRow, response: np.ndarray | None, settings: RowSettings
 ) -> list[TokenisedRow]:
     """Return the examples of a row, [] if it is left out as too long.
 
@@ -101,24 +99,17 @@ def _examples_of(
 
 
 def _response_masks(
-    examples: Sequence[Example | InvalidRow], settings: RowSettings, tokenizer: Any
+    examples: Sequence[Example], settings: RowSettings, tokenizer: Any
 ) -> Iterator[np.ndarray | None]:
     """Yield each example's mask of response tokens, None where it equals the loss mask or is unknown."""
 
-    def differs(example: Example | InvalidRow) -> bool:
-        if isinstance(example, Chat) and example.weights:
-            return True
-        if settings.loss_on == "completion":
-            return isinstance(example, Chat) and any(
-                m["role"] == "assistant" for m in example.messages[example.given : example.response]
-            )
+    def differs(example: Example) -> bool:
+        if isinstance(example, Chat) and (example.weights or settings.loss_on == "completion"):
+            earlier = example.messages[example.given : example.response]
+            return bool(example.weights) or any(m["role"] == "assistant" for m in earlier)
         return settings.loss_on == "all" and isinstance(example, Chat | Completion)
 
-    others = [
-        replace(example, weights={}) if isinstance(example, Chat) else example
-        for example in examples
-        if differs(example)
-    ]
+    others = [replace(x, weights={}) if isinstance(x, Chat) else x for x in examples if differs(x)]
     tokenised = loss_mask.tokenise_examples(others, tokenizer, "assistant", settings.template)
     for example in examples:
         tokens = next(tokenised) if differs(example) else None
@@ -139,25 +130,28 @@ def _fits(name: str, learned: np.ndarray, settings: RowSettings) -> bool:
     limit = settings.max_length
     if len(learned) <= limit:
         return True
-    remedy = f"{remedy_for_too_long('max_length')}, or truncate"
     if settings.too_long == "split" and not learned[1:].all():
-        raise ValueError(
-            f"{name}: {len(learned)} tokens are more than data.max_length={limit}, and data.too_long=split "
-            f"only splits text rows, not responses to a prompt; {remedy}"
-        )
+        why = ", and data.too_long=split only splits text rows, not responses to a prompt"
+        raise too_long(name, f"{len(learned)} tokens are", limit, why=why)
     if settings.too_long == "error":
-        raise ValueError(f"{name}: {len(learned)} tokens are more than data.max_length={limit}; {remedy}")
+        raise too_long(name, f"{len(learned)} tokens are", limit)
     if settings.too_long == "truncate":
         return bool(learned[:limit].any())  # a row without any of its response teaches nothing
     return settings.too_long == "split"
 
 
-def remedy_for_too_long(limit: str) -> str:
-    """Return advice about a row that is longer than the setting `limit`, such as "max_length"."""
-    return f"raise data.{limit} or set data.too_long=drop"
+def too_long(row: str, count: str, limit: int, why: str = "", truncates: bool = True) -> ValueError:
+    """Return the error of a row that is longer than data.max_length=`limit`. count: such as "9 tokens are".
+    why: a clause about further settings. truncates: whether data.too_long=truncate is a remedy.
+    """
+    remedy = "raise data.max_length or set data.too_long=drop" + ", or truncate" * truncates
+    return ValueError(f"{row}: {count} more than data.max_length={limit}{why}; {remedy}")
 
 
 # ---- pairs
+
+
+MaskedTokens = tuple[np.ndarray, np.ndarray]  # token ids, loss mask
 
 
 def _pair_columns(settings: RowSettings) -> ColumnTypes:
@@ -166,20 +160,14 @@ def _pair_columns(settings: RowSettings) -> ColumnTypes:
     return {PROMPT_END_MOVED: ColumnType(np.bool_), **numbers}
 
 
-def _tokenise_pairs(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise_pairs(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield each pair as an example, [] if it is left out as too long."""
-    settings, tokenizer = reader.settings, reader.tokenizer
-    present: list[list[Any]] = [[*row.examples.values()] for row in rows if isinstance(row, ParsedRow)]
-    sequences = loss_mask.tokenise_examples(
-        [example for examples in present for example in examples], tokenizer, "completion", settings.template
-    )
-    prompts = loss_mask.example_prompt_ids(
-        [examples[0] for examples in present], tokenizer, settings.template
-    )
+    template, tokenizer = reader.settings.template, reader.tokenizer
+    present: list[list[Any]] = [[*row.examples.values()] for row in rows]
+    examples = [example for examples in present for example in examples]
+    sequences = loss_mask.tokenise_examples(examples, tokenizer, "completion", template)
+    prompts = loss_mask.example_prompt_ids([examples[0] for examples in present], tokenizer, template)
     for row in rows:
-        if isinstance(row, InvalidRow):
-            yield row
-            continue
         responses = {kind: next(sequences) for kind in row.examples}
         yield attempt(_pair_of, row, next(prompts), responses, reader)
 
@@ -190,32 +178,31 @@ PAIR_TASK = RowTask(formats.PAIRS, 13, "max_length", _tokenise_pairs, _pair_colu
 def _pair_of(
     row: ParsedRow,
     prompt: list[int] | InvalidRow,
-    outcomes: dict[str, MaskedTokens | InvalidRow],
+    outcomes: dict[str, WeightedTokens | InvalidRow],
     reader: Reader,
 ) -> list[TokenisedRow]:
     """Return the pair as an example, [] if it is left out as too long, or if its responses are equal when
     truncated. outcomes: the tokens of each response with the prompt.
     """
     name, settings, alone = row.name, reader.settings, valid(prompt)
-    responses = {kind: valid(outcome) for kind, outcome in outcomes.items()}
+    responses = {kind: valid(outcome)[:2] for kind, outcome in outcomes.items()}
     border, moved = _border(name, alone, responses, reader.tokenizer)
     responses = {
         kind: _mask_from_border(f"{name}: {kind}", border, response) for kind, response in responses.items()
     }
     if _are_equal(border, responses):
-        raise InvalidRow(
-            name,
-            "responses of the same tokens",
-            "chosen and rejected are the same tokens; change one or remove the row",
-        )
+        problem = "chosen and rejected are the same tokens; change one or remove the row"
+        raise InvalidRow(name, "responses of the same tokens", problem)
     longest = max(len(ids) for ids, _ in responses.values())
     total = sum(int(learned.sum()) for _, learned in responses.values())
-    truncated = longest > settings.max_length
+    limit, truncated = settings.max_length, longest > settings.max_length
     if truncated:
-        kept = _shortened(name, longest, responses, settings)
-        if kept is None or _are_equal(border, kept):
+        if settings.too_long == "error":
+            raise too_long(name, f"{longest} tokens of a response with its prompt are", limit)
+        responses = {kind: (ids[:limit], learned[:limit]) for kind, (ids, learned) in responses.items()}
+        has_room = all(learned.any() for _, learned in responses.values())
+        if settings.too_long == "drop" or not has_room or _are_equal(border, responses):
             return []
-        responses = kept
     targets = sum(int(learned.sum()) for _, learned in responses.values())
     extras = {PROMPT_END_MOVED: moved, **({NUMBERS: row.numbers} if row.numbers else {})}
     first, mask = next(iter(responses.values()))
@@ -230,14 +217,11 @@ def _pair_of(
 def _border(
     name: str, prompt: list[int], responses: dict[str, MaskedTokens], tokenizer: Any
 ) -> tuple[int, bool]:
-    """Return how many tokens of the prompt all sequences share, and whether a token spans the end of the
-    prompt, or the loss mask of loss_mask.tokenise_examples begins elsewhere.
-
-    prompt: tokens of the prompt alone. responses: tokens of the prompt with each response. Raises InvalidRow
-    if a response changes more than the prompt's last token.
+    """Return how many tokens of the prompt all sequences share, and whether a token spans its end, or the
+    loss mask begins elsewhere. prompt: its tokens alone. responses: tokens of the prompt with each response.
+    Raises InvalidRow if a response changes more than the prompt's last token.
     """
-    alone = np.asarray(prompt, np.int32)
-    border = min(_common_length(alone, ids) for ids, _ in responses.values())
+    border = len(commonprefix([prompt, *(ids.tolist() for ids, _ in responses.values())]))
     if border < len(prompt) - 1:
         lost = tokenizer.decode(prompt[border:])
         raise InvalidRow(
@@ -250,12 +234,6 @@ def _border(
         )
     begins = [int(learned[1:].argmax()) + 1 for _, learned in responses.values()]
     return border, border < len(prompt) or any(start != max(border, 1) for start in begins)
-
-
-def _common_length(a: np.ndarray, b: np.ndarray) -> int:
-    count = min(len(a), len(b))
-    differs = a[:count] != b[:count]
-    return int(differs.argmax()) if differs.any() else count
 
 
 def _mask_from_border(name: str, border: int, response: MaskedTokens) -> MaskedTokens:
@@ -274,24 +252,6 @@ def _mask_from_border(name: str, border: int, response: MaskedTokens) -> MaskedT
     learned[max(border, 1) : learned.argmax()] = True
     end = len(learned) - int(learned[::-1].argmax())
     return ids[:end], learned[:end]
-
-
-def _shortened(
-    name: str, longest: int, responses: dict[str, MaskedTokens], settings: RowSettings
-) -> dict[str, MaskedTokens] | None:
-    """Return the truncated sequences of a pair that is too long, None to leave the pair out: with
-    data.too_long=drop, or if its prompt leaves no room for a response. longest: tokens of its longest
-    sequence. Raises ValueError with data.too_long=error.
-    """
-    limit = settings.max_length
-    if settings.too_long == "error":
-        raise ValueError(
-            f"{name}: {longest} tokens of a response with its prompt are more than data.max_length={limit}; "
-            f"{remedy_for_too_long('max_length')}, or truncate"
-        )
-    kept = {kind: (ids[:limit], learned[:limit]) for kind, (ids, learned) in responses.items()}
-    whole = settings.too_long == "truncate" and all(learned.any() for _, learned in kept.values())
-    return kept if whole else None
 
 
 def _are_equal(border: int, responses: dict[str, MaskedTokens]) -> bool:
@@ -340,12 +300,12 @@ def _parse_prompts(format: ChosenFormat, rows: Iterable[Row], settings: RowSetti
     return (attempt(read, row) for row in rows)
 
 
-def _tokenise_prompts(rows: Sequence[ParsedRow | InvalidRow], reader: Reader) -> CutRows:
+def _tokenise_prompts(rows: Sequence[ParsedRow], reader: Reader) -> CutRows:
     """Yield each prompt as an example without a response, [] if it is left out as too long."""
-    prompts: list[Any] = [row.examples[PROMPT] for row in rows if isinstance(row, ParsedRow)]
+    prompts: list[Any] = [row.examples[PROMPT] for row in rows]
     tokenised = loss_mask.example_prompt_ids(prompts, reader.tokenizer, reader.settings.template)
-    for row in rows:
-        yield row if isinstance(row, InvalidRow) else attempt(_prompt_of, row, next(tokenised), reader)
+    for row, outcome in zip(rows, tokenised, strict=True):
+        yield attempt(_prompt_of, row, outcome, reader)
 
 
 def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) -> list[TokenisedRow]:
@@ -355,8 +315,8 @@ def _prompt_of(row: ParsedRow, outcome: list[int] | InvalidRow, reader: Reader) 
     if len(ids) > limit:
         if reader.settings.too_long == "error":
             raise ValueError(
-                f"{row.name}: the prompt has {len(ids)} tokens, more than data.max_prompt={limit}; "
-                f"{remedy_for_too_long('max_prompt')}"
+                f"{row.name}: the prompt has {len(ids)} tokens, more than data.max_prompt={limit}; raise "
+                "data.max_prompt or set data.too_long=drop"
             )
         return []
     text = np.frombuffer(json.dumps(row.fields, default=_json_of).encode(), np.uint8)
@@ -411,11 +371,8 @@ def row_prompt(row: Row, settings: RowSettings) -> Chat | Completion:
         return prompt
     name = EVERY_ROW if EVERY_ROW in tools else fields.get(ENVIRONMENT)
     if not isinstance(name, str) or name not in tools:
-        raise InvalidRow(
-            prompt.name,
-            "unknown environment",
-            f"column {ENVIRONMENT!r} is {name!r}, which names no environment; use {', '.join(tools)}",
-        )
+        problem = f"column {ENVIRONMENT!r} is {name!r}, which names no environment; use {', '.join(tools)}"
+        raise InvalidRow(prompt.name, "unknown environment", problem)
     if isinstance(prompt, Completion):
         prompt = Chat(prompt.name, ({"role": "user", "content": prompt.prompt},), 1, plain=True)
     return replace(prompt, tools=tools[name] or prompt.tools)

@@ -52,14 +52,10 @@ class Ragged:
         return Ragged(self.values.concatenate(other.values), np.concatenate([self.counts, other.counts]))
 
 
-def ragged_counts(name: str) -> str:
-    """Return the name of the column that stores how many values of an extra column each row has."""
-    return f"{name}_counts"
-
-
 def ragged(name: str, dtype: Any) -> ColumnTypes:
     """Return the types of an extra column with any number of values in a row, and of its counts."""
-    return {name: ColumnType(dtype, ragged_counts(name)), ragged_counts(name): ColumnType(np.int32)}
+    counts = f"{name}_counts"
+    return {name: ColumnType(dtype, counts), counts: ColumnType(np.int32)}
 
 
 def column_types(responses: int, extras: ColumnTypes) -> ColumnTypes:
@@ -178,10 +174,11 @@ class TokenisedRows:
         return np.cumsum(self.begins_row) - 1
 
     @property
-    def whole_ends(self) -> Int[np.ndarray, " sequences"]:
-        """The `ends`, without -1, of all examples that are not truncated and end their row."""
+    def end_counts(self) -> dict[int, int]:
+        """How often each token id ends an example that is not truncated and ends its row; see `ends`."""
         ends = self.ends[~self.truncated & np.append(self.pieces[1:] == 0, True)]
-        return ends[ends >= 0]
+        ids, counts = np.unique(ends[ends >= 0], return_counts=True)
+        return dict(zip(ids.tolist(), counts.tolist(), strict=True))
 
     def group_by(self, *pieces: int) -> Int[np.ndarray, " examples"]:
         """Number the groups of examples that have the same tokens in all `pieces`; piece 0 is the prompt.
@@ -199,27 +196,28 @@ class TokenisedRows:
         parts = np.split(content, np.flatnonzero(self.begins_row)[1:])
         return np.array([xxhash.xxh3_64_intdigest(part.tobytes()) for part in parts], np.uint64)
 
+    @cached_property
     def keys(self) -> tuple[str, ...]:
-        """Return a hash of each example's prompt and responses. With the same model, examples of one hash
-        have the same log-probs.
+        """A hash of each example's prompt and responses. With the same model, examples of one hash have the
+        same log-probs.
         """
-        return tuple(self._key(i) for i in range(len(self)))
-
-    def _key(self, example: int) -> str:
-        digest = hashlib.sha256()
-        pieces = zip(self.starts[example], self.counts[example], strict=True)
-        for number, (start, count) in enumerate(pieces):
-            digest.update(f"{number} {count} ".encode())
-            digest.update(self.ids[start : start + count].tobytes())
-            digest.update(self.learned[start : start + count].tobytes())
-        return digest.hexdigest()[:40]
+        keys = []
+        for starts, counts in zip(self.starts, self.counts, strict=True):
+            digest = hashlib.sha256()
+            for number, (start, count) in enumerate(zip(starts, counts, strict=True)):
+                digest.update(f"{number} {count} ".encode())
+                digest.update(self.ids[start : start + count].tobytes())
+                digest.update(self.learned[start : start + count].tobytes())
+            keys.append(digest.hexdigest()[:40])
+        return tuple(keys)
 
     def concatenate(self, other: "TokenisedRows") -> "TokenisedRows":
         """Return these examples and then the other's."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)} | {"extras": None}
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        columns = {name: x for name, x in columns.items() if isinstance(x, Flat | RowNames | np.ndarray)}
         return replace(
             self,
-            **{name: _joined(x, getattr(other, name)) for name, x in columns.items() if _is_column(x)},
+            **{name: _joined(x, getattr(other, name)) for name, x in columns.items()},
             extras={name: _joined(x, other.extras[name]) for name, x in self.extras.items()},
             digest=hashlib.sha256(f"{self.digest} {other.digest}".encode()).hexdigest(),
             largest_id=max(self.largest_id, other.largest_id),
@@ -231,10 +229,6 @@ class TokenisedRows:
             read=self.read + other.read,
             total=None if self.total is None or other.total is None else self.total + other.total,
         )
-
-
-def _is_column(value: Any) -> bool:
-    return isinstance(value, Flat | RowNames | Ragged | np.ndarray)
 
 
 def _joined(mine: Any, other: Any) -> Any:
@@ -284,9 +278,3 @@ def preview(rows: TokenisedRows, example: int, tokenizer: Any) -> str:
             "token spans both"
         )
     return "\n".join(lines)
-
-
-def count_ids(ids: Int[np.ndarray, " n"]) -> dict[int, int]:
-    """Return how often each token id occurs."""
-    ids_present, counts = np.unique(ids, return_counts=True)
-    return dict(zip(ids_present.tolist(), counts.tolist(), strict=True))

@@ -106,9 +106,8 @@ def further_columns(fields: Mapping[str, Any], optional: Iterable[str]) -> dict[
     """Return the row's synonyms of the columns system and input that it lacks, such as {"input": "context"}.
     optional: the optional columns of its format; a column that is not among them is not looked for.
     """
-    others = {
-        ours: other_name(fields, ours) for ours in FURTHER if ours in optional and fields.get(ours) is None
-    }
+    missing = [ours for ours in FURTHER if ours in optional and fields.get(ours) is None]
+    others = {ours: other_name(fields, ours) for ours in missing}
     return {ours: theirs for ours, theirs in others.items() if theirs is not None}
 
 
@@ -159,9 +158,7 @@ def suggested_columns(names: Sequence[str], ours: Sequence[str]) -> str:
 
 
 def _is_proposed(column: str, name: str) -> bool:
-    """Whether an error may propose a row's name for a column. Columns of PROPOSED_BY_NAME need a synonym, or
-    nearly the same name.
-    """
+    """Whether an error may propose a name; in PROPOSED_BY_NAME only a synonym or nearly the same name."""
     is_near = difflib.SequenceMatcher(None, column, name.strip().lower()).ratio() >= NEARER
     is_synonym = name.strip().lower() in COLUMN_SYNONYMS.get(column, ())
     return column not in PROPOSED_BY_NAME or is_near or is_synonym
@@ -177,19 +174,15 @@ def text_of(row: Row, column: str, empty: bool = False) -> str:
     """
     value = row.fields[column]
     if value is None:
-        raise row.invalid(
-            f"null in column {column!r}", f"column {column!r} is null; fill it or remove the row"
-        )
+        problem = f"column {column!r} is null; fill it or remove the row"
+        raise row.invalid(f"null in column {column!r}", problem)
     if not isinstance(value, str):
-        raise row.invalid(
-            f"column {column!r} of a wrong type",
-            f"column {column!r} must be a string, got {type(value).__name__}",
-        )
+        problem = f"column {column!r} must be a string, got {type(value).__name__}"
+        raise row.invalid(f"column {column!r} of a wrong type", problem)
     _encodable(row, column, value)
     if not empty and not value.strip():
-        raise row.invalid(
-            f"empty column {column!r}", f"column {column!r} is empty; fill it or remove the row"
-        )
+        problem = f"column {column!r} is empty; fill it or remove the row"
+        raise row.invalid(f"empty column {column!r}", problem)
     return value
 
 
@@ -197,10 +190,8 @@ def _encodable(row: Row, column: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise row.invalid(
-            "unpaired surrogate",
-            f"column {column!r} is not valid Unicode: it has an unpaired surrogate; fix the text",
-        ) from error
+        problem = f"column {column!r} is not valid Unicode: it has an unpaired surrogate; fix the text"
+        raise row.invalid("unpaired surrogate", problem) from error
 
 
 def json_of(row: Row, column: str) -> Any:
@@ -219,9 +210,8 @@ def list_of(row: Row, column: str) -> list[Any]:
     value = row.fields[column]
     value = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
     if not isinstance(value, list | tuple):
-        raise row.invalid(
-            f"column {column!r} of a wrong type", f"column {column!r} is {json_type(value)}; use a list"
-        )
+        problem = f"column {column!r} is {json_type(value)}; use a list"
+        raise row.invalid(f"column {column!r} of a wrong type", problem)
     return [*value]
 
 
@@ -299,10 +289,8 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
         problem = f"is {json_type(item)}"
         if isinstance(item, dict):
             problem = f"has the keys {', '.join(map(str, item))}" if item else "is empty"
-        raise row.invalid(
-            "message without role or content",
-            f"{where} {problem}; a message needs {role!r}, a string, and {content!r}",
-        )
+        problem = f"{where} {problem}; a message needs {role!r}, a string, and {content!r}"
+        raise row.invalid("message without role or content", problem)
     weight = message_weight(row, where, item)
     name = _role(item[role])
     if name is None:
@@ -322,48 +310,38 @@ def _message(row: Row, where: str, item: Any, keys: tuple[str, str]) -> Message:
     else:
         rest.pop("tool_calls", None)
     if text is None and "tool_calls" not in rest:
-        raise row.invalid(
-            "message without role or content", f"{where} has neither content nor tool calls; add one"
-        )
+        problem = f"{where} has neither content nor tool calls; add one"
+        raise row.invalid("message without role or content", problem)
     if name == "assistant" and not (text or "").strip() and "tool_calls" not in rest:
-        raise row.invalid(
-            "empty assistant turn", f"{where}, an assistant turn, is empty; fill it or remove the row"
-        )
+        problem = f"{where}, an assistant turn, is empty; fill it or remove the row"
+        raise row.invalid("empty assistant turn", problem)
     return {"role": name, "content": text, **rest}
 
 
 def _content(row: Row, where: str, content: Any) -> str | None:
     if isinstance(content, list) and all(isinstance(p, dict) for p in content):
-        other = next((p.get("type") for p in content if p.get("type") != "text"), None)
-        if other is not None:
-            raise row.invalid(
-                "content that is no text",
-                f"{where} has a content part of type {str(other)[:40]!r}; only text is supported: remove it",
-            )
-        if any(p.get("type") != "text" for p in content):
-            raise row.invalid(
-                "content that is no text",
-                f'{where} has a content part without a type; use {{"type": "text", "text": ...}}',
-            )
-        if not all(isinstance(p.get("text"), str) for p in content):
-            raise row.invalid(
-                "content of a wrong type",
-                f'{where} has a content part whose text is no string; use {{"type": "text", "text": ...}}',
-            )
+        use = 'use {"type": "text", "text": ...}'
+        for part in content:
+            kind = part.get("type")
+            if kind != "text":
+                of = f"without a type; {use}"
+                if kind is not None:
+                    of = f"of type {str(kind)[:40]!r}; only text is supported: remove it"
+                raise row.invalid("content that is no text", f"{where} has a content part {of}")
+            if not isinstance(part.get("text"), str):
+                problem = f"{where} has a content part whose text is no string; {use}"
+                raise row.invalid("content of a wrong type", problem)
         content = "".join(p["text"] for p in content)
     if content is not None and not isinstance(content, str):
-        raise row.invalid(
-            "content of a wrong type", f"{where} has content of type {type(content).__name__}; use a string"
-        )
+        problem = f"{where} has content of type {type(content).__name__}; use a string"
+        raise row.invalid("content of a wrong type", problem)
     if content:
         _encodable(row, where, content)
     return content
 
 
 def _calls_of_text(row: Row, where: str, text: str | None) -> list[dict[str, Any]]:
-    """Return the tool calls of a "function_call" turn, whose text is JSON: an object {"name", "arguments"} or
-    a list of such objects.
-    """
+    """Return the tool calls of a "function_call" turn, whose text is the JSON of a call or of a list."""
     calls = _parsed(text or "")
     calls = [calls] if isinstance(calls, dict) else calls
     if not (isinstance(calls, list) and calls and all(isinstance(c, dict) and "name" in c for c in calls)):
@@ -393,9 +371,8 @@ def _tool_call(row: Row, where: str, call: dict[str, Any]) -> dict[str, Any]:
     if isinstance(call.get("function"), dict):
         return {**call, "function": _tool_call(row, where, call["function"])}
     if not (isinstance(call.get("name"), str) and call["name"].strip()):
-        raise row.invalid(
-            "tool call without a name", f"{where} calls a tool without a name; fix or remove the row"
-        )
+        problem = f"{where} calls a tool without a name; fix or remove the row"
+        raise row.invalid("tool call without a name", problem)
     arguments = call.get("arguments")
     if not isinstance(arguments, str):
         return call
@@ -449,10 +426,8 @@ def with_system(row: Row, turns: list[Message]) -> list[Message]:
     if not turns or turns[0]["role"] != "system":
         return [system, *turns]
     if turns[0]["content"].strip() != system["content"].strip():
-        raise row.invalid(
-            "two system messages",
-            "column 'system' differs from the first message, a system message too; remove one of them",
-        )
+        problem = "column 'system' differs from the first message, a system message too; remove one of them"
+        raise row.invalid("two system messages", problem)
     return turns
 
 

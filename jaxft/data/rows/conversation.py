@@ -101,9 +101,8 @@ def chat_of(
     """
     asked = turns[response - 1] if response else None
     if asked and asked["role"] == "user" and not (asked["content"] or "").strip():
-        raise row.invalid(
-            "empty prompt", "the prompt ends with an empty user turn; fill it or remove the row"
-        )
+        problem = "the prompt ends with an empty user turn; fill it or remove the row"
+        raise row.invalid("empty prompt", problem)
     tools, arguments = tools_of(row), template_arguments_of(row)
     messages, weights = split_weights(turns)
     return Chat(row.name, messages, response, instruction, tools, arguments, given, weights)
@@ -127,18 +126,15 @@ def compared_chats(row: Row, prompt_column: str | None, columns: Columns) -> dic
     for kind, turns in split.responses.items():
         _check_response(row, columns[kind], turns)
     if split.prompt and split.prompt[-1]["role"] == "assistant":
-        raise row.invalid(
-            "prompt that ends with an assistant turn",
-            "the prompt ends with an assistant turn; move that turn into the responses",
-        )
+        problem = "the prompt ends with an assistant turn; move that turn into the responses"
+        raise row.invalid("prompt that ends with an assistant turn", problem)
     return {kind: without_weights(chat) for kind, chat in chats_of(row, split).items()}
 
 
 def _check_response(row: Row, column: str, turns: Turns) -> None:
     if not turns or not ((turns[-1]["content"] or "").strip() or turns[-1].get("tool_calls")):
-        raise row.invalid(
-            "empty response", f"the response in column {column!r} is empty; fill it or remove the row"
-        )
+        problem = f"the response in column {column!r} is empty; fill it or remove the row"
+        raise row.invalid("empty response", problem)
     for end, turn in (("begins", turns[0]), ("ends", turns[-1])):
         if turn["role"] != "assistant":
             raise row.invalid(
@@ -157,19 +153,16 @@ def plain_texts(row: Row, responses: Columns) -> dict[str, Completion]:
 def _plain_prompt(row: Row, empty: bool = False) -> str:
     for column in ("system", "tools", "chat_template_kwargs"):
         if row.fields.get(column):
-            raise row.invalid(
-                f"column {column!r} with plain text",
-                f"column {column!r} has no meaning in plain text; remove it, or set data.format=auto",
-            )
+            problem = f"column {column!r} has no meaning in plain text; remove it, or set data.format=auto"
+            raise row.invalid(f"column {column!r} with plain text", problem)
     return text_of(row, "prompt", empty)
 
 
 def require_difference(row: Row, responses: dict) -> None:
     """Raise InvalidRow if the chosen and the rejected response are the same."""
     if "chosen" in responses and responses.get("rejected") == responses["chosen"]:
-        raise row.invalid(
-            "identical responses", "chosen and rejected are identical; change one or remove the row"
-        )
+        problem = "chosen and rejected are identical; change one or remove the row"
+        raise row.invalid("identical responses", problem)
 
 
 # ---- prompts without responses, of any kind of row
@@ -296,10 +289,8 @@ def _read(row: Row, reading: _Reading) -> SplitRow:
         return split_row(row, reading.column, responses)
     prompt, instruction = _prompt(row, responses)
     if prompt[-1]["role"] == "assistant":
-        raise row.invalid(
-            "prompt that ends with an assistant turn",
-            "the prompt ends with an assistant turn; move that turn into the response",
-        )
+        problem = "the prompt ends with an assistant turn; move that turn into the response"
+        raise row.invalid("prompt that ends with an assistant turn", problem)
     return SplitRow(prompt, {}, instruction)
 
 
@@ -388,9 +379,7 @@ def _turns(row: Row, column: str) -> Turns:
 
 
 def _after(row: Row, column: str, prompt: Turns) -> Turns:
-    """Return the turns after the prompt. The column has only these or the full conversation. Raises
-    InvalidRow if it has neither.
-    """
+    """Return a column's turns after the prompt, which it may begin with. Raises InvalidRow for others."""
     turns = _turns(row, column)
     if turns[0]["role"] != "system" and prompt and prompt[0]["role"] == "system":
         prompt = prompt[1:]  # the column `system` is not repeated in the responses
@@ -416,14 +405,11 @@ def _split_conversations(row: Row, columns: Columns) -> SplitRow:
     pair = {kind: column for kind, column in columns.items() if kind != "gold"}
     values = [json_of(row, column) for column in pair.values()]
     if all(isinstance(value, str) for value in values):
-        split = _split_dialogues(
-            row, {kind: dialogue_of(row, c, text_of(row, c)) for kind, c in pair.items()}
-        )
+        dialogues = {kind: dialogue_of(row, c, text_of(row, c)) for kind, c in pair.items()}
+        split = _split_dialogues(row, dialogues)
     elif any(isinstance(value, str) for value in values):
-        raise row.invalid(
-            "responses of different types",
-            "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages",
-        )
+        problem = "only one of 'chosen' and 'rejected' is a string; use two strings or two lists of messages"
+        raise row.invalid("responses of different types", problem)
     else:
         split = _split_at_difference(row, {kind: _turns(row, column) for kind, column in pair.items()})
     prompt = with_system(row, split.prompt)
@@ -451,9 +437,7 @@ def _split_at_difference(row: Row, whole: dict[str, Turns]) -> SplitRow:
 
 
 def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
-    """Split dialogues that differ only in their last turn into prompt and responses. whole: the turns of
-    each dialogue, by the kind of its response.
-    """
+    """Split dialogues that differ in their last turn alone. whole: the turns of each, by kind."""
     require_difference(row, whole)
     prompt, *others = [turns[:-1] for turns in whole.values()]
     if any(other != prompt for other in others):
@@ -464,8 +448,6 @@ def _split_dialogues(row: Row, whole: dict[str, Turns]) -> SplitRow:
             "turn differs, or remove it",
         )
     if not prompt:
-        raise row.invalid(
-            "dialogue without a prompt",
-            "a dialogue needs a prompt and a response; use '\\n\\nHuman: ...\\n\\nAssistant: ...'",
-        )
+        problem = "a dialogue needs a prompt and a response; use '\\n\\nHuman: ...\\n\\nAssistant: ...'"
+        raise row.invalid("dialogue without a prompt", problem)
     return SplitRow(prompt, {kind: turns[-1:] for kind, turns in whole.items()})

@@ -18,7 +18,7 @@ import xxhash
 from jaxft.data.progress import RowProgress
 from jaxft.data.rows import row_files
 from jaxft.data.rows.invalid import InvalidRows, attempt, valid
-from jaxft.data.rows.remote import RemoteFile, is_remote, remote_batches, remote_files
+from jaxft.data.rows.remote import RemoteFile, file_name, is_remote, remote_batches, remote_files
 from jaxft.data.rows.row_files import Chunk, Outcome, Row
 from jaxft.data.rows.shipped import ROOT
 from jaxft.data.rows.text_files import (
@@ -89,16 +89,21 @@ def find_data(ref: str) -> Path | None:
 
     FOLDER:SPLIT is the folder of a split that DatasetDict.save_to_disk has written.
     """
-    candidates = [Path(ref).expanduser()]
-    if not candidates[0].is_absolute():
-        candidates.append(ROOT / ref)
-    existing = next((path for path in candidates if path.exists()), None)
+    existing = next((path for path in (Path(ref).expanduser(), ROOT / ref) if path.exists()), None)
     folder, _, split = ref.rpartition(":")
     if existing is None and folder and split:
         parent = find_data(folder)
         if parent is not None and split in saved_splits(parent):
             return parent / split
     return existing
+
+
+def try_find(ref: str) -> Path | None:
+    """Return find_data(ref), and None for a text such as a list of files that is too long for a name."""
+    try:
+        return find_data(ref)
+    except OSError:
+        return None
 
 
 def saved_splits(path: Path) -> list[str]:
@@ -115,10 +120,7 @@ def evaluation_split(ref: str) -> str | None:
     """Return FOLDER:SPLIT for the evaluation split of a folder that DatasetDict.save_to_disk has written;
     None without such a split.
     """
-    try:
-        path = find_data(ref)
-    except OSError:  # a list of files that is too long for a name
-        return None
+    path = try_find(ref)
     splits = saved_splits(path) if path is not None else []
     return next((f"{ref}:{name}" for name in _EVALUATION_SPLITS if name in splits), None)
 
@@ -175,7 +177,11 @@ def list_chunks(ref: str, used: tuple[str, ...] | None = None, sample_by: str = 
     path = find_data(ref)
     if path is not None:
         return _list_local(path, used, sample_by)
-    _require_split(ref)
+    folder, _, split = ref.rpartition(":")
+    parent = find_data(folder) if folder else None
+    splits = saved_splits(parent) if parent is not None else []
+    if splits:
+        raise ValueError(f"{folder}: the folder has no split {split!r}; use {' or '.join(splits)}")
     if Path(ref).suffix not in SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+){1,2}(:[^/\s]+)?", ref):
         return _list_hub(ref)
     places = " or ".join(map(str, dict.fromkeys([Path.cwd(), ROOT])))
@@ -187,7 +193,7 @@ def list_chunks(ref: str, used: tuple[str, ...] | None = None, sample_by: str = 
 
 
 def _list_remote(files: list[RemoteFile], used: tuple[str, ...] | None) -> Listing:
-    names = [file.name for file in files]  # of several folders
+    names = [file_name(file.url) for file in files]  # of several folders
     labels = tuple(names if len({*names}) == len(names) else map(str, files))
     digest = xxhash.xxh3_128(repr([(file.url, file.size, file.version) for file in files]).encode())
 
@@ -216,16 +222,7 @@ def _list_local(path: Path, used: tuple[str, ...] | None, sample_by: str) -> Lis
     if path.is_dir() and all((path / name).is_file() for name in SAVED):
         return _list_saved(path)
     folder, files, notes = _files(path)
-    return _list_files(folder, files, _How(used, sample_by), notes)
-
-
-def _require_split(ref: str) -> None:
-    """Raise ValueError for a split that a folder of splits lacks."""
-    folder, _, split = ref.rpartition(":")
-    path = find_data(folder) if folder else None
-    splits = saved_splits(path) if path is not None else []
-    if splits:
-        raise ValueError(f"{folder}: the folder has no split {split!r}; use {' or '.join(splits)}")
+    return _list_files(folder, files, used, sample_by, notes)
 
 
 def _files(path: Path) -> tuple[Path, list[Path], list[str]]:
@@ -244,17 +241,15 @@ def _files(path: Path) -> tuple[Path, list[Path], list[str]]:
         return path, texts, _split_notes(path, texts)
     about = ("readme", "license", "licence", "notice", "citation", "changelog")
     unread = [text for text in texts if not text.stem.lower().startswith(about)]
-    note = (
-        f"{path.name}: its {len(unread)} text files, such as {unread[0].name}, are not read" if unread else ""
-    )
-    notes = [f"{note}: it has files of rows, such as {files[0].name}"] if note else []
-    return path, [_regular(file) for file in files], [*notes, *_split_notes(path, files)]
+    notes = _split_notes(path, files)
+    if unread:
+        note = f"its {len(unread)} text files, such as {unread[0].name}, are not read"
+        notes.insert(0, f"{path.name}: {note}: it has files of rows, such as {files[0].name}")
+    return path, [_regular(file) for file in files], notes
 
 
 def _split_notes(folder: Path, files: list[Path]) -> list[str]:
-    """Return a line if a folder has files named like a training split and files named like an evaluation
-    split: all of them are read for training.
-    """
+    """Return a line if files named like training and evaluation splits are all read for training."""
     words = {file.name: set(re.split(r"[^a-z]+", file.stem.lower())) for file in files}
     train = [name for name, parts in words.items() if "train" in parts]
     others = [name for name, parts in words.items() if parts & {*_EVALUATION_SPLITS}]
@@ -273,13 +268,6 @@ def _regular(path: Path) -> Path:
     return path
 
 
-class _How(NamedTuple):
-    """Options of reading: `used` and `sample_by` of list_chunks."""
-
-    used: tuple[str, ...] | None
-    sample_by: str
-
-
 class _Scanned(NamedTuple):
     """A file that was read once. chunks, rows, size, notes: as in Listing."""
 
@@ -289,16 +277,18 @@ class _Scanned(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) -> Listing:
+def _list_files(
+    folder: Path, files: list[Path], used: tuple[str, ...] | None, sample_by: str, notes: list[str]
+) -> Listing:
     digest, scans, labels = xxhash.xxh3_128(), list[_Scanned](), list[str]()
     for path in files:
         is_text = path.suffix.lower() in TEXT_SUFFIXES
         labels.append(path.relative_to(folder).as_posix() if is_text else path.name)
         with row_files.named_errors(path):
-            scans.append(_scan_file(path, labels[-1], how, digest.update))
+            scans.append(_scan_file(path, labels[-1], used, sample_by, digest.update))
         digest.update(path.stat().st_size.to_bytes(8, "little"))
-        if is_text and how.sample_by != DOCUMENT:
-            digest.update(how.sample_by.encode())
+        if is_text and sample_by != DOCUMENT:
+            digest.update(sample_by.encode())
 
     def chunks() -> Iterator[Chunk]:
         if all(path.suffix.lower() in TEXT_SUFFIXES for path in files):  # small files share chunks
@@ -313,15 +303,17 @@ def _list_files(folder: Path, files: list[Path], how: _How, notes: list[str]) ->
     return Listing(tuple(labels), str(folder), digest.hexdigest(), size, chunks, rows, tuple(few))
 
 
-def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], object]) -> _Scanned:
-    """Read a file once and return its chunks. label: the prefix of its rows' names. report: receives the
-    file's bytes."""
+def _scan_file(
+    path: Path, label: str, used: tuple[str, ...] | None, sample_by: str, report: row_files.Blocks
+) -> _Scanned:
+    """Read a file once and return its chunks. label: prefix of its rows' names. report: gets its bytes."""
+    read: _ReadFile
     size = path.stat().st_size
     if path.suffix == ".jsonl" or (path.suffix == ".json" and row_files.has_json_lines(path)):
         encoding = wide_encoding(path)
         if encoding is not None:  # its bytes cannot be divided into lines
             _scan_bytes(path, report)
-            read: _ReadFile = partial(row_files.read_wide_lines, encoding=encoding)
+            read = partial(row_files.read_wide_lines, encoding=encoding)
             return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
         lines = row_files.scan_lines(path, report)
         return _Scanned(lambda: lines, size, sum(chunk.size for chunk in lines))
@@ -331,15 +323,14 @@ def _scan_file(path: Path, label: str, how: _How, report: Callable[[bytes], obje
         return _Scanned(lambda: _windows(path, label, row_files.read_json), size)
     if suffix in CSV_SUFFIXES:
         text = sniff_csv(path)
-        return _Scanned(
-            lambda: _windows(path, label, partial(read_csv, text=text)), size, None, text.notes(path)
-        )
+        read = partial(read_csv, text=text)
+        return _Scanned(lambda: _windows(path, label, read), size, None, text.notes(path))
     if suffix in TEXT_SUFFIXES:
         encoding = sniff_encoding(path)
-        read = partial(read_text, label=label, encoding=encoding, sample_by=how.sample_by)
+        read = partial(read_text, label=label, encoding=encoding, sample_by=sample_by)
         return _Scanned(lambda: _windows(path, label, read), size, None, encoding_note(path, encoding))
     if suffix == ".parquet":
-        chunks, unpacked = row_files.scan_groups(path, how.used)
+        chunks, unpacked = row_files.scan_groups(path, used)
         return _Scanned(lambda: chunks, max(size, unpacked), sum(chunk.size for chunk in chunks))
     raise ValueError(f"{path}: unknown file type {suffix!r}; use one of {', '.join(SUFFIXES)}")
 
@@ -423,7 +414,7 @@ def _list_items(items: list[dict[str, Any]], where: str, label: str) -> Listing:
     )
 
 
-def _scan_bytes(path: Path, report: Callable[[bytes], object]) -> None:
+def _scan_bytes(path: Path, report: row_files.Blocks) -> None:
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 20):
             report(block)

@@ -58,7 +58,6 @@ class Solution:
     prompt: str
     steps: tuple[str, ...]
     labels: tuple[bool, ...]
-    weight: float = 1.0
 
 
 ANSWER_PREFIX = "choice#"
@@ -159,10 +158,8 @@ def has_placeholder(example: Example) -> bool:
         case Chat(messages=messages, response=response):
             turns = messages[response:] or messages[-1:]
             return any(not turn.get("tool_calls") and is_placeholder(turn["content"] or "") for turn in turns)
-        case Completion(prompt=prompt, completion=""):
-            return is_placeholder(prompt)
-        case Completion(completion=text):
-            return is_placeholder(text)
+        case Completion(prompt=prompt, completion=text):
+            return is_placeholder(text or prompt)
         case Solution(steps=steps):
             return all(map(is_placeholder, steps))
         case Text(text=text):
@@ -174,24 +171,6 @@ def has_placeholder(example: Example) -> bool:
 # ---- weights of rows and messages: the column `weight`, and the keys `weight` and `train` of a message
 
 
-def row_weight(row: Row) -> float:
-    """Return the factor of a row's loss weights: its column `weight`, 1 if that is missing, null or "".
-
-    Raises InvalidRow for anything but a finite number of at least 0.
-    """
-    value = row.fields.get("weight")
-    if value is None or value == "":
-        return 1.0
-    weight = _number(value)
-    if weight is None:
-        raise row.invalid(
-            "weight that is no number",
-            f"column 'weight' is {repr(value)[:40]}; use a finite number of at least 0, or rename the "
-            "column if it is not a loss weight",
-        )
-    return weight
-
-
 def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | None:
     """Return the loss weight of a message's tokens, None if it has neither `train` (Axolotl: true or false)
     nor `weight` (OpenAI: 0 or 1; here any number from 0 on). where: the message as errors name it. Raises
@@ -199,34 +178,27 @@ def message_weight(row: Row, where: str, message: dict[str, Any]) -> float | Non
     """
     train, value = message.get("train"), message.get("weight")
     if train not in (None, True, False):
-        raise row.invalid(
-            "train that is no boolean", f"{where} has train={repr(train)[:40]}; use true or false"
-        )
-    weight = None if value is None else _number(value)
-    if value is not None and weight is None:
-        raise row.invalid(
-            "weight that is no number",
-            f"{where} has weight={repr(value)[:40]}; use a finite number of at least 0",
-        )
+        problem = f"{where} has train={repr(train)[:40]}; use true or false"
+        raise row.invalid("train that is no boolean", problem)
+    weight = parse_number(value)
+    if value is not None and (weight is None or weight < 0):
+        problem = f"{where} has weight={repr(value)[:40]}; use a finite number of at least 0"
+        raise row.invalid("weight that is no number", problem)
     if train is None or weight is None:
         return weight if train is None else float(train)
     if bool(train) != (weight > 0):
-        raise row.invalid(
-            "contradicting weights",
-            f"{where} has train={bool(train)} and weight={weight:g}; remove one of them",
-        )
+        problem = f"{where} has train={bool(train)} and weight={weight:g}; remove one of them"
+        raise row.invalid("contradicting weights", problem)
     return weight
 
 
-def _number(value: Any) -> float | None:
-    """Return a value, or its text as in CSV files, as a finite number of at least 0; None for any other
-    value.
-    """
+def parse_number(value: Any) -> float | None:
+    """Return a value, or its text as in CSV files, as a finite number; None for any other value."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if 0 <= number < math.inf else None
+    return number if math.isfinite(number) else None
 
 
 def split_weights(messages: Sequence[Message]) -> tuple[tuple[Message, ...], dict[int, float]]:
@@ -254,9 +226,8 @@ def target_weights(chat: Chat, loss_on: str) -> dict[int, float]:
         return learned
     if chat.weights.keys() & set(turns):
         problem = "no assistant turn is learned: all have weight 0 or train=false"
-        raise InvalidRow(
-            chat.name, "no learned turn", f"the loss mask is empty because {problem}; remove the row"
-        )
+        problem = f"the loss mask is empty because {problem}; remove the row"
+        raise InvalidRow(chat.name, "no learned turn", problem)
     roles = ", ".join(dict.fromkeys(m["role"] for m in chat.messages))
     problem = "the loss mask is empty because there is no assistant turn, only turns of the roles "
     problem += f"{roles}; add one or set data.loss_on=all"

@@ -13,15 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from jaxft.data.decisions import (
-    DECISION,
-    LABEL,
-    NO_LABEL,
-    VALUE,
-    answer_readings,
-    label_names,
-    reading_of,
-)
+from jaxft.data.decisions import DECISION, LABEL, NO_LABEL, VALUE, answer_readings, label_names, reading_of
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import (
     COLUMN_SYNONYMS,
@@ -55,6 +47,7 @@ from jaxft.data.rows.row_files import Row
 Formats = Mapping[str, RowFormat]
 TEXT = "text"  # the format, and its column
 MOST_LABELS = 100  # that are counted
+OtherNames = tuple[tuple[str, str], ...]  # (name in the format, name in the dataset) of columns
 
 
 class ChosenFormat(NamedTuple):
@@ -68,16 +61,16 @@ class ChosenFormat(NamedTuple):
 
     name: str
     plain: bool = False
-    columns: tuple[tuple[str, str], ...] = ()
-    unread: tuple[tuple[str, str], ...] = ()
+    columns: OtherNames = ()
+    unread: OtherNames = ()
     labels: tuple[str, ...] = ()
     reading: str = VALUE
 
     @classmethod
     def of(cls, stored: list[Any]) -> "ChosenFormat":
         """Return the format that a cache file stores as a JSON list."""
-        items: list[Any] = [tuple(map(_as_item, x)) if isinstance(x, list) else x for x in stored]
-        return cls(*items)
+        name, plain, columns, unread, labels, reading = stored
+        return cls(name, plain, tuple(map(tuple, columns)), tuple(map(tuple, unread)), tuple(labels), reading)
 
     def note(self) -> list[str]:
         """Return a line about columns or labels that may be read otherwise than expected, [] without any."""
@@ -98,10 +91,6 @@ class ChosenFormat(NamedTuple):
         return [f"columns are read by other names: {read} (data.columns={setting})"]
 
 
-def _as_item(stored: Any) -> Any:
-    return tuple(stored) if isinstance(stored, list) else stored
-
-
 def parse_rows(
     format: ChosenFormat, rows: Iterable[Row], settings: RowSettings, task: str
 ) -> Iterator[ParsedRow | InvalidRow]:
@@ -110,9 +99,10 @@ def parse_rows(
     chosen, order_by = formats[format.name], settings.order_by
     settings = replace(settings, labels=format.labels or settings.labels, reading=format.reading)
 
-    def convert(row: Row | InvalidRow) -> ParsedRow:
-        require_text_alone(valid(row))
-        row = chosen.rewrite(valid(row), settings)
+    def convert(row: Row) -> ParsedRow:
+        row = _require_columns(_rename(row, names), format.name, formats)
+        require_text_alone(row)
+        row = chosen.rewrite(row, settings)
         row = with_ratings(row, settings) if "rank_2" in settings.kinds else row
         examples, weight = chosen.parse(row, settings), chosen.weight(row, settings)
         numbers = tuple(number_of(row, column, "data.extras") for column in settings.extras)
@@ -124,7 +114,8 @@ def parse_rows(
     def named(text: str) -> str:
         return re.sub(r"column '(\w+)'", lambda m: f"column {theirs.get(m[1], m[1])!r}", text)
 
-    for row in rename_rows(format, rows, settings.columns, formats):
+    names = _Names.of(settings.columns, formats)._replace(others=format.columns)
+    for row in rows:
         parsed = attempt(convert, row)
         if theirs and isinstance(parsed, InvalidRow):
             parsed = InvalidRow(parsed.name, named(parsed.reason), named(parsed.problem))
@@ -161,7 +152,7 @@ def prompt_of(row: Row, format: str = "auto") -> Chat | Completion:
 
 
 @lru_cache(maxsize=1024)
-def _prompt_format(names: tuple[str, ...]) -> tuple[RowFormat | None, tuple[tuple[str, str], ...]]:
+def _prompt_format(names: tuple[str, ...]) -> tuple[RowFormat | None, OtherNames]:
     """Return the format of rows with these columns, and (ours, theirs) of its columns with other names. None
     for rows whose prompt is in one of PROMPT_COLUMNS, or that fit no format.
     """
@@ -260,7 +251,7 @@ def choose_format(
     Raises the first row's InvalidRow if no row fits any format, and ValueError for wrong settings.
     """
     mapping, plain = _column_mapping(columns, formats), format == PLAIN
-    chosen, others = format, tuple[tuple[str, str], ...]()
+    chosen, others = format, OtherNames()
     if format in ("auto", PLAIN):
         chosen, others = _most_common_format(counts, set(mapping), formats)
         others = tuple(item for item in others if not (plain and item[0] in FURTHER))
@@ -283,7 +274,7 @@ def _with_synonyms(row: Row, columns: Sequence[str]) -> Row:
     return Row(row.name, {**row.fields, **{x: row.fields[y] for x, y in others.items() if y is not None}})
 
 
-def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[str, str], ...]:
+def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> OtherNames:
     """Return ChosenFormat.unread, from the columns that the most rows have."""
     _, row = max(counts.rows.values(), key=lambda read: read[0])
     if chosen != TEXT:
@@ -293,7 +284,7 @@ def _unread(counts: ColumnCounts, chosen: str, formats: Formats) -> tuple[tuple[
     return () if isinstance(read, InvalidRow) else read[1]
 
 
-def unread_columns(format: ChosenFormat, row: Row, columns: Sequence[str], formats: Formats) -> list[str]:
+def unread_columns(format: ChosenFormat, columns: Sequence[str], formats: Formats, row: Row) -> list[str]:
     """Return the columns of a row that its format does not read and whose text has several words."""
     names = _Names.of(columns, formats)._replace(others=format.columns)
     read = {*formats[format.name].columns, *MEDIA}
@@ -303,28 +294,13 @@ def unread_columns(format: ChosenFormat, row: Row, columns: Sequence[str], forma
     return [str(name) for name, x in texts.items() if isinstance(x, str) and len(x.split()) > 1]
 
 
-def rename_rows(
-    format: ChosenFormat, rows: Iterable[Row], columns: Sequence[str], formats: Formats
-) -> Iterator[Row | InvalidRow]:
-    """Yield the rows with renamed columns, or an InvalidRow for one without a column that format requires."""
-    names = _Names.of(columns, formats)
-    names = names._replace(others=format.columns)
-
-    def rename(row: Row) -> Row:
-        return _require_columns(_rename(row, names), format.name, formats)
-
-    return (attempt(rename, row) for row in rows)
-
-
-def _most_common_format(
-    counts: ColumnCounts, mapped: set[str], formats: Formats
-) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _most_common_format(counts: ColumnCounts, mapped: set[str], formats: Formats) -> tuple[str, OtherNames]:
     """Return the format that most rows fit, and (ours, theirs) of its columns that are read by synonyms:
     optional ones, and required ones if no row fits a format without synonyms. mapped: the columns that
     data.columns sets. Raises the first row's InvalidRow if no row fits a format with synonyms either.
     """
     for detect in (_detect_as_named, _detect_by_other_names):
-        votes: Counter[tuple[str, tuple[tuple[str, str], ...]]] = Counter()
+        votes: Counter[tuple[str, OtherNames]] = Counter()
         rows = defaultdict[Any, list[Row]](list)
         for count, row in counts.rows.values():
             detected = attempt(detect, row, mapped, formats)
@@ -340,13 +316,11 @@ def _most_common_format(
     return _detect_as_named(valid(counts.first), mapped, formats)
 
 
-def _detect_as_named(row: Row, mapped: set[str], formats: Formats) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _detect_as_named(row: Row, mapped: set[str], formats: Formats) -> tuple[str, OtherNames]:
     return _detect(row, mapped, formats), ()
 
 
-def _detect_by_other_names(
-    row: Row, mapped: set[str], formats: Formats
-) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _detect_by_other_names(row: Row, mapped: set[str], formats: Formats) -> tuple[str, OtherNames]:
     """Return the format that a row fits with the fewest COLUMN_SYNONYMS, and (ours, theirs) of these. A
     question with a context is an instruction with an input.
     """
@@ -430,7 +404,7 @@ class _Names(NamedTuple):
     known: frozenset[str]
     optional: frozenset[str]
     spellings: frozenset[str]
-    others: tuple[tuple[str, str], ...] = ()
+    others: OtherNames = ()
 
     @classmethod
     def of(cls, columns: Sequence[str], formats: Formats) -> "_Names":
@@ -536,10 +510,8 @@ def _nearest_columns(names: Sequence[str], formats: Formats) -> list[str]:
     format lacks all its columns, return the columns of an example format.
     """
     near: list[tuple[int, int, list[str]]] = []
-    named = [
-        candidate for candidate in formats.values() if candidate.listed and candidate.rewrite is own_columns
-    ]
-    for groups in (candidate.required for candidate in named):
+    named = (x for x in formats.values() if x.listed and x.rewrite is own_columns)
+    for groups in (x.required for x in named):
         missing = [group for group in groups if not {*group} & {*names}]
         meant = meant_columns(names, [column for group in missing for column in group])
         columns = [next((c for c in group if c in meant), group[0]) for group in missing]

@@ -11,7 +11,6 @@ rankings: published_formats.py. Decisions: decisions.py. Prompts without respons
 of all formats: conversation.py.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +29,7 @@ from jaxft.data.rows.conversation import (
     response_index,
     split_row,
 )
-from jaxft.data.rows.example import RESPONSE, Example, Solution, Text, row_weight
+from jaxft.data.rows.example import RESPONSE, Example, Solution, Text, parse_number
 from jaxft.data.rows.published_formats import (
     PROMPT,
     RANKED,
@@ -93,10 +92,8 @@ def response_column(row: Row) -> str:
     columns = [c for c in _ANSWER if c in row.fields]
     names = [c for c in columns if row.fields[c] is not None] or columns[:1]
     if len(names) > 1:
-        raise row.invalid(
-            "two response columns",
-            "the row has both 'response' and 'output'; choose one with data.columns=response=...",
-        )
+        problem = "the row has both 'response' and 'output'; choose one with data.columns=response=..."
+        raise row.invalid("two response columns", problem)
     return names[0]
 
 
@@ -139,10 +136,8 @@ def _is_refused(row: Row) -> bool:
 def _label(row: Row, where: str, value: Any) -> bool:
     label = _LABELS.get(str(value).strip().lower())
     if label is None:
-        raise row.invalid(
-            "label that is neither true nor false",
-            f"{where} is {repr(value)[:40]}; use true or false (or 1 or 0)",
-        )
+        problem = f"{where} is {repr(value)[:40]}; use true or false (or 1 or 0)"
+        raise row.invalid("label that is neither true nor false", problem)
     return label
 
 
@@ -170,15 +165,18 @@ def _compared(row: Row, settings: RowSettings, prompt: str | None, columns: Colu
 def _steps(row: Row, settings: RowSettings) -> dict[str, Example]:
     """Return the steps of a solution with their labels."""
     steps, labels = list_of(row, "completions"), list_of(row, "labels")
-    if not steps or len(steps) != len(labels):
+    if not steps:
+        raise row.invalid(
+            "no steps", "'completions' is empty; add the steps of the solution, or remove the row"
+        )
+    if len(steps) != len(labels):
         raise row.invalid(
             "steps without labels",
             f"the row has {len(steps)} steps in 'completions' and {len(labels)} entries in 'labels'; use one "
             "label for each step",
         )
-    texts = [
-        text_of(Row(row.name, {f"completions[{i}]": x}), f"completions[{i}]") for i, x in enumerate(steps)
-    ]
+    named = {f"completions[{i}]": x for i, x in enumerate(steps)}
+    texts = [text_of(Row(row.name, named), name) for name in named]
     right = tuple(_label(row, f"labels[{i}]", label) for i, label in enumerate(labels))
     return {RESPONSE: Solution(row.name, text_of(row, "prompt"), tuple(texts), right)}
 
@@ -203,7 +201,9 @@ def _with_choices(row: Row) -> Row:
 
 
 def _pair_weight(row: Row, settings: RowSettings) -> float:
-    """Return the number in the column data.weight_column, 1 without one."""
+    """Return the number in the column data.weight_column; 1 if that is None. Raises InvalidRow for a missing,
+    negative or non-finite number, and for any other value.
+    """
     column = settings.weight_column
     weight = 1.0 if column is None else number_of(row, column, "data.weight_column")
     if weight < 0:
@@ -212,7 +212,16 @@ def _pair_weight(row: Row, settings: RowSettings) -> float:
 
 
 def _row_weight(row: Row, settings: RowSettings) -> float:
-    return row_weight(row)
+    """Return the number in the column `weight`, a factor of the row's loss weights; 1 if null or missing."""
+    value = row.fields.get("weight")
+    weight = 1.0 if value in (None, "") else parse_number(value)
+    if weight is None or weight < 0:
+        raise row.invalid(
+            "weight that is no number",
+            f"column 'weight' is {repr(value)[:40]}; use a finite number of at least 0, or rename the "
+            "column if it is not a loss weight",
+        )
+    return weight
 
 
 def own_columns(row: Row, settings: RowSettings) -> Row:
@@ -230,7 +239,7 @@ def _no_note(settings: RowSettings) -> str:
 
 def number_of(row: Row, column: str, setting: str) -> float:
     """Return the finite number in a column that a setting names. Raises InvalidRow for anything else."""
-    value: Any = row.fields.get(column)
+    value = row.fields.get(column)
     if value is None:
         columns = ", ".join(map(str, row.fields))
         raise row.invalid(
@@ -238,14 +247,10 @@ def number_of(row: Row, column: str, setting: str) -> float:
             f"no number in column {column!r}, which {setting} names; add it, or name one that the row has: "
             f"{columns}",
         )
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # CSV files have strings alone
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise row.invalid(
-            "missing number", f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number"
-        )
+    number = parse_number(value)
+    if number is None:
+        problem = f"column {column!r} ({setting}) is {repr(value)[:40]}; use a finite number"
+        raise row.invalid("missing number", problem)
     return number
 
 

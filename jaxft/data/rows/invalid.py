@@ -68,7 +68,8 @@ class InvalidRows:
 
     def counts(self) -> tuple[InvalidCount, ...]:
         """Return the number of rows and the first of each reason, the most frequent reason first."""
-        return counts_of_tallies(self.tallies)
+        ordered = sorted(self.tallies.items(), key=lambda item: -item[1].rows)
+        return tuple(InvalidCount(reason, rows, str(first)) for reason, (rows, first) in ordered)
 
     def add(self, error: InvalidRow) -> None:
         """Count the row. Without a limit, raise its error with a hint at data.invalid=drop."""
@@ -156,12 +157,6 @@ def json_type(value: object) -> str:
     """Return the type of a JSON value in words, such as "a list"."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     return names.get(type(value), "a list" if isinstance(value, list | tuple) else "an object")
-
-
-def counts_of_tallies(tallies: Mapping[str, Tally]) -> tuple[InvalidCount, ...]:
-    """Return tallies by reason as counts, the most frequent reason first."""
-    ordered = sorted(tallies.items(), key=lambda item: -item[1].rows)
-    return tuple(InvalidCount(reason, rows, str(first)) for reason, (rows, first) in ordered)
 
 
 def add_counts(*counts: Sequence[InvalidCount]) -> tuple[InvalidCount, ...]:

@@ -21,7 +21,7 @@ from jaxtyping import Int
 from jaxft.data.data_settings import DUPLICATES, PLACEHOLDERS, DataSettings
 from jaxft.data.packing.pack import permutation, ranges
 from jaxft.data.packing.tokenised import TokenisedRows
-from jaxft.data.rows.dataset_rows import SUFFIXES, find_data
+from jaxft.data.rows.dataset_rows import SUFFIXES, try_find
 from jaxft.data.rows.remote import file_name, without_secrets
 
 SomeSettings = TypeVar("SomeSettings", bound=Any)
@@ -57,10 +57,10 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
     have weights, these are divided by their sum; if only some have, their weights are fractions, and the
     others divide the rest evenly. Raises ValueError for other weights, and for a source that is named twice.
     """
-    if "," not in text or _find(text) is not None:
+    if "," not in text or try_find(text) is not None:
         bare, options = _split_options(text, setting)
         head, weight = _split_weight(bare, setting)
-        if weight is not None and _find(head) is not None:
+        if weight is not None and try_find(head) is not None:
             raise ValueError(
                 f"{setting}={text}: a weight needs several sources, as in a.jsonl:0.7,b.jsonl:0.3; remove it"
             )
@@ -71,25 +71,14 @@ def parse_sources(text: str, setting: str = "data.train") -> tuple[SourceRef, ..
     with_options = [_split_options(item, setting) for item in items]
     weighted_refs = [_split_weight(bare, setting) for bare, _ in with_options]
     refs = [ref for ref, _ in weighted_refs]
-    files = [path.resolve() if (path := _find(ref)) else ref for ref in refs]
+    files = [path.resolve() if (path := try_find(ref)) else ref for ref in refs]
     twice = next((ref for ref, file in zip(refs, files, strict=True) if files.count(file) > 1), None)
     if twice:
         raise ValueError(f"{setting}={text}: {twice} is named twice; name it once, with a larger weight")
-    names = [_name(ref) for ref in refs]
-    names = [
-        name if names.count(name) == 1 else without_secrets(ref)
-        for name, ref in zip(names, refs, strict=True)
-    ]
+    short = list(map(_name, refs))
+    names = [without_secrets(ref) if short.count(x) > 1 else x for x, ref in zip(short, refs, strict=True)]
     shares = _shares(text, setting, refs, [weight for _, weight in weighted_refs])
     return tuple(map(SourceRef, refs, shares, names, (options for _, options in with_options)))
-
-
-def _find(ref: str) -> Path | None:
-    """Return the file or folder `ref`, None if there is none or the text is too long for a file name."""
-    try:
-        return find_data(ref)
-    except OSError:
-        return None
 
 
 def held_out_sources(text: str) -> tuple[SourceRef, ...]:
@@ -107,7 +96,7 @@ def _split_options(item: str, setting: str) -> tuple[str, dict[str, Any]]:
     """
     parts, bare = list[str](), item
     weight = ""
-    while _find(bare) is None:
+    while try_find(bare) is None:
         head, _, tail = bare.rpartition(":")
         if head and _OPTION.fullmatch(tail):
             parts.insert(0, tail)
@@ -116,7 +105,7 @@ def _split_options(item: str, setting: str) -> tuple[str, dict[str, Any]]:
         else:
             break
         bare = head
-    if _OPTION.fullmatch(bare) and _find(bare) is None:
+    if _OPTION.fullmatch(bare) and try_find(bare) is None:
         raise ValueError(
             f"{setting}: {bare} is no dataset; write a source's columns after it, each with a colon, as in "
             "a.jsonl:prompt=question:completion=answer"
@@ -143,12 +132,12 @@ def _is_number(text: str) -> bool:
 def _split_weight(item: str, setting: str) -> tuple[str, float | None]:
     """Return a dataset and its weight, None without one."""
     head, colon, tail = item.rpartition(":")
-    if not colon or _find(item) is not None:
+    if not colon or try_find(item) is not None:
         return item, None
     try:
         weight = float(tail)
     except ValueError:
-        file = _find(head)
+        file = try_find(head)
         if file is None or file.is_dir():  # a split of a hub dataset, or a file that does not exist
             return item, None
         weight = math.nan
@@ -180,7 +169,7 @@ def _shares(
 def _name(ref: str) -> str:
     """Return a dataset's name in metrics: the file's without suffix, the folder's, or the hub dataset's."""
     path, parts = Path(file_name(ref)), ref.partition(":")[0].split("/")
-    if _find(ref) is None and path.suffix not in SUFFIXES:
+    if try_find(ref) is None and path.suffix not in SUFFIXES:
         return parts[min(1, len(parts) - 1)]
     return path.stem if path.suffix in SUFFIXES else path.name
 
@@ -213,14 +202,13 @@ class Mixture:
 
     def of_epoch(self, epoch: int) -> Int[np.ndarray, " rows"]:
         """Return the indices of an epoch's rows, one source after the other."""
-        return np.concatenate([self._of_source(number, epoch) for number in range(len(self.rows))])
-
-    def _of_source(self, number: int, epoch: int) -> Int[np.ndarray, " count"]:
-        rows, count = self.rows[number], self.counts[number]
-        first, skipped = divmod(epoch * count, len(rows))
-        passes = range(first, first + -(-(skipped + count) // len(rows)))
-        orders = [permutation(len(rows), self.seed, 6, number, turn) for turn in passes]
-        return rows[np.concatenate(orders)[skipped : skipped + count]]
+        chosen = []
+        for number, (rows, count) in enumerate(zip(self.rows, self.counts, strict=True)):
+            first, skipped = divmod(epoch * count, len(rows))
+            passes = range(first, first + -(-(skipped + count) // len(rows)))
+            orders = [permutation(len(rows), self.seed, 6, number, turn) for turn in passes]
+            chosen.append(rows[np.concatenate(orders)[skipped : skipped + count]])
+        return np.concatenate(chosen)
 
 
 def make_mixture(

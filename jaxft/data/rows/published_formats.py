@@ -7,14 +7,13 @@ better, and rank 2 is the rating -2. So a loss reads pairs with ratings and rank
 """
 
 import json
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import instruction_of, list_of, text_of
-from jaxft.data.rows.example import Message
+from jaxft.data.rows.example import Message, parse_number
 from jaxft.data.rows.invalid import InvalidRow
 from jaxft.data.rows.row_files import Row
 
@@ -106,10 +105,8 @@ def from_ranking(row: Row, settings: RowSettings) -> Row:
     column = _first(row, RANKED)
     items = list_of(row, column)
     if len(items) < 2:
-        raise row.invalid(
-            "ranking of one response",
-            f"column {column!r} has {len(items)} responses; a ranking needs 2 or more: remove the row",
-        )
+        problem = f"column {column!r} has {len(items)} responses; a ranking needs 2 or more: remove the row"
+        raise row.invalid("ranking of one response", problem)
     texts = [_response(row, f"{column}[{index}]", item) for index, item in enumerate(items)]
     ratings = _ratings(row, column, items)
     if ratings is None and not settings.best_first:
@@ -137,10 +134,8 @@ def with_ranked_prompt(row: Row) -> Row:
     """
     column = _first(row, (*PROMPT, "history"))
     if column == "context" and row.fields.get("question") is not None:
-        raise row.invalid(
-            "question and context",
-            "the row has 'question' and 'context'; choose the prompt with data.columns=prompt=question",
-        )
+        problem = "the row has 'question' and 'context'; choose the prompt with data.columns=prompt=question"
+        raise row.invalid("question and context", problem)
     if column == "instruction" and row.fields.get("input"):
         return Row(row.name, {**row.fields, "prompt": instruction_of(row), "system": None})
     return Row(row.name, {**row.fields, "prompt": row.fields[column]})
@@ -160,16 +155,11 @@ def ranking_note(settings: RowSettings) -> str:
     """Return a line for the start of a run about how rankings are read."""
     count = len(best_first(settings.kinds))
     order = "; responses without ratings are from the best to the worst (data.best_first)"
-    order *= settings.best_first
-    if count == 2:
-        return (
-            "rankings are read as pairs, the best response against the worst; data.responses=4 reads up to 4"
-            f"{order}"
-        )
-    return (
-        f"up to data.responses={count} responses of each ranking are read: the best, the worst and, of a "
-        f"longer one, responses at even distances between them{order}"
-    )
+    note = "rankings are read as pairs, the best response against the worst; data.responses=4 reads up to 4"
+    if count > 2:
+        note = f"up to data.responses={count} responses of each ranking are read: the best, the worst and, "
+        note += "of a longer one, responses at even distances between them"
+    return note + order * settings.best_first
 
 
 def _first(row: Row, names: Sequence[str]) -> str:
@@ -196,19 +186,14 @@ def _response(row: Row, where: str, item: Any) -> Any:
 
 def _rating(row: Row, where: str, value: Any, is_rank: bool) -> float:
     """Return a rating, or minus a rank. where: its place in the row, for errors."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+    number = parse_number(value)
+    if number is None:
         raise row.invalid("rating that is no number", f"{where} is {repr(value)[:40]}; use a finite number")
     return -number if is_rank else number
 
 
 def _ratings(row: Row, column: str, items: Sequence[Any]) -> list[float] | None:
-    """Return the rating of each response, from a parallel column or the response's own key; None without
-    ratings.
-    """
+    """Return each response's rating, from a parallel column or its own key; None without ratings."""
     parallel = next((name for name in RATINGS if _is_list(row.fields.get(name))), None)
     if parallel is not None:
         values = list_of(row, parallel)
@@ -226,10 +211,8 @@ def _ratings(row: Row, column: str, items: Sequence[Any]) -> list[float] | None:
         return None
     if counts[key] < len(items):
         missing = next(i for i, item in enumerate(mappings) if item.get(key) is None)
-        raise row.invalid(
-            "response without a rating",
-            f"{column}[{missing}] has no rating, and others have one; rate all responses or none",
-        )
+        problem = f"{column}[{missing}] has no rating, and others have one; rate all responses or none"
+        raise row.invalid("response without a rating", problem)
     return [_rating(row, f"{column}[{i}].{key}", x[key], key == "rank") for i, x in enumerate(mappings)]
 
 
@@ -248,9 +231,8 @@ def from_preference(row: Row, settings: RowSettings, responses: tuple[str, str],
     """
     value = _rating(row, column, row.fields[column], is_rank=False)
     if not value:
-        raise row.invalid(
-            "no preference", f"column {column!r} is 0: neither response is better; remove the row"
-        )
+        problem = f"column {column!r} is 0: neither response is better; remove the row"
+        raise row.invalid("no preference", problem)
     scores = {_RATING + "chosen": abs(value), _RATING + "rejected": 0.0}
     return _pair(row, responses if value < 0 else responses[::-1], scores)
 
@@ -274,9 +256,8 @@ def from_better(
     votes = [row.fields.get(f"score_{response[-1]}") for response in responses]
     scores = {}
     if None not in votes:
-        numbers = [
-            _rating(row, f"score_{name[-1]}", x, False) for name, x in zip(responses, votes, strict=True)
-        ]
+        each = zip(responses, votes, strict=True)
+        numbers = [_rating(row, f"score_{name[-1]}", x, False) for name, x in each]
         chosen, rejected = numbers if first else numbers[::-1]
         if chosen < rejected:
             raise row.invalid(
@@ -328,15 +309,12 @@ def from_glaive(row: Row, settings: RowSettings = DEFAULT_ROW_SETTINGS) -> Row:
     """
     text, system = row.fields["chat"], row.fields["system"]
     if not isinstance(text, str) or not isinstance(system, str):
-        raise row.invalid(
-            "transcript that is no text",
-            "columns 'system' and 'chat' must be strings; fix or remove the row",
-        )
+        problem = "columns 'system' and 'chat' must be strings; fix or remove the row"
+        raise row.invalid("transcript that is no text", problem)
     before, *parts = _SPEAKER.split(text)
     if before.strip() or not parts:
-        raise row.invalid(
-            "transcript without speakers", "column 'chat' does not begin with 'USER:'; fix the row"
-        )
+        problem = "column 'chat' does not begin with 'USER:'; fix the row"
+        raise row.invalid("transcript without speakers", problem)
     turns = [_turn(row, who, said) for who, said in zip(parts[::2], parts[1::2], strict=True)]
     tools = _objects(system)
     introduction = [] if tools else [{"role": "system", "content": system.removeprefix("SYSTEM:").strip()}]

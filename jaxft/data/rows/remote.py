@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.client import HTTPException
@@ -60,11 +61,6 @@ def without_secrets(text: str) -> str:
     return _URL.sub(_shown, text)
 
 
-def has_hidden_query(url: str) -> bool:
-    """Whether `without_secrets` has replaced the query or the fragment of a URL."""
-    return url.endswith((f"?{SECRET_MARK}", f"#{SECRET_MARK}"))
-
-
 def _shown(url: re.Match[str]) -> str:
     scheme, user, path, secret = url.groups()
     start = f"{scheme}{f'{SECRET_MARK}@' if user else ''}{path}"
@@ -99,11 +95,6 @@ class RemoteFile:
     version: str
     private: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     tag: str = ""
-
-    @property
-    def name(self) -> str:
-        """The last part of the file's path."""
-        return file_name(self.url)
 
     def __str__(self) -> str:
         return without_secrets(self.url)
@@ -170,31 +161,21 @@ def _fetch(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
 
 def _in_time(file: RemoteFile, count: int, request: Callable[[], tuple[Any, bytes]]) -> tuple[Any, bytes]:
     """Run a request for `count` bytes with a time limit; return its result. Raises its error, or ValueError
-    if it is late.
-
-    A socket's own limit is for each read, which a server that sends a byte now and then never exceeds.
+    if it is late. (A socket's own limit is for each read: a server may send a byte now and then.)
     """
-    results: list[tuple[Any, bytes]] = []
-    failed: list[BaseException] = []
+    response, seconds = Future[tuple[Any, bytes]](), REQUEST_SECONDS + count / SLOWEST
 
     def work() -> None:
         try:
-            results.append(request())
+            response.set_result(request())
         except BaseException as error:
-            failed.append(error)
+            response.set_exception(error)
 
-    seconds = REQUEST_SECONDS + count / SLOWEST
-    thread = threading.Thread(target=work, name="rows-request", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise ValueError(
-            f"{file}: the server did not send {count} bytes in {seconds:.0f} s; try again, or download the "
-            "file"
-        )
-    if failed:
-        raise failed[0]
-    return results[0]
+    threading.Thread(target=work, name="rows-request", daemon=True).start()
+    if not wait([response], seconds).done:
+        problem = f"the server did not send {count} bytes in {seconds:.0f} s"
+        raise ValueError(f"{file}: {problem}; try again, or download the file")
+    return response.result()
 
 
 def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
@@ -204,32 +185,22 @@ def _request(file: RemoteFile, start: int, stop: int) -> tuple[Any, bytes]:
     with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as response:
         if response.status != 206:
             raise ValueError(f"{file}: the server does not support range requests; download the file")
-        _check_response(file, response.headers, start, stop)
+        headers = response.headers
+        span = _RANGE.fullmatch(headers.get("Content-Range", ""))
+        if span is None:
+            raise ValueError(f"{file}: the server sends no size; download the file")
+        first, last, size = map(int, span.groups())
+        if file.tag and (size != file.size or _tag(headers) != file.tag):
+            problem = "the file changed while it was read; start again when it is complete, or download it"
+            raise ValueError(f"{file}: {problem}")
+        if first != start or last >= stop:
+            problem = f"the server sends bytes {first}-{last} for {start}-{stop - 1}"
+            raise ValueError(f"{file}: {problem}; download the file")
         content = response.read(stop - start + 1)
     if len(content) > stop - start:
-        raise ValueError(
-            f"{file}: the server sends more than the {stop - start} bytes that were requested; download the "
-            "file"
-        )
-    return response.headers, content
-
-
-def _check_response(file: RemoteFile, headers: Any, start: int, stop: int) -> None:
-    """Raise ValueError if a response does not begin at `start`, goes beyond `stop`, or is of another version
-    of the file.
-    """
-    span = _RANGE.fullmatch(headers.get("Content-Range", ""))
-    if span is None:
-        raise ValueError(f"{file}: the server sends no size; download the file")
-    first, last, size = map(int, span.groups())
-    if file.tag and (size != file.size or _tag(headers) != file.tag):
-        raise ValueError(
-            f"{file}: the file changed while it was read; start again when it is complete, or download it"
-        )
-    if first != start or last >= stop:
-        raise ValueError(
-            f"{file}: the server sends bytes {first}-{last} for {start}-{stop - 1}; download the file"
-        )
+        problem = f"the server sends more than the {stop - start} bytes that were requested"
+        raise ValueError(f"{file}: {problem}; download the file")
+    return headers, content
 
 
 def _tag(headers: Any) -> str:
@@ -244,7 +215,7 @@ def remote_files(ref: str) -> list[RemoteFile]:
     if "@" in ref.split("/")[2]:
         raise ValueError(f"data {ref!r} contains a user name or password, which jaxft never sends; remove it")
     if not ref.startswith("hf://"):
-        if has_hidden_query(ref):
+        if ref.endswith((f"?{SECRET_MARK}", f"#{SECRET_MARK}")):
             raise ValueError(f"data {ref!r}: runs store *** for the query of a URL; give the whole URL again")
         if OTHER_FILES.search(ref.partition("?")[0]):
             raise ValueError(f"data {ref!r}: only Parquet files are read behind a URL; download this file")

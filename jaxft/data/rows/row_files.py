@@ -23,6 +23,7 @@ ROW_CHUNK_BYTES = 2 << 20  # of lines of text
 CHUNK_ROWS = row_parquet.BATCH_ROWS
 _AGAIN = "download it again"  # a damaged file
 KEYS_OF_ROWS = ("data", "rows", "train", "examples")  # keys of lists of rows in files of one object
+DUPLICATE_KEY = "duplicate key"  # the reason of an invalid row
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -157,9 +158,12 @@ def first_chunks(chunks: Iterable[Chunk], most: int) -> Iterator[Chunk]:
 
 @contextmanager
 def named_errors(path: Path) -> Iterator[None]:
-    """Add the file's name to OSErrors that the body raises."""
+    """Add the file's name to the errors of the body about reading and decoding it."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        problem = f"not {error.encoding} text ({error.reason})"
+        raise ValueError(f"{path}: {problem}; convert the file to UTF-8") from error
     except PermissionError as error:
         raise PermissionError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     except OSError as error:
@@ -175,14 +179,11 @@ class _DuplicateKey(Exception):
     """A JSON object has a key twice, of which json.loads would drop the first."""
 
 
-def _load(text: bytes | str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        merged = dict(pairs)
-        if len(merged) < len(pairs):
-            raise _DuplicateKey(next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1))
-        return merged
-
-    return json.loads(text, object_pairs_hook=unique)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    merged = dict(pairs)
+    if len(merged) < len(pairs):
+        raise _DuplicateKey(next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1))
+    return merged
 
 
 def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -> Any:
@@ -190,37 +191,25 @@ def _parse(text: bytes, name: str, line: int = 1, encoding: str | None = None) -
     UTF-16 and UTF-32, whose lines cannot be parsed one by one. Raises InvalidRow.
     """
     try:
-        return _load(text if encoding is None else text.decode(encoding))
+        decoded = text if encoding is None else text.decode(encoding)
+        return json.loads(decoded, object_pairs_hook=_unique)
     except _DuplicateKey as error:
         problem = f"an object has the key {str(error)[:60]!r} twice; remove one of them"
-        raise InvalidRow(name, "duplicate key", problem) from error
-    except json.JSONDecodeError as error:
-        where = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
-        near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
-        remedy = "fix or remove it"
-        if error.doc.strip() in ("{", "["):  # the first line of indented JSON
-            remedy = (
-                "a .jsonl file has one object per line; if this is one JSON document, name the file .json"
-            )
-        raise InvalidRow(
-            where,
-            "malformed JSON",
-            f"malformed JSON, {error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}; "
-            f"{remedy}",
-        ) from error
-    except RecursionError as error:
-        raise InvalidRow(
-            name, "malformed JSON", "malformed JSON, nested too deeply; fix or remove it"
-        ) from error
+        raise InvalidRow(name, DUPLICATE_KEY, problem) from error
     except UnicodeDecodeError as error:
-        raise InvalidRow(
-            name,
-            "not UTF-8",
-            f"not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8",
-        ) from error
-    except ValueError as error:
-        problem = "malformed JSON, a number has thousands of digits; fix or remove it"
-        raise InvalidRow(name, "malformed JSON", problem) from error
+        problem = f"not UTF-8 text ({error.reason} at byte {error.start}); convert the file to UTF-8"
+        raise InvalidRow(name, "not UTF-8", problem) from error
+    except (ValueError, RecursionError) as error:
+        problem, remedy = "a number has thousands of digits", "fix or remove it"
+        if isinstance(error, RecursionError):
+            problem = "nested too deeply"
+        if isinstance(error, json.JSONDecodeError):
+            name = name if error.lineno == 1 else f"{name.rpartition(':')[0]}:{line + error.lineno - 1}"
+            near = error.doc[max(0, error.pos - 20) : error.pos + 20].strip()
+            problem = f"{error.msg.removesuffix(' at')} at column {error.colno}, near {near!r}"
+            if error.doc.strip() in ("{", "["):  # the first line of indented JSON
+                remedy = "a .jsonl file has one object per line; if this is one document, name the file .json"
+        raise InvalidRow(name, "malformed JSON", f"malformed JSON, {problem}; {remedy}") from error
 
 
 def row_of(value: Any, where: str, name: str) -> Row:
@@ -229,9 +218,8 @@ def row_of(value: Any, where: str, name: str) -> Row:
     where: the row's name in errors, with the folder of its file.
     """
     if not isinstance(value, dict):
-        raise InvalidRow(
-            where, "not an object", f"the row is {json_type(value)}; use an object with named columns"
-        )
+        problem = f"the row is {json_type(value)}; use an object with named columns"
+        raise InvalidRow(where, "not an object", problem)
     if not any(v not in (None, "", [], {}) for v in value.values()):
         raise InvalidRow(where, "empty row", "the row is empty; fill or remove it")
     return Row(name, value)
@@ -256,12 +244,8 @@ def scan_lines(path: Path, report: Blocks) -> tuple[Chunk, ...]:
             at, lines = at + len(block), lines + block.count(b"\n")
     bounds = zip(starts, [*starts[1:], (at, rows + 1)], strict=True)
     return tuple(
-        Chunk(
-            path.name,
-            min(following, rows + 1) - line,
-            partial(_read_lines, path, start, min(stop, end), line),
-        )
-        for (start, line), (stop, following) in bounds
+        Chunk(path.name, min(after, rows + 1) - line, partial(_read_lines, path, start, min(stop, end), line))
+        for (start, line), (stop, after) in bounds
         if start < end
     )
 
@@ -293,18 +277,14 @@ def _read_lines(path: Path, start: int, stop: int, first: int) -> Iterator[Outco
 def read_wide_lines(path: Path, encoding: str) -> Iterator[Outcome]:
     """Read the rows of a JSONL file in UTF-16 or UTF-32."""
     with path.open(encoding=encoding) as file:
-        try:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), ""), 1):
-                if len(line) > LINE_BYTES:
-                    raise ValueError(
-                        f"{path}:{number}: the line has more than {LINE_BYTES >> 20} MiB; convert the file "
-                        "to UTF-8, or split the row"
-                    )
-                if line.strip():
-                    yield attempt(_line, path, number, line.rstrip().encode("utf-8", "surrogatepass"))
-        except UnicodeDecodeError as error:
-            problem = f"not {encoding} text ({error.reason})"
-            raise ValueError(f"{path}: {problem}; convert the file to UTF-8") from error
+        for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES + 1), ""), 1):
+            if len(line) > LINE_BYTES:
+                raise ValueError(
+                    f"{path}:{number}: the line has more than {LINE_BYTES >> 20} MiB; convert the file "
+                    "to UTF-8, or split the row"
+                )
+            if line.strip():
+                yield attempt(_line, path, number, line.rstrip().encode("utf-8", "surrogatepass"))
 
 
 def _line(path: Path, number: int, text: bytes) -> Row:
@@ -327,16 +307,13 @@ def has_json_lines(path: Path) -> bool:
 def read_json(path: Path) -> Iterator[Outcome]:
     """Read the rows of a JSON file: a list of objects, one object, or lines of objects."""
     text = path.read_bytes().removeprefix(_BOM)
-    if text.lstrip()[:1] == b"{":
-        try:
-            value = _load(text)
-        except _DuplicateKey:
-            value = _parse(text, f"{path}:1")  # raises InvalidRow with the key
-        except (ValueError, RecursionError):
-            yield from chain.from_iterable(chunk.rows() for chunk in scan_lines(path, len))
-            return
-    else:
+    try:
         value = _parse(text, f"{path}:1")
+    except InvalidRow as error:
+        if text.lstrip()[:1] != b"{" or error.reason == DUPLICATE_KEY:
+            raise
+        yield from chain.from_iterable(chunk.rows() for chunk in scan_lines(path, len))
+        return
     if isinstance(value, dict) and (key := _key_of_rows(value)):
         problem = f"the rows are in the list {key!r} of one object; write this list alone to the file"
         yield InvalidRow(f"{path}:1", "rows in an object", problem)

@@ -41,10 +41,8 @@ def open_parquet(source: Any, where: str, remedy: str) -> Iterator[Any]:
     except (OSError, pyarrow.ArrowException) as error:
         problem, first = "not a readable Parquet file", str(error).splitlines()[0]
         if isinstance(error, pyarrow.ArrowNotImplementedError) or "Not yet implemented" in first:
-            problem, remedy = (
-                "a column has a type or an encoding that is not supported",
-                "write it without that column",
-            )
+            problem = "a column has a type or an encoding that is not supported"
+            remedy = "write it without that column"
         raise ValueError(f"{where}: {problem} ({first}); {remedy}") from error
 
 
@@ -158,9 +156,7 @@ def _columns(file: Any, group: int, used: Collection[str] | None) -> list[_Colum
 
 
 def _is_long(source: Any, metadata: Any, group: int, column: _Column) -> bool:
-    """Whether a column's dictionary has values so long that its rows may take far more memory than the file
-    says.
-    """
+    """Whether a dictionary has such long values that rows may take far more memory than the file says."""
     plain = 4 * (column.unpacked + LINE_BYTES // 2)
     if not column.has_dictionary or column.values * column.unpacked <= plain:
         return False
@@ -211,20 +207,15 @@ def _longest(array: Any) -> int:
 
 def _parts(array: Any) -> list[Any]:
     """Return the fields, keys and items, or elements of a nested Arrow array, as arrays; [] for others."""
-    import pyarrow
-
-    if pyarrow.types.is_struct(array.type):
-        return array.flatten()
-    if pyarrow.types.is_map(array.type):
-        begin, end = (array.offsets[i].as_py() for i in (0, -1))
-        return [part.slice(begin, end - begin) for part in (array.keys, array.items)]
-    return [array.flatten()] if isinstance(array, _lists()) else []
-
-
-def _lists() -> Any:
     import pyarrow as pa
 
-    return pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray, pa.ListViewArray, pa.LargeListViewArray
+    if pa.types.is_struct(array.type):
+        return array.flatten()
+    if pa.types.is_map(array.type):
+        begin, end = (array.offsets[i].as_py() for i in (0, -1))
+        return [part.slice(begin, end - begin) for part in (array.keys, array.items)]
+    lists = pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray, pa.ListViewArray, pa.LargeListViewArray
+    return [array.flatten()] if isinstance(array, lists) else []
 
 
 def batch_rows(batch: Any) -> list[dict[str, Any]]:

@@ -10,37 +10,16 @@ PACKAGE = Path(__file__).resolve().parents[2]
 IS_CLONE = not (PACKAGE / "shipped").is_dir()
 ROOT = PACKAGE.parent if IS_CLONE else PACKAGE / "shipped"  # the folder of configs/ and scripts/
 
-# Title of a group of commands -> command of `jaxft` -> the script that it runs.
-COMMAND_GROUPS = {
-    "Data and recipes": {"list": "list", "settings": "settings", "inspect": "inspect_data"},
-    "Train": {"train": "train", "sweep": "sweep", "plan": "plan", "convert": "convert"},
-    "Use a model": {
-        "generate": "generate",
-        "chat": "chat",
-        "serve": "serve",
-        "score": "score",
-        "evaluate": "evaluate",
-    },
-    "Ship a model": {
-        "export": "export",
-        "push": "push",
-        "quantize": "quantize",
-        "combine": "combine",
-        "extract": "extract",
-        "extend": "extend",
-    },
-    "Study": {
-        "report": "report",
-        "compare": "compare",
-        "loss-bench": "loss_bench",
-        "study": "study",
-        "verify": "verify",
-        "influence": "influence",
-        "judge": "judge",
-    },
-    "Help": {"help": "help", "env": "env", "completion": "completion"},
+COMMAND_GROUPS = {  # title of a group -> commands of `jaxft`
+    "Data and recipes": ("list", "settings", "inspect"),
+    "Train": ("train", "sweep", "plan", "convert"),
+    "Use a model": ("generate", "chat", "serve", "score", "evaluate"),
+    "Ship a model": ("export", "push", "quantize", "combine", "extract", "extend"),
+    "Study": ("report", "compare", "loss-bench", "study", "verify", "influence", "judge"),
+    "Help": ("help", "env", "completion"),
 }
-COMMANDS = {command: script for group in COMMAND_GROUPS.values() for command, script in group.items()}
+OTHER_SCRIPTS = {"inspect": "inspect_data", "loss-bench": "loss_bench"}  # whose name is not the command's
+COMMANDS = {name: OTHER_SCRIPTS.get(name, name) for group in COMMAND_GROUPS.values() for name in group}
 COMMAND_OF = {script: command for command, script in COMMANDS.items()}
 SCRIPT = re.compile(
     rf"(?:python )?\bscripts/({'|'.join(COMMAND_OF)})\.py\b(?: --config configs/(\w+)\.py\b)?"

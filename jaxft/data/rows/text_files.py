@@ -104,26 +104,18 @@ def read_text(path: Path, label: str, encoding: str, sample_by: str) -> Iterator
 
     label: the file in the rows' names. sample_by: "document" is the file, or each part of it between lines
     <|endoftext|>; "paragraph" also divides it at blank lines, and "line" after each line. Blank parts are no
-    rows. Raises ValueError for a part of more than LINE_BYTES, and for bytes that the encoding does not have;
-    with UTF-8, a part with such bytes is an InvalidRow instead.
+    rows. Raises ValueError for a part of more than LINE_BYTES, and UnicodeDecodeError for bytes that the
+    encoding does not have; with UTF-8, a part with such bytes is an InvalidRow instead.
     """
     errors = "surrogateescape" if encoding == UTF8 else "strict"
     with path.open(encoding=encoding, errors=errors) as file:  # line ends become \n
-        try:
-            for line, text in _parts(path, file, sample_by):
-                yield _row(path, f"{label}:{line}", line, text)
-        except UnicodeDecodeError as error:
-            problem = f"not {error.encoding} text ({error.reason})"
-            raise ValueError(f"{path}: {problem}; convert the file to UTF-8") from error
-
-
-def _row(path: Path, name: str, line: int, text: str) -> Outcome:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        problem = "bytes that are not UTF-8; convert the file to UTF-8"
-        return InvalidRow(f"{path}:{line}", "not UTF-8", f"the text that begins here has {problem}")
-    return Row(name, {"text": text})
+        for line, text in _parts(path, file, sample_by):
+            try:
+                text.encode()
+                yield Row(f"{label}:{line}", {"text": text})
+            except UnicodeEncodeError:
+                problem = "the text that begins here has bytes that are not UTF-8; convert the file to UTF-8"
+                yield InvalidRow(f"{path}:{line}", "not UTF-8", problem)
 
 
 def _parts(path: Path, file: TextIO, sample_by: str) -> Iterator[tuple[int, str]]:
@@ -168,10 +160,8 @@ class CsvText(NamedTuple):
         usual = "\t" if path.suffix == ".tsv" else ","
         if self.delimiter == usual:
             return encoding_note(path, self.encoding)
-        line = (
-            f"the columns of {path.name} are separated by {_DELIMITERS.get(self.delimiter, self.delimiter)}"
-        )
-        return [*encoding_note(path, self.encoding), line]
+        by = _DELIMITERS.get(self.delimiter, self.delimiter)
+        return [*encoding_note(path, self.encoding), f"the columns of {path.name} are separated by {by}"]
 
 
 def sniff_csv(path: Path) -> CsvText:

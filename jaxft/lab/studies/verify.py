@@ -163,8 +163,8 @@ def recompute_step(folder: Path, step: int) -> list[str]:
         changes = runfolder.changes_since_start(folder, job.lead.record, recorded_defaults(run))
         if job.info.samples:
             raise ValueError(
-                f"{folder}: its batches are sampled, so a step cannot be repeated; use --step for a run on "
-                "fixed rows"
+                f"{folder}: its batches are sampled, so a step cannot be repeated; --step works only for "
+                "runs on fixed rows, such as SFT or DPO"
             )
         saved = Checkpoints(folder / CHECKPOINTS)
         before = max((number for number in saved.steps() if number < step), default=0)

@@ -32,9 +32,9 @@ from jaxft.nn.tree import static, struct
 class Keys:
     """Cached keys [L, B, K, E, S] and values [L, B, K, S, E] of L layers, in the layouts of the two matmuls.
 
-    B: prompts or rows. Stored as raw bits of the compute dtype, or quantised with a scale for each token and
-    head, [L, B, K, S]. Inside attention, the Keys of one layer have no axis L, and k and v are converted to
-    the compute dtype but not multiplied by their scales.
+    B: prompts or rows. Stored in the compute dtype, 16-bit floats as raw bits (see to_bits), or quantised
+    with a scale for each token and head, [L, B, K, S]. Inside attention, the Keys of one layer have no axis
+    L, and k and v are converted to the compute dtype but not multiplied by their scales.
     """
 
     k: Any
@@ -317,8 +317,10 @@ LARGEST = {"int8": 127.0, "uint8": 448.0}
 
 
 def store(k: Array, v: Array, like: Keys) -> Keys:
-    """Return keys [..., E, S] and values [..., S, E] as Keys in the format of `like`: raw bits or, with a
-    scale per token and head, int8 or E4M3.
+    """Return keys [..., E, S] and values [..., S, E] as Keys in the format of `like`.
+
+    If `like` has scales, they become int8 or E4M3 with a scale for each token and head; else they keep their
+    dtype, 16-bit floats as raw bits (see to_bits).
     """
     if like.k_scale is None:
         return Keys(to_bits(k), to_bits(v))
@@ -361,7 +363,8 @@ def insert_prompts(cache: Cache, new: PromptKeys, slots: Array, dtype: Any) -> C
     """Return the cache with its prompts at the indices `slots` [p] replaced by p new prompts; indices of P
     and above are ignored.
 
-    new: the new prompts, as raw bits of `dtype`, the compute dtype; they are stored in the cache's format.
+    new: the new prompts in `dtype`, the compute dtype, 16-bit floats as raw bits; they are stored in the
+    cache's format.
     """
 
     def put(old: Any, fresh: Any) -> Any:

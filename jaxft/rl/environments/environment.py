@@ -282,7 +282,11 @@ def _made_by(factory: Callable[[], Any]) -> type:
 
 
 def _of_class(given: type, make: Callable[[], Any]) -> Environment:
-    """Return the environment of a class. make: makes the object of an episode."""
+    """Return the environment of a class. make(): makes the object of an episode.
+
+    Raises ValueError for a class without reset, for a make that needs arguments, or for a method that cannot
+    be a tool.
+    """
     name = given.__name__
     functions = inspect.getmembers(given, inspect.isfunction)
     members = {

@@ -12,6 +12,7 @@ knobs.
 
 import ast
 import dataclasses
+import functools
 import inspect
 import io
 import itertools
@@ -138,11 +139,6 @@ def recipe_defaults(path: str) -> Any:
         return None
 
 
-def knob_names(recipe: Recipe) -> list[str]:
-    """Return the names of a config file's knobs, in order."""
-    return list(recipe_knobs(recipe))
-
-
 def recipe_knobs(recipe: Recipe) -> "dict[str, Knob]":
     """Return a config file's knobs by name, in order."""
     return _knobs(_config_function(recipe)[0])
@@ -202,11 +198,8 @@ def _knobs(fn: Callable) -> dict[str, Knob]:
     for name, p in inspect.signature(fn).parameters.items():
         default, members = p.default, {name: Knob(hints.get(name, UNANNOTATED), p.default)}
         if _is_group(default):
-            kinds = type_hints(type(default))
-            members = {
-                f.name: Knob(kinds[f.name], getattr(default, f.name), name)
-                for f in dataclasses.fields(default)
-            }
+            kinds, names = type_hints(type(default)), [f.name for f in dataclasses.fields(default)]
+            members = {x: Knob(kinds[x], getattr(default, x), name) for x in names}
         twice = sorted(members.keys() & knobs.keys())
         if twice:
             raise ValueError(f"{fn.__module__}:{fn.__qualname__} has two knobs called {twice[0]}; rename one")
@@ -239,9 +232,7 @@ def _split(overrides: list[str]) -> dict[str, str]:
 
 
 def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str) -> Any:
-    """Call `config` with the given knobs. Raises ValueError for a value that a knob's annotation does not
-    allow, and for an error in `config`.
-    """
+    """Call `config`. Raises ValueError for a value that is not allowed, and for an error in `config`."""
     kinds = {name: knob.kind for name, knob in knobs.items() if knob.kind is not UNANNOTATED}
     check_values(kinds, {name: value for name, value in given.items() if name in kinds})
     arguments: dict[str, Any] = {name: value for name, value in given.items() if knobs[name].group is None}
@@ -270,9 +261,7 @@ def _parse_as(key: str, text: str, kind: Any, now: Any) -> Any:
         kind = tuple[item, ...] if isinstance(now, tuple) else Callable if callable(now) else type(now)
     try:
         return parse_value(text, kind)
-    except (ValueError, OSError) as error:
-        if isinstance(error, OSError):
-            raise
+    except ValueError as error:
         parts = now if isinstance(now, tuple) else (now,)
         plain = all(isinstance(part, bool | int | float | str | None | tuple) for part in parts)
         plain = plain and (now != () or ":" not in text)  # or "default empty" seems to be about the file
@@ -328,7 +317,7 @@ def _with_fields(
     if refused:
         raise ValueError(join_lines(refused))
     value = _replace(root, fields)
-    return value, {".".join(steps): _get(value, steps) for steps in fields}
+    return value, {".".join(steps): functools.reduce(getattr, steps, value) for steps in fields}
 
 
 def _steps(root: Any, key: str, knobs: list[str], use: tuple[str, str]) -> Steps:
@@ -372,12 +361,6 @@ def _all_fields(root: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
-def _get(node: Any, steps: Steps) -> Any:
-    for step in steps:
-        node = getattr(node, step)
-    return node
-
-
 def _replace(node: Any, fields: dict[Steps, tuple[str, str]]) -> Any:
     """Return `node` with fields replaced, all fields of a dataclass at once, as it checks them together."""
     values: dict[str, Any] = {}
@@ -411,8 +394,7 @@ def knob_comments(recipe: Recipe) -> dict[str, str]:
     """Return knob -> its description in a config file: the comment at the end of its line, or else
     `knob: text.` in the docstring of `config`.
     """
-    fn = _config_function(recipe)[0]
-    comments: dict[str, str] = {}
+    fn, comments = _config_function(recipe)[0], dict[str, str]()
     for parameter in inspect.signature(fn).parameters.values():
         if _is_group(parameter.default):
             comments |= _comments(type(parameter.default))
@@ -493,9 +475,8 @@ def _comments(definition: Any) -> dict[str, str]:
             starts = {n.lineno: ast.unparse(n.target) for n in fields}
             end = max((n.end_lineno or n.lineno for n in fields), default=0) + 1
         else:
-            starts = {
-                a.lineno: a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-            }
+            parameters = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            starts = {a.lineno: a.arg for a in parameters}
             end = node.body[0].lineno
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             line = token.start[0]

@@ -78,9 +78,8 @@ def as_text(value: Any) -> str:
         return ",".join(f"{key}:{as_text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         texts = [as_text(item) for item in value]
-        return json.dumps(texts) if any("," in t for t in texts) and all(
-            isinstance(item, str) for item in value
-        ) else ",".join(texts)  # fmt: skip
+        as_json = any("," in text for text in texts) and all(isinstance(item, str) for item in value)
+        return json.dumps(texts) if as_json else ",".join(texts)
     return str(value)
 
 

@@ -434,19 +434,15 @@ def settings_file(path: str) -> str | None:
     """Return advice about a file of rows, or of another tool's settings, in place of a recipe; None for
     other files.
     """
-    if _has_rows(Path(path)):
-        return f"{path}: this is a file of rows; name a recipe first, such as `sft data={path}`"
-    if Path(path).suffix.lower() not in SETTINGS_FILES:
+    file, suffix = Path(path), Path(path).suffix.lower()
+    if file.is_file() and suffix in (".json", *ROW_FILES):
+        with file.open("rb") as stream:
+            is_list = stream.read(100).lstrip()[:1] == b"["
+        if is_list or suffix != ".json":
+            return f"{path}: this is a file of rows; name a recipe first, such as `sft data={path}`"
+    if suffix not in SETTINGS_FILES:
         return None
     return (
         f"{path}: a recipe is a Python file, and this is a file of settings; `python scripts/convert.py "
         f"{path}` prints the command for an Axolotl, LLaMA-Factory or TRL file"
     )
-
-
-def _has_rows(file: Path) -> bool:
-    """Return whether a file has rows, by its name or because it is a JSON list."""
-    if not file.is_file() or file.suffix.lower() not in (".json", *ROW_FILES):
-        return False
-    with file.open("rb") as stream:
-        return file.suffix.lower() != ".json" or stream.read(100).lstrip()[:1] == b"["

@@ -16,7 +16,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -123,11 +123,8 @@ def _describe_callable(fn: Any) -> dict[str, Any]:
             inner = {k: describe(v) for k, v in vars(fn).items()}
         except TypeError:  # it has slots
             inner = {}
-        return {
-            "callable": _name(type(fn)),
-            "args": {**inner, **args},
-            "source_sha256": _source_hash(type(fn)),
-        }
+        kind = type(fn)
+        return {"callable": _name(kind), "args": {**inner, **args}, "source_sha256": _source_hash(kind)}
     if inspect.isfunction(fn):
         for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
             try:
@@ -367,7 +364,10 @@ def describe_kind(kind: Any) -> str:
     if len(members) > 1:
         return " or ".join(map(describe_kind, members))
     if short:
-        return f"{_some_of(short)}, or {CALLABLE}"
+        named = f"one of {', '.join(short)}"
+        if len(short) > SHOWN_NAMES:
+            named = f"one of {len(short)} names such as {', '.join(list(short)[:3])}"
+        return f"{named}, or {CALLABLE}"
     kind = members[0]
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
@@ -390,12 +390,6 @@ def _describe_item(kind: Any) -> str:
     """Describe the annotation of a tuple's item, with its bounds in brackets."""
     bounds = bounds_of(kind)
     return describe_kind(kind) if bounds is None else f"{describe_kind(union_members(kind)[0])} ({bounds})"
-
-
-def _some_of(short: Collection[str]) -> str:
-    if len(short) <= SHOWN_NAMES:
-        return f"one of {', '.join(short)}"
-    return f"one of {len(short)} names such as {', '.join(list(short)[:3])}"
 
 
 def short_names(kind: Any) -> dict[str, str]:
@@ -474,9 +468,8 @@ def parse_value(text: str, kind: Any) -> Any:
 def _parse_union(text: str, kind: Any, members: tuple[Any, ...]) -> Any:
     # A str takes any text, so it comes last; a tuple comes before it only where there is a comma.
     tuples = "," in text or str not in members
-    typed = [
-        k for k in members if k not in (str, type(None)) and (tuples or typing.get_origin(k) is not tuple)
-    ]
+    typed = [k for k in members if k not in (str, type(None))]
+    typed = [k for k in typed if tuples or typing.get_origin(k) is not tuple]
     for member in [*typed, *(k for k in members if k is str)]:
         try:
             return parse_value(text, member)

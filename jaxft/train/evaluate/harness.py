@@ -234,8 +234,8 @@ class HarnessBackend:
         """Return a conversation as the chat template renders it. generation: with the generation prompt; else
         the text ends within the last message, which the model continues.
 
-        A system message that the template rejects is left out, as by the hf backend. Raises ValueError for
-        other messages that it rejects.
+        A system message that the template rejects is left out, as by the hf backend, and counted in
+        without_system. Raises ValueError without a chat template, and for other messages that it rejects.
         """
         if self.template is None:
             raise ValueError("the model's tokenizer has no chat template; omit --chat")

@@ -279,7 +279,7 @@ def check_format(model: Model, quant: Quant, format: str | None) -> None:
     >>> check_format(model, Quant("nf4"), "gptq")
     Traceback (most recent call last):
         ...
-    ValueError: --format gptq: its weights are int4, not nf4; quantise to int4
+    ValueError: --format gptq: it stores int4, and these weights are nf4; quantise to int4
     """
     layer_quantizer(model, ExportQuant(quant, format=format), RoundingError())
 

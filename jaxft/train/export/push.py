@@ -82,7 +82,7 @@ def finished_run(folder: Path) -> Path | None:
     line = earlier_end(run)
     if line:
         raise ValueError(
-            f"{line}: this run is not finished; finish it with the command that continued it, then push again"
+            f"{line}; finish the run with the command that continued it, then push again"
         )
     return run
 

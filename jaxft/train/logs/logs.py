@@ -202,19 +202,18 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
     lead, info = job.lead, job.info
     rows = programs.step_rows(lead.run.data, sharding.row_shards(lead.programs.mesh))
     kinds = device_counts([device.device_kind for device in jax.devices()])
-    lines = run_texts.header_lines(
+    lines = [
         f"devices: {kinds}, processes: {jax.process_count()}",
-        programs.model_summary(lead.programs),
-        [
-            attention_summary(lead.programs, job.abstract_batch),
-            f"{info.stats.summary}; {job.planned} steps",
-            info.stats.learned,
-            *invalid_lines(info.stats.invalid),
-            *run_texts.empty_slot_lines(rows),
-        ],
-        info.preview,
-        run_texts.resumed_lines(first, changes) if first else [],
-    )
+        run_texts.parameter_line(programs.model_summary(lead.programs)),
+        attention_summary(lead.programs, job.abstract_batch),
+        f"{info.stats.summary}; {job.planned} steps",
+        info.stats.learned,
+        *invalid_lines(info.stats.invalid),
+        *run_texts.empty_slot_lines(rows),
+        f"{run_texts.FIRST_ROW}\n{info.preview}",
+    ]
+    if first:
+        lines += [f"resuming after step {first}", *(f"changed since the start: {x}" for x in changes)]
     lines += info.warnings
     lines += lead.run.data.start_lines(lead.programs.objective, lead.run.model.attention)
     lines += stop_lines(job.stop, info.learned_ends, job.tokenizer)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxft.data.packing import cache as data_cache
+from jaxft.data.packing.pair_layout import values_by_pair
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.sync import is_first
 from jaxft.nn import tree
@@ -145,7 +146,7 @@ def add_cached_logps(
     if missing:
         batches = source.cover(missing)
         for batch, batch_logps in zip(batches, compute(batches), strict=True):
-            values = source.values(batch, batch_logps)
+            values = values_by_pair(batch, batch_logps)
             known.update({source.keys[i]: value.astype(np.float32) for i, value in values.items()})
         failure = write_logps(path, known) if is_first() else None
         if failure:

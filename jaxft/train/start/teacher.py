@@ -62,7 +62,10 @@ def check_teacher(run: Run, parts: Partition, facts: Facts) -> None:
     teacher, is_read = run.teacher, facts.teacher or facts.reference == TEACHER
     if teacher is None:
         if is_read:
-            raise ValueError("this objective reads a second model, but run.teacher=none; set run.teacher")
+            raise ValueError(
+                "this objective reads a second model, but run.teacher=none; set it in the recipe, for "
+                "example Run(..., teacher=Teacher(weights=REF, model=model_for(REF)))"
+            )
         return
     if not is_read:
         raise ValueError(

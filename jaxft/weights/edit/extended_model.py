@@ -47,10 +47,12 @@ VERSION = 1  # of the models in the cache; another one if a new token starts wit
 class Extension:
     """The tokens and the template that are added to a model.
 
-    tokens: new plain tokens. special_tokens: new tokens that decoding may skip. start: initial rows of new
-    tokens: "pieces" for the mean of the rows of the tokens into which the text was split before, "mean" for
-    the mean of all rows. multiple: a table that grows is padded to a multiple of this many rows. template: a
-    name in TEMPLATES, whose special tokens are added if they are new, or a .jinja file.
+    tokens: new plain tokens. special_tokens: new tokens that decoding may skip. start: the initial row of a
+    new token: "pieces" for the mean of the rows of the old tokens into which its text was split so far,
+    "mean" for the mean of all old rows. multiple: a table that grows is padded to a multiple of this many
+    rows. template: a name in TEMPLATES, whose special tokens are added if they are new, or a .jinja file.
+
+    Raises ValueError if there is nothing to add, or for a token that is listed twice.
     """
 
     tokens: tuple[str, ...] = ()

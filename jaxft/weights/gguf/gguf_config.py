@@ -197,8 +197,8 @@ def _llama(header: GgufHeader, sizes: Sizes) -> dict[str, Any]:
 
 
 def _query_scale(sizes: Sizes, layers_of_27b: int) -> dict[str, Any]:
-    """Return Gemma's query_pre_attn_scalar, which files do not state: head_dim, except for width / heads in
-    the 27B models, which llama.cpp recognises by their number of layers.
+    """Return Gemma's query_pre_attn_scalar, which files do not state: width / heads in the 27B models, which
+    are recognised by their number of layers, as in llama.cpp; head_dim in all others.
     """
     is_27b = sizes.layers == layers_of_27b
     return {"query_pre_attn_scalar": sizes.width // sizes.heads if is_27b else sizes.head_dim}

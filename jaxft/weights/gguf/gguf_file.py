@@ -26,6 +26,7 @@ SCALARS = {  # by the code of a metadata value's type
     12: "<f8",
 }  # fmt: skip
 STRING, ARRAY = 8, 9
+DEEPEST_ARRAY = 5  # arrays within arrays, so that a damaged file is no RecursionError
 KIND_CODES = {"UINT32": 4, "INT32": 5, "FLOAT32": 6, "BOOL": 7, "STRING": STRING}  # of written metadata
 ALIGNMENT = 32  # of tensors, bytes; the format's default
 # Types of tensors without blocks.
@@ -158,8 +159,10 @@ class _Cursor:
             return np.frombuffer(self.take(np.dtype(SCALARS[kind]).itemsize), SCALARS[kind])[0].item()
         if kind == STRING:
             return self.text()
-        if kind != ARRAY or depth > 4:
+        if kind != ARRAY:
             raise ValueError(f"a metadata value has unknown type {kind}")
+        if depth == DEEPEST_ARRAY:
+            raise ValueError(f"a metadata value has arrays nested more than {DEEPEST_ARRAY} deep")
         inner, count = self.number("<I"), self.number("<Q")
         if inner in SCALARS:
             return np.frombuffer(
@@ -317,8 +320,8 @@ class Field(NamedTuple):
 class GgufTensorToWrite:
     """A tensor of a file to be written.
 
-    kind: name of its type, such as Q8_0. shape: rows first. fetch() returns its bytes as a uint8 array, row
-    by row, when they are needed.
+    kind: name of its type, such as Q8_0. shape: as in NumPy, [rows, inputs]. fetch(): returns the bytes of
+    the whole tensor as a uint8 array, the first row first; called only when the tensor is written.
     """
 
     name: str

@@ -51,7 +51,8 @@ def rope_parameters(header: GgufHeader, rotated: int) -> dict[str, Any]:
 def rope_scaling(header: GgufHeader, rotated: int) -> dict[str, Any] | None:
     """Return rope_scaling as in a config.json; None without scaling. rotated: rotated dimensions of a head.
 
-    Raises ValueError if metadata and tables contradict each other, or if no rope_scaling can express them.
+    Raises ValueError for a type of scaling that jaxft does not read, for tables that are missing or have the
+    wrong length, if metadata and tables contradict each other, or if no rope_scaling can express them.
     """
     kind_key = header.key("rope.scaling.type")
     kind = header.optional(kind_key, "linear")  # llama.cpp's default
@@ -90,9 +91,10 @@ def _check_keys(header: GgufHeader, kind: str) -> None:
         neutral = (1.0, -1.0, 0.0) if name.endswith("yarn_ext_factor") else (1.0,)
         stated += [f"metadata {header.key(name)}"] if kind not in kinds and value not in neutral else []
     if stated:
+        is_stated = header.key("rope.scaling.type") in header.metadata
         raise ValueError(
-            f"{header.path}: {stated[0]} does not belong to rope scaling {kind!r}, which the file has; use "
-            "the model's Hugging Face folder"
+            f"{header.path}: {stated[0]} does not belong to rope scaling {kind!r} "
+            f"({'stated' if is_stated else 'not stated'} in the file); use the model's Hugging Face folder"
         )
 
 

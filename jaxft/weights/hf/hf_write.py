@@ -202,7 +202,8 @@ def save_configs(folder: Path, model: Model, tokenizer: Any, ref: Located) -> No
 def save_template(folder: Path, model: Model, tokenizer: Any, ref: Located) -> None:
     """Write the configuration and the tokenizer of a model whose weights are unchanged from the folder `ref`.
 
-    config.json is copied; generation_config.json gets the tokenizer's end tokens.
+    config.json is copied, for a multimodal model the processor's files too; generation_config.json gets the
+    tokenizer's end tokens.
     """
     if multimodal_config(ref):
         _copy_small_files(folder, ref.path)

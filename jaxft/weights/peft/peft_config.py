@@ -129,7 +129,7 @@ def check_targets(
         if key := left_out_by(module):
             raise ValueError(
                 f"{where}: {key}={_short(config[key])} leaves out {module}, but the adapter has a LoRA pair "
-                "of it, which peft would ignore; correct the list, or remove the pair's tensors"
+                f"of it, which peft would ignore; correct {key}, or remove the pair's tensors"
             )
     for module in () if is_default or not targets else absent:
         if not left_out_by(module):
@@ -233,8 +233,8 @@ def with_plain_names(files: SafetensorsFiles) -> SafetensorsFiles:
         )
     if twice:
         raise ValueError(
-            f"{files.where}: tensors {' and '.join(twice[0])} have one name in PEFT's layout; save the "
-            "adapter with peft's save_pretrained"
+            f"{files.where}: tensors {' and '.join(twice[0])} have the same name in PEFT's layout; "
+            "save the adapter with peft's save_pretrained"
         )
     stored |= {old: old for old, plain in originals if plain not in stored}
     return renamed(files, stored)

@@ -182,8 +182,8 @@ def _decode_gptq(
     groups = read_tensor(files, name, (), (ins,)) if name in files.tensors else in_order
     if groups.min() < 0 or groups.max() >= blocks:
         raise ValueError(
-            f"{files.where}: {name} has groups {groups.min()} to {groups.max()}, but there are {blocks} "
-            "groups of inputs, from 0; download the file again"
+            f"{files.where}: {name} has group numbers from {groups.min()} to {groups.max()}, but the weight "
+            f"has only groups 0 to {blocks - 1}; download the file again"
         )
     if layout.index is None and not np.array_equal(groups, in_order):
         raise ValueError(

@@ -146,7 +146,8 @@ def _misfit(format: FileFormat, path: str, q: QTensor) -> str:
     """Return why the parameter at `path` cannot be written in a format, and a remedy; "" if it can."""
     ins, outs = q.shape[-2:]
     if q.kind not in format.kinds:
-        return f"its weights are {' or '.join(format.kinds)}, not {q.kind}; quantise to {format.kinds[0]}"
+        kinds = " or ".join(format.kinds)
+        return f"it stores {kinds}, and these weights are {q.kind}; quantise to {format.kinds[0]}"
     if format.whole_blocks and ins % (q.block or ins):
         return f"the block size {q.block} does not divide the {ins} inputs of {path}; use one that does"
     if path == "head" and not format.with_head:
