@@ -12,6 +12,8 @@ from scripts_in_process import call
 
 from jaxft.cli import help_page
 from jaxft.data.rows.shipped import ROOT
+from jaxft.data.sft import Rows
+from jaxft.engine.sampling import Sampling
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim
 from jaxft.optim.rules import adamw, schedule_free_adamw
@@ -19,6 +21,7 @@ from jaxft.runs.settings import config, settings_list
 from jaxft.runs.settings.setting_names import advice, options_as_settings
 from jaxft.runs.settings.setting_values import describe, differences
 from jaxft.runs.settings.settings_list import descriptions
+from jaxft.train.settings import Run
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
@@ -83,6 +86,41 @@ def test_a_description_names_no_other_fields_docstring_and_writes_none_as_users_
     assert [name for name, text in texts.items() if re.search(r"\bNone\b|Other fields", text)] == []
     assert "trained in full" in texts["adapter.modules_to_save"]
     assert "trained" not in texts["adapter.layers_to_transform"].lower()
+
+
+OWN_RECIPE = """
+from jaxft.data.sft import Rows
+from jaxft.engine.sampling import Sampling
+from jaxft.train.settings import Run
+
+def objective(kind): return kind
+
+def config(
+    kind: str = "mine", max_new: int = 3, clip: float = 1.0, seed: int = 0, mode: str = "a",
+    beta: float = 1.0, warmup: float = 0.1,
+    epochs: float = 1.0,  # of the comment
+) -> Run:
+    '''Train mine. mode: what to do. warmup: optim.warmup; doubled. epochs: of the docstring.
+
+    Not about beta: another paragraph.
+    '''
+    data = Rows("x", seed=seed)
+    return Run("mine", objective=objective(kind=kind), data=data, sampling=Sampling(max_new))
+"""
+
+
+def test_a_knob_has_a_fields_description_only_if_the_recipe_sets_that_field(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN_RECIPE)
+    fields = [*settings_list.settings_of(Run), *settings_list.settings_of(Rows, "data.")]
+    texts = {knob.name: knob.text for knob in settings_list.knobs_of(str(path), fields)}
+    assert texts["max_new"] == descriptions(Sampling)["max_new"]
+    assert texts["seed"] == descriptions(Rows)["seed"]  # and not the run's
+    assert texts["mode"] == "what to do." and texts["epochs"] == "of the comment"
+    assert texts["warmup"].endswith("of all steps; doubled.")
+    assert texts["kind"] == texts["clip"] == texts["beta"] == ""  # not those of quant.kind and optim.clip
+    assert f"settings.py {path})" in settings_list.help_text(str(path))
+    assert "settings.py sft)" in settings_list.help_text("configs/sft.py")
 
 
 @pytest.fixture(scope="module")

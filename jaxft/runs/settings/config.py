@@ -15,12 +15,14 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import json
+import re
 import textwrap
 import tokenize
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +197,7 @@ def _knobs(fn: Callable) -> dict[str, Knob]:
     knobs: dict[str, Knob] = {}
     for name, p in inspect.signature(fn).parameters.items():
         default, members = p.default, {name: Knob(hints.get(name, UNANNOTATED), p.default)}
-        if dataclasses.is_dataclass(default) and not isinstance(default, type):
+        if _is_group(default):
             kinds, names = type_hints(type(default)), [f.name for f in dataclasses.fields(default)]
             members = {x: Knob(kinds[x], getattr(default, x), name) for x in names}
         twice = sorted(members.keys() & knobs.keys())
@@ -394,13 +396,72 @@ def recipe_docstring(recipe: str) -> str:
 
 
 def knob_comments(recipe: Recipe) -> dict[str, str]:
-    """Return the comment at the end of each knob's line in a config file, by the knob's name."""
+    """Return knob -> its description in a config file: the comment at the end of its line, or else
+    `knob: text.` in the docstring of `config`.
+    """
     fn, comments = _config_function(recipe)[0], dict[str, str]()
     for parameter in inspect.signature(fn).parameters.values():
-        group = parameter.default
-        if dataclasses.is_dataclass(group) and not isinstance(group, type):
-            comments |= _comments(type(group))
-    return comments | _comments(fn)
+        if _is_group(parameter.default):
+            comments |= _comments(type(parameter.default))
+    return comments | described_names(fn.__doc__ or "", _knobs(fn)) | _comments(fn)
+
+
+def described_names(docstring: str, names: Iterable[str]) -> dict[str, str]:
+    """Return name -> its description in a docstring, which ends at the next name or the end of a paragraph.
+
+    >>> described_names("Settings. a: the first. b, c: others. Of both.\\n\\nMore about a.", ["a", "b", "c"])
+    {'a': 'the first.', 'b': 'others. Of both.', 'c': 'others. Of both.'}
+    """
+    name, texts = "|".join(map(re.escape, names)), dict[str, str]()
+    for paragraph in re.split(r"\n[ \t]*\n", docstring.partition(">>>")[0]) if name else ():
+        parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", " ".join(paragraph.split()))
+        for label, text in zip(parts[1::2], parts[2::2], strict=True):
+            texts |= dict.fromkeys(label.split(", "), text.strip())
+    return texts
+
+
+def knob_owners(recipe: Recipe) -> dict[str, list[type]]:
+    """Return knob -> the dataclasses of jaxft with this field that the knob sets: that of its group of knobs,
+    and those that `config` passes it to; [] for a knob that only the recipe reads.
+    """
+    fn = _config_function(recipe)[0]
+    groups = {n: type(p.default) for n, p in inspect.signature(fn).parameters.items() if _is_group(p.default)}
+    owners: dict[str, list[type]] = {name: [] for name in _knobs(fn)}
+    for name, knob in _knobs(fn).items():
+        bases = inspect.getmro(groups[knob.group]) if knob.group else ()
+        owners[name] += [cls for cls in bases if name in vars(cls).get("__annotations__", {})]
+    for name, cls in _passed_on(fn, groups):
+        if name in owners:
+            owners[name].append(cls)
+    return {name: [c for c in of if c.__module__.startswith("jaxft.")] for name, of in owners.items()}
+
+
+def _passed_on(fn: Callable, groups: dict[str, type]) -> Iterator[tuple[str, type]]:
+    """Yield (field, class) for each field of a dataclass that `fn` sets to a value with the variable of the
+    same name, as in Rows(seed=seed). The class is that of the group in calls of a group's method, such as
+    rows.source(Rows, seed=seed).
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
+    except (OSError, TypeError, SyntaxError):  # a function without a file
+        return
+    named = {**inspect.getclosurevars(fn).globals, **groups}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        is_method = isinstance(call.func, ast.Attribute)
+        target = call.func.value if isinstance(call.func, ast.Attribute) else call.func
+        cls = named.get(target.id) if isinstance(target, ast.Name) else None
+        if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+            continue
+        fields = [] if is_method else [field.name for field in dataclasses.fields(cls) if field.init]
+        positional = itertools.takewhile(lambda value: not isinstance(value, ast.Starred), call.args)
+        passed = [*zip(fields, positional, strict=False), *((k.arg, k.value) for k in call.keywords)]
+        for field, value in passed:
+            if field and any(isinstance(n, ast.Name) and n.id == field for n in ast.walk(value)):
+                yield field, cls
+
+
+def _is_group(default: Any) -> bool:
+    return dataclasses.is_dataclass(default) and not isinstance(default, type)
 
 
 def _comments(definition: Any) -> dict[str, str]:

@@ -7,20 +7,29 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxft.annotations import about
-from jaxft.data.rows.shipped import own_commands
+from jaxft.data.rows.shipped import ROOT, own_commands
 from jaxft.models.model import Model
-from jaxft.runs.settings.config import as_written, knob_comments, recipe_docstring, recipe_knobs, type_hints
+from jaxft.runs.settings.config import (
+    as_written,
+    described_names,
+    knob_comments,
+    knob_owners,
+    recipe_docstring,
+    recipe_knobs,
+    type_hints,
+)
 from jaxft.runs.settings.option_names import OPTIONS
 from jaxft.runs.settings.setting_values import (
     SHOWN_NAMES,
     can_be_written,
     describe_kind,
+    find_recipe,
     short_names,
     union_members,
 )
@@ -71,31 +80,43 @@ def settings_of(section: Any, prefix: str = "") -> Iterator[Setting]:
             yield from settings_of(inner, f"{name}.")
         elif can_be_written(kind):
             default = None if value is REQUIRED else as_written(value, kind)
-            of_section = first_sentence(" ".join((cls.__doc__ or "").split("\n\n")[0].split()))
-            yield Setting(name, describe_kind(kind), default, texts.get(field.name, ""), of_section)
+            yield Setting(name, describe_kind(kind), default, texts.get(field.name, ""), _summary(cls))
 
 
 def knobs_of(recipe: str, fields: Iterable[Setting]) -> Iterator[Setting]:
     """Yield the knobs of a recipe. fields: the dotted fields of its run.
 
-    A knob's description is its comment in the recipe, or About(...) in its annotation; without both, that of
-    the field with its name, as for micro of data.micro. A comment that begins with a field, such as
-    `data.batch; ...`, stands for that field's description and adds to it.
+    A knob's description is its comment in the recipe or its text in the docstring of `config`, or About(...)
+    in its annotation; without these, that of the field that the recipe sets to it, as for micro of
+    data.micro. A comment that begins with a field, such as `data.batch; ...`, stands for that field's
+    description and adds to it.
     """
-    same: dict[str, Setting] = {}
     by_name = {setting.name: setting for setting in fields}
-    for setting in sorted(by_name.values(), key=lambda s: s.name.count(".")):  # seed, not data.seed
-        same.setdefault(setting.name.rpartition(".")[2], setting)
-    comments = knob_comments(recipe)
+    shortest_first = sorted(by_name.values(), key=lambda s: s.name.count("."))  # seed, not data.seed
+    comments, owners = knob_comments(recipe), knob_owners(recipe)
     for name, knob in recipe_knobs(recipe).items():
         names = tuple(n for kind in (knob.kind, *union_members(knob.kind)) for n in short_names(kind))
         more = names if len(names) > SHOWN_NAMES else ()
-        text = comments.get(name) or about(knob.kind) or (same[name].text if name in same else "")
+        text = comments.get(name) or about(knob.kind) or _field_text(name, owners[name], shortest_first)
         field, _, addition = text.partition("; ")
         if "." in field and " " not in field:  # of a run that lacks the field, the addition is all there is
             described = first_sentence(by_name[field].text) if field in by_name else ""
             text = "; ".join(part for part in (described, addition) if part)
         yield Setting(name, knob.written_kind, knob.written, text, names=more)
+
+
+def _field_text(name: str, owners: Collection[type], fields: Iterable[Setting]) -> str:
+    """Return the description of the first of `fields` that a knob sets, of those with its name; "" without
+    one. owners: see knob_owners. A group of knobs is no section, and its knob sets any field of that name.
+    """
+    sections = {_summary(base) for cls in owners for base in inspect.getmro(cls)}
+    texts = [(f.section in sections, f.text) for f in fields if f.name.rpartition(".")[2] == name]
+    return next((text for _, text in sorted(texts, key=lambda t: not t[0])), "") if owners else ""
+
+
+def _summary(cls: type) -> str:
+    """Return the first sentence of a class's docstring."""
+    return first_sentence(" ".join((cls.__doc__ or "").split("\n\n")[0].split()))
 
 
 def help_text(recipe: str, fields: Iterable[Setting] = ()) -> str:
@@ -107,7 +128,8 @@ def help_text(recipe: str, fields: Iterable[Setting] = ()) -> str:
     widths = [[len(row[i]) for row in rows if len(row[i]) <= LONGEST_KIND] for i in range(2)]
     width = [max(each, default=0) for each in widths]
     table = [f"  {a:{width[0]}}  {b:{width[1]}}  {c}".rstrip() for a, b, c in rows]
-    heading = own_commands(KNOBS.format(name=Path(recipe).stem))
+    name = Path(recipe).stem if find_recipe(recipe).parent == ROOT / "configs" else recipe
+    heading = own_commands(KNOBS.format(name=name))
     return "\n".join([own_commands(recipe_docstring(recipe)), "", heading, *table])
 
 
@@ -159,20 +181,6 @@ def descriptions(cls: type) -> dict[str, str]:
     names, texts = [field.name for field in dataclasses.fields(cls)], dict[str, str]()
     for base in reversed(inspect.getmro(cls)):
         texts |= described_names(vars(base).get("__doc__") or "", names)
-    return texts
-
-
-def described_names(docstring: str, names: Iterable[str]) -> dict[str, str]:
-    """Return name -> its description in a docstring, which ends at the next name or the end of a paragraph.
-
-    >>> described_names("Settings. a: the first. b, c: others. Of both.\\n\\nMore about a.", ["a", "b", "c"])
-    {'a': 'the first.', 'b': 'others. Of both.', 'c': 'others. Of both.'}
-    """
-    name, texts = "|".join(map(re.escape, names)), dict[str, str]()
-    for paragraph in re.split(r"\n[ \t]*\n", docstring.partition(">>>")[0]) if name else ():
-        parts = re.split(rf"(?:(?<=[.;)] )|^)((?:(?:{name}), )*(?:{name})): ", " ".join(paragraph.split()))
-        for label, text in zip(parts[1::2], parts[2::2], strict=True):
-            texts |= dict.fromkeys(label.split(", "), text.strip())
     return texts
 
 
