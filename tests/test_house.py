@@ -404,7 +404,7 @@ def listed_files(docstring):
     return [name for line in lines for name in line.split(", ")]
 
 
-def test_a_folders_docstring_has_a_line_for_each_of_its_files():
+def test_a_folders_docstring_has_a_line_for_each_of_its_files_and_folders():
     wrong = []
     for package in PACKAGES:
         listed = listed_files(ast.get_docstring(parsed(package / "__init__.py")) or "")
@@ -412,6 +412,10 @@ def test_a_folders_docstring_has_a_line_for_each_of_its_files():
         missing = {name for name in there if name.endswith(".py")} - {*listed}
         wrong += [f"{name_of(package / '__init__.py')} lacks a line for {name}" for name in sorted(missing)]
         wrong += [f"{name_of(package / '__init__.py')} lists {name}" for name in listed if name not in there]
+        contents = (ast.get_docstring(parsed(package / "__init__.py")) or "").splitlines()
+        inner = [other.name for other in PACKAGES if other.parent == package]
+        missing = {name for name in inner if not any(line.startswith(f"{name}/: ") for line in contents)}
+        wrong += [f"{name_of(package / '__init__.py')} lacks a line for {name}/" for name in sorted(missing)]
     assert not wrong
 
 

@@ -12,4 +12,7 @@ prompts.py: prompts for rollouts: settings (also of sampling and of updates per 
 inspection.py: a dataset as `jaxft inspect` and reports show it: statistics, examples, invalid and repeated
     rows; lengths of untruncated rows, what each length limit keeps and costs
 data_settings.py: settings of all kinds of data
+rows/: files and formats of rows, mixtures, checks of rows
+chat/: chat templates, tool calls, loss masks
+packing/: rows as token ids: truncation, packing, the cache
 """

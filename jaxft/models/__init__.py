@@ -7,4 +7,5 @@ adapted.py: a model with its adapter attached, with scalar heads (reward models,
 flax_modules.py: a model as a module of `flax.nnx` or `flax.linen`
 model_types.py: `model_type` of a config.json to a family, to the text decoder of a multimodal checkpoint, or
     to the parts that jaxft lacks
+families/: the layers, configurations and tensor names of each family
 """

@@ -11,4 +11,6 @@ stack.py: stacks of layers: the scans over them, remat policies (gradient checkp
 quant.py: quantised tensors, and the settings of a quantised base
 quant_formats.py: int8, fp8, int4, nf4, fp4 and affine4: pack and unpack
 tensor_names.py: names of tensors in files and of modules, and patterns that select modules
+adapters/: LoRA and its relatives
+attention/: kernels of attention, caches for decoding
 """

@@ -13,4 +13,5 @@ read_positions.py: the positions of a row whose log-probs are needed
 metrics.py: metrics stored as sums, which add over microbatches, steps and devices
 alarms.py: alarms and summaries from logged metrics
 intervals.py: confidence intervals of fractions and means; two models on the same rows
+losses/: preference losses, policy losses
 """

@@ -15,4 +15,5 @@ rollout_layout.py: rows of tokens with the positions that have a loss, made of e
     model over these, and values of sampled tokens back
 rollout_metrics.py: metrics of a rollout
 rollout_rules.py: how completions are scored, which are trained on, with which advantages and weights
+environments/: environments, tools, the sandbox
 """

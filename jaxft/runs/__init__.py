@@ -14,4 +14,5 @@ terminal.py: text that is safe to print, errors of one line, output streams that
 run_texts.py: start-up lines, result lines and the model card
 object_store.py: objects in gs:// and s3:// stores
 folder_copies.py: copies of a run's folder in an object store
+settings/: recipes, `name=value`, options of other tools
 """

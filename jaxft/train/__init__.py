@@ -11,6 +11,10 @@ programs.py: the programs of a run as shapes, and checks of its adapters
 compiled.py: the compiled programs of a run
 partition.py: the trainable mask and the parameter table
 start_and_end.py: evaluation before, during and after training; early ends; whether a run is finished
+start/: before the first step: settings that rows decide, initial weights, reference log-probs
+logs/: metrics as they are read and logged
+evaluate/: held-out rows, completions, tasks of lm-evaluation-harness
+export/: models and adapters written for others
 """
 
 import importlib

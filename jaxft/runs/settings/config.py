@@ -237,7 +237,7 @@ def _call(fn: Callable, knobs: dict[str, Knob], given: dict[str, Any], path: str
     check_values(kinds, {name: value for name, value in given.items() if name in kinds})
     own = {name: knobs[name].default for name in kinds if name not in given and knobs[name].group is None}
     try:
-        check_values(kinds, own)
+        check_values(kinds, {name: value for name, value in own.items() if value is not None})
     except ValueError as error:
         raise ValueError(f"{path}: the default {error}") from error
     arguments: dict[str, Any] = {name: value for name, value in given.items() if knobs[name].group is None}
