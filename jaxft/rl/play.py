@@ -355,9 +355,10 @@ class _Rollout:
             most = self.play.limits.prompt
             text = f"the prompt has {len(ids)} tokens, more than data.max_prompt={most}; raise it"
             return _Decision(episode.number, "end", fault=(LONG_PROMPT, text))
-        messages = [{"role": "user", "content": chat.prompt}]
         if isinstance(chat, Chat):
             messages = list(chat.messages[: chat.response])
+        else:
+            messages = [{"role": "user", "content": chat.prompt}]
         episode.asked = len(messages)
         return _Decision(episode.number, "start", ids, messages=messages)
 
