@@ -187,7 +187,7 @@ def test_rules_wrap_plain_functions_once():
     [
         ({"token_weights": advantages.centred}, "token_weights=centred can't be called with (lengths, mask"),
         ({"filter": advantages.opo}, "filter=opo can't be called with (scores)"),
-        ({"reward_weights": (math.nan,)}, "reward_weights=(nan,) must be finite"),
+        ({"reward_weights": (math.nan,)}, "reward_weights=nan; expected a finite number"),
         ({"reward_weights": (1.0, 2.0)}, "reward_weights=[1.0, 2.0] for the rewards exact. Set one"),
         ({"warm_up": -1}, "data.rules.warm_up=-1; expected at least 0"),
     ],
