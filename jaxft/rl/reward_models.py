@@ -60,11 +60,16 @@ class LoadedRewardModel:
 
         Rows may be padded on either side.
         """
-        T, valid = tokens.segments.shape[1], tokens.segments > 0
-        valid = valid if self.pad is None else valid & (tokens.ids != self.pad)
-        last_B = jnp.max(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
-        h_BTD, _ = self.model.hidden(params, tokens)
-        return adapted.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
+        return score_rows(self.model, params, tokens, self.pad)
+
+
+def score_rows(model: Model, params: Params, tokens: Tokens, pad: int | None = None) -> Float[Array, "B"]:
+    """Return the reward of each row, as LoadedRewardModel.score does."""
+    T, valid = tokens.segments.shape[1], tokens.segments > 0
+    valid = valid if pad is None else valid & (tokens.ids != pad)
+    last_B = jnp.max(jnp.where(valid, jnp.arange(T, dtype=jnp.int32), 0), axis=1)
+    h_BTD, _ = model.hidden(params, tokens)
+    return adapted.scores(params, jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1))[:, 0]
 
 
 def load_reward_model(

@@ -353,8 +353,7 @@ class LoadedModel:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: Seed = 0,
-        min_p: float | None = None,
-        **unknown: Any,
+        **more: Any,
     ) -> list[str]:
         """Return the completion of each prompt as text, as `jaxft generate` does.
 
@@ -368,10 +367,11 @@ class LoadedModel:
             loaded.generate(["Name a prime number.", [{"role": "user", "content": "Who are you?"}]])
             loaded.generate([{"instruction": "Add.", "input": "2, 3"}], max_new=8, temperature=0.7, top_p=0.9)
         """
-        if unknown:
-            known = [name for name in inspect.signature(self.generate).parameters if name != "unknown"]
-            lines = [advice(name) or f"generate has {', '.join(known[1:])}" for name in unknown]
-            raise ValueError(f"unknown option {', '.join(unknown)}: {join_lines(lines)}")
+        min_p = more.pop("min_p", None)
+        if more:
+            known = [name for name in inspect.signature(self.generate).parameters if name != "more"]
+            lines = [advice(name) or f"generate has {', '.join(known[1:])}, min_p" for name in more]
+            raise ValueError(f"unknown option {', '.join(more)}: {join_lines(lines)}")
         check_values({"seed": Seed}, {"seed": seed})
         sampling = requested_sampling(Sampling(max_new, temperature, top_k, top_p, min_p), dashes=False)
         if isinstance(prompts, str) or not prompts:

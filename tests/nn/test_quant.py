@@ -528,7 +528,7 @@ def test_a_qtensor_has_no_gradient():
         ),
         (partial(Quant, "fp8", fp8_matmul="yes"), "quant.fp8_matmul='yes'; use one of true, false, none"),
         (partial(Quant, "nf4", 63), "quant.block=63 must be even and at least 2, because two nf4 codes"),
-        (partial(Quant, "int4", 0), "quant.block=0 must be even and at least 2, because two int4 codes"),
+        (partial(Quant, "int4", 0), "quant.block=0; expected at least 1, or none"),
         (
             partial(Quant, "int4", None, True),
             "quant.double=true: the scales of int4 cannot be quantised; use quant.double=false, or quant=nf4",

@@ -247,7 +247,7 @@ def test_layers_without_rope_are_not_rotated_and_bfloat16_is_rounded_once():
         (dict(kind="yarn", original_max_positions=8, beta_fast=np.inf), "beta_fast, which must be finite"),
         (dict(kind="yarn", original_max_positions=8, theta=1.0), "rope_theta must be above 1 for"),
         (dict(kind="yarn", original_max_positions=8, mscale=-1.0), "rope: mscale=-1.0; expected at least 0"),
-        (dict(kind="longrope", original_max_positions=8, short_factor=(0.0,)), "short_factor must be finite"),
+        (dict(kind="longrope", original_max_positions=8, short_factor=(0.0,)), "short_factor=0.0; expected"),
         (dict(kind="longrope", original_max_positions=1), "max_position_embeddings must be above 1"),
     ],
 )  # fmt: skip

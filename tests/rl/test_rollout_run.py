@@ -121,7 +121,7 @@ def test_a_correction_takes_its_bounds_from_the_recipe(monkeypatch):
     assert called(run.data.rules.correction) == (token_weights.masked_tokens, {"least": 0.5, "most": 5.0})
     with pytest.raises(ValueError, match="correction_bounds needs a correction, such as"):
         load_config("configs/grpo.py", ["correction_bounds=0.5,5"])
-    with pytest.raises(ValueError, match=r"correction_bounds=3,1 \(least, most\) are not valid bounds. Use 0 <= least < most"):
+    with pytest.raises(ValueError, match=r"correction_bounds=3,1 .* Use 0 <= least < most"):
         load_config("configs/grpo.py", ["correction=masked_tokens", "correction_bounds=3,1"])
 
 

@@ -223,7 +223,7 @@ REFUSED = {
     ),
     "a group too many": (
         dict(change=(".g_idx", lambda x: x + 9), ordered=True),
-        "groups 9 to 10, but there are 2",
+        "group numbers from 9 to 10, but the weight has only groups 0 to 1",
     ),
 }
 
