@@ -26,8 +26,8 @@ from jaxft.objectives.policy import policy
 from jaxft.rl.advantages import grpo, maxrl, weighted_sum
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import exact
-from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_rules import Rules, shape_scores
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import (
     OPINIONS,

@@ -31,8 +31,8 @@ from jaxft.rl.advantages import grpo
 from jaxft.rl.environments.shipped_environments import Calculator
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import number
-from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_rules import Rules
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import (
     CALCULATOR,

@@ -39,8 +39,8 @@ from jaxft.objectives.objective import Objective
 from jaxft.objectives.policy import Critic, policy, value_function, with_target_kl
 from jaxft.rl.advantages import scale_scores
 from jaxft.rl.estimators import actor_critic
-from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_rules import Rules, shape_scores
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.train.recipes import (
     PAIRS,
     EosPenalty,

@@ -25,8 +25,8 @@ from jaxft.objectives.policy import policy
 from jaxft.rl.advantages import grpo, nonconstant_groups
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import number
-from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_rules import Rules, shape_scores
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import (
     AdvantageFunction,

@@ -26,8 +26,8 @@ from jaxft.rl.advantages import grpo, nonconstant_groups
 from jaxft.rl.environments.shipped_environments import CodeInterpreter, Search
 from jaxft.rl.estimators import by_group
 from jaxft.rl.rewards import number
-from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_rules import Rules
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.rl.token_weights import token_mean
 from jaxft.train.recipes import QWEN3_4B, EchoWeight, GpuKnobs, RewardFunction, RolloutKnobs
 from jaxft.train.settings import Run

@@ -62,7 +62,6 @@ class Bounds:
         first, last = "above" if self.open_least else "at least", "below" if self.open_most else "at most"
         return f"{first} {low} and {last} {high}"
 
-
     def broken_by(self, number: float) -> str:
         """Return what was expected in place of a number outside: the bounds, or only INT32 if it is larger.
 

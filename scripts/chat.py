@@ -67,7 +67,7 @@ def play(args: argparse.Namespace) -> int:
     from jaxft.cli.cli import DEFAULT_MODEL
     from jaxft.data.prompts import Prompts, read_prompts
     from jaxft.rl.environments.environment import EnvironmentClass, environment_of
-    from jaxft.rl.play import EpisodeLimits, Play, rollout
+    from jaxft.rl.episodes import EpisodeLimits, Play, rollout
     from jaxft.runs.settings.setting_values import parse_value
     from jaxft.runs.terminal import printable_text
     from jaxft.serve.terminal_chat import TypedTurns, result_line

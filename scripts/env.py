@@ -28,7 +28,7 @@ def main() -> int:
     """Print the facts, one per line."""
     args = make_parser().parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a run may need the GPU's memory
-    from jaxft.runs.environment import bug_report, report_lines
+    from jaxft.runs.versions_and_devices import bug_report, report_lines
 
     report = bug_report()
     print(json.dumps(report) if args.json else "\n".join(report_lines(report)))

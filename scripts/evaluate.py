@@ -38,9 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     cli.add_adapters(parser)
     parser.add_argument("--file", help="rows or pairs (default: the held-out rows of the run)")
     parser.add_argument("--columns", help="renames columns, as data.columns: prompt=question")
-    parser.add_argument(
-        "--batch", type=cli.COUNT, default=8, help="rows at a time (default 8, or --samples)"
-    )
+    parser.add_argument("--batch", type=cli.COUNT, default=8, help="rows at a time (default 8, or --samples)")
     cli.add_compute_options(parser)
     parser.add_argument("--json", action="store_true", help="print the metrics as one JSON object")
     parser.add_argument(
@@ -49,9 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="write the result of each pair, decision or completion as JSON Lines, of --tasks as JSON",
     )
     group = parser.add_argument_group("loss of rows, accuracy of pairs")
-    group.add_argument(
-        "--max-length", type=cli.COUNT, help="most tokens of a row (default: as the model)"
-    )
+    group.add_argument("--max-length", type=cli.COUNT, help="most tokens of a row (default: as the model)")
     group.add_argument(
         "--too-long", choices=("error", "truncate", "drop", "split"), help="as data.too_long (default error)"
     )

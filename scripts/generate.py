@@ -32,9 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     from jaxft.cli import cli
 
     parser = cli.CommandParser(__doc__)
-    parser.add_argument(
-        "--model", help=f"the base model (default: the adapter's, or {cli.DEFAULT_MODEL})"
-    )
+    parser.add_argument("--model", help=f"the base model (default: the adapter's, or {cli.DEFAULT_MODEL})")
     cli.add_adapters(parser)
     parser.add_argument("--run", help="the folder of a run, instead of --model and --adapter")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; can be repeated")

@@ -60,7 +60,7 @@ from jaxft.data.inspection import (  # noqa: E402  # noqa: E402
 )
 from jaxft.data.pairs import PairRows  # noqa: E402
 from jaxft.data.prompts import Prompts  # noqa: E402
-from jaxft.data.rows.invalid import DROP  # noqa: E402
+from jaxft.data.rows.invalid_rows import DROP  # noqa: E402
 from jaxft.data.sft import Rows, SolutionRows  # noqa: E402
 from jaxft.nn.tree import nearest  # noqa: E402
 from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402

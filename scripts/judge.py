@@ -59,7 +59,7 @@ def names_of_judges(by: list, texts: list[str]) -> list[str]:
     """Return names for the judges, or the values of --by (texts) if two names are equal. Raises ValueError if
     two values of --by are equal.
     """
-    from jaxft.data.rows.remote import without_secrets
+    from jaxft.data.rows.remote_files import without_secrets
 
     if len(set(texts)) < len(texts):
         twice = next(text for text in texts if texts.count(text) > 1)

@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from jaxft.annotations import FormatName
     from jaxft.cli.cli import COUNT, CommandParser
-    from jaxft.data.rows.invalid import ERROR, INVALID
+    from jaxft.data.rows.invalid_rows import ERROR, INVALID
 
     parser = CommandParser(__doc__)
     parser.add_argument("--model", required=True, help="the model to quantise (REF)")

@@ -26,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     from jaxft.annotations import ComputeDtype, QuantKind
     from jaxft.cli.cli import COUNT, CommandParser, add_adapters
-    from jaxft.data.rows.invalid import FEW, INVALID
+    from jaxft.data.rows.invalid_rows import FEW, INVALID
 
     parser = CommandParser(__doc__)
     parser.add_argument("--run", help="a reward run's folder")
@@ -148,7 +148,7 @@ def rewards(args: argparse.Namespace) -> dict[str, Scores]:
     import jax.numpy as jnp
 
     from jaxft.data.pairs import PairRows
-    from jaxft.data.rows.invalid import invalid_lines
+    from jaxft.data.rows.invalid_rows import invalid_lines
     from jaxft.data.source import open_for
     from jaxft.distributed import sharding
     from jaxft.objectives.reward_model import reward

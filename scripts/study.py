@@ -60,7 +60,7 @@ def main() -> int:
 def show_results(folder: Path) -> int:
     """Print the conclusions of a finished study, and write its page and tables."""
     from jaxft.lab.studies.appendix import REPORT, TABLES, write_appendix
-    from jaxft.lab.studies.results import read_study
+    from jaxft.lab.studies.study_results import read_study
 
     study = read_study(folder)
     write_appendix(study)

@@ -129,9 +129,7 @@ def test_numbers_that_are_no_python_numbers_are_not_checked():
     ],
 )
 def test_numbers_that_32_bits_do_not_hold_are_refused(section, name):
-    with pytest.raises(
-        ValueError, match=rf"{name}=2147483648; expected .*at most 2\^31 - 1"
-    ):
+    with pytest.raises(ValueError, match=rf"{name}=2147483648; expected .*at most 2\^31 - 1"):
         section(**{name: 2**31})
     assert getattr(section(**{name: 2**31 - 1}), name) == 2**31 - 1
 

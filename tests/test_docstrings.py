@@ -28,9 +28,9 @@ ENTRY_POINTS = [  # module:name
     "jaxft.lab.studies.study:Study",
     "jaxft.nn.adapters.lora:attach",
     "jaxft.nn.adapters.lora_specs:adapter_specs",
-    "jaxft.nn.param:ParamSpec",
-    "jaxft.nn.param:init_params",
-    "jaxft.nn.param:kernel",
+    "jaxft.nn.param_spec:ParamSpec",
+    "jaxft.nn.param_spec:init_params",
+    "jaxft.nn.param_spec:kernel",
     "jaxft.nn.quant:quantize",
     "jaxft.objectives.decision:decision",
     "jaxft.objectives.objective:Objective",
@@ -49,9 +49,9 @@ ENTRY_POINTS = [  # module:name
     "jaxft.rl.environments.environment:environment_of",
     "jaxft.rl.environments.tools:parse_turn",
     "jaxft.rl.estimators:by_group",
-    "jaxft.rl.play:rollout",
+    "jaxft.rl.episodes:rollout",
     "jaxft.rl.rewards:reward_of",
-    "jaxft.rl.rollout:Rollouts",
+    "jaxft.rl.rollout_source:Rollouts",
     "jaxft.rl.rollout_rules:Rules",
     "jaxft.rl.token_weights:sequence_mean",
     "jaxft.runs.trackers:Tracker",
@@ -89,9 +89,7 @@ def object_of(name):
 
 @pytest.mark.parametrize(
     "module",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in LOAD_WEIGHTS else name for name in WITH_EXAMPLES
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name in LOAD_WEIGHTS else name for name in WITH_EXAMPLES],
 )
 def test_examples_in_docstrings_print_what_they_show(module):
     failed, tried = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)

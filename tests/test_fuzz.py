@@ -21,7 +21,7 @@ from jaxft.data.rows.example import Chat, Completion, Text
 from jaxft.data.sft import Rows
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
-from jaxft.nn.param import init_params
+from jaxft.nn.param_spec import init_params
 from jaxft.nn.quant import quant_setting
 from jaxft.report import charts
 from jaxft.runs import folder as runfolder

@@ -316,7 +316,7 @@ def is_rank(node):
 
 
 def test_no_number_of_axes_decides_a_meaning():
-    """Names of axes do, see nn.param.kernel. A check that only raises may ask for it."""
+    """Names of axes do, see nn.param_spec.kernel. A check that only raises may ask for it."""
     wrong = []
     for file in MODULES:
         checks = [
@@ -335,7 +335,7 @@ def test_no_number_of_axes_decides_a_meaning():
 def test_only_the_tables_of_axes_and_names_and_model_families_name_experts():
     """Adapters, quantisation, merging, files, optimizers and plans work on them as on any lead axis."""
     named = {name_of(file) for file in MODULES if "expert" in file.read_text()}
-    tables = {"jaxft/nn/param.py", "jaxft/nn/tensor_names.py", "jaxft/distributed/sharding.py"}
+    tables = {"jaxft/nn/param_spec.py", "jaxft/nn/tensor_names.py", "jaxft/distributed/sharding.py"}
     tables |= {"jaxft/train/programs.py"}  # the check of mesh.expert
     others = (
         "jaxft/models/",
@@ -441,8 +441,9 @@ def test_every_path_that_the_tour_names_exists():
 
 def test_the_readmes_command_for_tests_with_time_limits_finds_all_of_them():
     (command,) = re.findall(r'pytest .*-m "alone and not slow".*', (ROOT / "README.md").read_text())
-    files = [f for f in (ROOT / "tests").glob("*/test_*.py") if "mark.alone" in f.read_text()]
-    assert len(files) > 1 and all(f" tests/{f.parent.name}" in command for f in files)
+    tests = [f for f in (ROOT / "tests").rglob("test_*.py") if f.parent != ROOT / "tests"]
+    folders = [f.relative_to(ROOT).parts[1] for f in tests if "mark.alone" in f.read_text()]
+    assert len(folders) > 1 and all(f" tests/{folder}" in command for folder in folders)
 
 
 def literals(file):

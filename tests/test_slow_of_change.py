@@ -5,6 +5,7 @@ import subprocess
 import pytest
 from slow_of_change import changed_files, imports_of, touched
 
+NN = "nn/attention/test_attention nn/test_param"
 RUNS = "train/test_resume train/test_run"
 TREE = {
     "jaxft/__init__.py": "",
@@ -18,6 +19,7 @@ TREE = {
     "tests/support/tiny.py": "from jaxft.nn.rope import turn",
     "tests/support/tiny_run.py": "import tiny",
     "tests/nn/test_param.py": "",
+    "tests/nn/attention/test_attention.py": "",
     "tests/train/test_run.py": "import tiny_run",
     "tests/train/test_resume.py": "",
     "tests/train/test_step.py": "from jaxft.train.step import step",
@@ -42,11 +44,11 @@ def tree(tmp_path_factory):
     "changed, distance, expected",
     [
         # its folder; through two files of support; whole runs, since the loop imports it
-        ("jaxft/nn/rope.py", 1, f"nn/test_param {RUNS}"),
-        ("jaxft/nn/rope.py", 2, f"nn/test_param plan/test_layers {RUNS}"),
-        ("jaxft/nn/rope.py", 3, f"nn/test_param plan/test_layers {RUNS} train/test_step"),
-        ("jaxft/nn/layers.py", 1, f"nn/test_param plan/test_layers {RUNS}"),
-        ("jaxft/nn/gone.py", 1, "nn/test_param"),
+        ("jaxft/nn/rope.py", 1, f"{NN} {RUNS}"),
+        ("jaxft/nn/rope.py", 2, f"{NN} plan/test_layers {RUNS}"),
+        ("jaxft/nn/rope.py", 3, f"{NN} plan/test_layers {RUNS} train/test_step"),
+        ("jaxft/nn/layers.py", 1, f"{NN} plan/test_layers {RUNS}"),
+        ("jaxft/nn/gone.py", 1, NN),
         ("jaxft/plan/hlo.py", 1, "plan/test_layers plan/test_table"),
         ("jaxft/train/step.py", 1, f"{RUNS} train/test_step"),
         ("tests/support/tiny.py", 1, "train/test_run"),

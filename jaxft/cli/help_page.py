@@ -15,7 +15,7 @@ from jaxft.data.pairs import PairRows
 from jaxft.data.rows.shipped import COMMANDS, ROOT
 from jaxft.data.sft import Rows, SolutionRows
 from jaxft.objectives.pair import PreferenceLoss
-from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.runs.settings.config import load_config
 from jaxft.runs.settings.option_names import OPTIONS, find_options
 from jaxft.runs.settings.setting_names import advice, knobs, nearest_settings, setting_names, settings_called
@@ -146,9 +146,7 @@ def near_names(word: str) -> list[str]:
 def _called(name: str, settings: Iterable[Setting]) -> list[Setting]:
     """Return the settings with this name or last part, and those in the section of this name."""
     return [
-        s
-        for s in settings
-        if name in (s.name, s.name.rpartition(".")[2]) or s.name.startswith(f"{name}.")
+        s for s in settings if name in (s.name, s.name.rpartition(".")[2]) or s.name.startswith(f"{name}.")
     ]
 
 

@@ -14,7 +14,7 @@ from jaxft.data.packing.reader import Reader, RowTask, Tokenising
 from jaxft.data.packing.tokenised import TokenisedRows
 from jaxft.data.row_settings import DATE, SYSTEM, TURN, RowSettings, TemplateSettings
 from jaxft.data.rows.conversation import PLAIN
-from jaxft.data.rows.invalid import DROP, ERROR, FEW, FEW_ROWS, INVALID
+from jaxft.data.rows.invalid_rows import DROP, ERROR, FEW, FEW_ROWS, INVALID
 from jaxft.distributed.sync import is_first
 from jaxft.nn.attention.layer_attention import AttentionLayers
 from jaxft.nn.tree import Batch

@@ -15,15 +15,15 @@ from jaxft.batch import Decisions, Tokens
 from jaxft.data.chat import loss_mask
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.decisions import LETTERS, answer_tokens
-from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.pack import RowPlan, ranges
 from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
+from jaxft.data.packing.row_cache import ColumnTypes
 from jaxft.data.packing.row_tasks import text_columns, too_long
 from jaxft.data.packing.tokenised import MASS, PROBABILITIES, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.example import RESPONSE, Decision, ParsedRow
 from jaxft.data.rows.formats import DECISIONS
-from jaxft.data.rows.invalid import InvalidRow, attempt, valid
+from jaxft.data.rows.invalid_rows import InvalidRow, attempt, valid
 from jaxft.data.sft import PackedBatches, Rows
 from jaxft.data.source import RowSource
 

@@ -32,7 +32,7 @@ from typing import Any
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import messages_of, template_arguments_of, text_of, with_system
 from jaxft.data.rows.example import ANSWER_PREFIX, Decision, DecisionChoice, Message
-from jaxft.data.rows.invalid import InvalidRow, similar_names
+from jaxft.data.rows.invalid_rows import InvalidRow, similar_names
 from jaxft.data.rows.row_files import Row
 
 DECISION, LABEL, RERANKER = "decision", "label", "reranker"

@@ -24,7 +24,7 @@ from jaxft.data.packing.row_tasks import row_fields
 from jaxft.data.packing.tokenised import LABELS, ROW_FIELDS, TOKEN_WEIGHTS, TokenisedRows
 from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.prompts import LENGTH_STEP, PromptRows, Prompts
-from jaxft.data.rows.invalid import InvalidCount, InvalidRow
+from jaxft.data.rows.invalid_rows import InvalidCount, InvalidRow
 from jaxft.data.rows.mixture import SplitRows, held_out_sources, parse_sources
 from jaxft.data.sft import Rows
 from jaxft.data.source import RowSource, RowStats, SourceStats, length_percentiles

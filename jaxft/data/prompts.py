@@ -14,16 +14,16 @@ from jaxtyping import Bool, Int
 from jaxft.annotations import ABOVE_ZERO_TO_ONE, ZERO_TO_ONE, PositiveInt, at_least, one_of
 from jaxft.batch import Rollout, Tokens
 from jaxft.data.data_settings import DataSettings
-from jaxft.data.packing.cache import Made
 from jaxft.data.packing.pack import RowShape, ascending, permutation, round_up
 from jaxft.data.packing.reader import Reader, RowTask
+from jaxft.data.packing.row_cache import Made
 from jaxft.data.packing.row_tasks import PROMPT_TASK, TokenisedPrompts, row_fields, row_prompt
 from jaxft.data.packing.tokenised import TokenisedRows
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.conversation import PROMPT_FORMATS
 from jaxft.data.rows.mixture import SourceRef, SplitRows, held_out_sources, parse_sources, split_rows
 from jaxft.data.rows.row_files import Row
-from jaxft.nn.attention.cache import CacheFormat
+from jaxft.nn.attention.kv_cache import CacheFormat
 
 TOO_LONG = ("drop", "error")
 LENGTH_STEP = 64  # lengths of prompts and rows are multiples of this, so that similar data share a program

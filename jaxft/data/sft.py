@@ -19,15 +19,15 @@ from jaxft.data.chat import loss_mask
 from jaxft.data.chat.loss_mask import LOSS_ON
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing import pack
-from jaxft.data.packing.cache import ColumnTypes
 from jaxft.data.packing.pack import RowPlan
 from jaxft.data.packing.reader import CutRows, Reader, RowTask, TokenisedRow
+from jaxft.data.packing.row_cache import ColumnTypes
 from jaxft.data.packing.row_tasks import SFT_TASK, text_columns, too_long
 from jaxft.data.packing.tokenised import LABELS, MASS, TOKEN_WEIGHTS, Ragged, TokenisedRows, ragged
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows import formats
 from jaxft.data.rows.example import RESPONSE, ParsedRow, Solution
-from jaxft.data.rows.invalid import InvalidRow, attempt
+from jaxft.data.rows.invalid_rows import InvalidRow, attempt
 from jaxft.data.rows.mixture import sources_with_metrics, split_rows
 from jaxft.data.rows.text_files import DOCUMENT, SAMPLE_BY
 from jaxft.data.source import RowSource

@@ -18,7 +18,7 @@ from jaxft.batch import TrainState
 from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing.pack import Epochs, RowPlan
 from jaxft.data.packing.tokenised import preview
-from jaxft.data.rows.invalid import InvalidCount
+from jaxft.data.rows.invalid_rows import InvalidCount
 from jaxft.data.rows.mixture import SplitRows
 from jaxft.nn.attention.layer_attention import AttentionLayers
 from jaxft.nn.tree import Batch, Metrics

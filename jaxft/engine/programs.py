@@ -41,7 +41,7 @@ from jaxft.engine.state import (
     row_levels,
     state_shapes,
 )
-from jaxft.nn.attention.cache import (
+from jaxft.nn.attention.kv_cache import (
     Cache,
     GivenChunk,
     NextToken,

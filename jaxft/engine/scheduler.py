@@ -25,7 +25,7 @@ from jaxft.engine.sampling import BUCKET, NONFINITE, Sampling
 from jaxft.engine.session import RequestSettings, Running, Session
 from jaxft.engine.state import Decoding, Slots, key_data
 from jaxft.models.model import Model
-from jaxft.nn.attention.cache import CacheFormat
+from jaxft.nn.attention.kv_cache import CacheFormat
 from jaxft.nn.tree import Params
 
 End = Literal["stop", "length", "cancelled", "error"]

@@ -464,7 +464,7 @@ def generate(session: Session, prompts: Sequence[Sequence[int]]) -> list[list[in
     >>> from jaxft.engine.programs import compile_engine
     >>> from jaxft.engine.state import Decoding, slots_for
     >>> from jaxft.models.families.llama import LlamaConfig, llama
-    >>> from jaxft.nn.param import init_params
+    >>> from jaxft.nn.param_spec import init_params
     >>> sizes = {"vocab": 16, "width": 8, "layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 4, "mlp": 8}
     >>> model = llama(LlamaConfig(**sizes, max_positions=32), jnp.float32)
     >>> params = init_params(model.specs, jax.random.key(0))

@@ -1,6 +1,6 @@
 """The static arguments of an engine, the sizes of its programs, and the rows in progress as arrays.
 
-A state has R rows, which are completions in progress, and P prompts (cache.py). Whatever a request chooses
+A state has R rows, which are completions in progress, and P prompts (kv_cache.py). Whatever a request chooses
 is an array with a value per row, so that nothing is compiled while an engine runs.
 """
 
@@ -18,7 +18,7 @@ from jaxft.distributed import sharding
 from jaxft.engine.sampling import BUCKET, RowSampling, Sampling, left_pad, row_sampling
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import BASE
-from jaxft.nn.attention.cache import SLOTS_PER_READ, Cache, CacheFormat, CacheParts, cache_axes, row_slots
+from jaxft.nn.attention.kv_cache import SLOTS_PER_READ, Cache, CacheFormat, CacheParts, cache_axes, row_slots
 from jaxft.nn.tree import struct
 
 NO_TOKEN = -1

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxft.data.rows.dataset_rows import read_rows
 from jaxft.data.rows.format_choice import prompt_of
-from jaxft.data.rows.remote import without_secrets
+from jaxft.data.rows.remote_files import without_secrets
 from jaxft.data.rows.row_files import Row
 from jaxft.distributed import sharding
 from jaxft.lab.judging import Judge, Match, Verdicts, in_both_orders, values_of, values_of_scores

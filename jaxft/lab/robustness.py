@@ -31,8 +31,7 @@ from jaxft.report.document import html_page
 from jaxft.report.html_elements import escaped, record_table, sections
 from jaxft.report.ranking import read_held_out
 from jaxft.report.statistics import Adjusted, Difference, holm, paired_difference
-from jaxft.runs.metric_names import SCORES
-from jaxft.runs.metrics_log import METRICS, read_entries
+from jaxft.runs.metrics_log import METRICS, SCORES, read_entries
 
 TRUE, PROXY = (SCORES + fn.__name__ for fn in (true_reward, proxy_reward))  # metrics' names
 FAULTS = ("pairs", "temperature", "noise", "length_bias", "circle", "duplicates")  # of a World

@@ -31,7 +31,7 @@ from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, Several, attach, jo
 from jaxft.nn.adapters.lora_rows import specs_like
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.matmul import accumulation_dtype
-from jaxft.nn.param import ParamSpec, normal
+from jaxft.nn.param_spec import ParamSpec, normal
 from jaxft.nn.quant import Quant
 from jaxft.nn.tensor_names import TensorName
 from jaxft.nn.tree import Params, static, struct

@@ -26,7 +26,7 @@ from jaxft.models.model import ForwardOptions, Model, dense_flops
 from jaxft.nn import tree
 from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.attention_mixer import attention_mixer
-from jaxft.nn.attention.cache import Cache, CacheFormat, GivenChunk, NextToken, PromptKeys
+from jaxft.nn.attention.kv_cache import Cache, CacheFormat, GivenChunk, NextToken, PromptKeys
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras
 from jaxft.nn.layers import (
     biased_linear,
@@ -40,7 +40,7 @@ from jaxft.nn.layers import (
     split_keys,
 )
 from jaxft.nn.matmul import accumulation_dtype, gather_layer
-from jaxft.nn.param import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
+from jaxft.nn.param_spec import ParamSpec, Specs, fan_in, full, is_spec, normal, spec_paths
 from jaxft.nn.stack import (
     REMAT,
     BlockLayer,

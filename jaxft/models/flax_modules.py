@@ -43,7 +43,7 @@ from jaxtyping import Array, Float
 
 from jaxft.batch import Tokens
 from jaxft.models.model import Model
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.quant import is_qtensor
 from jaxft.nn.tree import Params
 
@@ -68,7 +68,7 @@ class NnxModel(nnx.Module):
         if params is None:
             if rngs is None:
                 raise ValueError("NnxModel needs params, or rngs to initialise them: rngs=nnx.Rngs(0)")
-            params = param.init_params(model.specs, rngs.params(), param_dtype)
+            params = param_spec.init_params(model.specs, rngs.params(), param_dtype)
         self.model = model
         self.params = nnx.data(jax.tree.map(nnx.Param, params, is_leaf=is_qtensor))
         has_stream = rngs is not None and ("dropout" in rngs or "default" in rngs)
@@ -145,6 +145,6 @@ class FlaxModel(nn.Module):
             # Flax has folded a counter into `key`; init_params folds paths into the key that init received.
             if self.is_initializing() and self.scope is not None:
                 key = self.scope.rngs["params"].as_jax_rng()
-            return param.init_params({name: self.model.specs[name]}, key, self.param_dtype)[name]
+            return param_spec.init_params({name: self.model.specs[name]}, key, self.param_dtype)[name]
 
         return {name: self.param(name, start, name) for name in self.model.specs}

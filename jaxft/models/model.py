@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 
 from jaxft.models.dense_config import DenseConfig
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.attention.cache import Cache
+from jaxft.nn.attention.kv_cache import Cache
 from jaxft.nn.attention.layer_attention import AttentionLayers
-from jaxft.nn.param import Specs, kernel, spec_paths
+from jaxft.nn.param_spec import Specs, kernel, spec_paths
 from jaxft.nn.stack import RematPolicy, Stacks
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.nn.tree import LayerOutputs, Params

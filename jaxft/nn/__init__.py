@@ -1,7 +1,7 @@
 """Building blocks of models: parameters, matmuls, attention, LoRA and quantised weights.
 
 tree.py: pytrees by path: masks over them, and the partition into trainable and frozen parameters
-param.py: ParamSpec, which declares a parameter: initial values, shapes, shardings, counts
+param_spec.py: ParamSpec, which declares a parameter: initial values, shapes, shardings, counts
 matmul.py: contractions that accumulate in float32; matmuls over plain, quantised and LoRA weights, also in
     FP8; their backward passes, taps on their inputs
 layers.py: embedding, norm, gated MLP, language model head

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jaxft.nn import tree
-from jaxft.nn.attention.cache import Cache, GivenChunk, NextToken
+from jaxft.nn.attention.kv_cache import Cache, GivenChunk, NextToken
 from jaxft.nn.attention.layer_attention import Extras
 from jaxft.nn.tree import Batch, LayerOutputs, Params, static, struct
 

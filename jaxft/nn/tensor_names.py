@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxft.nn import tree
-from jaxft.nn.param import ParamSpec, layer_numbers, lead_axes
+from jaxft.nn.param_spec import ParamSpec, layer_numbers, lead_axes
 
 HEAD_MODULE = "lm_head"
 NAME_FIELDS = {"layers": "i", "experts": "x"}  # of a template, by the axis that they number

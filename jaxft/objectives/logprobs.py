@@ -18,7 +18,7 @@ from jaxft.annotations import BELOW_ONE, at_least, check_bounds
 from jaxft.distributed.sharding import constrain, gathered_axes, is_multi_device, num_shards
 from jaxft.nn import tree
 from jaxft.nn.matmul import accumulation_dtype
-from jaxft.nn.param import ParamSpec, Specs, is_spec
+from jaxft.nn.param_spec import ParamSpec, Specs, is_spec
 from jaxft.nn.quant import LIKE_WEIGHT
 from jaxft.nn.tree import LayerOutputs, Params, struct
 

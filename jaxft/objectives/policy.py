@@ -99,7 +99,7 @@ def critic_loss(critic: Critic, values: Float[Array, "B M"] | None, batch: Rollo
     if values is None or batch.values is None or batch.returns is None or batch.value_weights is None:
         raise ValueError(
             "a critic needs values, returns and value_weights in the batch. Take batches from "
-            "rl.rollout.Rollouts, which compute them"
+            "rl.rollout_source.Rollouts, which compute them"
         )
     chex.assert_equal_shape([values, batch.values, batch.returns, batch.value_weights])
     weights = batch.value_weights.astype(values.dtype)
@@ -294,7 +294,7 @@ def echo(
         if outputs.batch.observation_weights is None:
             raise ValueError(
                 "ECHO needs observation_weights in the batch. Take batches from "
-                "rl.rollout.Rollouts(observations=True), which compute them"
+                "rl.rollout_source.Rollouts(observations=True), which compute them"
             )
         weights = outputs.batch.observation_weights.astype(outputs.logp.dtype)
         cost = -jnp.sum(jnp.where(weights != 0, weights * outputs.logp, 0))
@@ -372,7 +372,7 @@ def _policy_terms(
         if batch.reference is None:
             raise ValueError(
                 "a KL penalty needs the reference's log-probs in the batch. Take batches from "
-                "rl.rollout.Rollouts, which compute them, or set beta=0"
+                "rl.rollout_source.Rollouts, which compute them, or set beta=0"
             )
         if not isinstance(penalty, KLInReward):
             coef = aux[KL_COEF].astype(kl.dtype) if isinstance(penalty, AdaptiveKL) else penalty.coef

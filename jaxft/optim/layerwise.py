@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Key
 from jaxft.batch import TrainState
 from jaxft.distributed import sharding
 from jaxft.nn import tree
-from jaxft.nn.param import Specs, is_spec, kernel, lead_axes, spec_paths
+from jaxft.nn.param_spec import Specs, is_spec, kernel, lead_axes, spec_paths
 from jaxft.nn.stack import CallCount, FusedLayers, float_bits, from_float_bits, layer_at, put_layer
 from jaxft.nn.tree import Batch, Grads, Mask, Metrics, OptState, Params
 from jaxft.objectives.objective import Objective

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jaxft.distributed.sharding import is_multi_device
 from jaxft.nn import tree
-from jaxft.nn.param import Specs, lead_shape, spec_paths
+from jaxft.nn.param_spec import Specs, lead_shape, spec_paths
 from jaxft.nn.quant_formats import DYNAMIC, DYNAMIC_BOUNDS, dynamic_code
 from jaxft.nn.tree import OptState, Params, struct
 from jaxft.optim.rules import UpdateRule, check_adam, with_decay

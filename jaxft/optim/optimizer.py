@@ -36,7 +36,7 @@ from jaxft.annotations import (
 )
 from jaxft.distributed import sharding
 from jaxft.nn import tree
-from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel, lead_axes, lead_shape, spec_paths
+from jaxft.nn.param_spec import ParamSpec, Specs, is_spec, kernel, lead_axes, lead_shape, spec_paths
 from jaxft.nn.tree import Grads, OptState, Params
 from jaxft.optim.layerwise import (
     LayerParts,
@@ -207,7 +207,7 @@ def make_optimizer(o: Optim, specs: Specs, steps: int, all_specs: Specs | None =
     specs: ParamSpecs of the trainable leaves, None elsewhere. all_specs: if `specs` has only some of the
     trainable leaves (see freezable), the specs of all, among which each pattern of lr_groups must match one.
 
-    >>> from jaxft.nn.param import full
+    >>> from jaxft.nn.param_spec import full
     >>> specs = {"w": ParamSpec((2, 3), ("width", "mlp"), full(1.0))}
     >>> optimizer = make_optimizer(Optim(lr=0.1, clip=None, weight_decay=0.0), specs, steps=10)
     >>> params = {"w": jnp.ones((2, 3))}

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jaxft.nn import tree
-from jaxft.nn.param import ParamSpec, Specs, is_spec, kernel, lead_axes, spec_paths
+from jaxft.nn.param_spec import ParamSpec, Specs, is_spec, kernel, lead_axes, spec_paths
 from jaxft.nn.tree import Mask, OptState, Params
 from jaxft.optim.update import to_float32
 
@@ -54,7 +54,7 @@ def adamw(
 ) -> UpdateRule:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with float32 moments; weight decay of matrices only.
 
-    >>> from jaxft.nn.param import ParamSpec, full
+    >>> from jaxft.nn.param_spec import ParamSpec, full
     >>> norm = ParamSpec((2,), ("width",), full(1.0))
     >>> specs = {"kernel": ParamSpec((2, 3), ("width", "mlp"), full(0.0)), "norm": norm}
     >>> rule = adamw(optax.constant_schedule(1e-3), specs, weight_decay=0.1, b2=0.95)

@@ -30,9 +30,9 @@ from jaxft.plan.machines import Machine
 from jaxft.plan.program_bytes import COLLECTIVES, Collective
 from jaxft.rl.online_pairs import OnlinePairs
 from jaxft.rl.reward_models import HeadReward, head_scores
-from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_layout import score_tokens
 from jaxft.rl.rollout_sampler import engine_sizes
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.runs.run_texts import empty_slot_lines
 from jaxft.train import programs
 from jaxft.train.evaluate import evaluate

@@ -18,17 +18,17 @@ from jaxft.data.pairs import PairRows, PairSource
 from jaxft.data.progress import time_in_words
 from jaxft.data.prompts import Prompts
 from jaxft.data.rows.dataset_rows import check_rows, list_chunks
-from jaxft.data.rows.invalid import InvalidRow, InvalidRows
+from jaxft.data.rows.invalid_rows import InvalidRow, InvalidRows
 from jaxft.data.rows.mixture import parse_sources
 from jaxft.data.sft import Rows
 from jaxft.distributed import sharding, xla_flags
 from jaxft.plan import machines
 from jaxft.plan.machines import GIB
 from jaxft.plan.plan import ASSUMED, PROGRAM_PARTS, Estimate, Flops, Plan, plan
-from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.runs.settings.config import Resolved, as_written, recipe_knobs
 from jaxft.runs.settings.settings_list import Setting, settings_of
-from jaxft.train import partition, programs
+from jaxft.train import programs, trainable_params
 from jaxft.train.settings import Run
 from jaxft.train.start import open_settings
 from jaxft.weights.pretrained import load_tokenizer
@@ -328,7 +328,7 @@ class DryRun:
     settings: list[Setting]
     defaults: dict[str, str | None]
     changed: list[Change]
-    parameters: list[partition.ParameterRow]
+    parameters: list[trainable_params.ParameterRow]
     table: str
     xla: Sequence[str]
     plan: Plan
@@ -346,7 +346,10 @@ def dry_run(settings: Resolved, recipe: Run | None, notes: Sequence[str] = ()) -
     pairs, bound = planned_pairs(run, sharding.row_shards(mesh))
     with jax.set_mesh(mesh):
         parts = programs.abstract(run)[0].partition
-        table, rows = partition.parameter_table(parts, mesh), partition.parameter_rows(parts, mesh)
+        table, rows = (
+            trainable_params.parameter_table(parts, mesh),
+            trainable_params.parameter_rows(parts, mesh),
+        )
     kinds = [*settings_of(Run), *settings_of(type(run.data), "data.")]
     listed = current_settings(run)
     changed = [] if recipe is None else changes(current_settings(recipe), listed)

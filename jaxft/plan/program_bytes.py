@@ -18,7 +18,7 @@ from jaxft.nn import tree
 from jaxft.nn.quant import is_qtensor
 from jaxft.plan import hlo
 from jaxft.plan.hlo import Array, HloProgram, Instruction, called_computations, walk
-from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.train.programs import Programs
 from jaxft.train.settings import Run
 from jaxft.weights import storage

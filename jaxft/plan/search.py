@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxft.distributed.sharding import MeshShape
-from jaxft.nn import param
+from jaxft.nn import param_spec
 from jaxft.plan.machines import GIB, Machine
 from jaxft.plan.plan import Plan, plan, plans
 from jaxft.train.settings import Run
@@ -170,8 +170,8 @@ def rough_estimate(run: Run, machine: Machine, choice: Choice) -> tuple[int, flo
     data: Any = run.data
     rows, length = replace(data, micro=micro).abstract(_shards(mesh)).ids.shape[1:]
     tokens = rows * length / _shards(mesh) / mesh.context  # of a microbatch, a device
-    layers = [spec for spec in param.spec_paths(run.model.specs).values() if "layers" in spec.axes]
-    weights = sum(math.prod(spec.shape) for spec in layers if param.kernel(spec)) + 2 * c.vocab * c.width
+    layers = [spec for spec in param_spec.spec_paths(run.model.specs).values() if "layers" in spec.axes]
+    weights = sum(math.prod(spec.shape) for spec in layers if param_spec.kernel(spec)) + 2 * c.vocab * c.width
     weight_bytes = (10 if run.params == "float32" else 5) if trained else 2 if run.quant is None else 0.6
     saved = (SAVED_WIDTHS[choice.remat] * c.layers + 16) * c.width * 2 * tokens / mesh.tensor
     size = int(weights * weight_bytes / shard + saved)

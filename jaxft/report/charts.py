@@ -21,7 +21,7 @@ from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, CHOSEN_REWARD, MARGIN, 
 from jaxft.objectives.policy import VALUE_LOSS
 from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
 from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
-from jaxft.runs.metric_names import (
+from jaxft.runs.metrics_log import (
     COMPLETION_KL,
     COMPLETION_LENGTH,
     LEARNING_RATE,
@@ -30,8 +30,8 @@ from jaxft.runs.metric_names import (
     REWARD,
     SCORES,
     SPEED,
+    read_entries,
 )
-from jaxft.runs.metrics_log import read_entries
 
 Points = tuple[Sequence[float], Sequence[float]]  # x, y
 # distinguishable with any colour vision

@@ -19,7 +19,7 @@ from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
 from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
 from jaxft.report.charts import comparison_panels, draw
 from jaxft.runs.folder import CARD
-from jaxft.runs.metric_names import COMPLETION_KL, COMPLETION_LENGTH, REWARD, SCORES
+from jaxft.runs.metrics_log import COMPLETION_KL, COMPLETION_LENGTH, REWARD, SCORES
 from jaxft.runs.terminal import markdown_table
 
 Logged = Mapping[str, float]  # metrics by name

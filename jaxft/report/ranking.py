@@ -31,8 +31,7 @@ from jaxft.report import compare
 from jaxft.report.compare import Logged, first_and_last, held_out
 from jaxft.report.statistics import paired_difference
 from jaxft.runs.folder import part_of, read_saved_json
-from jaxft.runs.metric_names import REWARD, SCORES
-from jaxft.runs.metrics_log import HELD_OUT_ROWS, METRICS, read_entries
+from jaxft.runs.metrics_log import HELD_OUT_ROWS, METRICS, REWARD, SCORES, read_entries
 
 ACCURACIES = (ACCURACY, REWARD_ACCURACY)
 SEEDS = ("seed", "data.seed")  # settings of which every value is a repetition

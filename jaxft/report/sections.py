@@ -33,10 +33,10 @@ from jaxft.report.html_elements import (
 )
 from jaxft.report.run_files import RunFiles
 from jaxft.runs.console import TOTAL, time_by_phase
-from jaxft.runs.environment import device_counts
 from jaxft.runs.folder import part_of
-from jaxft.runs.metric_names import SECONDS, TOKENS
+from jaxft.runs.metrics_log import SECONDS, TOKENS
 from jaxft.runs.run_texts import joint_alarms, same_prompts
+from jaxft.runs.versions_and_devices import device_counts
 
 SAMPLES = 24  # prompts in all
 COMPLETION_STEPS, COMPLETIONS = 4, 48  # steps of a run whose completions are shown; completions in all

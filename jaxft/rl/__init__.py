@@ -2,8 +2,8 @@
 
 trajectory.py: episodes as segments of token ids: sampled (with a loss) or given, such as a tool's results
     (without a loss)
-play.py: the loop that plays episodes; the interface to what samples: rows that can be continued
-rollout.py: the source of rollouts, from prompts to batches
+episodes.py: the loop that plays episodes; the interface to what samples: rows that can be continued
+rollout_source.py: the source of rollouts, from prompts to batches
 online_pairs.py: pairs for online DPO: the best and the worst episode of each prompt
 rewards.py: the Reward type, functions as rewards, functions that check an answer
 reward_models.py: reward models as rewards

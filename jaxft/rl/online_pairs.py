@@ -15,10 +15,10 @@ from jaxft.batch import Pairs, Rollout
 from jaxft.data.packing.pack import RowShape
 from jaxft.data.prompts import Prompts, padded_length, rollout_batch_shapes
 from jaxft.rl.advantages import has_score
-from jaxft.rl.rollout import BatchKind, Rollouts, ScoredRollout, TrainingRollout
 from jaxft.rl.rollout_layout import pack_episodes, to_microbatches
 from jaxft.rl.rollout_metrics import rollout_metrics
 from jaxft.rl.rollout_rules import Rules
+from jaxft.rl.rollout_source import BatchKind, Rollouts, ScoredRollout, TrainingRollout
 
 
 def pair_shapes(data: Prompts, longest: int, shards: int = 1) -> tuple[Pairs]:

@@ -21,7 +21,7 @@ from jaxft.data.chat import loss_mask
 from jaxft.data.chat.template import settings_for
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.example import Chat, Completion, Example
-from jaxft.data.rows.invalid import valid
+from jaxft.data.rows.invalid_rows import valid
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import BUCKET, left_pad
 from jaxft.models import adapted

@@ -38,7 +38,7 @@ from jaxft.nn import tree
 from jaxft.nn.tree import Params
 from jaxft.rl.environments.calls import shared_loop
 from jaxft.rl.environments.environment import finite_number, short_repr
-from jaxft.rl.play import Ended
+from jaxft.rl.episodes import Ended
 from jaxft.rl.rollout_layout import PackedRows, RolloutPrograms
 from jaxft.rl.trajectory import Episodes, Trajectory
 

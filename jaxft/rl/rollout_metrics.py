@@ -16,13 +16,13 @@ from jaxft.objectives.alarms import (
     ZERO_STD,
 )
 from jaxft.objectives.metrics import PROMPT_COUNT, Max, Min, Sum
-from jaxft.rl import play
 from jaxft.rl.advantages import GroupScores, has_score, nonconstant_groups, token_mask
 from jaxft.rl.environments import tools
+from jaxft.rl.episodes import LARGE_OBSERVATION, LONG_PROMPT, RAISED, TEMPLATE, TIME_OUT, WRONG_TYPE
 from jaxft.rl.estimators import RolloutScores
 from jaxft.rl.rollout_rules import ScoredEpisodes
 from jaxft.rl.trajectory import NO_LENGTH, Episodes
-from jaxft.runs.metric_names import REWARD
+from jaxft.runs.metrics_log import REWARD
 
 NO_SCORE = "frac_unscorable"  # a fraction of the completions
 MEAN_LENGTH, MIN_LENGTH, MAX_LENGTH = (f"completions/{name}_length" for name in ("mean", "min", "max"))
@@ -38,8 +38,7 @@ TOOL_ERRORS = (
     tools.TOO_MANY_CALLS,
 )  # fmt: skip
 EXCLUDING = (
-    play.TIME_OUT, play.RAISED, play.WRONG_TYPE, play.LARGE_OBSERVATION, play.TEMPLATE, play.LONG_PROMPT,
-    NO_LENGTH,
+    TIME_OUT, RAISED, WRONG_TYPE, LARGE_OBSERVATION, TEMPLATE, LONG_PROMPT, NO_LENGTH,
 )  # fmt: skip
 
 MaybeMeans = dict[str, float | None]  # None for a mean over nothing

@@ -37,7 +37,7 @@ from jaxft.engine.session import Session
 from jaxft.engine.state import Decoding, Slots, rows_in_progress, slots_for
 from jaxft.models.model import Model
 from jaxft.nn.tree import Params
-from jaxft.rl.play import Sampler, rollout
+from jaxft.rl.episodes import Sampler, rollout
 from jaxft.rl.rewards import begin_async
 from jaxft.rl.rollout_layout import BoundRun, uncounted
 from jaxft.rl.rollout_rules import ScoredEpisodes

@@ -40,9 +40,9 @@ from jaxft.distributed import processes, sync
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
 from jaxft.distributed.exit import PeerLostError
 from jaxft.runs import manifest
-from jaxft.runs.environment import versions
 from jaxft.runs.folder_copies import LOCAL_ONLY, Copies
 from jaxft.runs.manifest import Corrupt, first_line
+from jaxft.runs.versions_and_devices import versions
 
 CHUNK_BYTES = 64 << 20  # the unit of decoding, so that shards of another mesh are read without the whole leaf
 IN_FLIGHT_BYTES = 256_000_000  # of leaves that are encoded and written at a time; each takes a copy of itself

@@ -27,7 +27,7 @@ from jaxft.objectives.metrics import (
     without_count,
 )
 from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, CHOSEN_REWARD, MARGIN, REJECTED_REWARD
-from jaxft.runs.metric_names import (
+from jaxft.runs.metrics_log import (
     COMPLETION_KL,
     COMPLETION_LENGTH,
     EPOCH,

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TextIO
 
 from jaxft.distributed.disk import fsync, make_folder, sync_tree, write_durably
-from jaxft.runs.environment import environment, environment_changes, versions
 from jaxft.runs.metrics_log import METRICS, json_value, read_entries
 from jaxft.runs.settings.setting_values import absent_lines, describe, differences
+from jaxft.runs.versions_and_devices import environment, environment_changes, versions
 from jaxft.weights.edit import calibrated_base
 from jaxft.weights.gguf.gguf_file import part_files
 from jaxft.weights.hf import hf_read, hub

@@ -26,6 +26,17 @@ METRICS, COMPLETIONS = "metrics.jsonl", "completions.jsonl"
 DIGEST, FILE = "digest", "file"  # keys of metrics_digests.jsonl
 HELD_OUT_ROWS = "held_out.jsonl"  # values of single held-out rows after the last step
 
+# Metrics of rollouts (jaxft/rl); the file of an objective has the names of its own
+REWARD = "reward"
+COMPLETION_KL = "objective/kl"
+COMPLETION_LENGTH = "completions/mean_length"
+
+# Metrics of the train loop (jaxft/train)
+SCORES = "scores/"  # prefix of the mean scores of held-out completions, by the name of the function
+LEARNING_RATE, EPOCH, TOKENS = "learning_rate", "epoch", "num_tokens"
+SECONDS, SPEED, MFU, MEMORY = "seconds", "tokens_per_second", "mfu", "memory_gib"
+EVALUATION_SECONDS, SAMPLING_SECONDS = "evaluation_seconds", "sampling_seconds"  # since the last entry
+
 
 def json_value(value: Any) -> Any:
     """Return a value as JSON can express it: NaN and infinity become None, tuples lists."""

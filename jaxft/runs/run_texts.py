@@ -15,8 +15,7 @@ from jaxft.objectives.intervals import Interval, wilson
 from jaxft.objectives.metrics import HELD_OUT, LOSS, count_of, without_count
 from jaxft.objectives.pair import ACCURACY
 from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
-from jaxft.runs.metric_names import REWARD, SCORES
-from jaxft.runs.metrics_log import COMPLETIONS, read_entries
+from jaxft.runs.metrics_log import COMPLETIONS, REWARD, SCORES, read_entries
 from jaxft.runs.terminal import markdown_table
 from jaxft.weights.hf.model_card import NO_CLASSIFIER, USE_SECTION
 

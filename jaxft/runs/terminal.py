@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from jaxft.data.rows.remote import without_secrets
+from jaxft.data.rows.remote_files import without_secrets
 from jaxft.data.rows.shipped import own_commands
 from jaxft.distributed import xla_flags
 from jaxft.distributed.exit import RESTART_CODE, RestartError

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxft.data.decisions import LABEL_QUESTION, DecisionPrompts, decide, relevance, user_messages
 from jaxft.data.rows.example import Decision, DecisionChoice
-from jaxft.data.rows.invalid import InvalidRow, json_type, similar_names
+from jaxft.data.rows.invalid_rows import InvalidRow, json_type, similar_names
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import SampledToken, TokenRequest
 from jaxft.engine.session import RequestSettings

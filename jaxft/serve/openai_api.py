@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from jaxft.data.chat.tool_calls import ToolCall
-from jaxft.data.rows.invalid import json_type, similar_names
+from jaxft.data.rows.invalid_rows import json_type, similar_names
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.scheduler import SampledToken
 from jaxft.engine.state import MOST_TOP

@@ -20,7 +20,7 @@ from jaxft.data.rows.columns import messages_of
 from jaxft.data.rows.conversation import PLAIN
 from jaxft.data.rows.example import Chat, Completion, Decision
 from jaxft.data.rows.format_choice import prompt_of
-from jaxft.data.rows.invalid import InvalidRow, valid
+from jaxft.data.rows.invalid_rows import InvalidRow, valid
 from jaxft.data.rows.row_files import Row
 from jaxft.distributed import sharding
 from jaxft.engine.programs import Engine
@@ -28,7 +28,7 @@ from jaxft.engine.scheduler import ServeSizes, compile_server
 from jaxft.models.adapted import adapted, adapted_by_row
 from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import BASE, not_stackable, stack_by_row, stored_stack
-from jaxft.nn.attention.cache import CacheFormat
+from jaxft.nn.attention.kv_cache import CacheFormat
 from jaxft.nn.tree import Params
 from jaxft.runs.loaded_weights import (
     NamedWeights,

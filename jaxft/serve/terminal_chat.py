@@ -252,7 +252,7 @@ def _short_enough(prompt: tuple[int, ...], scheduler: Scheduler, model: ServedMo
 
 @dataclass
 class TypedTurns:
-    """A sampler of an environment's turns (TurnSession in rl/play.py) that asks a person for each turn.
+    """A sampler of an environment's turns (TurnSession in rl/episodes.py) that asks a person for each turn.
 
     read(): returns a typed turn. show(text): prints prompts and observations. stop: token id that ends a
     turn. format: a turn "/call NAME {...}" becomes a tool call in this format; None leaves it as text.

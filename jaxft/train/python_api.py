@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from jaxft.annotations import QuantKind, Seed, check_values
 from jaxft.batch import TrainState
-from jaxft.data.packing.cache import row_cache_folder
+from jaxft.data.packing.row_cache import row_cache_folder
 from jaxft.data.rows.row_files import Row
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding
@@ -62,7 +62,7 @@ from jaxft.train.evaluate.evaluate_models import evaluate_models, requested
 from jaxft.train.logs.clock import Clock
 from jaxft.train.settings import Run
 from jaxft.train.start import jobs, open_settings
-from jaxft.train.start.reference import precompute
+from jaxft.train.start.reference_logprobs import precompute
 from jaxft.train.step import TrainStep
 
 GivenRows = Iterable[Mapping[str, Any]]

@@ -27,7 +27,7 @@ from jaxft.nn.tree import regex
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import Optim
 from jaxft.rl.rewards import matches
-from jaxft.runs.metric_names import SCORES
+from jaxft.runs.metrics_log import SCORES
 from jaxft.runs.object_store import check_store_url
 from jaxft.runs.trackers import OPEN, Tracking
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxft.batch import TrainState
 from jaxft.nn import tree
-from jaxft.nn.param import Specs, layer_numbers, spec_paths
+from jaxft.nn.param_spec import Specs, layer_numbers, spec_paths
 from jaxft.nn.quant import QTensor, dequantize
 from jaxft.nn.tree import Aux, Batch, Grads, Metrics, OptState, Params
 from jaxft.objectives.metrics import LOSS_SPIKES, PerLayer, Sum, add, neutral

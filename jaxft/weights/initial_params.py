@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from jaxft.models.adapted import SCORE, TEACHER, HeadSettings, as_checkpoint
 from jaxft.models.model import Model
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter
 from jaxft.nn.adapters.lora_specs import differing_fields
 from jaxft.nn.tree import Params
@@ -53,7 +53,7 @@ def init_all_but_base(
             pretrained.check_adapter_base(adapter_folder(start), ref)
     out = _init_parts(specs, model, mesh, key, policy, ref)
     for name, scorer in scorers.items():
-        scorer_key = jax.random.fold_in(key, param.path_hash(name))
+        scorer_key = jax.random.fold_in(key, param_spec.path_hash(name))
         out[name] = _init_parts(model.specs[name], model, mesh, scorer_key, scorer, ref)
     return out
 
@@ -117,7 +117,7 @@ def _init_parts(
         )
     out = {}
     for name, part in specs.items():
-        shardings = param.shardings(part, mesh)
+        shardings = param_spec.shardings(part, mesh)
         if name == "base":
             out[name] = loaded[name]
         elif name in loaded:
@@ -126,7 +126,7 @@ def _init_parts(
             )
         else:
             out[name] = jax.jit(
-                lambda key, part=part: param.init_params(part, key, dtype), out_shardings=shardings
+                lambda key, part=part: param_spec.init_params(part, key, dtype), out_shardings=shardings
             )(key)
             if settings.adapter is not None and settings.adapter.replaces_weights:
                 out[name] = _with_base_weights(out[name], part, model, mesh, (settings.adapter, ref))
@@ -134,7 +134,7 @@ def _init_parts(
 
 
 def _with_base_weights(
-    params: Params, specs: param.Specs, model: Model, mesh: Mesh, source: tuple[Adapter, str | None]
+    params: Params, specs: param_spec.Specs, model: Model, mesh: Mesh, source: tuple[Adapter, str | None]
 ) -> Params:
     """Return an adapter whose modules_to_save, biases and token rows start at the base's values.
 
@@ -153,11 +153,11 @@ def _with_base_weights(
         readers["head"] = replace(readers["embed"], tensors=(tensor,), shape=tensor.values, layout=None)
     dtype = np.promote_types(model.dtype, np.float32)
 
-    def start(path: str, spec: param.ParamSpec, fresh: jax.Array) -> jax.Array:
+    def start(path: str, spec: param_spec.ParamSpec, fresh: jax.Array) -> jax.Array:
         above, _, name = path.rpartition("/")
         if name not in ("weight", "rows"):
             return fresh
-        to = param.sharding_of(spec, mesh, path)
+        to = param_spec.sharding_of(spec, mesh, path)
         if name == "rows":
             rows = read_table_rows(
                 readers[above], settings.trainable_token_indices, transposed=above == "head"
@@ -166,7 +166,7 @@ def _with_base_weights(
         like = jax.ShapeDtypeStruct(spec.shape, dtype)
         return load_param(readers[above], like, to, unchanged=False)
 
-    return tree.map_with_path(start, specs, params, is_leaf=param.is_spec)
+    return tree.map_with_path(start, specs, params, is_leaf=param_spec.is_spec)
 
 
 def _start_folder(settings: HeadSettings) -> Path:
@@ -219,9 +219,9 @@ def _load_classifier(ref: str, specs: dict[str, Any], model: Model, mesh: Mesh) 
         files, replace(model, specs=in_both, weight_names=names, heads={}, generates=False)
     )
 
-    def load(path: str, spec: param.ParamSpec) -> jax.Array:
+    def load(path: str, spec: param_spec.ParamSpec) -> jax.Array:
         like = jax.ShapeDtypeStruct(spec.shape, dtype)
-        return load_param(readers[path], like, param.sharding_of(spec, mesh, path), unchanged=False)
+        return load_param(readers[path], like, param_spec.sharding_of(spec, mesh, path), unchanged=False)
 
-    base = tree.map_with_path(load, specs["base"], is_leaf=param.is_spec)
+    base = tree.map_with_path(load, specs["base"], is_leaf=param_spec.is_spec)
     return {"base": base, **({"score": read_whole(readers["score"])} if "score" in in_both else {})}

@@ -18,7 +18,7 @@ from jax.sharding import Sharding
 
 from jaxft.distributed import sharding
 from jaxft.models.model import Model
-from jaxft.nn.param import spec_paths
+from jaxft.nn.param_spec import spec_paths
 from jaxft.nn.quant import QTensor, quantize, scales
 from jaxft.nn.quant_formats import encode_scales
 from jaxft.weights.hf import hf_read

@@ -20,9 +20,9 @@ from jaxft.models.adapted import adapted
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model
 from jaxft.models.model_types import text_config
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.param import ParamSpec
+from jaxft.nn.param_spec import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, dequantize
 from jaxft.nn.tree import Params
 from jaxft.weights.edit import merged_weights
@@ -310,7 +310,7 @@ def load_base(
         reader, unchanged = _stored_reader(reader, storage)
         return load_param(reader, like, leaf_sharding(spec, like, mesh, full), unchanged)
 
-    return tree.map_with_path(load, stored.specs["base"], is_leaf=param.is_spec)
+    return tree.map_with_path(load, stored.specs["base"], is_leaf=param_spec.is_spec)
 
 
 def _stored_reader(reader: ParamReader, storage: Storage) -> tuple[ParamReader, bool]:
@@ -366,7 +366,7 @@ def with_storage_rounding(
 ) -> dict[str, ParamReader]:
     """Return `readers`, of the files of `ref`, with values rounded as in a run with this quant."""
     stored = frozen_model(model, quant, ref)
-    specs = param.spec_paths(stored.specs["base"])
+    specs = param_spec.spec_paths(stored.specs["base"])
     return {
         path: _rounded(reader, specs[path], stored.storage[f"base/{path}"])
         for path, reader in readers.items()

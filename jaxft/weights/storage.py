@@ -13,10 +13,10 @@ from jax.typing import DTypeLike
 from jaxft.distributed import sharding
 from jaxft.distributed.devices import has_fp8_matmuls
 from jaxft.models.model import Model
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import target_paths
 from jaxft.nn.matmul import is_scaled_by_channel, multiplies_in_fp8
-from jaxft.nn.param import ParamSpec
+from jaxft.nn.param_spec import ParamSpec
 from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, is_paired, quantize, shardings_of
 from jaxft.weights.quantised.file_format import same_layout
 
@@ -90,7 +90,7 @@ def choose_storage(
         )
     storage = {}
     wide = max(model.dtype, jnp.float32, key=lambda dtype: jnp.dtype(dtype).itemsize)
-    for path, spec in param.spec_paths(model.specs).items():
+    for path, spec in param_spec.spec_paths(model.specs).items():
         if path in trainable or not in_base(path):
             own_dtype = trainable_dtype is not None and in_base(path)
             storage[path] = Storage(jnp.dtype(trainable_dtype) if own_dtype else wide)
@@ -100,7 +100,7 @@ def choose_storage(
             codes = quant.codes if "layers" in spec.axes else None
             storage[path] = Storage(model.dtype, arguments, layout, quant.fp8_matmul, codes)
         else:
-            as_bits = param.kernel(spec) and jnp.dtype(model.dtype).itemsize == 2
+            as_bits = param_spec.kernel(spec) and jnp.dtype(model.dtype).itemsize == 2
             storage[path] = Storage(model.dtype, ("bits", None, None) if as_bits else None)
     return StoredModel(model, storage)
 
@@ -114,7 +114,7 @@ def quantised_paths(base: Any, quant: Quant) -> list[str]:
     """Return the paths of the kernels that `quant.targets` selects. Raises ValueError if there are none."""
     if quant.targets == "all-linear":
         return target_paths(base, "all-linear")
-    matrices = [path for path, spec in param.spec_paths(base).items() if param.kernel(spec)]
+    matrices = [path for path, spec in param_spec.spec_paths(base).items() if param_spec.kernel(spec)]
     pattern = tree.regex(quant.targets, "quant.targets")
     selected = [path for path in matrices if pattern.fullmatch(path)]
     if not selected:
@@ -149,7 +149,7 @@ def leaf_shapes(spec: ParamSpec, storage: Storage) -> Any:
 
 def leaf_sharding(spec: ParamSpec, leaf: Any, mesh: Mesh, path: str) -> Any:
     """Return the sharding of a parameter as stored, for a QTensor one for each array. path: for messages."""
-    full = param.sharding_of(spec, mesh, path)
+    full = param_spec.sharding_of(spec, mesh, path)
     if not isinstance(leaf, QTensor):
         return full
     if leaf.block or is_paired(leaf.kind):
@@ -169,14 +169,14 @@ def sharded_shapes(stored: StoredModel, mesh: Mesh) -> Any:
             leaf_sharding(spec, x, mesh, path),
         )
 
-    return tree.map_with_path(leaf, stored.specs, is_leaf=param.is_spec)
+    return tree.map_with_path(leaf, stored.specs, is_leaf=param_spec.is_spec)
 
 
 def quantisation_summary(stored: StoredModel, mesh: Mesh | None = None) -> str:
     """Return a line with the quantised fraction of the base, its format and its bits per parameter; "" if
     nothing is quantised. With a mesh it also states how FP8 weights are multiplied there.
     """
-    all_specs = param.spec_paths(stored.specs)
+    all_specs = param_spec.spec_paths(stored.specs)
     by_path = {
         path: leaf_shapes(spec, stored.storage[path])
         for path, spec in all_specs.items()

@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 from jaxft.distributed import sharding, sync
 from jaxft.models.model import Model
 from jaxft.nn.adapters.full_modules import base_spec
-from jaxft.nn.param import ParamSpec, spec_paths
+from jaxft.nn.param_spec import ParamSpec, spec_paths
 from jaxft.nn.quant import QTensor, dequantize, is_qtensor
 from jaxft.nn.tensor_names import TIED_HEAD, WeightNames, numbers_at
 

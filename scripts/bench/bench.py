@@ -190,7 +190,7 @@ def measure(run: Any, report: Any) -> dict[str, Any]:
     from jaxft.distributed import sharding
     from jaxft.objectives import metrics
     from jaxft.train import programs
-    from jaxft.train.start import reference
+    from jaxft.train.start import reference_logprobs
     from jaxft.weights import pretrained
 
     mesh = sharding.make_mesh(run.mesh)
@@ -206,7 +206,7 @@ def measure(run: Any, report: Any) -> dict[str, Any]:
         report(f"loaded, peak {peak_gib():.2f} GiB")
         if p.objective.facts.reference == "precomputed":
             since = time.perf_counter()
-            source = reference.add_reference_logps(
+            source = reference_logprobs.add_reference_logps(
                 run, p, source, {"weights_fingerprint": str(time.time())}, report
             )
             report(f"reference log-probs in {time.perf_counter() - since:.1f} s")

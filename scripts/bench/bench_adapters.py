@@ -48,7 +48,7 @@ def random_adapter(model: Any, rank: int, seed: int) -> Any:
 
     from jaxft.nn.adapters.lora import Adapter
     from jaxft.nn.adapters.lora_specs import adapter_specs
-    from jaxft.nn.param import init_params
+    from jaxft.nn.param_spec import init_params
 
     settings = Adapter(rank=rank, alpha=2.0 * rank)
     fresh = init_params(adapter_specs(model.specs, settings, model.weight_names), jax.random.key(seed))

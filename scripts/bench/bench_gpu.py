@@ -246,7 +246,7 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
     import jax
 
     from jaxft.distributed import devices, sharding
-    from jaxft.nn import param, tree
+    from jaxft.nn import param_spec, tree
     from jaxft.train import programs
 
     data = folder / "rows.jsonl"
@@ -283,7 +283,7 @@ def train_case(case: Case, tiny: bool, folder: Path) -> dict[str, Any]:
         )
     middle, tokens = float(np.median(seconds[WARM:])), int((batch.segments > 0).sum())
     c = run.model.config
-    weights = param.count_params(run.model.specs) - (0 if c.tied else c.vocab * c.width)
+    weights = param_spec.count_params(run.model.specs) - (0 if c.tied else c.vocab * c.width)
     rate = tokens / middle
     # dpo has a forward pass of the reference too
     flops_per_weight = (6 if case.trains == "all" else 4) + (2 if case.objective == "dpo" else 0)

@@ -45,7 +45,7 @@ def write_model(folder: Path, gb: float) -> None:
     import numpy as np
 
     from jaxft.models.families.llama import LlamaConfig, llama
-    from jaxft.nn import param, tree
+    from jaxft.nn import param_spec, tree
     from jaxft.weights.edit.merged_weights import LazyTensor
     from jaxft.weights.hf import hf_write
 
@@ -53,7 +53,7 @@ def write_model(folder: Path, gb: float) -> None:
     config = LlamaConfig(
         vocab=8 * wide, width=wide, layers=1, heads=16, kv_heads=8, head_dim=wide // 16, mlp=4 * wide
     )
-    params, tables = param.count_params(llama(config).specs), 2 * config.vocab * wide
+    params, tables = param_spec.count_params(llama(config).specs), 2 * config.vocab * wide
     model = llama(replace(config, layers=max(2, round((gb * 1e9 / 2 - tables) / (params - tables)))))
     rng, dtype = np.random.default_rng(0), np.dtype(jnp.bfloat16)
 
@@ -63,7 +63,7 @@ def write_model(folder: Path, gb: float) -> None:
 
         return LazyTensor(spec.shape, dtype, make)
 
-    base = tree.map_with_path(lazy, model.specs, is_leaf=param.is_spec)
+    base = tree.map_with_path(lazy, model.specs, is_leaf=param_spec.is_spec)
     hf_write.save_folder(folder, model, base, None, None, hf_write.WriteOptions(1_000_000_000))
 
 
@@ -83,7 +83,7 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     from jaxft.distributed import sharding
     from jaxft.nn.adapters.lora import Adapter
     from jaxft.nn.quant import Quant, is_qtensor
-    from jaxft.train import partition
+    from jaxft.train import trainable_params
     from jaxft.weights import pretrained
 
     number, port, model = int(a.process[0]), a.process[1], a.process[2]
@@ -93,7 +93,7 @@ def load(a: argparse.Namespace) -> dict[str, Any]:
     mesh = sharding.make_mesh(sharding.MeshShape(data=1, fsdp=-1))
     quant = None if a.quant == "none" else Quant(a.quant)
     llm = pretrained.model_for(model, dtype=jnp.bfloat16)
-    t = partition.partition_params(llm, None if a.full else Adapter(), None, quant)
+    t = trainable_params.partition_params(llm, None if a.full else Adapter(), None, quant)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, begin = status("VmRSS"), time.monotonic()
     base = jax.block_until_ready(pretrained.load_base(model, t.stored, mesh))

@@ -118,7 +118,7 @@ def write_model(folder: Path, seed: int) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from jaxft.models.families.llama import LlamaConfig, llama
-    from jaxft.nn import param
+    from jaxft.nn import param_spec
     from jaxft.weights.hf import hf_write
 
     counts = {"p": PROMPT_WORDS, "w": WORDS, "u": UNUSED}
@@ -133,7 +133,7 @@ def write_model(folder: Path, seed: int) -> None:
     )
     config = LlamaConfig(vocab=len(words), width=32, layers=1, heads=2, kv_heads=1, head_dim=16, mlp=64)
     model = llama(config)
-    base = param.init_params(model.specs, jax.random.key(seed))
+    base = param_spec.init_params(model.specs, jax.random.key(seed))
     common = jax.random.normal(jax.random.key(seed + 1), (1, config.width))
     base["embed"] += 3 * base["embed"].std() * common
     base["head"] *= 25.0
@@ -213,7 +213,7 @@ def run_world(seed: int, steps: int, trials: int, with_grid: bool) -> dict[str, 
     from jaxft.distributed import sharding
     from jaxft.distributed.exit import Interrupt
     from jaxft.lab.studies.halving import declared_lab, train_waves
-    from jaxft.lab.studies.results import read_study
+    from jaxft.lab.studies.study_results import read_study
     from jaxft.runs import folder as runfolder
     from jaxft.train.logs.clock import Clock
 

@@ -46,8 +46,8 @@ def decoder(a: argparse.Namespace, full: int) -> tuple[int, Callable[[], float]]
 
     from jaxft.models.dense_config import FULL, SLIDING
     from jaxft.models.families.llama import MistralConfig, mistral
-    from jaxft.nn.attention.cache import NextToken, RowGroups
-    from jaxft.nn.param import init_params
+    from jaxft.nn.attention.kv_cache import NextToken, RowGroups
+    from jaxft.nn.param_spec import init_params
 
     types = tuple(
         FULL if (i + 1) * full // a.layers > i * full // a.layers else SLIDING for i in range(a.layers)

@@ -282,17 +282,17 @@ INSTALLED = """
 import sys
 from pathlib import Path
 from jaxft.data.rows.shipped import IS_CLONE, ROOT, own_commands
-from jaxft.runs import environment as bug_report, environment
-from jaxft.cli import commands, commands as documentation
+from jaxft.runs import versions_and_devices
+from jaxft.cli import commands
 from jaxft.runs.settings import config
 from jaxft.data.rows.dataset_rows import read_rows
-assert not IS_CLONE and ROOT.parent.name == "jaxft" and environment.commit() is None
+assert not IS_CLONE and ROOT.parent.name == "jaxft" and versions_and_devices.commit() is None
 run = config.load_config("sft", [])
 assert read_rows(run.data.train) and run.objective.__module__ == "jaxft.objectives.sft"
 loss = config.load_config("dpo", ["loss=configs/examples/my_losses.py:mine"])
 assert own_commands("scripts/train.py") == "jaxft train"
-assert {"models", "rows-for-sft", "what-fits-where"} <= {topic.name for topic in documentation.topics()}
-assert bug_report.bug_report()["jaxft"]["installed"] == "wheel"
+assert {"models", "rows-for-sft", "what-fits-where"} <= {topic.name for topic in commands.topics()}
+assert versions_and_devices.bug_report()["jaxft"]["installed"] == "wheel"
 sys.argv = ["jaxft", "train", "sfd"]
 commands.main()
 """

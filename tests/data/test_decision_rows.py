@@ -14,7 +14,7 @@ from jaxft.data.decisions import answer_tokens, parse
 from jaxft.data.inspection import inspect, measure, row_problem
 from jaxft.data.row_settings import RowSettings
 from jaxft.data.rows.format_choice import parse_dataset
-from jaxft.data.rows.invalid import InvalidRow
+from jaxft.data.rows.invalid_rows import InvalidRow
 from jaxft.data.rows.row_files import Row
 from jaxft.serve.served_models import ServedModel, decision_prompt
 

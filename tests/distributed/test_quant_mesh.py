@@ -15,10 +15,10 @@ from tiny_model import assert_close
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MESH_AXES, MeshShape, make_mesh
 from jaxft.models.families.llama import PRESETS, LlamaConfig, llama
-from jaxft.nn import matmul, param, tree
+from jaxft.nn import matmul, param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor, quantize
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.weights import storage
 from jaxft.weights.quantised.file_format import block_layout
 
@@ -27,8 +27,8 @@ SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama
 
 def leaf_specs(config, path, quant, **sizes):
     """Return the PartitionSpecs of the arrays of a quantised leaf."""
-    t = partition.partition_params(llama(config), Adapter(), None, quant)
-    spec, path = param.spec_paths(t.specs)[f"base/layers/{path}"], f"base/layers/{path}"
+    t = trainable_params.partition_params(llama(config), Adapter(), None, quant)
+    spec, path = param_spec.spec_paths(t.specs)[f"base/layers/{path}"], f"base/layers/{path}"
     mesh = AbstractMesh(tuple(sizes.get(axis, 1) for axis in MESH_AXES), MESH_AXES)
     leaf = storage.leaf_sharding(spec, storage.leaf_shapes(spec, t.storage[path]), mesh, path)
     return {name: value.spec for name, value in leaf.__dict__.items() if hasattr(value, "spec")}
@@ -73,7 +73,7 @@ def test_codes_are_sharded_between_blocks_and_scales_with_them(config, path, qua
 
 def test_codes_of_per_channel_blocks_are_sharded_between_bytes():
     """GPTQ without groups: the 68 bytes of 136 inputs do not divide over 8 devices; the outputs do."""
-    spec = param.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), param.full(0.0))
+    spec = param_spec.ParamSpec((2, 136, 64), ("layers", "width", "mlp"), param_spec.full(0.0))
     mesh = AbstractMesh((1, 1, 8, 1, 1, 1), MESH_AXES)
     leaf = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype),
@@ -108,10 +108,10 @@ def test_tensor_must_divide_the_blocks(path, quant, tensor, message):
 
 def test_parameter_table_shows_sharded_and_replicated_dimensions():
     config = LlamaConfig(vocab=64, width=48, layers=2, heads=2, kv_heads=2, head_dim=10, mlp=64)
-    t = partition.partition_params(llama(config), Adapter(rank=2), None, Quant("nf4", 16))
+    t = trainable_params.partition_params(llama(config), Adapter(rank=2), None, Quant("nf4", 16))
     rows = {
         line.split()[0]: line
-        for line in partition.parameter_table(t, make_mesh(MeshShape(1, 8))).splitlines()
+        for line in trainable_params.parameter_table(t, make_mesh(MeshShape(1, 8))).splitlines()
     }
     assert " -,-,- " in rows["base/layers/attn/q"]  # 3 blocks and 20 outputs: neither divides by 8
     assert " -,-,fsdp " in rows["base/layers/mlp/gate"] and " -,-,fsdp " in rows["base/layers/attn/o"]
@@ -123,7 +123,7 @@ jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  
 
 def shard_tree(mesh, specs, params):
     """Shard a tree over the mesh as a run does."""
-    flat = param.spec_paths(specs)
+    flat = param_spec.spec_paths(specs)
     return tree.map_with_path(
         lambda path, x: jax.tree.map(jax.device_put, x, storage.leaf_sharding(flat[path], x, mesh, path)),
         params,
@@ -138,7 +138,7 @@ def shard_tree(mesh, specs, params):
 )
 def test_quantised_matmul_on_a_mesh_equals_one_device(x64, kind, axes):
     rng, mesh = np.random.default_rng(0), make_mesh(MeshShape(2, 2, 2))
-    spec = param.ParamSpec((2, 64, 64), axes, param.full(0.0))
+    spec = param_spec.ParamSpec((2, 64, 64), axes, param_spec.full(0.0))
     q = quantize(jnp.asarray(rng.normal(size=spec.shape)), kind, None if kind in ("int8", "fp8") else 16)
     x = jnp.asarray(rng.normal(size=(8, 3, 64)))
 

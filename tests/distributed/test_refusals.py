@@ -15,7 +15,7 @@ from jaxft.models.families.llama import llama
 from jaxft.models.model_types import FAMILIES
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.optim.optimizer import Optim
-from jaxft.train import partition
+from jaxft.train import trainable_params
 
 HF = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 LLAMA3 = dict(
@@ -49,8 +49,8 @@ def test_dtype_of_trainable_base_weights_needs_some():
         ValueError,
         match="run.params=bfloat16 applies to trainable base weights, but there are none",
     ):
-        partition.partition_params(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
-    stored = partition.partition_params(
+        trainable_params.partition_params(model, Adapter(rank=2), None, dtype=jnp.bfloat16)
+    stored = trainable_params.partition_params(
         model, Adapter(rank=2), "adapter/.*|base/layers/mlp_norm", dtype=jnp.bfloat16
     ).storage
     assert (
@@ -61,7 +61,7 @@ def test_dtype_of_trainable_base_weights_needs_some():
 
 def test_pattern_that_selects_only_the_constant_scale_is_an_error():
     with pytest.raises(ValueError, match="selects no trainable parameter"):
-        partition.partition_params(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
+        trainable_params.partition_params(llama(CONFIG, jnp.float32), Adapter(rank=2), "adapter/.*/scale")
 
 
 class FakeDevice(SimpleNamespace):

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import AXES, MESH_AXES, MeshShape, make_mesh, partition_spec
 from jaxft.models.families.llama import PRESETS, LlamaConfig, llama
-from jaxft.nn import param
+from jaxft.nn import param_spec
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.weights import storage
 
 SMOL, EIGHT_B = PRESETS["HuggingFaceTB/SmolLM2-135M"], PRESETS["meta-llama/Llama-3.1-8B"]
@@ -114,25 +114,27 @@ def test_mesh_that_does_not_match_the_devices_is_an_error(shape, message):
     ids=lambda x: str(x) if isinstance(x, int | str) and len(str(x)) < 20 else "",
 )
 def test_tensor_must_divide_the_heads_not_only_the_flattened_width(config, path, tensor, message):
-    spec = param.spec_paths(llama(config).specs)[path]
+    spec = param_spec.spec_paths(llama(config).specs)[path]
     with pytest.raises(ValueError) as error:
-        param.sharding_of(spec, abstract(tensor=tensor), path)
+        param_spec.sharding_of(spec, abstract(tensor=tensor), path)
     assert one_line(error) == message
 
 
 def test_sizes_suggested_by_the_error_are_valid():
-    specs = param.spec_paths(llama(EIGHT_B).specs)
+    specs = param_spec.spec_paths(llama(EIGHT_B).specs)
     for tensor in (1, 2, 4, 8):
-        spec = param.sharding_of(specs["layers/attn/k"], abstract(tensor=tensor), "k").spec
+        spec = param_spec.sharding_of(specs["layers/attn/k"], abstract(tensor=tensor), "k").spec
         assert spec == P(None, None, "tensor" if tensor > 1 else None)
 
 
 def test_adapter_of_a_kernel_is_sharded_between_heads():
-    t = partition.partition_params(llama(SMOL), Adapter(rank=4, targets=("k", "o")), None)
+    t = trainable_params.partition_params(llama(SMOL), Adapter(rank=4, targets=("k", "o")), None)
     with pytest.raises(ValueError, match="adapter/layers/attn/k/b: 3 kv heads do not divide over tensor=2"):
         storage.sharded_shapes(t.stored, make_mesh(MeshShape(-1, 1, 2)))
     with pytest.raises(ValueError, match="o/a: 9 heads"):
-        param.sharding_of(param.spec_paths(t.specs)["adapter/layers/attn/o/a"], abstract(tensor=2), "o/a")
+        param_spec.sharding_of(
+            param_spec.spec_paths(t.specs)["adapter/layers/attn/o/a"], abstract(tensor=2), "o/a"
+        )
 
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 4, "tensor": 2}])
@@ -140,7 +142,7 @@ def test_fsdp_shards_kernels_along_their_inputs(sizes):
     """To gather along outputs, XLA on GPU transposes the stacked layers: a second copy of them in every
     step.
     """
-    for path, spec in param.spec_paths(llama(EIGHT_B).specs["layers"]).items():
+    for path, spec in param_spec.spec_paths(llama(EIGHT_B).specs["layers"]).items():
         if len(spec.axes) == 3:
             ins, outs = (
                 str(entry)
@@ -151,7 +153,7 @@ def test_fsdp_shards_kernels_along_their_inputs(sizes):
 
 def test_tensor_shards_every_matrix_if_it_divides_the_heads():
     for config, tensor in ((SMOL, 3), (EIGHT_B, 8)):
-        for spec in param.spec_paths(llama(config).specs).values():
+        for spec in param_spec.spec_paths(llama(config).specs).values():
             entries = partition_spec(abstract(fsdp=4, tensor=tensor), spec.axes, spec.shape, "", spec.heads)
             assert len(spec.axes) - ("layers" in spec.axes) == 1 or "tensor" in str(entries)
 
@@ -168,11 +170,13 @@ def test_fsdp_is_left_out_if_it_does_not_divide():
 def test_no_array_uses_a_mesh_axis_twice():
     mesh = abstract(2, 2, 2)
     config = LlamaConfig(vocab=64, width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48)
-    t = partition.partition_params(llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None)
-    for path, spec in param.spec_paths(t.specs).items():
+    t = trainable_params.partition_params(
+        llama(config), Adapter(rank=4, targets=("q", "o", "down", "head")), None
+    )
+    for path, spec in param_spec.spec_paths(t.specs).items():
         entries = [
             entry if isinstance(entry, tuple) else (entry,)
-            for entry in param.sharding_of(spec, mesh, path).spec
+            for entry in param_spec.sharding_of(spec, mesh, path).spec
         ]
         used = [axis for entry in entries for axis in entry if axis]
         assert len(used) == len(set(used)), path

@@ -13,7 +13,7 @@ from jaxft.models.adapted import adapted
 from jaxft.models.dense_config import FULL, SLIDING
 from jaxft.models.families.llama import LlamaConfig, MistralConfig, llama, mistral
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.param import init_params
+from jaxft.nn.param_spec import init_params
 
 # So wide that XLA chooses other kernels for sums of 10 rows than for those of 7 (from 4096 elements on).
 SIZES = dict(vocab=5000, width=576, layers=2, heads=9, kv_heads=3, head_dim=64, mlp=768, tied=True)

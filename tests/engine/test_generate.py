@@ -29,7 +29,7 @@ from jaxft.engine.session import RequestSettings, SampledTokens, Session, comple
 from jaxft.engine.state import Decoding, slots_for
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.param import init_params
+from jaxft.nn.param_spec import init_params
 from jaxft.nn.quant import Quant
 from jaxft.weights import pretrained, storage
 

@@ -19,8 +19,8 @@ from prepared import working_directory
 from jaxft.lab.loss_evaluation import loss_beta
 from jaxft.lab.studies import halving, trial_arrays
 from jaxft.lab.studies.appendix import REPORT, write_appendix
-from jaxft.lab.studies.results import read_study
 from jaxft.lab.studies.study import LogRange, LossTrial, SearchedLoss, Study, load_study
+from jaxft.lab.studies.study_results import read_study
 from jaxft.lab.studies.verify import record_problems
 from jaxft.objectives.losses.preference_losses import cdpo, dpo, ipo
 from jaxft.objectives.losses.reference_free_losses import bco
@@ -30,7 +30,7 @@ from jaxft.runs.metrics_log import digests_path, read_entries, read_unfinished
 from jaxft.runs.settings.config import load_config
 from jaxft.train import loop
 from jaxft.train.compiled import HeldOutValues
-from jaxft.train.export.results import write_held_out
+from jaxft.train.export.finished_run import write_held_out
 
 EXAMPLE = Path(__file__).parents[2] / "configs/examples/four_losses.py"
 FILE = '''"""A study of two losses."""

@@ -8,7 +8,7 @@ import pytest
 
 from jaxft.lab.studies.appendix import PaperTable, curve_panels, study_page, tables_of
 from jaxft.lab.studies.halving import HeldOutPairs, PairsEvaluation
-from jaxft.lab.studies.results import (
+from jaxft.lab.studies.study_results import (
     FinalCurve,
     LossOutcome,
     Sensitivity,

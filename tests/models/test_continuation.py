@@ -11,8 +11,8 @@ from tiny_families import FAMILIES, VOCAB, both, our_model, params_of, random_id
 
 from jaxft.batch import Rollout, Tokens
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn.attention.cache import GivenChunk, NextToken, RowGroups, insert_prompts
-from jaxft.nn.param import init_params
+from jaxft.nn.attention.kv_cache import GivenChunk, NextToken, RowGroups, insert_prompts
+from jaxft.nn.param_spec import init_params
 from jaxft.nn.rope import Rope
 
 PROMPT, NEW, CHUNK, STEPS = 16, 48, 20, 3  # slots; tokens of a chunk; decoding steps after all chunks

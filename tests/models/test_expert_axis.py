@@ -16,7 +16,7 @@ from tiny_model import assert_close, examples, one_by_one
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.adapted import adapted, adapted_by_row
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters import lora, lora_rows
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts
@@ -113,7 +113,7 @@ def test_settings_of_adapters_select_single_experts_by_name():
     pair = adapter_specs(specs, ADAPTER, names)["layers"]["mlp"]["experts"]["up"]
     assert pair["a"].shape == (3, 2, 32, 4) and pair["b"].shape == (3, 2, 4, 48)
     assert [pair[name].axes[:2] for name in ("a", "b", "scale")] == [("layers", "experts")] * 3
-    a = param.init_params(pair, jax.random.key(0))["a"]
+    a = param_spec.init_params(pair, jax.random.key(0))["a"]
     assert np.all(a[:, 1, :, 2:] == 0) and np.all(a[:, 0] != 0) and np.all(a[:, 1, :, :2] != 0)
     some = replace(ADAPTER, layers_to_transform=(1,), exclude_modules=("experts.0.down_proj",))
     assert pair_layouts(specs, some, names)[f"{EXPERTS}/down"].ranks == (0, 0, 0, 4, 0, 0)
@@ -154,11 +154,11 @@ def test_each_row_and_each_group_of_rows_has_its_adapter():
 @pytest.mark.parametrize("layerwise", [False, True], ids=["whole", "layerwise"])
 def test_an_update_of_experts_is_that_of_each_kernel_alone(rule, layerwise):
     axes = ("layers", "experts", "width", "mlp")
-    whole = {"w": param.ParamSpec((2, 3, 130, 140), axes, param.normal(1.0))}
-    alone = {"w": param.ParamSpec((130, 140), axes[2:], param.normal(1.0))}
+    whole = {"w": param_spec.ParamSpec((2, 3, 130, 140), axes, param_spec.normal(1.0))}
+    alone = {"w": param_spec.ParamSpec((130, 140), axes[2:], param_spec.normal(1.0))}
     settings = Optim(lr=0.1, optimizer=rule, clip=None, weight_decay=0.1, warmup=0.0)
     settings = replace(settings, schedule=schedules.constant_schedule)
-    start = param.init_params(whole, jax.random.key(0), jnp.float32)
+    start = param_spec.init_params(whole, jax.random.key(0), jnp.float32)
     sizes = jnp.asarray([[1.0, 10, 0.1], [5.0, 0.01, 2]], jnp.float32)[..., None, None]
     info = StepInfo(jnp.float32(1), jnp.array(True))
 

@@ -9,7 +9,7 @@ from flax import nnx
 from tiny_families import FAMILIES, both, random_ids, rows, torch_model
 
 from jaxft.models.flax_modules import FlaxModel, NnxModel
-from jaxft.nn.param import spec_paths
+from jaxft.nn.param_spec import spec_paths
 from jaxft.nn.tree import paths
 
 torch = pytest.importorskip("torch")

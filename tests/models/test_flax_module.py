@@ -12,7 +12,7 @@ from tiny_llama import some_tokens
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.flax_modules import FlaxModel
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import quantize
 
@@ -43,7 +43,7 @@ def test_init_and_apply_equal_the_model(tied, adapter):
     module = FlaxModel(model)
     variables = module.init(KEY, TOKENS)
     assert set(variables) == {"params"}
-    same(variables["params"], param.init_params(model.specs, KEY))
+    same(variables["params"], param_spec.init_params(model.specs, KEY))
     assert np.abs(logits_of(model, variables["params"])).max() > 0.1
     same(module.apply(variables, TOKENS), logits_of(model, variables["params"]))
     same(module.apply(variables, TOKENS, method="hidden"), model.hidden(variables["params"], TOKENS)[0])
@@ -52,9 +52,10 @@ def test_init_and_apply_equal_the_model(tied, adapter):
 def test_another_key_and_dtype_give_other_parameters():
     found = FlaxModel(MODEL, param_dtype=jnp.bfloat16).init(jax.random.key(4), TOKENS)["params"]
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
-    same(found, param.init_params(MODEL.specs, jax.random.key(4), jnp.bfloat16))
+    same(found, param_spec.init_params(MODEL.specs, jax.random.key(4), jnp.bfloat16))
     assert (
-        np.asarray(found["embed"]) != np.asarray(param.init_params(MODEL.specs, KEY, jnp.bfloat16)["embed"])
+        np.asarray(found["embed"])
+        != np.asarray(param_spec.init_params(MODEL.specs, KEY, jnp.bfloat16)["embed"])
     ).any()
 
 
@@ -94,7 +95,7 @@ def test_a_step_of_a_flax_train_state_is_the_gradient_step():
             updates, opt = tx.update(grads, opt, p)
         return optax.apply_updates(p, updates), opt, loss
 
-    ours = param.init_params(MODEL.specs, KEY)
+    ours = param_spec.init_params(MODEL.specs, KEY)
     opt, losses = tx.init(ours), []
     for _ in range(3):
         state, theirs = flax_step(state, TOKENS)
@@ -130,7 +131,7 @@ def test_an_adapted_model_trains_its_adapter_only_and_its_dropout_has_a_key():
 
 def test_the_module_applies_to_a_quantised_base():
     model = llama(CONFIG, jnp.bfloat16)
-    plain = param.init_params(model.specs, KEY, jnp.bfloat16)
+    plain = param_spec.init_params(model.specs, KEY, jnp.bfloat16)
     packed = {**plain, "embed": quantize(plain["embed"], "bits")}
     same(FlaxModel(model).apply({"params": packed}, TOKENS), logits_of(model, plain))
 
@@ -146,6 +147,6 @@ def test_the_module_works_as_a_submodule():
     assert set(variables["params"]) == {"llama", "Dense_0"}
     same(
         jax.tree.map(jnp.shape, variables["params"]["llama"]),
-        jax.tree.map(lambda s: s.shape, MODEL.specs, is_leaf=param.is_spec),
+        jax.tree.map(lambda s: s.shape, MODEL.specs, is_leaf=param_spec.is_spec),
     )
     assert Scored().apply(variables, TOKENS).shape == (2, 12, 1)

@@ -14,7 +14,7 @@ from tiny_model import CONFIG
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import llama
 from jaxft.models.flax_modules import FlaxModel, NnxModel, trainable
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import quantize
 
@@ -37,7 +37,7 @@ def test_init_and_apply_equal_the_model_and_the_linen_module(tied, adapter):
     model = model if adapter is None else adapted(model, adapter)
     module = NnxModel(model, rngs=nnx.Rngs(params=5))
     whole = module.tree()
-    same(whole, param.init_params(model.specs, nnx.Rngs(params=5).params()))
+    same(whole, param_spec.init_params(model.specs, nnx.Rngs(params=5).params()))
     linen = FlaxModel(model)
     logits = model.logits(model.head(whole), model.hidden(whole, TOKENS)[0])
     assert np.abs(logits).max() > 0.1
@@ -50,7 +50,7 @@ def test_every_parameter_is_one_nnx_param_at_its_path():
     module = NnxModel(MODEL, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
     state = nnx.to_flat_state(nnx.state(module, nnx.Param))
     found = {"/".join(path): value.get_value() for path, value in state}
-    specs = param.spec_paths(MODEL.specs)
+    specs = param_spec.spec_paths(MODEL.specs)
     assert found.keys() == {f"params/{path}" for path in specs}
     assert all(x.dtype == jnp.bfloat16 and x.shape == specs[p[7:]].shape for p, x in found.items())
     shapes = nnx.eval_shape(lambda: NnxModel(MODEL, rngs=nnx.Rngs(0)))  # nothing is computed
@@ -79,7 +79,7 @@ def test_split_and_merge_give_the_same_module_and_one_compiled_program():
 
 
 def quantised_base():
-    base = param.init_params(MODEL.specs, jax.random.key(1))
+    base = param_spec.init_params(MODEL.specs, jax.random.key(1))
     head = quantize(base["head"].astype(jnp.bfloat16), "int8")
     assert any(x.dtype == jnp.int8 for x in jax.tree.leaves(head))
     return {**base, "head": head}
@@ -92,7 +92,7 @@ def loss_of(logits, tokens):
 
 def test_a_train_step_updates_the_adapter_of_a_quantised_base_only():
     model = adapted(MODEL, Adapter(rank=2, alpha=4.0))
-    adapter = param.init_params(model.specs["adapter"], jax.random.key(2))
+    adapter = param_spec.init_params(model.specs["adapter"], jax.random.key(2))
     whole = {"base": quantised_base(), "adapter": adapter}
     module = NnxModel(model, whole)
     wrt, tx = trainable(module, "adapter/.*/[ab]"), optax.sgd(1.0, momentum=0.9)
@@ -150,7 +150,7 @@ def test_a_pattern_that_matches_nothing_is_an_error():
 
 def test_dropout_follows_the_rngs_and_the_mode():
     model = adapted(MODEL, Adapter(rank=2, alpha=4.0, dropout=0.5))
-    whole = jax.tree.map(lambda x: x + 0.1, param.init_params(model.specs, jax.random.key(0)))
+    whole = jax.tree.map(lambda x: x + 0.1, param_spec.init_params(model.specs, jax.random.key(0)))
     without, module = NnxModel(model, whole), NnxModel(model, whole, rngs=nnx.Rngs(dropout=7))
     plain = np.asarray(without(TOKENS))
     first, second = (np.asarray(module(TOKENS)) for _ in range(2))

@@ -27,7 +27,7 @@ from jaxft.models.dense_config import (
 )
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.model_types import FAMILIES
-from jaxft.nn import param
+from jaxft.nn import param_spec
 from jaxft.nn import rope as our_rope
 from jaxft.nn.rope import Rope
 from jaxft.weights import pretrained
@@ -362,7 +362,7 @@ BY_LENGTH = {
 @pytest.mark.parametrize("kind", BY_LENGTH)
 def test_a_packed_row_has_the_hidden_states_of_its_examples_alone_on_one_device_and_a_mesh(kind, x64):
     model = llama(replace(tiny_model.CONFIG, rope=BY_LENGTH[kind]), jnp.float64)
-    params = param.init_params(model.specs, jax.random.key(0), jnp.float64)
+    params = param_spec.init_params(model.specs, jax.random.key(0), jnp.float64)
     first, second = (np.random.default_rng(3).integers(0, 40, n) for n in (6, 14))
     tokens, hidden = rows_of_examples([[first, second], [second, first]], 24), jax.jit(model.hidden)
     found = np.asarray(hidden(params, tokens)[0])

@@ -20,8 +20,8 @@ from jaxft.models.adapted import adapted
 from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import pair_layouts
-from jaxft.nn.attention import cache
-from jaxft.nn.param import init_params, is_spec, kernel, spec_paths
+from jaxft.nn.attention import kv_cache
+from jaxft.nn.param_spec import init_params, is_spec, kernel, spec_paths
 from jaxft.nn.quant import Quant, dequantize, quantize
 from jaxft.nn.stack import layer_places, run_layer
 from jaxft.objectives import metrics
@@ -86,10 +86,10 @@ def test_a_text_in_chunks_has_the_log_probs_of_one_forward_pass(params):
 
 
 def test_the_state_of_a_recurrence_is_sharded_along_its_named_axes():
-    state, rest = cache.RecurrentState(jnp.zeros((2, 4, 12)), ("mlp",)), ("layers", "rows", "mlp")
-    assert cache.cache_axes((state,))[0].value == rest
+    state, rest = kv_cache.RecurrentState(jnp.zeros((2, 4, 12)), ("mlp",)), ("layers", "rows", "mlp")
+    assert kv_cache.cache_axes((state,))[0].value == rest
     with jax.set_mesh(make_mesh(MeshShape(2, 1, 4))):
-        (found,) = jax.jit(cache.sharded)((state,))
+        (found,) = jax.jit(kv_cache.sharded)((state,))
     assert found.value.sharding.shard_shape(found.value.shape) == (2, 2, 3)
 
 

@@ -21,7 +21,7 @@ from jaxft.models.model_types import (  # fmt: skip
     text_tensor,
 )
 from jaxft.nn import tree
-from jaxft.nn.param import spec_paths
+from jaxft.nn.param_spec import spec_paths
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_read
 from jaxft.weights.param_loading import param_readers, read_whole

@@ -13,12 +13,12 @@ from tiny_model import CONFIG, assert_close
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.families.llama import llama
-from jaxft.nn import matmul, param
+from jaxft.nn import matmul, param_spec
 from jaxft.nn.adapters.lora import ADAPTERS, Adapted, Adapter
 from jaxft.nn.layers import lm_head
 from jaxft.nn.quant import Quant, dequantize, quantize
 from jaxft.nn.quant_formats import E4M3
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.weights import storage
 
 DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
@@ -149,7 +149,7 @@ def test_residuals_are_the_input_and_the_codes(adapters):
 
 @pytest.mark.parametrize("axes", [("width", "mlp"), ("mlp", "width")], ids=["column", "row"])
 def test_an_fp8_matmul_on_a_mesh_equals_one_device(x64, axes):
-    mesh, spec = make_mesh(MeshShape(2, 2, 2)), param.ParamSpec((64, 64), axes, param.full(0.0))
+    mesh, spec = make_mesh(MeshShape(2, 2, 2)), param_spec.ParamSpec((64, 64), axes, param_spec.full(0.0))
     w, x = weight(64, 64), random(8, 3, 64, dtype=jnp.float64)
 
     def loss(x, w):
@@ -178,7 +178,7 @@ def test_the_summary_states_how_fp8_weights_are_multiplied():
         ("head", ", dequantised, as only layers are multiplied in FP8"),
         ("head|layers/mlp/.*", ", multiplied in FP8, which is emulated on cpu"),
     ):
-        parts = partition.partition_params(
+        parts = trainable_params.partition_params(
             model, Adapter(), None, Quant("fp8", targets=targets, fp8_matmul=True)
         )
         assert storage.quantisation_summary(parts.stored, mesh).endswith(ending)

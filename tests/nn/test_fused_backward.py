@@ -13,7 +13,7 @@ from tiny_run import Place, write_place
 
 from jaxft.batch import TrainState
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import param
+from jaxft.nn import param_spec
 from jaxft.nn.stack import float_bits, from_float_bits
 from jaxft.objectives import metrics
 from jaxft.objectives.objective import Objective
@@ -23,7 +23,7 @@ from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.rules import muon
 from jaxft.optim.schedules import constant_schedule
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.train.step import make_train_step
 
 
@@ -43,9 +43,11 @@ def case(
 ):
     """step(fused) -> (compiled step, initial state, frozen parameters) of a tiny model trained in full."""
     model, whole = tiny(dtype, tied=tied, remat="full")
-    t = partition.partition_params(llama(model.config, dtype, remat="full"), None, pattern, None, None, held)
+    t = trainable_params.partition_params(
+        llama(model.config, dtype, remat="full"), None, pattern, None, None, held
+    )
     whole = jax.tree.map(lambda x: x if held is None else x.astype(held), whole)
-    trainable, frozen = partition.split_params(t, whole)
+    trainable, frozen = trainable_params.split_params(t, whole)
 
     def build(fused):
         o = Optim(lr=0.01, optimizer=optimizer, clip=None, weight_decay=0.1, warmup=0.0, layerwise=True,
@@ -177,9 +179,9 @@ def test_a_layer_whose_gradient_overflows_is_unchanged():
 
 def test_gradients_of_all_layers_never_exist_together():
     config = LlamaConfig(**{**CONFIG.__dict__, "layers": 24, "width": 64, "mlp": 256})
-    t = partition.partition_params(llama(config, jnp.float32, remat="full"), None, None)
-    whole = jax.eval_shape(lambda: param.init_params(t.specs, jax.random.key(0)))
-    layers, taken = param.count_params(t.specs["base"]["layers"]) * 4, {}
+    t = trainable_params.partition_params(llama(config, jnp.float32, remat="full"), None, None)
+    whole = jax.eval_shape(lambda: param_spec.init_params(t.specs, jax.random.key(0)))
+    layers, taken = param_spec.count_params(t.specs["base"]["layers"]) * 4, {}
     for fused in (False, True):
         o = Optim(optimizer=rules.adafactor, clip=None, layerwise=True, fused_backward=fused)
         optimizer = make_optimizer(o, t.trainable_specs, 10)

@@ -17,7 +17,7 @@ from jaxft.models.model import Model
 from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.layers import TABLE, embed
-from jaxft.nn.param import init_params
+from jaxft.nn.param_spec import init_params
 from jaxft.objectives import logprobs
 from jaxft.objectives.logprobs import token_logps, weighted_loss
 from jaxft.objectives.objective import Facts

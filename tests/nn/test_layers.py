@@ -17,7 +17,7 @@ from jaxft.nn import layers, matmul, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import dequantize, quantize
 from jaxft.objectives.sft import sft
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.weights import storage
 
 RNG = np.random.default_rng(0)
@@ -185,9 +185,9 @@ KEPT = {"full": (), "attention": ("attn_out",), "projections": ("q", "k", "attn_
 @functools.cache
 def deep_program(adapter, remat):
     """The compiled gradient of the SFT loss of a deep bfloat16 model, stored as in a run."""
-    t = partition.partition_params(llama(DEEP, jnp.bfloat16, remat=remat), adapter, None)
+    t = trainable_params.partition_params(llama(DEEP, jnp.bfloat16, remat=remat), adapter, None)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))
+    trainable, frozen = trainable_params.split_params(t, storage.sharded_shapes(t.stored, mesh))
 
     def gradient(trainable, frozen, batch):
         return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)
@@ -234,9 +234,9 @@ DROPPED, HEAD = (
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_forward_objective_and_gradients_promote_no_dtype_implicitly(adapter, dtype, tied):
     config = LlamaConfig(**{**DEEP.__dict__, "tied": tied, "layers": 2})
-    t = partition.partition_params(llama(config, dtype), adapter, None)
+    t = trainable_params.partition_params(llama(config, dtype), adapter, None)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))
+    trainable, frozen = trainable_params.split_params(t, storage.sharded_shapes(t.stored, mesh))
     some, batch, key = tree.combine(trainable, frozen), batch32(), jax.random.key(0)
 
     def gradient(trainable, frozen, key):

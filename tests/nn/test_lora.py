@@ -14,7 +14,7 @@ from tiny_model import CONFIG, assert_close, examples, one_by_one, tiny
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.models.model_types import FAMILIES
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapted, Adapter, attach, target_paths
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.matmul import dropout, linear, lora_matmul
@@ -37,7 +37,7 @@ def logits(model, whole, batch):
 
 def test_a_is_kaiming_uniform_and_b_is_zero():
     settings = Adapter(rank=64, alpha=16.0)
-    fresh = param.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
+    fresh = param_spec.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
     for path, x in tree.paths(fresh).items():
         kernel, _, name = path.rpartition("/")
         if name == "scale":
@@ -46,7 +46,7 @@ def test_a_is_kaiming_uniform_and_b_is_zero():
             assert not np.any(x)
         else:
             bound = (
-                param.spec_paths(SPECS)[kernel].shape[-2] ** -0.5
+                param_spec.spec_paths(SPECS)[kernel].shape[-2] ** -0.5
             )  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / 6 fan_in)
             assert 0.98 * bound < np.abs(x).max() <= bound
             assert np.std(x) == pytest.approx(bound / 3**0.5, rel=0.03) and abs(np.mean(x)) < 0.03 * bound
@@ -66,11 +66,13 @@ def test_initialisation_and_sizes_equal_peft():
         settings = Adapter(rank=64, alpha=8.0, targets=names if isinstance(names, str) else tuple(names))
         ours = adapter_specs(specs, settings)
         scales = sum(
-            s.shape[0] if s.shape else 1 for p, s in param.spec_paths(ours).items() if p.endswith("scale")
+            s.shape[0] if s.shape else 1
+            for p, s in param_spec.spec_paths(ours).items()
+            if p.endswith("scale")
         )
-        assert param.count_params(ours) - scales == wrapped.get_nb_trainable_parameters()[0]
+        assert param_spec.count_params(ours) - scales == wrapped.get_nb_trainable_parameters()[0]
     a = next(p for name, p in wrapped.named_parameters() if "layers.0.mlp.down_proj.lora_A" in name).detach()
-    fresh = tree.paths(param.init_params(ours, jax.random.key(0)))
+    fresh = tree.paths(param_spec.init_params(ours, jax.random.key(0)))
     mine = fresh["layers/mlp/down/a"][0]
     assert mine.shape == a.T.shape and np.std(mine) == pytest.approx(float(torch.std(a)), rel=0.05)
     assert np.abs(mine).max() == pytest.approx(float(a.abs().max()), rel=0.02)
@@ -78,18 +80,18 @@ def test_initialisation_and_sizes_equal_peft():
 
 def test_parameters_per_layer_are_rank_times_in_plus_out():
     for rank in (1, 5):
-        for path, spec in param.spec_paths(SPECS).items():
+        for path, spec in param_spec.spec_paths(SPECS).items():
             if path in KERNELS:
                 found = adapter_specs(SPECS, Adapter(rank=rank, targets=(path.rsplit("/", 1)[-1],)))
                 size_in, size_out = spec.shape[-2:]
-                assert param.count_params(found) == CONFIG.layers * (rank * (size_in + size_out) + 1)
+                assert param_spec.count_params(found) == CONFIG.layers * (rank * (size_in + size_out) + 1)
 
 
 @pytest.mark.parametrize("rslora, scale", [(False, 32.0 / 16), (True, 32.0 / 4)])
 def test_the_scale_is_alpha_over_rank_or_its_square_root(rslora, scale):
     settings = Adapter(rank=16, alpha=32.0, rslora=rslora)
     assert settings.scale == scale
-    start = param.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
+    start = param_spec.init_params(adapter_specs(SPECS, settings), jax.random.key(0))
     assert set(np.asarray(start["layers"]["attn"]["q"]["scale"])) == {scale}
 
 
@@ -121,7 +123,9 @@ def test_settings_out_of_range_are_refused(wrong):
 @pytest.mark.parametrize("specs", [SPECS, TIED], ids=["untied", "tied"])
 def test_targets_select_kernels(targets, paths, specs):
     assert sorted(target_paths(specs, targets)) == sorted(paths)
-    found = {p.rpartition("/")[0] for p in param.spec_paths(adapter_specs(specs, Adapter(targets=targets)))}
+    found = {
+        p.rpartition("/")[0] for p in param_spec.spec_paths(adapter_specs(specs, Adapter(targets=targets)))
+    }
     assert found == set(paths)
 
 
@@ -168,7 +172,7 @@ def test_a_fresh_adapter_and_no_adapter_equal_the_base_bit_for_bit(tied, dtype):
     expected = logits(plain, base, batch)
     assert np.std(np.asarray(expected, np.float32)) > 0.1
     np.testing.assert_array_equal(logits(model, base, batch), expected)
-    fresh = param.init_params(model.specs["adapter"], jax.random.key(5))
+    fresh = param_spec.init_params(model.specs["adapter"], jax.random.key(5))
     np.testing.assert_array_equal(logits(model, {**base, "adapter": fresh}, batch), expected)
     assert np.any(
         np.asarray(logits(model, {**base, "adapter": whole["adapter"]}, batch)) != np.asarray(expected)

@@ -20,7 +20,7 @@ from jaxft.nn.layers import lm_head
 from jaxft.nn.quant import KINDS, Quant, dequantize, is_qtensor, quantize
 from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.sft import sft
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.weights import storage
 
 FORMS = [
@@ -213,9 +213,9 @@ def test_no_dequantised_weight_is_a_residual(form, adapters):
 def program(kind, config, remat="projections", dora=False):
     """The compiled gradient of the SFT loss of a bfloat16 model, stored as in a run."""
     model, quant = llama(config, jnp.bfloat16, remat=remat), Quant(kind) if kind else None
-    t = partition.partition_params(model, Adapter(rank=3, dora=dora), None, quant)
+    t = trainable_params.partition_params(model, Adapter(rank=3, dora=dora), None, quant)
     mesh = sharding.make_mesh(sharding.MeshShape(1), jax.devices()[:1])
-    trainable, frozen = partition.split_params(t, storage.sharded_shapes(t.stored, mesh))
+    trainable, frozen = trainable_params.split_params(t, storage.sharded_shapes(t.stored, mesh))
 
     def gradient(trainable, frozen, batch):
         return jax.grad(lambda some: sft(t.model)(tree.combine(some, frozen), batch, None, {})[0])(trainable)
@@ -266,7 +266,7 @@ def test_a_run_stores_its_targets_quantised_and_nothing_else():
         (".*/q|embed", {"q", "embed"}),
         (".*", {"q", "k", "v", "o", "gate", "up", "down", "head", "embed"}),
     ):
-        t = partition.partition_params(
+        t = trainable_params.partition_params(
             llama(config, jnp.bfloat16), Adapter(rank=2), None, Quant("int4", 16, targets=pattern)
         )
         whole = tree.paths(storage.sharded_shapes(t.stored, mesh), is_qtensor)
@@ -290,18 +290,20 @@ def test_a_run_stores_its_targets_quantised_and_nothing_else():
 )  # fmt: skip
 def test_contradicting_settings_are_refused_in_one_line(adapter, train, quant, says):
     with pytest.raises(ValueError) as error:
-        partition.partition_params(llama(CONFIG), adapter, train, quant)
+        trainable_params.partition_params(llama(CONFIG), adapter, train, quant)
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
-    trained = partition.partition_params(
+    trained = trainable_params.partition_params(
         llama(CONFIG), Adapter(), "adapter/.*|base/final_norm|base/embed", Quant()
     )
     assert trained.mask["base"]["embed"]
 
 
 def test_the_parameter_table_shows_bits_per_parameter():
-    t = partition.partition_params(llama(PRESET), Adapter(), None, Quant("nf4"))
+    t = trainable_params.partition_params(llama(PRESET), Adapter(), None, Quant("nf4"))
     lines = [
-        line for line in partition.parameter_table(t).splitlines() if line.startswith("base/layers/mlp/up")
+        line
+        for line in trainable_params.parameter_table(t).splitlines()
+        if line.startswith("base/layers/mlp/up")
     ]
     assert len(lines) == 1 and "nf4 4.127 bits" in lines[0] and lines[0].endswith("frozen")
     assert storage.quantisation_summary(t.stored) == "87 % of the base in nf4, 4.127 bits a parameter"

@@ -13,7 +13,7 @@ from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import QTensor, quantize
 from jaxft.nn.tree import combine, mask_by_path, partition, static, struct
-from jaxft.train.partition import partition_params, split_params
+from jaxft.train.trainable_params import partition_params, split_params
 
 TREE = {
     "base": {"layers": {"attn": {"q": 1, "k": 2}, "norm": 3}, "head": 4},

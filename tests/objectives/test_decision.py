@@ -12,7 +12,7 @@ from tiny_model import CONFIG, assert_close, micro
 from jaxft.batch import Decisions
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.decision import brier, cross_entropy, decision, log_score
 from jaxft.objectives.metrics import CalibrationError, add, as_floats, row_values
@@ -150,7 +150,7 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
     target = jax.jit(of)(params, batch)
     laid_out = make_mesh(mesh)
     with jax.set_mesh(laid_out):
-        spread = jax.tree.map(jax.device_put, params, param.shardings(model.specs, laid_out))
+        spread = jax.tree.map(jax.device_put, params, param_spec.shardings(model.specs, laid_out))
         found = jax.jit(of)(spread, sharding.shard_batch(laid_out, batch))
     assert_close(found, target)
 

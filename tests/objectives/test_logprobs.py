@@ -12,7 +12,7 @@ from tiny_model import CONFIG, assert_close
 from jaxft.distributed import sharding
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import quantize
 from jaxft.objectives import logprobs
@@ -278,7 +278,7 @@ def compiled_on(mesh, model, whole, h, targets, weights, by, known=False):
             x, sharding.array_sharding(mesh, ("rows", "time", "act_width")[: x.ndim], x.shape)
         )  # noqa: E731
 
-    args = (jax.tree.map(jax.device_put, whole, param.shardings(specs, mesh)), rows(h), rows(targets))
+    args = (jax.tree.map(jax.device_put, whole, param_spec.shardings(specs, mesh)), rows(h), rows(targets))
     with jax.set_mesh(mesh):
         return jax.jit(jax.value_and_grad(loss_of(model, rows(weights), known), by)).lower(
             *args

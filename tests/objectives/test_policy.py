@@ -15,9 +15,9 @@ from tiny_model import assert_close, tiny
 
 from jaxft.batch import TrainState, widened
 from jaxft.distributed import sharding
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.param import ParamSpec
+from jaxft.nn.param_spec import ParamSpec
 from jaxft.objectives import metrics
 from jaxft.objectives.logprobs import token_logps
 from jaxft.objectives.losses import policy_losses as P
@@ -294,10 +294,10 @@ def test_a_frozen_policy_is_unchanged_while_its_critic_is_trained(layerwise):
     model, whole, mask = setting()
     objective = policy(model, LOSS, critic=own_critic(model))
     trainable, frozen = tree.partition(whole, mask)
-    head = {"w": ParamSpec((model.config.width,), (None,), param.normal(1.0))}
+    head = {"w": ParamSpec((model.config.width,), (None,), param_spec.normal(1.0))}
     specs = {**jax.tree.map(lambda _: None, whole), "adapter": model.specs["adapter"], "critic": head}
     specs = tree.map_with_path(
-        lambda path, x: None if path.endswith("scale") else x, specs, is_leaf=param.is_spec
+        lambda path, x: None if path.endswith("scale") else x, specs, is_leaf=param_spec.is_spec
     )
     make = partial(make_optimizer, Optim(lr=1e-2, layerwise=layerwise, warmup=0.0), steps=10)
     optimizer = freezable(make, specs)
@@ -445,7 +445,7 @@ def test_a_mesh_gives_the_values_of_one_device():
     one = jax.device_get(loss_gradients_metrics(objective, whole, mask, batch, {}))
     mesh = sharding.make_mesh(sharding.MeshShape(2, 2, 2))
     with jax.set_mesh(mesh):
-        placed = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, mesh))
+        placed = jax.tree.map(jax.device_put, whole, param_spec.shardings(model.specs, mesh))
         many = loss_gradients_metrics(objective, placed, mask, sharding.shard_batch(mesh, batch), {})
     assert_same(jax.device_get(many), one)
 

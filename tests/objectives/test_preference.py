@@ -24,7 +24,7 @@ from tiny_model import assert_close, tiny
 
 from jaxft.batch import widened
 from jaxft.distributed import sharding
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import metrics
 from jaxft.objectives.losses import preference_losses as P
@@ -80,7 +80,7 @@ def test_a_mesh_gives_the_values_of_one_device_for_coupled_losses():
     for shape in ((2, 2, 2), (8, 1, 1)):
         mesh = sharding.make_mesh(sharding.MeshShape(*shape))
         with jax.set_mesh(mesh):
-            placed = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, mesh))
+            placed = jax.tree.map(jax.device_put, whole, param_spec.shardings(model.specs, mesh))
             many = loss_gradients_metrics(objective, placed, mask, sharding.shard_batch(mesh, batch), {})
         assert_same(jax.device_get(many), one)
 

@@ -18,13 +18,13 @@ from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape, make_mesh
 from jaxft.models.adapted import HeadSettings, adapted, view, with_heads, with_scalar_head
 from jaxft.models.families.llama import llama
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.objectives import metrics
 from jaxft.objectives.reward_model import Outputs, bradley_terry, reward
 from jaxft.rl import reward_models
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.weights import initial_params, pretrained
 
 SETTINGS = Adapter(rank=2, alpha=4.0, targets=("q", "v", "down"))
@@ -277,7 +277,7 @@ def test_a_mesh_has_the_loss_and_gradients_of_one_device(mesh):
         target = loss_gradients_metrics(objectives()(model), whole, mask, batch, {})
         laid_out = make_mesh(mesh)
         with jax.set_mesh(laid_out):
-            spread = jax.tree.map(jax.device_put, whole, param.shardings(model.specs, laid_out))
+            spread = jax.tree.map(jax.device_put, whole, param_spec.shardings(model.specs, laid_out))
             found = loss_gradients_metrics(
                 objectives()(model), spread, mask, sharding.shard_batch(laid_out, batch), {}
             )
@@ -311,8 +311,8 @@ OTHER_HEADS = {
 
 def test_heads_on_a_base_are_trained_or_frozen_by_name():
     model = with_heads(llama(CONFIG, jnp.float32), OTHER_HEADS)
-    t = partition.partition_params(
-        model, SETTINGS, partition.trainable_patterns(model, SETTINGS, None, OTHER_HEADS)
+    t = trainable_params.partition_params(
+        model, SETTINGS, trainable_params.trainable_patterns(model, SETTINGS, None, OTHER_HEADS)
     )
     mask = tree.paths(t.mask)
     assert {path.split("/")[0] for path, m in mask.items() if m} == {"adapter", "critic", "value"}
@@ -321,19 +321,19 @@ def test_heads_on_a_base_are_trained_or_frozen_by_name():
         and not mask["judge/score"]
         and mask["value/score"]
     )
-    own = partition.partition_params(
-        model, SETTINGS, partition.trainable_patterns(model, SETTINGS, "base/final_norm", OTHER_HEADS)
+    own = trainable_params.partition_params(
+        model, SETTINGS, trainable_params.trainable_patterns(model, SETTINGS, "base/final_norm", OTHER_HEADS)
     )
     assert {p.split("/")[0] for p, m in tree.paths(own.mask).items() if m} == {"base", "critic", "value"}
-    everything = partition.partition_params(model, SETTINGS, None)  # nothing said of who is frozen
+    everything = trainable_params.partition_params(model, SETTINGS, None)  # nothing said of who is frozen
     assert tree.paths(everything.mask)["judge/score"]
     with pytest.raises(ValueError, match="matches none"):
-        partition.partition_params(
-            model, SETTINGS, partition.trainable_patterns(model, SETTINGS, "no/such/path", OTHER_HEADS)
+        trainable_params.partition_params(
+            model, SETTINGS, trainable_params.trainable_patterns(model, SETTINGS, "no/such/path", OTHER_HEADS)
         )
-    assert "critic/adapter/layers/attn/q/a" in partition.parameter_table(
+    assert "critic/adapter/layers/attn/q/a" in trainable_params.parameter_table(
         t
-    ) and "value/score" in partition.parameter_table(t)
+    ) and "value/score" in trainable_params.parameter_table(t)
 
 
 @pytest.mark.slow
@@ -347,7 +347,7 @@ def test_each_head_on_a_base_equals_the_one_alone(x64):
         **policy,
         "critic": {"adapter": jax.tree.map(lambda x: 2 * x, whole["adapter"]), "score": whole["score"]},
     }
-    assert jax.tree.structure(whole) == jax.tree.structure(model.specs, is_leaf=param.is_spec)
+    assert jax.tree.structure(whole) == jax.tree.structure(model.specs, is_leaf=param_spec.is_spec)
     batch = jax.tree.map(jnp.asarray, laid(random_pairs(4)))
     np.testing.assert_array_equal(model.hidden(whole, batch)[0], language.hidden(policy, batch)[0])
     critic = view(whole, "critic")
@@ -367,7 +367,7 @@ def test_a_head_on_a_base_replaces_the_rows_of_its_own_tokens(x64):
     scorers = {"critic": HeadSettings(own), "value": HeadSettings()}
     model = adapted(with_heads(base, scorers), policy)
     with jax.numpy_dtype_promotion("standard"):
-        whole = param.init_params(model.specs, jax.random.key(0), jnp.float64)
+        whole = param_spec.init_params(model.specs, jax.random.key(0), jnp.float64)
     row = whole["critic"]["adapter"]["embed"]["rows"]
     table = whole["base"]["embed"].at[third].set(row[0])
     found = model.hidden(view(whole, "critic"), batch)[0]
@@ -399,9 +399,9 @@ def test_names_that_are_taken_and_adapters_on_a_head_are_refused():
 
 def test_fresh_heads_do_not_change_the_policys_initialisation():
     mesh, model = one_device(), llama(CONFIG, jnp.float32)
-    plain = partition.partition_params(model, SETTINGS, None)
+    plain = trainable_params.partition_params(model, SETTINGS, None)
     other_heads = {"critic": HeadSettings(SETTINGS)}
-    with_critic = partition.partition_params(with_heads(model, other_heads), SETTINGS, None)
+    with_critic = trainable_params.partition_params(with_heads(model, other_heads), SETTINGS, None)
     alone = initial_params.init_all_but_base(plain.model, mesh, 3, HeadSettings(SETTINGS))
     both = initial_params.init_all_but_base(
         with_critic.model, mesh, 3, HeadSettings(SETTINGS), scorers=other_heads
@@ -411,7 +411,7 @@ def test_fresh_heads_do_not_change_the_policys_initialisation():
     assert (a(both["critic"]["adapter"]) != a(both["adapter"])).all() and both["critic"]["score"].std() > 0.01
     judge = {"judge": HeadSettings(SETTINGS, trained=False)}
     with pytest.raises(ValueError, match="a frozen scorer needs the folder of a reward model"):
-        frozen = partition.partition_params(with_heads(model, judge), SETTINGS, None)
+        frozen = trainable_params.partition_params(with_heads(model, judge), SETTINGS, None)
         initial_params.init_all_but_base(frozen.model, mesh, 3, HeadSettings(SETTINGS), scorers=judge)
 
 

@@ -13,7 +13,7 @@ from preference_rows import EVERY, THIRD
 from tiny_model import tiny
 
 from jaxft.batch import TrainState
-from jaxft.data.packing.cache import Flat
+from jaxft.data.packing.row_cache import Flat
 from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives import metrics

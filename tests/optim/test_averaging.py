@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.optimizers import create_loraplus_optimizer
 from tiny_model import assert_close
 
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.param_spec import ParamSpec, full
 from jaxft.optim.optimizer import Optim, freezable, make_optimizer, rate_groups
 from jaxft.optim.rules import adamw, scale_groups, schedule_free_adamw
 from jaxft.optim.schedules import constant_schedule, cosine_schedule

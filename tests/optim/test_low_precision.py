@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny_model import assert_close
 from tiny_run import Place, write_place
 
-from jaxft.nn import param
-from jaxft.nn.param import ParamSpec, full, lead_shape
+from jaxft.nn import param_spec
+from jaxft.nn.param_spec import ParamSpec, full, lead_shape
 from jaxft.nn.quant_formats import DYNAMIC
 from jaxft.optim.low_precision import (
     BLOCK,
@@ -137,7 +137,7 @@ def test_the_first_step_is_adamws_to_rounding():
 
 def test_moments_take_a_quarter_or_half_of_float32s_bytes():
     big = {"kernel": ParamSpec((2, 512, 1024), ("layers", "width", "mlp"), full(0.0))}
-    whole = param.init_params(big, jax.random.key(0))
+    whole = param_spec.init_params(big, jax.random.key(0))
     state = lambda o: make_optimizer(Optim(optimizer=o), big, 9).init(whole)  # noqa: E731
     plain, small, half = map(size, map(state, (adamw, adamw_8bit, adamw_bf16)))
     assert small < 0.26 * plain and half < 0.51 * plain

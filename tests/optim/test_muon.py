@@ -11,7 +11,7 @@ from tiny_model import assert_close
 from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
-from jaxft.nn.param import ParamSpec, full, spec_paths
+from jaxft.nn.param_spec import ParamSpec, full, spec_paths
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.rules import muon, orthogonalized
 from jaxft.optim.schedules import constant_schedule

@@ -9,14 +9,14 @@ from tiny_model import examples, micro, one_by_one, tiny
 
 from jaxft.batch import TrainState
 from jaxft.models.families.llama import llama
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.param_spec import ParamSpec, full
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.rules import adafactor, adamw
 from jaxft.optim.update import StepInfo
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.train.step import make_train_step
 
 SPECS = {
@@ -136,8 +136,8 @@ def test_a_check_needs_no_copy_of_the_parameters():
 def trained(**settings):
     """(train step, first state, frozen parameters) of a tiny model trained in full."""
     model, whole = tiny(jnp.float32, remat="full")
-    parts = partition.partition_params(llama(model.config, jnp.float32, remat="full"), None, None)
-    trainable, frozen = partition.split_params(parts, whole)
+    parts = trainable_params.partition_params(llama(model.config, jnp.float32, remat="full"), None, None)
+    trainable, frozen = trainable_params.split_params(parts, whole)
     optimizer = make_optimizer(Optim(clip=None, **settings), parts.trainable_specs, 10)
     state = TrainState(jnp.int32(0), trainable, optimizer.init(trainable), {}, jnp.zeros(2, jnp.int32))
     return jax.jit(make_train_step(sft(parts.model), optimizer, 0)), state, frozen

@@ -10,7 +10,7 @@ import pytest
 from tiny_run import Place, write_place
 
 from jaxft.batch import TrainState
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.param_spec import ParamSpec, full
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.objective import Objective
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16

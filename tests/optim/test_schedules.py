@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import get_cosine_with_hard_restarts_schedule_with_warmup, get_wsd_schedule
 
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.param_spec import ParamSpec, full
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.schedules import cosine_schedule, cosine_with_restarts_schedule, wsd_schedule
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from jaxft.batch import TrainState
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.param_spec import ParamSpec, full
 from jaxft.objectives.metrics import Sum, as_floats
 from jaxft.objectives.objective import Objective
 from jaxft.optim.optimizer import FreezableState, Optim, freezable, make_optimizer, skip_spikes

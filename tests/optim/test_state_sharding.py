@@ -8,8 +8,8 @@ from tiny_model import assert_close
 
 from jaxft.distributed import sharding
 from jaxft.distributed.sharding import MeshShape
-from jaxft.nn import param, tree
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn import param_spec, tree
+from jaxft.nn.param_spec import ParamSpec, full
 from jaxft.optim.low_precision import adamw_8bit, adamw_bf16
 from jaxft.optim.optimizer import Optim, make_optimizer, skip_spikes, state_shardings
 from jaxft.optim.rules import UpdateRule, adafactor, adamw, muon, schedule_free_adamw
@@ -30,9 +30,9 @@ MESH = MeshShape(data=2, fsdp=2, tensor=2)
 def setting(mesh):
     """(mesh, parameters as shapes with shardings)."""
     mesh = sharding.make_mesh(mesh, jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor])
-    places = param.shardings(SPECS, mesh)
+    places = param_spec.shardings(SPECS, mesh)
     shape = lambda s, place: jax.ShapeDtypeStruct(s.shape, jnp.float32, sharding=place)  # noqa: E731
-    return mesh, jax.tree.map(shape, SPECS, places, is_leaf=param.is_spec)
+    return mesh, jax.tree.map(shape, SPECS, places, is_leaf=param_spec.is_spec)
 
 
 def sharded(optimizer, shape=MESH, **settings):

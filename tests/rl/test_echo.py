@@ -13,11 +13,11 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.objective import Facts
 from jaxft.objectives.policy import policy
-from jaxft.rl import rollout as rollouts
+from jaxft.rl import rollout_source as rollouts
 from jaxft.rl.rewards import number
-from jaxft.rl.rollout import Rollouts, TrainingRollout
 from jaxft.rl.rollout_layout import BoundRun, pack_episodes
 from jaxft.rl.rollout_rules import Rules
+from jaxft.rl.rollout_source import Rollouts, TrainingRollout
 from jaxft.rl.trajectory import Segment, Trajectory, collect
 
 SAMPLED, GIVEN = True, False

@@ -28,7 +28,7 @@ from jaxft.distributed import sharding
 from jaxft.engine.sampling import left_pad
 from jaxft.models.adapted import HeadSettings, adapted, view, with_heads
 from jaxft.models.families.llama import llama
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.attention.layer_attention import uniform
 from jaxft.nn.rope import Rope
@@ -36,7 +36,7 @@ from jaxft.rl import reward_models
 from jaxft.rl.advantages import scale_scores, update_moments
 from jaxft.rl.reward_models import HeadReward, ModelReward
 from jaxft.rl.rollout_layout import pack_episodes
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.weights import initial_params, pretrained
 from jaxft.weights.edit.lora_start import init_magnitudes
 
@@ -92,7 +92,7 @@ def test_a_head_on_the_base_scores_each_completion_at_its_end(x64):
     def random(path, x):
         return 0.1 * jax.random.normal(jax.random.key(len(path)), x.shape, x.dtype)
 
-    params = tree.map_with_path(random, param.init_params(model.specs, jax.random.key(0), jnp.float64))
+    params = tree.map_with_path(random, param_spec.init_params(model.specs, jax.random.key(0), jnp.float64))
     prompts, tokens = random_completions(LENGTHS)
 
     def scores(lengths, pad=None):
@@ -274,7 +274,7 @@ def test_a_reward_model_is_found_by_what_its_folder_has(workdir, tmp_path):
         reward_models.find_reward_model(str(workdir.folder / "base"), model)
     further, reward = reward_models.find_reward_model(str(tmp_path / "to come"), model)
     assert further.keys() == {"reward"} and not further["reward"].trained and reward == HeadReward()
-    frozen = partition.partition_params(with_heads(model, further), Adapter(rank=2), None)
+    frozen = trainable_params.partition_params(with_heads(model, further), Adapter(rank=2), None)
     with pytest.raises(
         FileNotFoundError, match=r"to come: no such folder .* on the hub is org/name@revision"
     ):
@@ -329,8 +329,8 @@ def test_a_critic_with_its_own_base_starts_from_its_files_and_shares_nothing(wor
     folder = base if kind == "language model" else str(workdir.folder / "judge")
     policy, settings = pretrained.model_for(base, dtype=jnp.float32), {"critic": HeadSettings(weights=folder)}
     model = with_heads(policy, settings)
-    patterns = partition.trainable_patterns(model, None, None, settings)
-    t, mesh = partition.partition_params(model, None, patterns), one_device()
+    patterns = trainable_params.trainable_patterns(model, None, None, settings)
+    t, mesh = trainable_params.partition_params(model, None, patterns), one_device()
     with jax.set_mesh(mesh):
         critic = initial_params.init_all_but_base(t.model, mesh, 0, HeadSettings(), base, settings)["critic"]
     loaded = None

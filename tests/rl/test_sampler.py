@@ -24,18 +24,18 @@ from jaxft.engine.sampling import NONFINITE, Sampling
 from jaxft.engine.session import Sampled, Session, complete
 from jaxft.models.families.llama import llama
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.nn.param import init_params
+from jaxft.nn.param_spec import init_params
 from jaxft.nn.rope import Rope
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import policy
 from jaxft.rl import rollout_sampler as sampler_module
+from jaxft.rl.episodes import rollout
 from jaxft.rl.online_pairs import to_pairs
-from jaxft.rl.play import rollout
 from jaxft.rl.rewards import EnvironmentReward, exact
-from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_layout import pack_episodes, rollout_shapes, uncounted
 from jaxft.rl.rollout_rules import Rules
 from jaxft.rl.rollout_sampler import compile_engines, compile_rollout_sampler, table_indices
+from jaxft.rl.rollout_source import Rollouts
 
 
 @pytest.mark.quick_cases("0.7-5-3", "0.0-None-1")

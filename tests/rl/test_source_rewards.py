@@ -6,13 +6,13 @@ from collections import defaultdict
 import numpy as np
 import pytest
 from rl_completions import TOKENIZER
-from test_rollout import bound_run, bound_to_sampler, state_at
+from test_rollout_source import bound_run, bound_to_sampler, state_at
 from tiny_tokenizers import tiny
 
 from jaxft.data.prompts import split_prompts
 from jaxft.rl.online_pairs import OnlinePairs
-from jaxft.rl.rollout import PromptSource, Rollouts
 from jaxft.rl.rollout_rules import Rules
+from jaxft.rl.rollout_source import PromptSource, Rollouts
 
 KINDS = {"policy": Rollouts, "online pairs": OnlinePairs}
 

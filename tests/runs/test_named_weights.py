@@ -119,7 +119,7 @@ def test_the_rows_that_a_run_held_out_are_those_of_its_recorded_settings(tmp_pat
         source = data.open(tokenizer)
         record = {**recorded(data), "name": "mine", "data_fingerprint": source.info.fingerprint}
         assert held_out_names(again, tokenizer, partial(check_recorded_rows, record)) == names
-    prompts = recorded_data(recorded(Prompts(path, held_out=0.2), "jaxft.rl.rollout:Rollouts"))
+    prompts = recorded_data(recorded(Prompts(path, held_out=0.2), "jaxft.rl.rollout_source:Rollouts"))
     assert held_out_names(prompts, tokenizer) == set(split_prompts(prompts, tokenizer)[1].names)
     train_and_held = split_prompts(prompts, tokenizer)
     unchanged = prompts_fingerprint(prompts, *train_and_held)

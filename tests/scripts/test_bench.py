@@ -18,7 +18,7 @@ from tiny_run import write_place
 
 from jaxft.data.pairs import PairRows
 from jaxft.data.sft import Rows
-from jaxft.nn.param import ParamSpec, normal
+from jaxft.nn.param_spec import ParamSpec, normal
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.update import StepInfo
 

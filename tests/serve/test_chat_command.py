@@ -20,7 +20,7 @@ from jaxft.engine.scheduler import NewTokens, SampledToken, Scheduler, Ticket
 from jaxft.engine.session import RequestSettings
 from jaxft.nn.adapters import lora_specs
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
-from jaxft.nn.param import ParamSpec
+from jaxft.nn.param_spec import ParamSpec
 from jaxft.objectives.logprobs import token_logps
 from jaxft.runs import loaded_weights
 from jaxft.runs.loaded_weights import NamedWeights

@@ -237,10 +237,12 @@ REFUSED = {  # fields -> part of the message
     'Unimplemented keys: ["not"]': {"response_format": schema_format({"not": {}})},
     "Invalid type: objec": {"response_format": schema_format({"type": "objec"})},
     "response_format: failed to compile JSON schema: Invalid type: obj": {
-        "tools": TOOLS, "response_format": schema_format({"type": "obj"}),
+        "tools": TOOLS,
+        "response_format": schema_format({"type": "obj"}),
     },
     'tools: failed to compile JSON schema: Unimplemented keys: ["not"]': {
-        "tools": WITH_NOT, "response_format": schema_format({}),
+        "tools": WITH_NOT,
+        "response_format": schema_format({}),
     },
     "tools: failed to compile": {"tools": WITH_NOT, "tool_choice": "required"},
     "tool_choice names 'f'": {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxft.engine.programs import Engine, compiler_options, program_tracers
 from jaxft.engine.state import Decoding, slots_for
-from jaxft.nn.attention.cache import NextToken, RowGroups, insert_prompts
+from jaxft.nn.attention.kv_cache import NextToken, RowGroups, insert_prompts
 
 ENGINES = {}
 

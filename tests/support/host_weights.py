@@ -1,7 +1,7 @@
 """Base weights of a checkpoint on the host, without a mesh."""
 
 from jaxft.nn import tree
-from jaxft.nn.param import is_spec
+from jaxft.nn.param_spec import is_spec
 from jaxft.weights import param_loading, pretrained
 
 

@@ -13,7 +13,7 @@ from jaxft.models.adapted import HeadSettings
 from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.weights import initial_params, pretrained
 from jaxft.weights.gguf import gguf_tensors
 from jaxft.weights.hf import safetensors
@@ -39,7 +39,7 @@ MESHES = {
 def held_as(folder, form):
     """The Trained of a form above."""
     model = pretrained.model_for(str(folder), dtype=jnp.float32 if form == "float32" else jnp.bfloat16)
-    return partition.partition_params(
+    return trainable_params.partition_params(
         model, None if form == "trained" else Adapter(rank=2), None, FORMS[form], str(folder)
     )
 
@@ -114,7 +114,7 @@ def main(port, count, process, cases, adapter):
     t = held_as(cases[0][0], "bits")
     for start in (None, adapter):
         settings = adapter_folders.read_adapter_settings(start, t.model) if start else Adapter(rank=2)
-        t = partition.partition_params(pretrained.model_for(cases[0][0]), settings, None)
+        t = trainable_params.partition_params(pretrained.model_for(cases[0][0]), settings, None)
         one, many = (
             initial_params.init_all_but_base(t.model, mesh, 7, HeadSettings(settings, start))
             for mesh in (one_device(), meshes["1x8"])

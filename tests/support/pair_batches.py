@@ -10,9 +10,9 @@ import optax
 from preference_rows import EVERY, SINGLE, kinds_of, with_knobs
 from tiny_model import CONFIG, assert_close
 
-from jaxft.data.packing.cache import Flat, RowNames
 from jaxft.data.packing.pack import RowShape
 from jaxft.data.packing.pair_layout import BatchMeans, PairLayout, assign_rows, fill_pairs, tokens_per_pair
+from jaxft.data.packing.row_cache import Flat, RowNames
 from jaxft.data.packing.tokenised import NUMBERS, TokenisedRows
 from jaxft.nn.tree import partition
 from jaxft.objectives import metrics

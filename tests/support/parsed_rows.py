@@ -5,7 +5,7 @@ from jaxft.data.rows.dataset_rows import list_chunks
 from jaxft.data.rows.example import RESPONSE
 from jaxft.data.rows.format_choice import parse_dataset
 from jaxft.data.rows.formats import PAIRS, SFT
-from jaxft.data.rows.invalid import InvalidRow, valid
+from jaxft.data.rows.invalid_rows import InvalidRow, valid
 
 
 def outcomes(rows, format="auto", columns=()):

@@ -6,14 +6,14 @@ import numpy as np
 from jaxft.distributed import sharding
 from jaxft.models.adapted import HeadSettings
 from jaxft.nn import tree
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.weights import initial_params
 from jaxft.weights.peft import peft_write
 
 
 def save_random_adapter(folder, model, settings, heads=None):
     """Write an adapter of a model with these settings and a random b."""
-    whole = partition.partition_params(model, settings, None).model
+    whole = trainable_params.partition_params(model, settings, None).model
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     fresh = initial_params.init_all_but_base(whole, mesh, 7, heads or HeadSettings())["adapter"]
     rng = np.random.default_rng(0)

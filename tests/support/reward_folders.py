@@ -11,7 +11,7 @@ from tiny_llama import tiny_tokenizer
 from jaxft.models import adapted
 from jaxft.models.adapted import HeadSettings
 from jaxft.nn.adapters.lora import Adapter
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.train.export import export
 from jaxft.weights import initial_params, pretrained
 
@@ -29,7 +29,7 @@ def torch_score(model, ids):
 def begun(folder, adapter=SETTINGS, start=None, seed=1):
     """(Trained, the whole tree) of a reward run on a folder's base, with weights that matter."""
     model = adapted.with_scalar_head(pretrained.model_for(str(folder), dtype=jnp.float32))
-    t, mesh = partition.partition_params(model, adapter, None), one_device()
+    t, mesh = trainable_params.partition_params(model, adapter, None), one_device()
     whole = pretrained.load_base(str(folder), t.stored, mesh)
     whole = {
         "base": whole,

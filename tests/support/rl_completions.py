@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from jaxft.data.packing.cache import Flat, RowNames
+from jaxft.data.packing.row_cache import Flat, RowNames
 from jaxft.data.packing.row_tasks import TokenisedPrompts
 from jaxft.data.packing.tokenised import ROW_FIELDS, Ragged, TokenisedRows
 from jaxft.data.prompts import PromptRows, Prompts

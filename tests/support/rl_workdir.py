@@ -25,7 +25,7 @@ from jaxft.optim.optimizer import Optim
 from jaxft.rl.advantages import scale_scores
 from jaxft.rl.estimators import actor_critic, by_group
 from jaxft.rl.online_pairs import OnlinePairs
-from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.rl.rollout_rules import Rules
 from jaxft.train.settings import Loop, Run
 from jaxft.weights.pretrained import model_for
@@ -146,8 +146,8 @@ meter.Meter.add = killed
 """
 KILL_AFTER_SAMPLING = """
 import glob, os, time
-from jaxft.rl import rollout
-append_table = rollout.append_table
+from jaxft.rl import rollout_source
+append_table = rollout_source.append_table
 def killed(path, step, *rest):
     append_table(path, step, *rest)  # its completions are in the table, and nothing is trained on them yet
     if step > 1:
@@ -156,7 +156,7 @@ def killed(path, step, *rest):
             assert time.monotonic() < until
             time.sleep(0.01)
         os.kill(os.getpid(), 9)
-rollout.append_table = killed
+rollout_source.append_table = killed
 """
 
 

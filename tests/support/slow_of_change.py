@@ -6,7 +6,8 @@ The change is everything that differs from the last common commit with BASE (def
 included. The slow tests of a file run if
 
 - the file is changed, or imports a changed file, directly or through files of tests;
-- a file in the folder that it tests is changed: jaxft/nn for tests/nn, scripts for tests/scripts;
+- a file in the folder that it tests is changed: jaxft/nn for tests/nn and its folders, scripts for
+  tests/scripts;
 - a string in it names a changed file of scripts/ or configs/: "dpo.py", "generate" or "generate --model ...".
 
 Whole runs (tests/train/test_run.py, test_resume.py) run if a changed file is imported by the train loop,
@@ -82,7 +83,7 @@ def touched(imports, changed, distance=1):
     for _ in range(distance - 1):
         changed = changed | {file for file in imports if imports[file] & changed}
     folders = {folder_of(file) for file in changed}
-    reached = changed | {file for file in test_files if str(Path(file).parent) in folders}
+    reached = changed | {file for file in test_files if folders & {*map(str, Path(file).parents)}}
     if changed & closure(imports, {LOOP}):
         reached |= OF_LOOP & test_files
     while more := {file for file in tests - reached if imports[file] & reached}:

@@ -31,7 +31,7 @@ from jaxft.nn import tree
 from jaxft.nn.attention.layer_attention import uniform
 from jaxft.nn.layers import gated_mlp, rms_norm, split_keys
 from jaxft.nn.matmul import linear
-from jaxft.nn.param import ParamSpec, fan_in, init_params
+from jaxft.nn.param_spec import ParamSpec, fan_in, init_params
 from jaxft.nn.tensor_names import TensorName
 
 KERNELS = ("gate", "up", "down")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxft.batch import Tokens
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import param
+from jaxft.nn import param_spec
 from jaxft.nn.tree import map_with_path
 
 CONFIG = LlamaConfig(vocab=40, width=32, layers=3, heads=4, kv_heads=2, head_dim=8, mlp=48, max_positions=64)
@@ -34,7 +34,7 @@ def _tiny(dtype, adapter, tied, options):
     @jax.jit
     def start():
         return map_with_path(
-            shake, param.init_params(model.specs, jax.random.key(0), np.promote_types(dtype, np.float32))
+            shake, param_spec.init_params(model.specs, jax.random.key(0), np.promote_types(dtype, np.float32))
         )
 
     return model, start()

@@ -21,8 +21,8 @@ from jaxft.objectives.sft import sft
 from jaxft.plan import machines
 from jaxft.rl.estimators import actor_critic
 from jaxft.rl.reward_models import HeadReward
-from jaxft.rl.rollout import Rollouts
 from jaxft.rl.rollout_rules import Rules
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.train.settings import Run
 
 HAS_CUDA = all(map(importlib.util.find_spec, ("jax_plugins", "jax_plugins.xla_cuda12")))

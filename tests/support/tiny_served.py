@@ -13,7 +13,7 @@ from jaxft.engine.scheduler import Scheduler, ServeSizes, TokenRequest, compile_
 from jaxft.engine.session import RequestSettings
 from jaxft.models.adapted import adapted_by_row
 from jaxft.models.families.llama import LlamaConfig, llama
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_rows import stack_by_row, with_gains
 from jaxft.nn.adapters.lora_specs import adapter_specs
@@ -58,7 +58,7 @@ MODEL = llama(
 @functools.cache
 def base():
     """Random weights that are large enough for completions to differ."""
-    started = jax.jit(lambda: param.init_params(MODEL.specs, jax.random.key(0), jnp.float32))()
+    started = jax.jit(lambda: param_spec.init_params(MODEL.specs, jax.random.key(0), jnp.float32))()
     return jax.tree.map(lambda x: 2 * x, started)
 
 
@@ -66,7 +66,7 @@ def base():
 def adapter(name):
     """A random adapter whose b is not zero; with DoRA its magnitudes are near the norms of the weights."""
     specs = adapter_specs(MODEL.specs, (ADAPTERS | OTHERS)[name], MODEL.weight_names)
-    fresh = param.init_params(specs, jax.random.key(len(name)), jnp.float32)
+    fresh = param_spec.init_params(specs, jax.random.key(len(name)), jnp.float32)
     keys = iter(jax.random.split(jax.random.key(1), 100))
 
     def grown(path, x):

@@ -22,12 +22,12 @@ from jaxft.models.dense import (
     with_attention,
 )
 from jaxft.models.families.llama import LlamaConfig
-from jaxft.nn.attention.cache import RecurrentState
 from jaxft.nn.attention.flash_attention import visible
+from jaxft.nn.attention.kv_cache import RecurrentState
 from jaxft.nn.attention.layer_attention import AttentionLayers, Extras, LayerKind, batch_ranges
 from jaxft.nn.layers import rms_norm, split_keys
 from jaxft.nn.matmul import linear
-from jaxft.nn.param import ParamSpec, fan_in, full
+from jaxft.nn.param_spec import ParamSpec, fan_in, full
 from jaxft.nn.rope import Rope
 from jaxft.nn.stack import LayerMean, Mixer, Pass
 from jaxft.nn.tensor_names import TensorName

@@ -23,7 +23,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.attention import attention
 from jaxft.nn.attention.flash_attention import flash
 from jaxft.nn.attention.layer_attention import LayerKind
-from jaxft.nn.param import init_params
+from jaxft.nn.param_spec import init_params
 from jaxft.nn.rope import Rope
 from jaxft.runs import folder as runfolder
 from jaxft.runs.settings.config import resolve_config

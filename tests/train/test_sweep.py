@@ -14,7 +14,7 @@ from tiny_model import CONFIG, assert_close, examples, one_by_one
 from jaxft.batch import TrainState
 from jaxft.models.adapted import adapted
 from jaxft.models.families.llama import llama
-from jaxft.nn import matmul, param, tree
+from jaxft.nn import matmul, param_spec, tree
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import Adapted, Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
@@ -26,7 +26,7 @@ from jaxft.objectives.preference import EMAReference, mean_logp, preference
 from jaxft.objectives.sft import sft
 from jaxft.optim.optimizer import Optim, make_optimizer
 from jaxft.optim.schedules import linear_schedule
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.train.multi_adapter import (
     SharedFrozen,
     combine_objectives,
@@ -95,7 +95,7 @@ RANKS = (2, 5, 3)
 
 def fresh(model, rank, seed):
     """A random adapter of a rank with b != 0."""
-    start = param.init_params(
+    start = param_spec.init_params(
         adapter_specs(model.specs, Adapter(rank=rank, alpha=3.0)),
         jax.random.key(seed),
         jnp.float64,
@@ -108,7 +108,7 @@ def test_a_forward_pass_with_adapters_of_several_ranks_equals_one_pass_per_adapt
     base = llama(CONFIG, jnp.float64)
     model, weights = (
         adapted(base, Adapter()),
-        param.init_params(base.specs, jax.random.key(9), jnp.float64),
+        param_spec.init_params(base.specs, jax.random.key(9), jnp.float64),
     )
     adapters = [fresh(base, rank, seed) for seed, rank in enumerate(RANKS)]
     batch = one_by_one(examples(4))
@@ -185,17 +185,19 @@ MIXED = (
 @pytest.fixture(scope="module")
 def weights():
     with jax.enable_x64(True):
-        return param.init_params(BASE.specs, jax.random.key(9), jnp.float64)
+        return param_spec.init_params(BASE.specs, jax.random.key(9), jnp.float64)
 
 
 def begin(one, weights):
     """(partition, objective, optimizer, state at step 0, frozen) of one adapter."""
-    t = partition.partition_params(BASE, Adapter(rank=one.rank, alpha=3.0, targets=("q", "down")), None)
-    adapter = param.init_params(t.specs["adapter"], jax.random.key(one.seed), jnp.float64)
+    t = trainable_params.partition_params(
+        BASE, Adapter(rank=one.rank, alpha=3.0, targets=("q", "down")), None
+    )
+    adapter = param_spec.init_params(t.specs["adapter"], jax.random.key(one.seed), jnp.float64)
     adapter = tree.map_with_path(
         lambda path, x: 0.3 * random(*x.shape, seed=7) if path.endswith("/b") else x, adapter
     )
-    trainable, frozen = partition.split_params(t, {"base": weights, "adapter": adapter})
+    trainable, frozen = trainable_params.split_params(t, {"base": weights, "adapter": adapter})
     objective = one.objective(t.model)
     optimizer = make_optimizer(one.optim, t.trainable_specs, STEPS)
     aux = start_aux(objective, trainable, not one.own_reference)

@@ -14,7 +14,7 @@ from tiny_model import CONFIG, assert_close, batch_of, examples, micro, one_by_o
 
 from jaxft.batch import TrainState
 from jaxft.models.families.llama import llama
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.stack import REMAT
 from jaxft.objectives import metrics
@@ -25,7 +25,7 @@ from jaxft.optim.low_precision import adamw_8bit
 from jaxft.optim.optimizer import Optim, from_optax, make_optimizer
 from jaxft.optim.update import StepInfo, standard_promotion
 from jaxft.runs.settings.setting_values import describe
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.train.evaluate import evaluate
 from jaxft.train.step import make_train_step
 
@@ -106,8 +106,8 @@ def test_evaluation_has_the_same_metrics_for_any_batch_size():
 
 def lora_run(optimizer, dropout=0.0):
     _, whole = tiny(adapter=Adapter(rank=4, dropout=dropout))
-    t = partition.partition_params(plain_model(), Adapter(rank=4, dropout=dropout), None)
-    return (*partition.split_params(t, whole), jax.jit(make_train_step(sft(t.model), optimizer, 0)))
+    t = trainable_params.partition_params(plain_model(), Adapter(rank=4, dropout=dropout), None)
+    return (*trainable_params.split_params(t, whole), jax.jit(make_train_step(sft(t.model), optimizer, 0)))
 
 
 @cache
@@ -129,7 +129,7 @@ def test_only_the_adapter_is_updated():
     batch = micro(one_by_one(examples(4)), 2)
     for _ in range(3):
         state, _ = step(state, frozen, batch)
-    assert set(tree.paths(trainable)) == {p for p in param.spec_paths(lora_specs())}
+    assert set(tree.paths(trainable)) == {p for p in param_spec.spec_paths(lora_specs())}
     assert all(p.endswith(("/a", "/b")) for p in tree.paths(trainable))
     for path, leaf in tree.paths(state.trainable).items():
         assert np.any(np.asarray(leaf) != np.asarray(tree.paths(trainable)[path])), path
@@ -137,7 +137,7 @@ def test_only_the_adapter_is_updated():
 
 
 def lora_specs():
-    return partition.partition_params(plain_model(), Adapter(rank=4), None).trainable_specs
+    return trainable_params.partition_params(plain_model(), Adapter(rank=4), None).trainable_specs
 
 
 def test_a_nonfinite_step_changes_nothing_but_is_counted():
@@ -170,7 +170,7 @@ def test_dropout_depends_on_the_step_and_is_absent_from_evaluation():
 def test_remat_policies_give_the_same_gradients(remat):
     """Four layers, under jit, since offloading places the buffers of a compiled program."""
     config, found = replace(plain_model().config, layers=4), []
-    whole = param.init_params(llama(config).specs, jax.random.key(0), jnp.float64)
+    whole = param_spec.init_params(llama(config).specs, jax.random.key(0), jnp.float64)
     for name in ("none", remat):
         model = llama(config, jnp.float64, remat=name)
         found.append(jax.jit(lambda w, model=model: loss_and_grads(model, w, one_by_one(examples(4))))(whole))
@@ -180,7 +180,7 @@ def test_remat_policies_give_the_same_gradients(remat):
 def test_remat_pairs_refuses_an_odd_number_of_layers():
     config = replace(plain_model().config, layers=3)
     model = llama(config, jnp.float32, remat="pairs")
-    whole = param.init_params(model.specs, jax.random.key(0))
+    whole = param_spec.init_params(model.specs, jax.random.key(0))
     with pytest.raises(ValueError, match="divisible by 2, but the stack layers has 3; use remat=full"):
         model.hidden(whole, one_by_one(examples(4)))[0]
 
@@ -200,14 +200,18 @@ def test_a_bfloat16_residual_stream_has_a_small_rounding_error():
 @standard_promotion()  # optax's own arithmetic
 def test_an_update_of_stacked_layers_equals_one_optimizer_per_layer(optimizer):
     specs = {
-        "layers": {"w": param.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), param.full(0.0))},
-        "norms": param.ParamSpec((3, 130), ("layers", "norm"), param.full(0.0)),
+        "layers": {
+            "w": param_spec.ParamSpec((3, 130, 140), ("layers", "width", "mlp"), param_spec.full(0.0))
+        },
+        "norms": param_spec.ParamSpec((3, 130), ("layers", "norm"), param_spec.full(0.0)),
     }
     settings = Optim(
         optimizer=optimizer, clip=None, weight_decay=0.01, schedule=schedules.constant_schedule, warmup=0.0
     )
-    random = lambda s: param.ParamSpec(s.shape, s.axes, param.normal(1.0))  # noqa: E731
-    stacked = param.init_params(jax.tree.map(random, specs, is_leaf=param.is_spec), jax.random.key(1))
+    random = lambda s: param_spec.ParamSpec(s.shape, s.axes, param_spec.normal(1.0))  # noqa: E731
+    stacked = param_spec.init_params(
+        jax.tree.map(random, specs, is_leaf=param_spec.is_spec), jax.random.key(1)
+    )
     scales = jnp.array([1.0, 100.0, 0.01], jnp.float32)  # layers whose gradients differ in size
     grads = [
         jax.tree.map(lambda p, k=k: jnp.sin(p + k) * scales.reshape(3, *[1] * (p.ndim - 1)), stacked)
@@ -226,7 +230,7 @@ def test_an_update_of_stacked_layers_equals_one_optimizer_per_layer(optimizer):
 
     whole = run(*compiled(specs), stacked, grads)
     single = jax.tree.map(
-        lambda s: param.ParamSpec(s.shape[1:], s.axes[1:], s.init), specs, is_leaf=param.is_spec
+        lambda s: param_spec.ParamSpec(s.shape[1:], s.axes[1:], s.init), specs, is_leaf=param_spec.is_spec
     )
     of_a_layer = compiled(single)
     for i in range(3):
@@ -236,7 +240,7 @@ def test_an_update_of_stacked_layers_equals_one_optimizer_per_layer(optimizer):
 
 def update_case(optimizer, clip):
     specs = plain_model().specs
-    start = param.init_params(specs, jax.random.key(0))
+    start = param_spec.init_params(specs, jax.random.key(0))
     grads = jax.tree.map(lambda p: jnp.cos(50 * p).astype(p.dtype), start)
     settings = Optim(optimizer=optimizer, clip=clip, weight_decay=0.1, warmup=0.0)
     return make_optimizer(settings, specs, 10), grads, start
@@ -270,7 +274,7 @@ def test_a_layerwise_update_equals_one_of_all_leaves_at_once(optimizer, monkeypa
     monkeypatch.setattr(layer_by_layer, "LARGE", 1000)  # embedding and head: in pieces
     monkeypatch.setattr(layer_by_layer, "PIECE", 300)
     specs = plain_model().specs
-    start = param.init_params(specs, jax.random.key(0))
+    start = param_spec.init_params(specs, jax.random.key(0))
     gradients = [jax.tree.map(lambda p, k=k: jnp.cos((50 + k) * p).astype(p.dtype), start) for k in range(3)]
     found = []
     for layerwise in (False, True):
@@ -297,8 +301,8 @@ def test_a_layerwise_update_equals_one_of_all_leaves_at_once(optimizer, monkeypa
 
 def test_bfloat16_parameters_are_rounded_stochastically():
     """An update of 0.1 % of a parameter is below half its spacing; rounded to nearest it would be lost."""
-    specs = {"w": param.ParamSpec((64, 512), ("width", "mlp"), param.full(1.0))}
-    start = param.init_params(specs, jax.random.key(0), jnp.bfloat16)
+    specs = {"w": param_spec.ParamSpec((64, 512), ("width", "mlp"), param_spec.full(1.0))}
+    start = param_spec.init_params(specs, jax.random.key(0), jnp.bfloat16)
     settings = Optim(lr=1e-3, clip=None, warmup=0.0, schedule=schedules.constant_schedule)
     optimizer = make_optimizer(settings, specs, 10)
     assert all(x.dtype != jnp.bfloat16 for x in jax.tree.leaves(optimizer.init(start)))
@@ -330,7 +334,7 @@ def test_weight_decay_applies_to_matrices_only():
 
 def test_lr_groups_scale_the_updates_of_the_leaves_they_name():
     specs = lora_specs()
-    trainable = jax.tree.map(lambda s: jnp.zeros(s.shape), specs, is_leaf=param.is_spec)
+    trainable = jax.tree.map(lambda s: jnp.zeros(s.shape), specs, is_leaf=param_spec.is_spec)
     grads = jax.tree.map(jnp.ones_like, trainable)
 
     def updates(groups):

@@ -24,10 +24,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft.models.adapted import HeadSettings
-from jaxft.nn import param, tree
+from jaxft.nn import param_spec, tree
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, is_qtensor, quantize
-from jaxft.train import partition
+from jaxft.train import trainable_params
 from jaxft.train.export import export
 from jaxft.weights import initial_params, param_loading, pretrained, storage
 from jaxft.weights.hf import safetensors
@@ -136,7 +136,7 @@ def test_the_bits_of_one_device_are_those_of_quantising_the_stacked_parameter(fo
         state |= load_file(path)
     t = held_as(folders["plain"], form)
     base = tree.paths(pretrained.load_base(str(folders["plain"]), t.stored, one_device()), is_qtensor)
-    for path, spec in param.spec_paths(t.model.specs["base"]).items():
+    for path, spec in param_spec.spec_paths(t.model.specs["base"]).items():
         name, turned, *_ = t.model.weight_names[path]
         layers = [state[name.format(i=i)] for i in range(spec.shape[0] if "{i}" in name else 1)]
         value = (
@@ -160,7 +160,7 @@ def together(folders, tmp_path_factory):
     adapter = tmp_path_factory.mktemp("adapter")
     model = pretrained.model_for(str(folders["plain"]))
     settings = Adapter(rank=2, targets=("q", "down"))
-    t = partition.partition_params(model, settings, None)
+    t = trainable_params.partition_params(model, settings, None)
     peft_write.save_adapter(
         adapter,
         jax.tree.map(

@@ -20,7 +20,7 @@ from jaxft.distributed import sharding
 from jaxft.models.families.llama import LlamaConfig
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
-from jaxft.nn.param import init_params
+from jaxft.nn.param_spec import init_params
 from jaxft.nn.quant import Quant
 from jaxft.nn.rope import Rope
 from jaxft.optim.optimizer import Optim

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from jaxft.models.families.llama import LlamaConfig, llama
 from jaxft.nn import tree
-from jaxft.nn.param import ParamSpec, fan_in, init_params, spec_paths
+from jaxft.nn.param_spec import ParamSpec, fan_in, init_params, spec_paths
 from jaxft.nn.quant import quantize
 from jaxft.nn.tensor_names import TensorName
 from jaxft.weights import param_loading

@@ -35,7 +35,7 @@ from jaxft.data.chat.template import (
 from jaxft.data.chat.turns import MARKER, HiddenPart, is_closed, render_turns
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.example import Chat, Completion, Example, Message, Text, target_weights
-from jaxft.data.rows.invalid import InvalidRow, Value, attempt
+from jaxft.data.rows.invalid_rows import InvalidRow, Value, attempt
 
 FALLBACK = "### Instruction:\n{}\n\n### Response:\n"
 LOSS_ON = ("completion", "assistant", "all")

@@ -18,7 +18,7 @@ from jaxft.data.chat.template import REJECTIONS, Template, render_messages, temp
 from jaxft.data.chat.turns import HiddenPart, parts_of, render_turns
 from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.example import Chat, Message
-from jaxft.data.rows.invalid import InvalidRow, valid
+from jaxft.data.rows.invalid_rows import InvalidRow, valid
 
 SOME_TEXT = "Qx7w"  # content for an empty turn, which could not be found in a rendered text
 

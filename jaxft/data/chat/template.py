@@ -18,7 +18,7 @@ import jinja2
 
 from jaxft.data.row_settings import DATE, DEFAULT_TEMPLATE_SETTINGS, MERGE, TemplateSettings
 from jaxft.data.rows.example import Chat, Message
-from jaxft.data.rows.invalid import similar_names
+from jaxft.data.rows.invalid_rows import similar_names
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _STRFTIME = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")

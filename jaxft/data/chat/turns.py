@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jaxft.data.chat.template import REJECTIONS, Span, Template, render_marked, render_messages
 from jaxft.data.rows.example import Chat, Message
-from jaxft.data.rows.invalid import InvalidRow
+from jaxft.data.rows.invalid_rows import InvalidRow
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of messages in different templates
 THINKING = "the thinking block"

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from jaxft.batch import Pairs
 from jaxft.data.packing import pack
-from jaxft.data.packing.cache import Flat
+from jaxft.data.packing.row_cache import Flat
 from jaxft.data.packing.tokenised import NUMBERS, TokenisedRows
 
 # ---- which pairs share a batch and a row

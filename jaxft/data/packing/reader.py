@@ -28,8 +28,8 @@ import xxhash
 from jaxft.data.chat import loss_mask
 from jaxft.data.chat.template import Template, template_of
 from jaxft.data.decisions import DECISION, labels_as_choices
-from jaxft.data.packing import cache as files
-from jaxft.data.packing.cache import ChunkColumns, ColumnTypes, StoredFacts
+from jaxft.data.packing import row_cache as files
+from jaxft.data.packing.row_cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, stored_columns
 from jaxft.data.progress import RowProgress
 from jaxft.data.row_settings import RowSettings
@@ -39,7 +39,7 @@ from jaxft.data.rows.dataset_rows import Listing, check_rows, list_chunks, sampl
 from jaxft.data.rows.example import Chat, ParsedRow, has_placeholder
 from jaxft.data.rows.format_choice import ChosenFormat, ColumnCounts, Formats, parse_rows
 from jaxft.data.rows.formats import formats_of
-from jaxft.data.rows.invalid import InvalidRow, InvalidRows, Tally, valid
+from jaxft.data.rows.invalid_rows import InvalidRow, InvalidRows, Tally, valid
 from jaxft.data.rows.row_files import ROW_CHUNK_BYTES, Chunk, Row, loaded
 from jaxft.distributed.threads import cores
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from jaxft.data.chat import loss_mask
 from jaxft.data.chat.loss_mask import WeightedTokens
-from jaxft.data.packing.cache import ColumnType, ColumnTypes
 from jaxft.data.packing.pack import split_lengths
 from jaxft.data.packing.reader import CutRows, ParsedRows, Reader, RowTask, TokenisedRow
+from jaxft.data.packing.row_cache import ColumnType, ColumnTypes
 from jaxft.data.packing.tokenised import (
     MASS,
     NUMBERS,
@@ -40,7 +40,7 @@ from jaxft.data.rows.conversation import NO_PROMPT
 from jaxft.data.rows.example import PROMPT, RESPONSE, Chat, Completion, Example, Message, ParsedRow, as_given
 from jaxft.data.rows.format_choice import ChosenFormat, prompt_of, split_column
 from jaxft.data.rows.formats import number_of
-from jaxft.data.rows.invalid import InvalidRow, attempt, valid
+from jaxft.data.rows.invalid_rows import InvalidRow, attempt, valid
 from jaxft.data.rows.row_files import Row
 
 # ---- SFT

@@ -14,9 +14,9 @@ import numpy as np
 import xxhash
 from jaxtyping import Bool, Float, Int, UInt64
 
-from jaxft.data.packing.cache import NAMING, ColumnType, ColumnTypes, Flat, RowNames, StoredRows
 from jaxft.data.packing.pack import number_groups, ranges
-from jaxft.data.rows.invalid import InvalidCount, add_counts
+from jaxft.data.packing.row_cache import NAMING, ColumnType, ColumnTypes, Flat, RowNames, StoredRows
+from jaxft.data.rows.invalid_rows import InvalidCount, add_counts
 
 MASS, TOKEN_WEIGHTS = "mass", "token_weights"  # extras of SFT rows
 LABELS = "labels"  # of solutions in steps: a label for each target, predicted at the target's position

@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from jaxft.data.rows.example import Message, message_weight
-from jaxft.data.rows.invalid import json_type
+from jaxft.data.rows.invalid_rows import json_type
 from jaxft.data.rows.row_files import Row
 
 KNOWN_ROLES = ("user", "assistant", "system", "developer", "tool")

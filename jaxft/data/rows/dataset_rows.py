@@ -17,8 +17,8 @@ import xxhash
 
 from jaxft.data.progress import RowProgress
 from jaxft.data.rows import row_files
-from jaxft.data.rows.invalid import InvalidRows, attempt, valid
-from jaxft.data.rows.remote import RemoteFile, file_name, is_remote, remote_batches, remote_files
+from jaxft.data.rows.invalid_rows import InvalidRows, attempt, valid
+from jaxft.data.rows.remote_files import RemoteFile, file_name, is_remote, remote_batches, remote_files
 from jaxft.data.rows.row_files import Chunk, Outcome, Row
 from jaxft.data.rows.shipped import ROOT
 from jaxft.data.rows.text_files import (

@@ -40,7 +40,7 @@ from jaxft.data.rows.formats import (
     number_of,
     own_columns,
 )
-from jaxft.data.rows.invalid import InvalidRow, attempt, similar_names, valid
+from jaxft.data.rows.invalid_rows import InvalidRow, attempt, similar_names, valid
 from jaxft.data.rows.published_formats import with_ratings
 from jaxft.data.rows.row_files import Row
 

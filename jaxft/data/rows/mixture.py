@@ -22,7 +22,7 @@ from jaxft.data.data_settings import DUPLICATES, PLACEHOLDERS, DataSettings
 from jaxft.data.packing.pack import permutation, ranges
 from jaxft.data.packing.tokenised import TokenisedRows
 from jaxft.data.rows.dataset_rows import SUFFIXES, try_find
-from jaxft.data.rows.remote import file_name, without_secrets
+from jaxft.data.rows.remote_files import file_name, without_secrets
 
 SomeSettings = TypeVar("SomeSettings", bound=Any)
 SOURCE_OPTIONS = ("format", "max_samples")  # options of a source that are not names of columns

@@ -14,7 +14,7 @@ from typing import Any
 from jaxft.data.row_settings import DEFAULT_ROW_SETTINGS, RowSettings
 from jaxft.data.rows.columns import instruction_of, list_of, text_of
 from jaxft.data.rows.example import Message, parse_number
-from jaxft.data.rows.invalid import InvalidRow
+from jaxft.data.rows.invalid_rows import InvalidRow
 from jaxft.data.rows.row_files import Row
 
 PROMPT = ("prompt", "instruction", "context")

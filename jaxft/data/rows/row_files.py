@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxft.data.rows import row_parquet
-from jaxft.data.rows.invalid import LINE_BYTES, InvalidRow, attempt, json_type
+from jaxft.data.rows.invalid_rows import LINE_BYTES, InvalidRow, attempt, json_type
 
 ROW_CHUNK_BYTES = 2 << 20  # of lines of text
 CHUNK_ROWS = row_parquet.BATCH_ROWS

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from jaxft.data.rows.invalid import LINE_BYTES
+from jaxft.data.rows.invalid_rows import LINE_BYTES
 
 BATCH_ROWS = 1 << 13
 RATIO = 500  # bytes in memory for one in the file; text without a dictionary compresses less

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from jaxft.data.rows.invalid import LINE_BYTES, InvalidRow, attempt
+from jaxft.data.rows.invalid_rows import LINE_BYTES, InvalidRow, attempt
 from jaxft.data.rows.row_files import Outcome, Row, row_of
 
 UTF8 = "utf-8-sig"  # with a byte order mark or without

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxft import __version__
 from jaxft.distributed.disk import make_folder, write_durably
-from jaxft.lab.studies.results import Duel, FinalCurve, LossOutcome, StudyResult, finite_mean
+from jaxft.lab.studies.study_results import Duel, FinalCurve, LossOutcome, StudyResult, finite_mean
 from jaxft.objectives.metrics import HELD_OUT, KL
 from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, MARGIN
 from jaxft.report.charts import Panel, draw

@@ -45,8 +45,8 @@ from jaxft.annotations import (
 from jaxft.lab.loss_evaluation import loss_knobs
 from jaxft.nn.tree import nearest
 from jaxft.objectives.pair import ACCURACY, MARGIN, check_knobs, loss_name
-from jaxft.runs.environment import versions
 from jaxft.runs.settings.setting_values import describe, differences, find_file, format_error, run_file
+from jaxft.runs.versions_and_devices import versions
 from jaxft.train.settings import Run
 from jaxft.train.start import open_settings
 

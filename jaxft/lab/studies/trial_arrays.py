@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from jaxft.batch import TrainState
 from jaxft.lab.loss_evaluation import loss_beta
 from jaxft.lab.studies.study import LossTrial, SearchedLoss, Study
-from jaxft.nn.param import Specs
+from jaxft.nn.param_spec import Specs
 from jaxft.nn.tree import Aux, Metrics, Params
 from jaxft.objectives.logprobs import LanguageModel
 from jaxft.objectives.objective import Objective, Outputs

@@ -16,12 +16,11 @@ from jaxft.distributed import sharding
 from jaxft.distributed.processes import Watchdog
 from jaxft.lab.studies.appendix import REPORT, appendix_files
 from jaxft.lab.studies.halving import DECLARATION, LEDGER, TRIALS
-from jaxft.lab.studies.results import check_study, read_study
 from jaxft.lab.studies.study import check_declared
+from jaxft.lab.studies.study_results import check_study, read_study
 from jaxft.report.run_files import sweep_members
 from jaxft.runs import folder as runfolder
 from jaxft.runs.checkpoint import Checkpoints, verify
-from jaxft.runs.environment import environment, environment_changes
 from jaxft.runs.folder import CHECKPOINTS
 from jaxft.runs.log import NullLog
 from jaxft.runs.manifest import NAME, Corrupt, check_files, named_leaves, read_manifest
@@ -36,12 +35,13 @@ from jaxft.runs.metrics_log import (
     without_perf,
 )
 from jaxft.runs.settings.setting_values import recorded_defaults
+from jaxft.runs.versions_and_devices import environment, environment_changes
+from jaxft.train.evaluate.run_evaluations import continued
 from jaxft.train.logs.logs import Logs
 from jaxft.train.logs.meter import Meters
 from jaxft.train.loop import load_and_compile, next_batch
 from jaxft.train.start import open_settings
 from jaxft.train.start.jobs import Job, prepare
-from jaxft.train.start_and_end import continued
 
 
 def record_problems(folder: Path) -> Iterator[str]:

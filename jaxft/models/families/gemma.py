@@ -30,7 +30,7 @@ from jaxft.nn.attention.attention import AttentionSettings
 from jaxft.nn.attention.layer_attention import Attend, AttentionLayers, Extras, uniform
 from jaxft.nn.layers import lm_head, rms_norm, split_keys
 from jaxft.nn.matmul import accumulation_dtype
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.param_spec import ParamSpec, full
 from jaxft.nn.rope import Rope, check_rope
 from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.nn.tree import Params

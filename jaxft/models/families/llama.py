@@ -384,9 +384,7 @@ _SMOLLM3 = ConfigFormat(
     },
     _BIASES,
 )  # fmt: skip
-SMOLLM3 = Family(
-    SmolLM3Config, _SMOLLM3, _smollm3_decoder, SMOLLM3_PRESETS, _read_smollm3, _write_smollm3
-)
+SMOLLM3 = Family(SmolLM3Config, _SMOLLM3, _smollm3_decoder, SMOLLM3_PRESETS, _read_smollm3, _write_smollm3)
 smollm3 = SMOLLM3.build
 
 

@@ -37,7 +37,7 @@ from jaxft.models.dense_config import (
 from jaxft.models.model import ForwardOptions
 from jaxft.nn.attention.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import rms_norm, split_keys
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.param_spec import ParamSpec, full
 from jaxft.nn.rope import Rope
 from jaxft.nn.tensor_names import TensorName, WeightNames
 from jaxft.nn.tree import Params
@@ -236,6 +236,4 @@ _EXAONE4_PRESETS: dict[str, Exaone4Config] = {
 _EXAONE4 = ConfigFormat(
     "exaone4", "Exaone4ForCausalLM", {"hidden_act": "silu"}, {"rms_norm_eps": 1e-5, "bos_token_id": 0}
 )
-EXAONE4 = Family(
-    Exaone4Config, _EXAONE4, _exaone4_decoder, _EXAONE4_PRESETS, _read_exaone4, _write_exaone4
-)
+EXAONE4 = Family(Exaone4Config, _EXAONE4, _exaone4_decoder, _EXAONE4_PRESETS, _read_exaone4, _write_exaone4)

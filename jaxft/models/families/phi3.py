@@ -22,7 +22,7 @@ from jaxft.nn.adapters.lora import Adapted
 from jaxft.nn.attention.layer_attention import Attend, Extras, uniform
 from jaxft.nn.layers import biased_linear, gated, rms_norm, saveable, split_keys
 from jaxft.nn.matmul import InputTap, Weight, linear
-from jaxft.nn.param import ParamSpec, fan_in
+from jaxft.nn.param_spec import ParamSpec, fan_in
 from jaxft.nn.quant import QTensor
 from jaxft.nn.quant_formats import decode_scales
 from jaxft.nn.rope import Rope

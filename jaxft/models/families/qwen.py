@@ -24,7 +24,7 @@ from jaxft.models.dense_config import (
     typed_layers,
     window_from_hf,
 )
-from jaxft.nn.param import ParamSpec, full
+from jaxft.nn.param_spec import ParamSpec, full
 from jaxft.nn.rope import Rope
 
 

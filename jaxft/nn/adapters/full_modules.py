@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxft.nn import tree
-from jaxft.nn.param import ParamSpec, normal
+from jaxft.nn.param_spec import ParamSpec, normal
 from jaxft.nn.tensor_names import SCORE_MODULES, Module, WeightNames, is_saved, modules_of, name_ends
 from jaxft.nn.tree import static, struct
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from jaxft.annotations import BELOW_ONE, PositiveInt, between, check_bounds
 from jaxft.nn import tree
 from jaxft.nn.adapters.full_modules import Replaced, TokenRows, is_replacement
-from jaxft.nn.param import ParamSpec, Specs, kernel, map_stack, spec_paths
+from jaxft.nn.param_spec import ParamSpec, Specs, kernel, map_stack, spec_paths
 from jaxft.nn.quant import RESIDUAL_INITS, QTensor, dequantize, is_qtensor
 from jaxft.nn.tensor_names import SCORE_MODULES, is_name
 from jaxft.nn.tree import Params, static, struct

@@ -28,7 +28,7 @@ from jaxft.nn.adapters.lora import (
     pair_axes,
     pairs_by_path,
 )
-from jaxft.nn.param import ParamSpec, Specs, full, spec_paths
+from jaxft.nn.param_spec import ParamSpec, Specs, full, spec_paths
 from jaxft.nn.tree import Params
 
 BASE = 0  # the number of the adapter in a stack that changes nothing

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxft.nn import tree
 from jaxft.nn.adapters import full_modules
 from jaxft.nn.adapters.lora import EVA, Adapter, pair_axes, target_paths
-from jaxft.nn.param import Init, ParamSpec, Specs, full, kaiming_uniform, normal, spec_paths
+from jaxft.nn.param_spec import Init, ParamSpec, Specs, full, kaiming_uniform, normal, spec_paths
 from jaxft.nn.tensor_names import ModuleNames, WeightNames, is_listed, is_name, name_ends, values_by_pattern
 
 

@@ -2,7 +2,7 @@
 
 attention.py: the reference implementation of attention, and the choice of a kernel from the mesh
 attention_mixer.py: attention over rows, in prefill, extending rows by given tokens, and decoding
-cache.py: the cache of keys and values, in which a prompt is stored once, and attention to it
+kv_cache.py: the cache of keys and values, in which a prompt is stored once, and attention to it
 flash_attention.py: the keys that each query of packed rows attends to, as two ranges; blockwise attention to
     these ranges in plain XLA, for every backend; the soft cap of scores
 layer_attention.py: settings of each layer's attention: rope, sliding window, soft cap

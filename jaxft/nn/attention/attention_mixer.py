@@ -1,4 +1,4 @@
-"""Attention as the Mixer of layers (nn/stack.py): over rows, and in generation with a cache (cache.py)."""
+"""Attention as the Mixer of layers (nn/stack.py): over rows, and in generation with a cache (kv_cache.py)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from jaxft.nn.attention.cache import (
+from jaxft.nn.attention.kv_cache import (
     Cache,
     CacheFormat,
     GivenChunk,

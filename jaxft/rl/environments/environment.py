@@ -40,7 +40,7 @@ from jaxft.annotations import ENVIRONMENTS, ShortNames, name_of
 from jaxft.data.packing.row_tasks import ENVIRONMENT, EVERY_ROW
 from jaxft.data.rows.columns import messages_of, tool_schema
 from jaxft.data.rows.example import Message
-from jaxft.data.rows.invalid import InvalidRow
+from jaxft.data.rows.invalid_rows import InvalidRow
 from jaxft.data.rows.row_files import Row
 from jaxft.rl.environments.calls import Task
 from jaxft.rl.environments.tools import MODELS_ERRORS, Tool, by_name, valid_text

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.annotations import ShortNames, bounds_of, choices_of, types_and_marks
-from jaxft.data.rows.remote import without_secrets
+from jaxft.data.rows.remote_files import without_secrets
 from jaxft.data.rows.shipped import ROOT
 from jaxft.models.model import Model
 from jaxft.nn.tree import nearest

@@ -14,13 +14,13 @@ from jaxft.data.progress import RowProgress
 from jaxft.data.row_settings import TemplateSettings
 from jaxft.data.rows.example import Chat, Completion
 from jaxft.data.rows.format_choice import prompt_of, split_column
-from jaxft.data.rows.invalid import valid
+from jaxft.data.rows.invalid_rows import valid
 from jaxft.data.rows.row_files import Row
 from jaxft.engine.programs import Engine, compile_engine
 from jaxft.engine.sampling import Sampling, nonfinite_logits, without_stop
 from jaxft.engine.session import RequestSettings, Session, complete
 from jaxft.engine.state import Decoding, slots_for
-from jaxft.nn.attention.cache import CacheFormat
+from jaxft.nn.attention.kv_cache import CacheFormat
 from jaxft.runs.loaded_weights import LoadedWeights
 from jaxft.weights.pretrained import check_token_id
 

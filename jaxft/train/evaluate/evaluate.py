@@ -17,7 +17,7 @@ from jaxft.data.data_settings import DataSettings
 from jaxft.data.decision_rows import DecisionRows, choice_names
 from jaxft.data.packing.tokenised import PROBABILITIES
 from jaxft.data.pairs import PairRows
-from jaxft.data.rows.invalid import invalid_lines
+from jaxft.data.rows.invalid_rows import invalid_lines
 from jaxft.data.sft import Rows
 from jaxft.data.source import Source, open_for
 from jaxft.distributed import processes, sharding
@@ -35,7 +35,7 @@ from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
 from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
 from jaxft.objectives.sft import sft
 from jaxft.runs.loaded_weights import FingerprintCheck, LoadedWeights, any_rows
-from jaxft.runs.metric_names import REWARD, SCORES
+from jaxft.runs.metrics_log import REWARD, SCORES
 from jaxft.train.settings import Loop, Run, steps_between
 from jaxft.weights.pretrained import check_token_id
 

@@ -32,7 +32,7 @@ from jaxft.data.sft import TOO_LONG, Rows
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import requested_sampling
 from jaxft.models.model import Model
-from jaxft.nn.attention.cache import CacheFormat
+from jaxft.nn.attention.kv_cache import CacheFormat
 from jaxft.nn.tree import nearest, regex
 from jaxft.rl import rewards
 from jaxft.runs.loaded_weights import (

@@ -25,7 +25,7 @@ from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.example import Message
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import BUCKET, Sampling, without_stop
-from jaxft.nn.attention.cache import CacheFormat
+from jaxft.nn.attention.kv_cache import CacheFormat
 from jaxft.nn.tree import Params, nearest
 from jaxft.objectives.read_positions import read_logps
 from jaxft.runs.loaded_weights import LoadedWeights

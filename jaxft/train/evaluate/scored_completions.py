@@ -21,7 +21,7 @@ from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, RowSettings, Temp
 from jaxft.data.rows.example import RESPONSE, Chat, Completion, Example, as_given
 from jaxft.data.rows.format_choice import parse_dataset, prompt_of
 from jaxft.data.rows.formats import SFT
-from jaxft.data.rows.invalid import InvalidRow
+from jaxft.data.rows.invalid_rows import InvalidRow
 from jaxft.data.rows.row_files import Row
 from jaxft.data.source import Prompt, Source
 from jaxft.distributed import processes
@@ -35,8 +35,7 @@ from jaxft.objectives.intervals import Interval, interval_of, prompt_means
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.rl.rewards import FunctionReward, call_reward, unique_names
 from jaxft.runs.loaded_weights import LoadedWeights
-from jaxft.runs.metric_names import COMPLETION_LENGTH, SCORES
-from jaxft.runs.metrics_log import json_value
+from jaxft.runs.metrics_log import COMPLETION_LENGTH, SCORES, json_value
 from jaxft.runs.run_texts import Evaluation, Sample
 from jaxft.train.evaluate.completer import (
     Completer,

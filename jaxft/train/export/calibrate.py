@@ -21,7 +21,7 @@ from jaxft.data.data_settings import DataSettings
 from jaxft.data.packing.pack import round_up
 from jaxft.data.row_settings import DEFAULT_TEMPLATE_SETTINGS, TemplateSettings
 from jaxft.data.rows.conversation import PLAIN
-from jaxft.data.rows.invalid import ERROR, INVALID, invalid_lines
+from jaxft.data.rows.invalid_rows import ERROR, INVALID, invalid_lines
 from jaxft.data.sft import Rows
 from jaxft.data.source import Source
 from jaxft.distributed import processes, sharding

@@ -27,9 +27,9 @@ from jaxft.nn.quant import CHECKPOINT, QTensor, Quant, bits_per_param, quant_set
 from jaxft.nn.tree import Params
 from jaxft.rl.reward_models import is_classifier
 from jaxft.runs.loaded_weights import NamedWeights
-from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
 from jaxft.train.start.eva import written_adapter
+from jaxft.train.trainable_params import Partition, trains_base
 from jaxft.weights import pretrained
 from jaxft.weights.edit import extended_model
 from jaxft.weights.edit.calibrated_base import open_codes

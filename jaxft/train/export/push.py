@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jaxft.data.rows.remote import without_secrets
+from jaxft.data.rows.remote_files import without_secrets
 from jaxft.runs.folder import (
     CARD,
     check_results,
@@ -81,9 +81,7 @@ def finished_run(folder: Path) -> Path | None:
         )
     line = earlier_end(run)
     if line:
-        raise ValueError(
-            f"{line}; finish the run with the command that continued it, then push again"
-        )
+        raise ValueError(f"{line}; finish the run with the command that continued it, then push again")
     return run
 
 

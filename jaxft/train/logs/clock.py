@@ -10,7 +10,7 @@ import jax
 
 from jaxft.data.progress import time_in_words
 from jaxft.runs.console import TOTAL, time_by_phase
-from jaxft.runs.environment import device_counts, processor
+from jaxft.runs.versions_and_devices import device_counts, processor
 
 Phase = Literal["rows", "loading", "compiling", "training", "evaluation", "sampling", "saving"]
 Done = TypeVar("Done")

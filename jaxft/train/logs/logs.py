@@ -7,30 +7,30 @@ from typing import Any
 import jax
 
 from jaxft.data.inspection import Inspected, data_summary, inspect_prompts, inspect_source, limit_alarms
-from jaxft.data.rows.invalid import invalid_lines
+from jaxft.data.rows.invalid_rows import invalid_lines
 from jaxft.data.source import RowSource, Source
 from jaxft.distributed import sharding
 from jaxft.distributed.processes import Watchdog
 from jaxft.distributed.sync import is_first
 from jaxft.objectives.intervals import interval_of, mean_interval
 from jaxft.objectives.metrics import LOSS, WEIGHT, FloatMetrics
-from jaxft.rl.rollout import PromptSource
+from jaxft.rl.rollout_source import PromptSource
 from jaxft.runs import folder as runfolder
 from jaxft.runs import run_texts
-from jaxft.runs.environment import device_counts
 from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, write_durable_json
 from jaxft.runs.log import Log, NullLog
-from jaxft.runs.metric_names import REWARD
+from jaxft.runs.metrics_log import REWARD
 from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.settings.setting_values import recorded_defaults
 from jaxft.runs.trackers import RunEnd, Tracker
+from jaxft.runs.versions_and_devices import device_counts
 from jaxft.train import programs
 from jaxft.train.evaluate.scored_completions import held_out_prompts, position_lines
 from jaxft.train.logs.clock import Clock
-from jaxft.train.partition import parameter_rows
 from jaxft.train.start.attention_kernels import attention_summary, check_attention
 from jaxft.train.start.jobs import Job
 from jaxft.train.start.teacher import teacher_lines
+from jaxft.train.trainable_params import parameter_rows
 from jaxft.weights import pretrained
 from jaxft.weights.edit.extended_model import extension_notes
 from jaxft.weights.hf.hf_read import stop_lines

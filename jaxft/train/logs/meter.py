@@ -19,8 +19,8 @@ from jaxft.distributed.sync import is_first
 from jaxft.nn.tree import Batch, Metrics
 from jaxft.objectives import metrics as metric
 from jaxft.objectives.metrics import FloatMetrics
-from jaxft.train.partition import trains_base
 from jaxft.train.start.jobs import Job, Member
+from jaxft.train.trainable_params import trains_base
 
 
 class Meter:

@@ -31,7 +31,7 @@ from jaxft.distributed.sync import is_first
 from jaxft.models.model import Model
 from jaxft.nn import tree
 from jaxft.nn.matmul import accumulation_dtype
-from jaxft.nn.param import layer_numbers, spec_paths
+from jaxft.nn.param_spec import layer_numbers, spec_paths
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.nn.tree import Batch, LayerOutputs, Metrics, Params
 from jaxft.objectives.objective import Objective

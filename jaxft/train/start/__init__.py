@@ -5,6 +5,6 @@ eva.py: the EVA adapter: ranks and initial directions from the layers' inputs on
 jobs.py: a run (or the members of a sweep) before weights are loaded
 open_settings.py: settings that a command leaves open: lengths and batches from its rows, a learning rate
     from its model
-reference.py: precomputed log-probs of a reference policy
+reference_logprobs.py: precomputed log-probs of a reference policy
 teacher.py: the second, frozen model of a run: its name, checks, storage, weights
 """

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxft.annotations import INT32, name_of
 from jaxft.batch import TrainState, widened
-from jaxft.data.packing.cache import template_fingerprint
+from jaxft.data.packing.row_cache import template_fingerprint
 from jaxft.data.source import Source, SourceInfo, spread
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.sync import is_first
@@ -162,7 +162,9 @@ class Job:
             "records": {member.label: member.record for member in self.members},
             "counters": counters,
             "before": saved["before"],
-            "scores": saved.get("scores", []),  # of the evaluations so far, see start_and_end.evaluate_during
+            "scores": saved.get(
+                "scores", []
+            ),  # of the evaluations so far, see run_evaluations.evaluate_during
             "last_faults": saved.get("last_faults"),  # only of the last step
             "logged": logged,
             "sources": [source.state_dict() for source in self.sources],

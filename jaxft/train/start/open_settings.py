@@ -25,11 +25,11 @@ from jaxft.data.sft import Rows
 from jaxft.distributed import processes
 from jaxft.models.dense_config import DenseConfig
 from jaxft.models.model import Model
-from jaxft.nn.param import kernel, lead_shape, spec_paths
+from jaxft.nn.param_spec import kernel, lead_shape, spec_paths
 from jaxft.nn.stack import REMAT, RematPolicy
 from jaxft.rl.environments.environment import environment_of
 from jaxft.rl.rewards import FunctionReward, exact
-from jaxft.rl.rollout import Rollouts
+from jaxft.rl.rollout_source import Rollouts
 from jaxft.runs.folder import CHECKPOINTS, read_saved_json
 from jaxft.runs.settings import config
 from jaxft.runs.settings.config import Recipe, Resolved

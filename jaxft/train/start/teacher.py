@@ -12,14 +12,14 @@ import jax
 
 from jaxft.models.adapted import TEACHER, Teacher
 from jaxft.models.model import Model
-from jaxft.nn import param
+from jaxft.nn import param_spec
 from jaxft.nn.quant import Quant
 from jaxft.nn.tree import Params
 from jaxft.objectives.objective import Facts
 from jaxft.runs import folder as runfolder
 from jaxft.runs.loaded_weights import named_weights, source_options
-from jaxft.train.partition import Partition, trains_base
 from jaxft.train.settings import Run
+from jaxft.train.trainable_params import Partition, trains_base
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hub
 from jaxft.weights.peft import adapter_folders
@@ -147,7 +147,7 @@ def teacher_lines(run: Run, mesh: jax.sharding.Mesh) -> list[str]:
     adapter = f" with the adapter {teacher.start}" if teacher.start else ""
     if teacher.weights is None or teacher.model is None:
         return [f"second model, frozen: the run's base{adapter or ' without an adapter, at no memory'}"]
-    stored, count = _stored(teacher), param.count_params(teacher.model.specs)
+    stored, count = _stored(teacher), param_spec.count_params(teacher.model.specs)
     text = f"second model, frozen: {teacher.weights}{adapter}, {count:,} parameters"
     quantised = quantisation_summary(stored, mesh)
     changes = pretrained.storage_changes(teacher.weights, stored)

@@ -26,7 +26,7 @@ from jaxft.batch import Tokens
 from jaxft.models.model import Model
 from jaxft.nn import tree
 from jaxft.nn.matmul import outer, with_taps
-from jaxft.nn.param import ParamSpec, Specs, is_spec, lead_axes, spec_paths
+from jaxft.nn.param_spec import ParamSpec, Specs, is_spec, lead_axes, spec_paths
 from jaxft.nn.quant import Quant, dequantize, with_defaults
 from jaxft.nn.stack import BlockLayer, LayerPlace, layer_places, run_layer
 from jaxft.nn.tree import Params

@@ -33,7 +33,7 @@ from jaxft.nn import tree
 from jaxft.nn.adapters import lora
 from jaxft.nn.adapters.lora import INITIAL_ADAPTER, Adapter, join_adapters, map_kernels, pairs_by_path
 from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
-from jaxft.nn.param import Specs, spec_paths
+from jaxft.nn.param_spec import Specs, spec_paths
 from jaxft.nn.quant import QERA, dequantize, is_qtensor
 from jaxft.nn.tensor_names import WeightNames
 from jaxft.nn.tree import Params

@@ -27,7 +27,7 @@ from jaxft.models.model import Model
 from jaxft.nn import tree
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path, target_paths
 from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts
-from jaxft.nn.param import path_hash
+from jaxft.nn.param_spec import path_hash
 from jaxft.nn.tree import Params
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hf_read

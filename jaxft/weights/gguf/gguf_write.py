@@ -3,7 +3,7 @@
 A written file is checked for what llama.cpp would compute from it: llama.cpp ignores some metadata keys, even
 some that its converter writes, while jaxft's reader (gguf_config, gguf_rope) uses all. Sources are
 llama.cpp's src/llama-model.cpp, src/llama-context.cpp and src/models/, and ggml's rope_yarn;
-tests/weights/test_gguf_runtime.py compares log-probs with llama.cpp's runtime.
+tests/weights/gguf/test_gguf_runtime.py compares log-probs with llama.cpp's runtime.
 """
 
 import math

@@ -20,7 +20,7 @@ from jaxft.models.dense_config import for_transformers_4
 from jaxft.models.model import Model
 from jaxft.models.model_types import text_config, text_part
 from jaxft.nn import tree
-from jaxft.nn.param import is_spec
+from jaxft.nn.param_spec import is_spec
 from jaxft.nn.quant import QTensor, is_qtensor
 from jaxft.nn.tree import Params
 from jaxft.weights.hf.hf_read import (

@@ -17,7 +17,7 @@ from jaxft.distributed import sharding
 from jaxft.distributed.exit import shorten_error
 from jaxft.models.adapted import HeadSettings
 from jaxft.models.model import Model
-from jaxft.nn import param
+from jaxft.nn import param_spec
 from jaxft.nn.adapters.full_modules import unties
 from jaxft.nn.adapters.lora import Adapter, pairs_by_path
 from jaxft.nn.adapters.lora_specs import adapter_specs
@@ -86,7 +86,7 @@ def load_adapter(folder: str | Path, model: Model, mesh: Mesh, ref: str) -> tupl
     """
     loaded, settings = peft_read.read_adapter(folder, model, pretrained.open_files(ref))
     dtype = np.promote_types(model.dtype, np.float32)
-    shardings = param.shardings(adapter_specs(model.specs, settings, model.weight_names), mesh)
+    shardings = param_spec.shardings(adapter_specs(model.specs, settings, model.weight_names), mesh)
     params = jax.tree.map(lambda x, sharding: shard_host_array(x.astype(dtype), sharding), loaded, shardings)
     return params, settings
 

@@ -18,7 +18,7 @@ from jaxft.models.model import Model
 from jaxft.nn.adapters.full_modules import base_modules, in_all_layers, selected_modules
 from jaxft.nn.adapters.lora import Adapter, target_paths
 from jaxft.nn.adapters.lora_specs import PairRanks
-from jaxft.nn.param import spec_paths
+from jaxft.nn.param_spec import spec_paths
 from jaxft.nn.tensor_names import HEAD_MODULE, SCORE_MODULES, ModuleNames, is_saved, matches_module, name_ends
 from jaxft.weights.hf.safetensors import SafetensorsFiles, TensorToWrite, read_tensor
 from jaxft.weights.peft.peft_config import MERGE, PREFIX, renamed
