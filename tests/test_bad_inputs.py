@@ -54,7 +54,7 @@ def name_of(*parts, most=100):
     return " ".join(text if len(text) <= most else f"{text[:most]}..." for text in texts)
 
 
-def refused(capsys, work, word):
+def assert_refused(capsys, work, word):
     """Check that a command that does `work` exits with 1 and one printable line with `word`."""
 
     def main():
@@ -86,7 +86,7 @@ def place(tmp_path_factory):
 @pytest.mark.quick_cases(*QUICK_SETTINGS)
 @pytest.mark.parametrize(("argv", "word"), SETTINGS, ids=[argv for argv, _ in SETTINGS])
 def test_settings(place, capsys, argv, word):
-    line = refused(capsys, lambda: prepare(place, *argv.split(" "), devices=1), word)
+    line = assert_refused(capsys, lambda: prepare(place, *argv.split(" "), devices=1), word)
     assert "secret" not in line
 
 
@@ -117,7 +117,7 @@ ROW_NAMES = [
 def test_rows(tmp_path, monkeypatch, capsys, kind, name, content, word):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    refused(capsys, lambda: open_rows(kind, tmp_path / name), word)
+    assert_refused(capsys, lambda: open_rows(kind, tmp_path / name), word)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_config_json(model, capsys, changes, word):
 
     path.write_text(text, encoding="latin-1")
     try:
-        refused(capsys, work, word)
+        assert_refused(capsys, work, word)
     finally:
         path.write_text(sound)
 
@@ -151,7 +151,7 @@ def test_a_safetensors_file_of_too_many_tensors_is_named_before_it_is_parsed(mod
     """A header of 73 MiB takes the library 1.3 GB."""
     monkeypatch.setattr(safetensors, "HEADER_BYTES", 1000)
     monkeypatch.setattr(safetensors, "safe_open", None)
-    refused(capsys, lambda: pretrained.open_files(str(model)), "model.safetensors: its header has")
+    assert_refused(capsys, lambda: pretrained.open_files(str(model)), "model.safetensors: its header has")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_tokenizers_that_make_texts_or_tables_grow(model, tmp_path, capsys, chan
     shutil.copy(model / "tokenizer_config.json", tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads((model / "tokenizer.json").read_text()) | changes))
-    line = refused(capsys, lambda: pretrained.load_tokenizer(str(tmp_path)), "tokenizer.json: ")
+    line = assert_refused(capsys, lambda: pretrained.load_tokenizer(str(tmp_path)), "tokenizer.json: ")
     assert word in line and "use another tokenizer" in line
 
 
@@ -179,7 +179,7 @@ def test_chat_templates(monkeypatch, capsys, source):
             if isinstance(outcome, Exception):
                 raise outcome
 
-    refused(capsys, work, "the chat template of the tokenizer")
+    assert_refused(capsys, work, "the chat template of the tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_peft_folders(adapter, capsys, changes, word):
     sound = path.read_text()
     path.write_text(json.dumps(json.loads(sound) | changes))
     try:
-        refused(capsys, lambda: peft_read.read_parts(folder, found), word)
+        assert_refused(capsys, lambda: peft_read.read_parts(folder, found), word)
     finally:
         path.write_text(sound)
 
@@ -218,7 +218,7 @@ def test_run_folders(adapter, capsys, name, text, word):
         runfolder.finished_steps(folder)
         quant_setting(None, runfolder.trained_weights(folder)[2])
 
-    refused(capsys, work, word)
+    assert_refused(capsys, work, word)
 
 
 def test_lines_and_cells_that_are_too_large_are_named(tmp_path, monkeypatch, capsys):
@@ -226,9 +226,9 @@ def test_lines_and_cells_that_are_too_large_are_named(tmp_path, monkeypatch, cap
         monkeypatch.setattr(module, "LINE_BYTES", 1000)
     long = {"prompt": "a" * 2000, "completion": "b"}
     (tmp_path / "rows.jsonl").write_text(after_good_rows("sft", json.dumps(long)))
-    refused(capsys, lambda: open_rows("sft", tmp_path / "rows.jsonl"), LINE)
+    assert_refused(capsys, lambda: open_rows("sft", tmp_path / "rows.jsonl"), LINE)
     (tmp_path / "rows.csv").write_text("prompt,completion\na,b\n" + "a" * 2000 + ",b\n")
-    refused(capsys, lambda: open_rows("sft", tmp_path / "rows.csv"), "rows.csv:3")
+    assert_refused(capsys, lambda: open_rows("sft", tmp_path / "rows.csv"), "rows.csv:3")
 
 
 def test_a_time_beyond_the_year_9999_is_named(tmp_path, capsys):
@@ -236,7 +236,7 @@ def test_a_time_beyond_the_year_9999_is_named(tmp_path, capsys):
     times = pyarrow.array([0, 10**18], pyarrow.timestamp("us"))
     table = pyarrow.table({"prompt": ["a", "b"], "answer": ["c", "d"], "time": times})
     parquet.write_table(table, tmp_path / "rows.parquet")
-    refused(capsys, lambda: open_rows("prompts", tmp_path / "rows.parquet"), "rows.parquet:2")
+    assert_refused(capsys, lambda: open_rows("prompts", tmp_path / "rows.parquet"), "rows.parquet:2")
 
 
 @pytest.mark.quick_cases(*QUICK_COMMANDS)
@@ -258,7 +258,7 @@ def test_a_pipe_in_a_folder_is_not_waited_for(model, tmp_path, capsys, name):
     folder = shutil.copytree(model, tmp_path / "model")
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    refused(capsys, lambda: pretrained.model_for(str(folder)), name)
+    assert_refused(capsys, lambda: pretrained.model_for(str(folder)), name)
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / "summary.json")
-    refused(capsys, lambda: runfolder.finished_steps(tmp_path / "run"), "summary.json")
+    assert_refused(capsys, lambda: runfolder.finished_steps(tmp_path / "run"), "summary.json")

@@ -22,7 +22,7 @@ KEY = jax.random.key(3)
 TOKENS = jax.tree.map(jnp.asarray, some_tokens(vocab=40))
 
 
-def same(a, b):
+def assert_same(a, b):
     """Equal trees, bit for bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -43,16 +43,18 @@ def test_init_and_apply_equal_the_model(tied, adapter):
     module = FlaxModel(model)
     variables = module.init(KEY, TOKENS)
     assert set(variables) == {"params"}
-    same(variables["params"], param_spec.init_params(model.specs, KEY))
+    assert_same(variables["params"], param_spec.init_params(model.specs, KEY))
     assert np.abs(logits_of(model, variables["params"])).max() > 0.1
-    same(module.apply(variables, TOKENS), logits_of(model, variables["params"]))
-    same(module.apply(variables, TOKENS, method="hidden"), model.hidden(variables["params"], TOKENS)[0])
+    assert_same(module.apply(variables, TOKENS), logits_of(model, variables["params"]))
+    assert_same(
+        module.apply(variables, TOKENS, method="hidden"), model.hidden(variables["params"], TOKENS)[0]
+    )
 
 
 def test_another_key_and_dtype_give_other_parameters():
     found = FlaxModel(MODEL, param_dtype=jnp.bfloat16).init(jax.random.key(4), TOKENS)["params"]
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)}
-    same(found, param_spec.init_params(MODEL.specs, jax.random.key(4), jnp.bfloat16))
+    assert_same(found, param_spec.init_params(MODEL.specs, jax.random.key(4), jnp.bfloat16))
     assert (
         np.asarray(found["embed"])
         != np.asarray(param_spec.init_params(MODEL.specs, KEY, jnp.bfloat16)["embed"])
@@ -133,7 +135,7 @@ def test_the_module_applies_to_a_quantised_base():
     model = llama(CONFIG, jnp.bfloat16)
     plain = param_spec.init_params(model.specs, KEY, jnp.bfloat16)
     packed = {**plain, "embed": quantize(plain["embed"], "bits")}
-    same(FlaxModel(model).apply({"params": packed}, TOKENS), logits_of(model, plain))
+    assert_same(FlaxModel(model).apply({"params": packed}, TOKENS), logits_of(model, plain))
 
 
 @pytest.mark.slow
@@ -145,7 +147,7 @@ def test_the_module_works_as_a_submodule():
 
     variables = Scored().init(KEY, TOKENS)
     assert set(variables["params"]) == {"llama", "Dense_0"}
-    same(
+    assert_same(
         jax.tree.map(jnp.shape, variables["params"]["llama"]),
         jax.tree.map(lambda s: s.shape, MODEL.specs, is_leaf=param_spec.is_spec),
     )

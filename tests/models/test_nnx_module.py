@@ -23,7 +23,7 @@ TOKENS = jax.tree.map(jnp.asarray, some_tokens(vocab=40))
 ADAPTER = Adapter(rank=2, alpha=4.0, targets=("q", "down", "head"))
 
 
-def same(a, b):
+def assert_same(a, b):
     """Equal trees, bit for bit."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -37,13 +37,13 @@ def test_init_and_apply_equal_the_model_and_the_linen_module(tied, adapter):
     model = model if adapter is None else adapted(model, adapter)
     module = NnxModel(model, rngs=nnx.Rngs(params=5))
     whole = module.tree()
-    same(whole, param_spec.init_params(model.specs, nnx.Rngs(params=5).params()))
+    assert_same(whole, param_spec.init_params(model.specs, nnx.Rngs(params=5).params()))
     linen = FlaxModel(model)
     logits = model.logits(model.head(whole), model.hidden(whole, TOKENS)[0])
     assert np.abs(logits).max() > 0.1
-    same(module(TOKENS), logits)
-    same(module(TOKENS), linen.apply({"params": whole}, TOKENS))
-    same(module.hidden(TOKENS), linen.apply({"params": whole}, TOKENS, method="hidden"))
+    assert_same(module(TOKENS), logits)
+    assert_same(module(TOKENS), linen.apply({"params": whole}, TOKENS))
+    assert_same(module.hidden(TOKENS), linen.apply({"params": whole}, TOKENS, method="hidden"))
 
 
 def test_every_parameter_is_one_nnx_param_at_its_path():
@@ -64,7 +64,7 @@ def test_split_and_merge_give_the_same_module_and_one_compiled_program():
     module = NnxModel(MODEL, packed)
     graph, state = nnx.split(module)
     again = nnx.merge(graph, state)
-    same(again.tree(), packed)
+    assert_same(again.tree(), packed)
     traced = []
 
     @nnx.jit
@@ -127,7 +127,7 @@ def test_a_train_step_updates_the_adapter_of_a_quantised_base_only():
         np.testing.assert_allclose(losses[-1], value, rtol=1e-6)
     assert losses[2] < losses[0] - 0.01
     after, frozen_after = tree.partition(module.tree(), mask)
-    same(frozen_after, frozen)
+    assert_same(frozen_after, frozen)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, moving)
     momentum = [x for x in jax.tree.leaves(nnx.state(optimizer)) if x.ndim]
     assert len(momentum) == len(jax.tree.leaves(moving))
@@ -155,13 +155,13 @@ def test_dropout_follows_the_rngs_and_the_mode():
     plain = np.asarray(without(TOKENS))
     first, second = (np.asarray(module(TOKENS)) for _ in range(2))
     assert (first != plain).any() and (first != second).any()  # the stream goes on
-    same(NnxModel(model, whole, rngs=nnx.Rngs(dropout=7))(TOKENS), first)
+    assert_same(NnxModel(model, whole, rngs=nnx.Rngs(dropout=7))(TOKENS), first)
     module.eval()
-    same(module(TOKENS), plain)
-    same(module(TOKENS, rngs=nnx.Rngs(1)), plain)
+    assert_same(module(TOKENS), plain)
+    assert_same(module(TOKENS, rngs=nnx.Rngs(1)), plain)
     module.train()
     assert (np.asarray(module(TOKENS)) != plain).any()
     given = without(TOKENS, rngs=nnx.Rngs(dropout=3))
-    same(given, without(TOKENS, rngs=nnx.Rngs(dropout=3)))
+    assert_same(given, without(TOKENS, rngs=nnx.Rngs(dropout=3)))
     assert (np.asarray(given) != plain).any()
-    same(NnxModel(model, whole, rngs=nnx.Rngs(params=0))(TOKENS), plain)
+    assert_same(NnxModel(model, whole, rngs=nnx.Rngs(params=0))(TOKENS), plain)

@@ -139,10 +139,10 @@ def test_bfloat16_parameters_are_rounded_as_by_layerwise_updates():
     for fused in (False, True):
         step, state, frozen = build(fused)
         found.append(step(state, frozen, batch())[0].trainable)
-    same = [
+    assert_same = [
         np.mean(np.asarray(a) == np.asarray(b)) for a, b in zip(*map(jax.tree.leaves, found), strict=True)
     ]
-    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)} and min(same) > 0.98
+    assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(jnp.bfloat16)} and min(assert_same) > 0.98
 
 
 def test_a_loss_that_is_not_finite_changes_nothing():
@@ -152,10 +152,10 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     after, found = step(state, frozen, bad)
     assert metrics.as_floats(found)["skipped"] == 1 and after.bad.tolist() == [1, 1]
 
-    def same(a, b):
+    def assert_same(a, b):
         return np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
-    jax.tree.map(same, (state.trainable, state.opt_state), (after.trainable, after.opt_state))
+    jax.tree.map(assert_same, (state.trainable, state.opt_state), (after.trainable, after.opt_state))
 
 
 def test_a_layer_whose_gradient_overflows_is_unchanged():

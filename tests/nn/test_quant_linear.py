@@ -45,7 +45,7 @@ def plain(whole):
     return jax.tree.map(lambda x: jit(dequantize)(x) if is_qtensor(x) else x, whole, is_leaf=is_qtensor)
 
 
-def same(fn, w, *args):
+def assert_same(fn, w, *args):
     """Value and gradients by `args` of sum(cos * fn(w, ...)) for w and for its dequantised form."""
 
     def both(w):
@@ -65,8 +65,8 @@ def same(fn, w, *args):
 @pytest.mark.parametrize("transposed", [False, True], ids=["in-out", "out-in"])
 def test_matmul_of_a_quantised_weight(x64, form, transposed):
     w, x = packed(form, *((6, 42) if transposed else (42, 6))), random(2, 3, 42, seed=1)
-    same(lambda w, x: matmul.matmul(x, w, transposed, False), w, x)
-    same(lambda w, x: matmul.matmul(x, w, transposed, True), w, x)
+    assert_same(lambda w, x: matmul.matmul(x, w, transposed, False), w, x)
+    assert_same(lambda w, x: matmul.matmul(x, w, transposed, True), w, x)
 
 
 @pytest.mark.quick_cases("int8*", "nf4-16-False", "affine4*")
@@ -74,10 +74,10 @@ def test_matmul_of_a_quantised_weight(x64, form, transposed):
 def test_matmuls_with_one_and_several_adapters(x64, form):
     w, x, key = packed(form, 42, 6), random(6, 5, 42, seed=1), jax.random.key(0)
     a, b, scale = random(42, 3, seed=2), random(3, 6, seed=3), jnp.asarray(1.7)
-    same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
+    assert_same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5), key), w, x, a, b)
     a, b, scale = random(3, 42, 2, seed=2), random(3, 2, 6, seed=3), random(3, seed=4)
     over = (ADAPTERS,)
-    same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5, over=over), key), w, x, a, b)
+    assert_same(lambda w, x, a, b: matmul.linear(x, Adapted(w, a, b, scale, 0.5, over=over), key), w, x, a, b)
 
 
 @pytest.mark.quick_cases("kept-nf4-16-None", "remat-nf4-16-False", "remat-int8*", "kept-affine4*")
@@ -96,7 +96,7 @@ def test_a_scan_over_layers_for_several_adapters_by_vmap(x64, form, remat):
             0
         ]
 
-    same(lambda w, x, a, b: jax.vmap(deep, (None, None, 0, 0))(w, x, a, b), w, x, a, b)
+    assert_same(lambda w, x, a, b: jax.vmap(deep, (None, None, 0, 0))(w, x, a, b), w, x, a, b)
 
 
 @pytest.mark.quick_cases("int8*", "nf4-16-None", "affine4*")
@@ -110,10 +110,10 @@ def test_embedding_and_head_from_quantised_tables(x64, form):
     )
     found = jax.jit(layers.embed, static_argnums=2)(table, ids, table.dtype)
     np.testing.assert_array_equal(found, np.asarray(jit(dequantize)(table))[np.asarray(ids)])
-    same(lm_head, {"embed": table}, h)
-    same(lm_head, {"head": head}, h)
+    assert_same(lm_head, {"embed": table}, h)
+    assert_same(lm_head, {"head": head}, h)
     pair = (random(40, 3, seed=3), random(3, 64, seed=4), jnp.asarray(0.7))
-    same(lambda w, h: lm_head({**w, "head": Adapted(None, *pair)}, h), {"embed": table}, h)
+    assert_same(lambda w, h: lm_head({**w, "head": Adapted(None, *pair)}, h), {"embed": table}, h)
 
 
 @pytest.mark.quick_cases("int8*", "nf4-16-False", "fp8*")

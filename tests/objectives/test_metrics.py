@@ -24,7 +24,7 @@ PARTS = [
 ]
 
 
-def same(a, b):
+def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -32,8 +32,8 @@ def same(a, b):
 def test_any_order_and_grouping_gives_the_same():
     whole = functools.reduce(metrics.add, PARTS)
     for order in itertools.permutations(PARTS):
-        same(functools.reduce(metrics.add, order), whole)
-    same(metrics.add(metrics.add(*PARTS[:2]), metrics.add(*PARTS[2:])), whole)
+        assert_same(functools.reduce(metrics.add, order), whole)
+    assert_same(metrics.add(metrics.add(*PARTS[:2]), metrics.add(*PARTS[2:])), whole)
 
 
 def test_values_of_single_rows_are_copied_once_however_many_batches_there_are(monkeypatch):
@@ -50,10 +50,10 @@ def test_values_of_single_rows_are_copied_once_however_many_batches_there_are(mo
 def test_neutral_changes_nothing():
     for part in PARTS:
         zero = metrics.neutral(part)
-        same(metrics.add(zero, part), part)
-        same(metrics.add(part, zero), part)
+        assert_same(metrics.add(zero, part), part)
+        assert_same(metrics.add(part, zero), part)
         abstract = jax.eval_shape(lambda part=part: part)
-        same(metrics.neutral(abstract), zero)
+        assert_same(metrics.neutral(abstract), zero)
     assert metrics.as_floats(zero) == {"longest": -np.inf, "shortest": np.inf}
 
 
@@ -78,7 +78,7 @@ def test_a_win_rate_counts_a_tie_as_half_and_has_no_value_for_ties_alone():
     whole = {"a": WinRate.of(margin, margin == 0, where)}
     assert metrics.as_floats(whole) == {"a": (2 + 2 / 2) / 5} and metrics.pair_counts(whole) == {"a_pairs": 5}
     parts = [{"a": WinRate.of(margin[i], margin[i] == 0, where[i])} for i in (slice(0, 3), slice(3, 6))]
-    same(metrics.add(*parts), whole)
+    assert_same(metrics.add(*parts), whole)
     ties = {"a": WinRate.of(jnp.zeros(3), jnp.ones(3, bool), jnp.ones(3, bool))}
     assert metrics.as_floats(ties) == {} and metrics.pair_counts(ties) == {"a_pairs": 3}
     assert metrics.as_floats(metrics.neutral(ties)) == metrics.pair_counts(metrics.neutral(ties)) == {}
@@ -101,8 +101,8 @@ def test_a_non_finite_loss_is_reported_as_such():
 
 def test_adding_is_the_same_on_the_host_and_in_a_program():
     inside = jax.jit(metrics.add)(*PARTS[:2])
-    same(inside, metrics.add(*PARTS[:2]))
-    same(jax.tree.map(np.float32, inside), metrics.add(*jax.device_get(PARTS[:2])))
+    assert_same(inside, metrics.add(*PARTS[:2]))
+    assert_same(jax.tree.map(np.float32, inside), metrics.add(*jax.device_get(PARTS[:2])))
     dtypes = {name: jax.tree.map(lambda x: x.dtype, m) for name, m in inside.items()}
     assert set(jax.tree.leaves(dtypes)) == {jnp.dtype(jnp.float32)}
 
@@ -115,7 +115,7 @@ def test_as_floats_returns_python_floats():
 def test_from_json_inverts_to_json():
     whole = {**PARTS[0], "noise": LabelNoise.of(jnp.linspace(-1, 2, 40), jnp.ones(40, bool))}
     back = metrics.from_json(json.loads(json.dumps(metrics.to_json(jax.device_get(whole)))))
-    same(back, whole)
+    assert_same(back, whole)
     assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {np.dtype(np.float64)}
 
 
@@ -162,7 +162,7 @@ def test_label_noise_counts_equal_numpys_and_add():
         for part in np.split(margin, 3)
     ]
     whole = LabelNoise.of(jnp.asarray(margin, jnp.float32), jnp.ones(300, bool))
-    same(functools.reduce(metrics.add, parts), {"x": whole})
+    assert_same(functools.reduce(metrics.add, parts), {"x": whole})
 
 
 @pytest.mark.parametrize("wrong", [0.1, 0.2, 0.3])

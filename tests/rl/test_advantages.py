@@ -20,7 +20,7 @@ ADVANTAGES = {
 }  # fmt: skip
 
 
-def close(a, b):
+def assert_close(a, b):
     np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
 
 
@@ -60,19 +60,19 @@ def test_group_advantages_are_their_formulas():
     scores = some_scores()
     mean = statistics.fmean
     flat = valid(scores.ravel())
-    close(A.centred(scores), by_hand(scores, lambda x, g: x - mean(g)))
-    close(A.grpo(scores), by_hand(scores, lambda x, g: (x - mean(g)) / (std(g) + 1e-4)))
-    close(A.grpo_batch(scores), by_hand(scores, lambda x, g: (x - mean(g)) / (std(flat) + 1e-4)))
+    assert_close(A.centred(scores), by_hand(scores, lambda x, g: x - mean(g)))
+    assert_close(A.grpo(scores), by_hand(scores, lambda x, g: (x - mean(g)) / (std(g) + 1e-4)))
+    assert_close(A.grpo_batch(scores), by_hand(scores, lambda x, g: (x - mean(g)) / (std(flat) + 1e-4)))
 
     def others(x, group):
         return (sum(group) - x) / (len(group) - 1) if len(group) > 1 else x
 
-    close(A.rloo(scores), by_hand(scores, lambda x, g: x - others(x, g)))
+    assert_close(A.rloo(scores), by_hand(scores, lambda x, g: x - others(x, g)))
 
 
 def test_opo_weights_the_baseline_by_length():
     scores, lengths = np.array([[1.0, 0.0, NAN, 0.5]]), np.array([[2, 6, 9, 2]])
-    close(A.opo(scores, lengths), [[1 - 0.3, -0.3, 0, 0.2]])  # (2 * 1 + 6 * 0 + 2 * 0.5) / 10
+    assert_close(A.opo(scores, lengths), [[1 - 0.3, -0.3, 0, 0.2]])  # (2 * 1 + 6 * 0 + 2 * 0.5) / 10
 
 
 def test_maxrl_raises_the_likelihood_of_success():
@@ -86,11 +86,13 @@ def test_maxrl_raises_the_likelihood_of_success():
         r = np.array(draw)
         score = np.where(r == 1, 1 / p, -1 / (1 - p))
         estimate = (r * score).sum() / max(r.sum(), 1) - score.mean() if r.any() else 0.0
-        close((A.maxrl(r[None])[0] * score).mean(), estimate)
+        assert_close((A.maxrl(r[None])[0] * score).mean(), estimate)
         total += estimate * np.prod(np.where(r == 1, p, 1 - p))
     assert total == pytest.approx(2.19, rel=1e-12)
-    close(A.maxrl(np.array([[1.0, 0.0, NAN, 0.0, 0.0]])), [[3, -1, 0, -1, -1]])  # without a score: no part
-    close(A.maxrl(np.array([[0.9, 0.3]])), [[0.5, -0.5]])
+    assert_close(
+        A.maxrl(np.array([[1.0, 0.0, NAN, 0.0, 0.0]])), [[3, -1, 0, -1, -1]]
+    )  # without a score: no part
+    assert_close(A.maxrl(np.array([[0.9, 0.3]])), [[0.5, -0.5]])
 
 
 def test_maxrl_refuses_negative_scores():
@@ -104,13 +106,13 @@ def test_gfpo_compares_the_retained_completions_only():
     """
     scores, lengths = np.array([[4.0, 0.0, 1.0, 9.0]]), np.array([[5, 1, 3, 3]])
     a = 0.5 / (0.5**0.5 + 1e-4)
-    close(A.gfpo(scores, lengths, retain=2), [[0, -a, a, 0]])
-    close(A.gfpo(scores, lengths), [[0, -a, a, 0]])  # half of the group
-    close(A.gfpo(scores, lengths, 2, advantage=A.centred), [[0, -0.5, 0.5, 0]])
+    assert_close(A.gfpo(scores, lengths, retain=2), [[0, -a, a, 0]])
+    assert_close(A.gfpo(scores, lengths), [[0, -a, a, 0]])  # half of the group
+    assert_close(A.gfpo(scores, lengths, 2, advantage=A.centred), [[0, -0.5, 0.5, 0]])
     # Scores of each token: 0.8, 0, 1/3, 3
-    close(A.gfpo(scores, lengths, 2, A.token_efficiency, A.centred), [[-2.5, 0, 0, 2.5]])
+    assert_close(A.gfpo(scores, lengths, 2, A.token_efficiency, A.centred), [[-2.5, 0, 0, 2.5]])
     unscored = np.array([[4.0, NAN, 1.0, 9.0]])
-    close(A.gfpo(unscored, lengths, 2, advantage=A.centred), [[0, 0, -4, 4]])
+    assert_close(A.gfpo(unscored, lengths, 2, advantage=A.centred), [[0, 0, -4, 4]])
     for retain in (0, 4, 9):
         with pytest.raises(ValueError, match=f"gfpo: retain={retain} must be 1 to 3 in a group of 4"):
             A.gfpo(scores, lengths, retain)
@@ -130,7 +132,7 @@ def test_adaptive_gfpo_retains_more_completions_of_harder_prompts():
         [*range(1, count + 1)] for count in expected
     ]
     same = A.adaptive_gfpo(scores, lengths, (0.5,) * 4)
-    close(same, A.gfpo(scores, lengths))
+    assert_close(same, A.gfpo(scores, lengths))
     with pytest.raises(
         ValueError, match="adaptive_gfpo: fractions=.* must be four numbers above 0 and at most 1"
     ):
@@ -143,13 +145,13 @@ def test_adaptive_gfpo_retains_more_completions_of_harder_prompts():
     ids=lambda advantage: advantage.__name__,
 )
 def test_a_rollout_without_scores_has_advantages_of_0(advantage):
-    close(advantage(np.full((2, 4), NAN), np.full((2, 4), 5)), np.zeros((2, 4)))
+    assert_close(advantage(np.full((2, 4), NAN), np.full((2, 4), 5)), np.zeros((2, 4)))
 
 
 def test_rloo_is_the_centred_score_times_n_over_n_minus_1():
     scores = np.random.default_rng(1).normal(0, 1, (6, 4))
-    close(A.rloo(scores), A.centred(scores) * 4 / 3)
-    close(A.rloo(scores).sum(1), np.zeros(6))
+    assert_close(A.rloo(scores), A.centred(scores) * 4 / 3)
+    assert_close(A.rloo(scores).sum(1), np.zeros(6))
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -165,7 +167,7 @@ def test_advantages_of_equal_scores_are_exactly_zero(name):
 def test_completions_without_a_score_do_not_change_other_advantages(name):
     scores = some_scores(3)
     wide = np.concatenate([scores, np.full((5, 2), NAN)], 1)
-    close(advantage(name, wide)[:, :4], advantage(name, scores))
+    assert_close(advantage(name, wide)[:, :4], advantage(name, scores))
     assert not advantage(name, wide)[:, 4:].any() and np.isfinite(advantage(name, wide)).all()
 
 
@@ -174,16 +176,16 @@ def test_score_metrics_count_groups_without_signal():
     flat = valid(some_scores().ravel())
     assert found["frac_unscorable"] == (2 + 3 + 4) / 20
     assert found["frac_reward_zero_std"] == 3 / 5  # one score, none, all even
-    close([found["reward"], found["reward_std"]], [statistics.fmean(flat), std(flat)])
+    assert_close([found["reward"], found["reward_std"]], [statistics.fmean(flat), std(flat)])
     assert score_metrics(np.full((2, 2), NAN)) == {"frac_unscorable": 1.0, "frac_reward_zero_std": 1.0}
 
 
 def test_scores_stay_floating_point():
     """Scores between 0 and 1 truncated to integers would leave no advantage at all."""
     scores = np.array([[0.25, 0.75], [0.1, 0.9]])
-    close(A.centred(scores), [[-0.25, 0.25], [-0.4, 0.4]])
+    assert_close(A.centred(scores), [[-0.25, 0.25], [-0.4, 0.4]])
     rewards = A.token_rewards(np.zeros((2, 3)), np.array([0.25, -0.6]), np.array([3, 1]), 0.1)
-    close(rewards, [[0, 0, 0.25], [-0.6, 0, 0]])
+    assert_close(rewards, [[0, 0, 0.25], [-0.6, 0, 0]])
     narrow = A.token_rewards(
         np.zeros((2, 3), np.float32), np.array([0.25, -0.6], np.float32), np.array([3, 1]), 0.1
     )
@@ -205,11 +207,11 @@ def test_weighted_sum_has_a_score_only_where_every_reward_has():
     rewards[0, 1, 0] = rewards[1, 2] = NAN
     scores = A.weighted_sum(rewards, (1.0, 0.5))
     assert np.isnan(scores).sum() == 2 and np.isnan(scores[1, 2]) and np.isnan(scores[0, 1])
-    close(scores[2], rewards[2, :, 0] + 0.5 * rewards[2, :, 1])
+    assert_close(scores[2], rewards[2, :, 0] + 0.5 * rewards[2, :, 1])
     total = A.sum_of_known(rewards, (1.0, 0.5))
     assert np.isnan(total).sum() == 1 and np.isnan(total[1, 2])
-    close(total[0, 1], 0.5 * rewards[0, 1, 1])
-    close(total[2], scores[2])
+    assert_close(total[0, 1], 0.5 * rewards[0, 1, 1])
+    assert_close(total[2], scores[2])
     with pytest.raises(ValueError, match=r"reward_weights=\[1.0\] for 2 reward\(s\)"):
         A.weighted_sum(rewards, (1.0,))
 
@@ -228,7 +230,7 @@ def test_normalised_sum_standardises_the_sum_of_grpo_advantages():
         total[g, i] = sum(parts) if len(parts) == 2 else NAN
     flat = valid(total.ravel())
     expected = np.nan_to_num((total - statistics.fmean(flat)) / (std(flat) + 1e-4))
-    close(A.normalised_sum(rewards, (1.0, 0.5)), expected)
+    assert_close(A.normalised_sum(rewards, (1.0, 0.5)), expected)
 
 
 def test_gdpo_tells_two_rewards_from_one_where_grpo_does_not():
@@ -275,7 +277,7 @@ def test_scaling_divides_by_the_running_standard_deviation():
     first, second = np.array([[1.0, 4.0], [NAN, 2.5]]), np.array([[0.0, 9.0]])
     moments = A.update_moments(A.update_moments(np.zeros(3), first), second)
     np.testing.assert_array_equal(np.isnan(A.scale_scores(first, moments)), np.isnan(first))
-    close(A.scale_scores(second, moments), second / std([1, 4, 2.5, 0, 9]))
+    assert_close(A.scale_scores(second, moments), second / std([1, 4, 2.5, 0, 9]))
     np.testing.assert_array_equal(A.scale_scores(first, np.zeros(3)), first)
     np.testing.assert_array_equal(
         A.scale_scores(first, A.update_moments(np.zeros(3), np.array([[2.0, 2.0]]))), first
@@ -298,8 +300,8 @@ def test_gae_is_its_sum_over_ragged_completions(gamma, lam):
     rewards, values, lengths = rng.normal(0, 1, (5, 7)), rng.normal(0, 1, (5, 7)), np.array([7, 1, 4, 0, 6])
     advantages, returns = A.gae(rewards, values, lengths, gamma, lam)
     for i, n in enumerate(lengths):
-        close(advantages[i, :n], gae_by_hand(rewards[i], values[i], n, gamma, lam))
-        close(returns[i, :n], advantages[i, :n] + values[i, :n])
+        assert_close(advantages[i, :n], gae_by_hand(rewards[i], values[i], n, gamma, lam))
+        assert_close(returns[i, :n], advantages[i, :n] + values[i, :n])
         assert not advantages[i, n:].any() and not returns[i, n:].any()
     far = np.where(A.token_mask(lengths, 7), 0, NAN)
     for found, expected in zip(
@@ -313,10 +315,10 @@ def test_gae_with_gamma_and_lambda_1_is_return_minus_value():
     kl, values, lengths = rng.normal(0, 1, (3, 5)), rng.normal(0, 1, (3, 5)), np.array([5, 2, 3])
     rewards = A.token_rewards(kl, np.array([1.5, -0.25, 0.0]), lengths, 0.1)
     advantages, returns = A.gae(rewards, values, lengths, 1.0, 1.0)
-    close(A.returns_to_go(rewards, lengths), returns)
+    assert_close(A.returns_to_go(rewards, lengths), returns)
     for i, (n, score) in enumerate(zip(lengths, (1.5, -0.25, 0.0), strict=True)):
-        close(returns[i, :n], [score - 0.1 * kl[i, t:n].sum() for t in range(n)])
-        close(advantages[i, :n], returns[i, :n] - values[i, :n])
+        assert_close(returns[i, :n], [score - 0.1 * kl[i, t:n].sum() for t in range(n)])
+        assert_close(advantages[i, :n], returns[i, :n] - values[i, :n])
 
 
 def test_completions_without_a_score_have_token_rewards_of_zero():
@@ -336,8 +338,8 @@ def test_whitening_has_mean_0_and_unbiased_variance_1_over_the_mask():
     flat = [float(v) for v in x[where]]
     deviation = (statistics.variance(flat) + 1e-8) ** 0.5
     expected = np.where(where, (x - statistics.fmean(flat)) / deviation, 0)
-    close(A.whiten(x, where), expected)
-    close(A.whiten_around_mean(x, where), np.where(where, expected + statistics.fmean(flat), 0))
+    assert_close(A.whiten(x, where), expected)
+    assert_close(A.whiten_around_mean(x, where), np.where(where, expected + statistics.fmean(flat), 0))
     np.testing.assert_array_equal(A.whiten(np.where(where, x, NAN), where), A.whiten(x, where))
     for few in (np.zeros((4, 6), bool), A.token_mask(np.array([1, 0, 0, 0]), 6)):
         assert not A.whiten(x, few).any()
@@ -351,13 +353,15 @@ def test_group_whitening_is_over_tokens():
     expected = [
         (x - statistics.fmean(tokens)) / (statistics.variance(tokens) + 1e-8) ** 0.5 for x in (0.5, -0.5, 0)
     ]
-    close(found, [[expected[0]] * 3, [expected[1], 0, 0], [expected[2]] * 2 + [0], [expected[2]] * 2 + [0]])
+    assert_close(
+        found, [[expected[0]] * 3, [expected[1], 0, 0], [expected[2]] * 2 + [0], [expected[2]] * 2 + [0]]
+    )
 
 
 def test_standardising_ignores_completions_without_a_score():
     advantages = np.array([[1.0, -2.0], [NAN, 0.5]])
     flat = [1, -2, 0.5]
-    close(
+    assert_close(
         A.standardised(advantages), np.nan_to_num((advantages - statistics.fmean(flat)) / (std(flat) + 1e-4))
     )
     assert not A.standardised(np.array([[2.0, 2.0]])).any()

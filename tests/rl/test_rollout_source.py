@@ -90,7 +90,7 @@ def bound_to_sampler(source, run, history=NEW):
     )
 
 
-def same(a, b):
+def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
@@ -99,7 +99,7 @@ def test_a_batch_depends_on_step_and_state_alone(tmp_path):
     batches = [source.batch(step, state_at(step)) for step in range(4)]
     assert source.sample.calls == [(0, 0), (1, 2)]  # sampled at a rollout's first step, with its state
     for step in (2, 3, 3):  # without the rollout before, and twice
-        same(again.batch(step, state_at(step)), batches[step])
+        assert_same(again.batch(step, state_at(step)), batches[step])
     assert batches[0][1] == batches[1][1] and batches[2][1] != batches[0][1]  # metrics are the rollout's
 
 
@@ -282,7 +282,7 @@ def test_a_correction_multiplies_the_advantages_and_is_logged(tmp_path):
         assert metrics["sampling/importance_sampling_ratio/max"].value == pytest.approx(factor)
         assert metrics["sampling/sampling_logp_difference/max"].value == pytest.approx(np.log(2))
         for name in ("logps", "policy_weights", "ids"):
-            same(getattr(batch, name), getattr(plain, name))
+            assert_same(getattr(batch, name), getattr(plain, name))
     masked = Rules((word_length,), correction=masked_completions)
     batch, _ = bound_to(bound_source(tmp_path, masked), 2.0).batch(0, state_at(0))
     one_token = batch.lengths[0] == 1  # longer ones have a ratio of at least 4

@@ -25,17 +25,17 @@ LENGTHS = np.array([[4, 1, 0], [10, 3, 2], [5, 5, 5]])
 MASK = np.array([[True, True, True], [True, False, True], [False, False, False]])  # the third slot is empty
 
 
-def close(a, b):
+def assert_close(a, b):
     np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13)
 
 
 def test_token_weights_follow_their_formulas():
     in_loss = MASK & (LENGTHS > 0)
-    close(T.token_mean(LENGTHS, MASK, 20), np.where(in_loss, 1 / 17, 0))
-    close(T.sequence_mean(LENGTHS, MASK, 20), [[1 / 16, 1 / 4, 0], [1 / 40, 0, 1 / 8], [0, 0, 0]])
-    close(T.prompt_mean(LENGTHS, MASK, 20), [[1 / 10, 1 / 10, 0], [1 / 24, 0, 1 / 24], [0, 0, 0]])
-    close(T.constant_length(LENGTHS, MASK, 20), np.where(in_loss, 1 / 160, 0))
-    close(T.sequence_sum(LENGTHS, MASK, 20), np.where(in_loss, 1 / 4, 0))
+    assert_close(T.token_mean(LENGTHS, MASK, 20), np.where(in_loss, 1 / 17, 0))
+    assert_close(T.sequence_mean(LENGTHS, MASK, 20), [[1 / 16, 1 / 4, 0], [1 / 40, 0, 1 / 8], [0, 0, 0]])
+    assert_close(T.prompt_mean(LENGTHS, MASK, 20), [[1 / 10, 1 / 10, 0], [1 / 24, 0, 1 / 24], [0, 0, 0]])
+    assert_close(T.constant_length(LENGTHS, MASK, 20), np.where(in_loss, 1 / 160, 0))
+    assert_close(T.sequence_sum(LENGTHS, MASK, 20), np.where(in_loss, 1 / 4, 0))
 
 
 slots = st.tuples(st.integers(0, 20), st.booleans())

@@ -174,10 +174,10 @@ def in_torch(rows):
 
 def check_against_torch(loss, formula, rows, state=None):
     laid = lay(rows)
-    compare_with_torch(loss_and_gradient(loss, laid, state), formula, rows, laid)
+    assert_equals_torch(loss_and_gradient(loss, laid, state), formula, rows, laid)
 
 
-def compare_with_torch(found, formula, rows, laid, rtol=1e-10, each=True):
+def assert_equals_torch(found, formula, rows, laid, rtol=1e-10, each=True):
     """found: (total, values, gradient) of the loss whose formula it is."""
     value, values, grad = found
     seen_by_torch = in_torch(rows)

@@ -50,7 +50,7 @@ def fails(place, *argv, **options):
     return line
 
 
-def refuses(place, message, *argv, **options):
+def assert_refused(place, message, *argv, **options):
     """Check that the run raises a user's error with this message before any step, in the test's process."""
     with pytest.raises((ValueError, OSError), match=message):
         prepare(place.folder, *argv, **options)
@@ -131,7 +131,7 @@ def test_the_first_lines_of_a_run_say_why_responses_do_not_share_prompts(place):
 def test_invalid_rows_are_named_by_file_and_line(place, case):
     text, argv, message = DATA[case]
     (place.folder / "bad.jsonl").write_text(text)
-    refuses(place, message, "data=bad.jsonl", *argv)
+    assert_refused(place, message, "data=bad.jsonl", *argv)
 
 
 def test_rows_that_are_left_out_are_in_the_first_lines_of_a_run(place):
@@ -141,7 +141,7 @@ def test_rows_that_are_left_out_are_in_the_first_lines_of_a_run(place):
         '{"prompt": "a", "completion": " "}',
     ]
     (place.folder / "dirty.jsonl").write_text("\n".join(lines))
-    refuses(place, r"dirty\.jsonl:41: malformed JSON.*; data\.invalid=drop", "data=dirty.jsonl")
+    assert_refused(place, r"dirty\.jsonl:41: malformed JSON.*; data\.invalid=drop", "data=dirty.jsonl")
     job = prepare(place.folder, "data=dirty.jsonl", "data.invalid=drop")
     with working_directory(place.folder), jax.set_mesh(job.lead.programs.mesh):
         (line,) = [line for line in startup_lines(job, 0, []) if "left out" in line]
@@ -181,7 +181,7 @@ SETTINGS = {
 @pytest.mark.parametrize("case", SETTINGS)
 def test_invalid_settings_are_named(place, case):
     argv, message, *devices = SETTINGS[case]
-    refuses(place, message, *argv, devices=devices[0] if devices else 1)
+    assert_refused(place, message, *argv, devices=devices[0] if devices else 1)
 
 
 def break_model(folder, kind):

@@ -18,9 +18,9 @@ from preference_rows import (
     THIRD,
     TOTALS,
     Rows,
+    assert_equals_torch,
     by_answer,
     check_against_torch,
-    compare_with_torch,
     in_torch,
     kinds_of,
     lay,
@@ -60,14 +60,14 @@ def test_a_loss_equals_its_formula_in_value_and_gradient(name):
     for seed in range(3):
         rows, laid = some_rows(kinds_of(name), seed, count=5 + seed)
         each = name not in TOTALS and name not in THIRD
-        compare_with_torch(by_knobs(name, laid), with_knobs(formula, knobs), rows, laid, each=each)
+        assert_equals_torch(by_knobs(name, laid), with_knobs(formula, knobs), rows, laid, each=each)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_default_parameters_are_those_of_the_formula(name):
     rows, laid = some_rows(kinds_of(name), seed=7)
     each = name not in TOTALS and name not in THIRD
-    compare_with_torch(by_default(name, laid), EVERY[name][1], rows, laid, each=each)
+    assert_equals_torch(by_default(name, laid), EVERY[name][1], rows, laid, each=each)
 
 
 @pytest.mark.parametrize("name", OF_SCORES)
@@ -75,14 +75,14 @@ def test_default_parameters_are_those_of_the_formula(name):
 def test_a_divergence_changes_the_score(name, score):
     rows, laid = some_rows(PAIR, seed=3)
     formula = partial(getattr(T, name), score=SCORES[score][1])
-    compare_with_torch(by_score(f"{name} {score}", laid), formula, rows, laid)
+    assert_equals_torch(by_score(f"{name} {score}", laid), formula, rows, laid)
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_rows_with_one_response_are_scored_alone(name):
     _, formula, knobs = SINGLE[name]
     rows, laid = some_rows(kinds_of(name), seed=5, count=7, only_one=True)
-    compare_with_torch(by_knobs(name, laid), with_knobs(formula, knobs), rows, laid)
+    assert_equals_torch(by_knobs(name, laid), with_knobs(formula, knobs), rows, laid)
 
 
 def test_a_missing_mismatched_response_is_excluded_from_the_kl():

@@ -14,7 +14,7 @@ from jaxft.objectives.losses import reference_free_losses as F
 pytestmark = pytest.mark.usefixtures("x64")
 
 
-def compare_with_trl(loss, rows, expected, leaf, order, rtol, dtype="float64"):
+def assert_equals_trl(loss, rows, expected, leaf, order, rtol, dtype="float64"):
     """expected: TRL's scalar; leaf: its per-token log-probs [rows, T], row k of which is the response
     order[k] = (kind, pair).
     """
@@ -82,7 +82,7 @@ def test_trl_dpo_trainer_gives_the_same_loss_and_gradient(name):
     dtype, rtol = ("float32", 1e-5) if name in IN_FLOAT32 else ("float64", 1e-10)
     rows = random_rows(6, seed=11)
     expected, leaf, order = T.trl_dpo(rows.responses, getattr(torch, dtype), types, **given)
-    compare_with_trl(loss, rows, expected, leaf, order, rtol, dtype)
+    assert_equals_trl(loss, rows, expected, leaf, order, rtol, dtype)
 
 
 @pytest.mark.parametrize("name", ("kto", "apo_zero_unpaired"))
@@ -90,7 +90,7 @@ def test_trl_kto_trainer_gives_the_same_loss_and_gradient(name):
     rows = random_rows(8, kinds=kinds_of("kto"), seed=13, only_one=True)
     knobs = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
     expected, leaf, order = T.trl_kto(rows.responses, name, **knobs)
-    compare_with_trl(partial(getattr(F, name), **knobs), rows, expected, leaf, order, 1e-10)
+    assert_equals_trl(partial(getattr(F, name), **knobs), rows, expected, leaf, order, 1e-10)
 
 
 TRL_CPO = {  # loss_type, other attributes, ours, the weight of TRL's NLL
@@ -114,14 +114,14 @@ def test_trl_cpo_trainer_gives_the_same_loss_and_gradient(name):
     loss_type, given, loss, nll_weight = TRL_CPO[name]
     rows = random_rows(6, seed=12)
     expected, leaf, order = T.trl_cpo(rows.responses, loss_type, nll_weight, **given)
-    compare_with_trl(loss, rows, expected, leaf, order, 1e-10)
+    assert_equals_trl(loss, rows, expected, leaf, order, 1e-10)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_trl_orpo_trainer_gives_the_same_odds_ratio():
     rows = random_rows(6, seed=12)
     expected, leaf, order = T.trl_orpo(rows.responses, beta=0.1)
-    compare_with_trl(F.orpo, rows, expected, leaf, order, 1e-5, "float32")  # TRL casts to it
+    assert_equals_trl(F.orpo, rows, expected, leaf, order, 1e-5, "float32")  # TRL casts to it
 
 
 TRL_TPO = {"sigmoid": F.tpo, "hinge": F.tpo_hinge, "ipo": F.tpo_ipo, "tpo-l": partial(F.tpo_l, gamma=0.4)}

@@ -71,7 +71,7 @@ def push(trained, monkeypatch, capsys):
     return lambda *args: call(monkeypatch, capsys, "push", *args)
 
 
-def refused(result, *words):
+def assert_refused(result, *words):
     """Check that a command ended with one line on its error, and printed nothing as done."""
     code, out, err = result
     *before, line = err.splitlines()
@@ -186,7 +186,7 @@ def test_a_dry_run_lists_files_and_sizes_and_sends_nothing(hub, push, run, monke
 def test_a_public_repository_is_not_written_unasked(hub, push, run):
     assert push(run, REPO, "--public")[0] == 0
     commits = len(hub.repos[REPO].commits)
-    refused(push(run, REPO), REPO, "is public", "--public")
+    assert_refused(push(run, REPO), REPO, "is public", "--public")
     assert len(hub.repos[REPO].commits) == commits
 
 
@@ -204,7 +204,7 @@ def test_a_public_repository_is_not_written_unasked(hub, push, run):
 )
 def test_an_upload_that_fails_is_one_line_and_commits_nothing(hub, push, run, fault, words):
     hub.faults.update(fault)
-    refused(push(run, REPO), REPO, *words)
+    assert_refused(push(run, REPO), REPO, *words)
     assert not [name for repo in hub.repos.values() for name in repo.files() if name != ".gitattributes"]
     hub.faults.clear()
     code, out, _ = push(run, REPO)  # the same command starts again
@@ -212,17 +212,17 @@ def test_an_upload_that_fails_is_one_line_and_commits_nothing(hub, push, run, fa
 
 
 def test_tokens_that_may_not_write_are_refused_with_the_remedy(hub, push, run, monkeypatch):
-    refused(push(run, "others/tiny"), "may not write", "a repository of your own")
+    assert_refused(push(run, "others/tiny"), "may not write", "a repository of your own")
     for token, words in (("", ("HF_TOKEN", "hf auth login")), ("hf_wrong", ("does not accept the token",)),
                          ("hf_reads", ("may not write",))):  # fmt: skip
         monkeypatch.setenv("HF_TOKEN", token)
-        refused(push(run, REPO), *words)
+        assert_refused(push(run, REPO), *words)
     assert not hub.repos
 
 
 def test_offline_nothing_is_tried(hub, push, run, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    refused(push(run, REPO), "HF_HUB_OFFLINE is set")
+    assert_refused(push(run, REPO), "HF_HUB_OFFLINE is set")
     assert push(run, REPO, "--dry-run")[0] == 0 and not hub.requests
 
 
@@ -279,14 +279,14 @@ def sweep(run):
 )
 def test_what_is_not_a_complete_export_is_refused(hub, push, run, damage, words):
     damage(run)
-    refused(push(run, REPO), *words)
+    assert_refused(push(run, REPO), *words)
     assert not hub.requests
 
 
 def test_a_model_is_not_merged_that_could_not_be_pushed(hub, push, run, monkeypatch):
     def refused_early(*words):
         result = push(run, REPO, "--merged")
-        refused(result, *words)
+        assert_refused(result, *words)
         assert "merging" not in result[2] and set(hub.repos) <= {REPO}
 
     for token, words in (
@@ -318,7 +318,7 @@ def test_a_model_is_not_merged_that_could_not_be_pushed(hub, push, run, monkeypa
 def test_an_error_says_what_had_been_created(hub, push, run, fault, words):
     hub.faults.update(fault)
     result = push(run, REPO, "--branch", "v2")
-    refused(result, *words)
+    assert_refused(result, *words)
     assert "another change" not in result[2]
     hub.faults.clear()
     assert push(run, REPO, "--branch", "v2")[0] == 0 and "adapter_config.json" in hub.repos[REPO].files("v2")
@@ -391,7 +391,7 @@ def test_a_card_with_metadata_that_the_hub_refuses_is_not_pushed(hub, push, run)
     text = (run / "adapter" / "README.md").read_text()
     (run / "README.md").unlink()
     (run / "adapter" / "README.md").write_text(text.replace("license: unknown", "license: my own"))
-    refused(push(run, REPO), "license", "no commit")
+    assert_refused(push(run, REPO), "license", "no commit")
     assert not [name for name in hub.repos[REPO].files() if name != ".gitattributes"]
 
 

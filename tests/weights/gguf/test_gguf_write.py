@@ -194,7 +194,7 @@ def test_a_sentencepiece_vocabulary_comes_back(tmp_path):
         assert second[f"tokenizer.ggml.{key}"][:count] == first[f"tokenizer.ggml.{key}"]
 
 
-def refused(path, match, reference, **settings):
+def assert_refused(path, match, reference, **settings):
     with pytest.raises(ValueError, match=match) as caught:
         save(path, reference, **settings)
     assert "\n" not in str(caught.value) and not list(path.parent.iterdir())
@@ -204,19 +204,19 @@ def test_what_gguf_cannot_express_is_refused_and_nothing_is_written(tmp_path):
     path = tmp_path / "tiny.gguf"
     bad = tiny_llama()
     bad.model.layers[0].mlp.up_proj.weight.data[3, 4] = torch.nan
-    refused(path, r"tiny.gguf: not written: tensor blk.0.ffn_up.weight: 1 of 6144 values are NaN", bad)
+    assert_refused(path, r"tiny.gguf: not written: tensor blk.0.ffn_up.weight: 1 of 6144 values are NaN", bad)
     large = tiny_llama()
     large.model.layers[0].mlp.up_proj.weight.data[3, 4] = 1e6
-    refused(path, r"blk.0.ffn_up.weight: some values are too large for F16", large, mixture="F16")
-    refused(path, r"blk.0.ffn_up.weight: some values are too large for Q8_0", large, mixture="Q8_0")
+    assert_refused(path, r"blk.0.ffn_up.weight: some values are too large for F16", large, mixture="F16")
+    assert_refused(path, r"blk.0.ffn_up.weight: some values are too large for Q8_0", large, mixture="Q8_0")
     biased = tiny_llama(attention_bias=True)
-    refused(path, r"k_proj.bias cannot be written .* llama has no such tensor", biased)
+    assert_refused(path, r"k_proj.bias cannot be written .* llama has no such tensor", biased)
     dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    refused(path, r"rope type 'dynamic' cannot", tiny_llama(rope_parameters=dynamic))
+    assert_refused(path, r"rope type 'dynamic' cannot", tiny_llama(rope_parameters=dynamic))
     few = tiny_llama(vocab_size=257, bos_token_id=0, eos_token_id=0)
-    refused(path, r"token id \d+ .*, but the model has only 257 embeddings", few)
+    assert_refused(path, r"token id \d+ .*, but the model has only 257 embeddings", few)
     smollm = tiny_family("smollm3", vocab_size=ROWS, no_rope_layers=[0, 1, 1, 1])
-    refused(path, r"architecture smollm3 lacks .*no_rope_layers", smollm)
+    assert_refused(path, r"architecture smollm3 lacks .*no_rope_layers", smollm)
     for name, rope, words in (
         ("qwen3", "llama3", "rope of type 'llama3' with .*low_freq_factor=2.0"),
         ("qwen3", "longrope, long texts", "rope of type 'longrope'"),
@@ -224,14 +224,14 @@ def test_what_gguf_cannot_express_is_refused_and_nothing_is_written(tmp_path):
         ("gemma3", "yarn attention_factor 1.3", "local_rope of type 'default'"),  # it would be scaled too
     ):
         model = tiny_family(name, vocab_size=ROWS, **with_rope(name, rope))
-        refused(path, f"llama.cpp's architecture {name} lacks {words}", model)
+        assert_refused(path, f"llama.cpp's architecture {name} lacks {words}", model)
 
 
 @pytest.mark.parametrize("name", ["phi3", "olmo2"])
 def test_heads_that_do_not_make_up_the_width_are_refused_where_llama_cpp_expects_it(tmp_path, name):
     reference = tiny_family(name, vocab_size=ROWS, head_dim=32)
     words = rf"4 heads of 32 cannot be written .* {name}: .* the width of 64; write a Hugging Face folder"
-    refused(tmp_path / "tiny.gguf", words, reference)
+    assert_refused(tmp_path / "tiny.gguf", words, reference)
 
 
 QWEN_WINDOWS = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
@@ -293,8 +293,8 @@ def test_tokenizers_that_llama_cpp_does_not_have_are_refused(tmp_path):
     path, reference = tmp_path / "tiny.gguf", tiny_llama()
     tokenizer = copy.deepcopy(plain_tokenizer())
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    refused(path, r"splits text as none of llama.cpp's pre-tokenizers", reference, tokenizer=tokenizer)
-    refused(path, r"a BPE tokenizer without merges cannot", reference, tokenizer=tiny_tokenizer())
+    assert_refused(path, r"splits text as none of llama.cpp's pre-tokenizers", reference, tokenizer=tokenizer)
+    assert_refused(path, r"a BPE tokenizer without merges cannot", reference, tokenizer=tiny_tokenizer())
 
 
 @pytest.mark.parametrize(

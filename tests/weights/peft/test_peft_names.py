@@ -37,7 +37,7 @@ def world(tmp_path_factory):
     return folder, pretrained.model_for(str(folder), dtype=jnp.float32), theirs
 
 
-def same(found, expected):
+def assert_same(found, expected):
     jax.tree.map(np.testing.assert_array_equal, found[0], expected[0])
     assert found[1] == expected[1]
 
@@ -66,7 +66,7 @@ def test_names_in_use_are_those_of_save_pretrained(world, tmp_path, variant):
     changed = {VARIANTS[variant](name): x for name, x in plain.items()}
     assert changed.keys() != plain.keys() and len(changed) == len(plain)
     save_file(changed, path)
-    same(peft_layout.read_adapter(tmp_path, world[1]), expected)
+    assert_same(peft_layout.read_adapter(tmp_path, world[1]), expected)
 
 
 def test_the_state_dict_of_a_peft_model_is_its_adapter(world, tmp_path):
@@ -86,7 +86,7 @@ def test_the_state_dict_of_a_peft_model_is_its_adapter(world, tmp_path):
     }
     assert sum("default" in name for name in state) > 6 and sum("original_module" in name for name in state)
     save_file(state, tmp_path / "adapter_model.safetensors")
-    same(peft_layout.read_adapter(tmp_path, world[1]), expected)
+    assert_same(peft_layout.read_adapter(tmp_path, world[1]), expected)
 
 
 def test_an_adapter_with_a_name_is_in_a_subfolder(world, tmp_path):
@@ -97,7 +97,7 @@ def test_an_adapter_with_a_name_is_in_a_subfolder(world, tmp_path):
     assert set(peft_layout.read_adapter(both, world[1])[0]) == {"layers", "head"}
     found = peft_layout.read_adapter(left, world[1])
     assert set(found[0]) == {"layers", "embed"} and set(found[0]["layers"]) == {"attn"}
-    same(peft_layout.read_adapter(both / "left", world[1]), found)
+    assert_same(peft_layout.read_adapter(both / "left", world[1]), found)
     a = world[2].state_dict()["base_model.model.model.layers.1.self_attn.v_proj.lora_A.left.weight"]
     np.testing.assert_array_equal(found[0]["layers"]["attn"]["v"]["a"][1].T, a.numpy())
 
@@ -113,7 +113,7 @@ def test_saved_embedding_layers_are_read_if_they_are_the_bases(world, tmp_path):
     path, files = tmp_path / "adapter_model.safetensors", pretrained.open_files(str(world[0]))
     tensors, table = load_file(path), "base_model.model.model.embed_tokens.weight"
     assert table in tensors and "base_model.model.lm_head.weight" in tensors
-    same(peft_layout.read_adapter(tmp_path, world[1]), expected)
+    assert_same(peft_layout.read_adapter(tmp_path, world[1]), expected)
     peft_layout.check_base_copies(tmp_path, files)
     save_file({**tensors, table: tensors[table] + 1}, path)
     with pytest.raises(ValueError, match="list embed_tokens in modules_to_save of adapter_config.json"):

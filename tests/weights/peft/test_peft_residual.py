@@ -116,17 +116,17 @@ def test_every_command_and_further_training_read_the_same_plain_pairs(world, tmp
     assert '"OLoRA"' in config.read_text()
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
 
-    def same(found):
+    def assert_same(found):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
 
-    same(adapter_folders.load_adapter(tmp_path, model, mesh, ref)[0])
-    same(loaded_weights.read_adapters({"a": tmp_path}, ref, model, base)["a"])
-    same(export.named_source(NamedWeights(ref, tmp_path, None, [])).adapter)
+    assert_same(adapter_folders.load_adapter(tmp_path, model, mesh, ref)[0])
+    assert_same(loaded_weights.read_adapters({"a": tmp_path}, ref, model, base)["a"])
+    assert_same(export.named_source(NamedWeights(ref, tmp_path, None, [])).adapter)
     assert adapter_folders.read_adapter_settings(str(tmp_path), model) == settings
     whole = adapted(model, settings)
     own = HeadSettings(settings, str(tmp_path))
     initial_params.check_starts(whole, own, ref)
-    same(initial_params.init_all_but_base(whole, mesh, 0, own, ref)["adapter"])
+    assert_same(initial_params.init_all_but_base(whole, mesh, 0, own, ref)["adapter"])
     with pytest.raises(ValueError, match="rank=8"):
         initial_params.check_starts(whole, replace(own, adapter=replace(settings, rank=4)), ref)
 
@@ -137,7 +137,7 @@ def test_what_cannot_be_read_is_one_line_with_the_way_that_works(world, tmp_path
     config = tmp_path / "a" / "adapter_config.json"
     files = pretrained.open_files(ref)
 
-    def refused(*words, model=model, files=files, folder=tmp_path / "a"):
+    def assert_refused(*words, model=model, files=files, folder=tmp_path / "a"):
         with pytest.raises(ValueError) as caught:
             peft_layout.read_adapter(folder, model, files)
         text = str(caught.value)
@@ -146,24 +146,24 @@ def test_what_cannot_be_read_is_one_line_with_the_way_that_works(world, tmp_path
         ), text
 
     convert = "path_initial_model_for_weight_conversion"
-    refused("'pissa' needs the base's weights", convert, files=None)
+    assert_refused("'pissa' needs the base's weights", convert, files=None)
     name = "model.layers.1.self_attn.q_proj.weight"
 
     def changed(**fields):
         return replace(files, tensors={**files.tensors, name: replace(files.tensors[name], **fields)})
 
-    refused(name, "use the base model of the adapter", files=changed(shape=(64, 32)))
+    assert_refused(name, "use the base model of the adapter", files=changed(shape=(64, 32)))
     packed = QuantisedTensor("nf4", (64, 64), None, lambda index=(): np.zeros((64, 64)))
-    refused(name, "quantised (nf4)", "quant=nf4", files=changed(quantised=packed))
+    assert_refused(name, "quantised (nf4)", "quant=nf4", files=changed(quantised=packed))
     text = config.read_text()
     config.write_text(json.dumps({**json.loads(text), "init_lora_weights": "pissa_niter_4"}))
-    refused("'pissa_niter_4'", convert)
+    assert_refused("'pissa_niter_4'", convert)
     config.write_text(text)
     with monkeypatch.context() as patch:
         patch.setattr(processes, "is_multi_process", lambda: True)
-        refused("one process", convert)
+        assert_refused("one process", convert)
     tied = write_folder(tmp_path / "tied", tiny_torch(num_hidden_layers=2, tie_word_embeddings=True))
     saved(torch_base((str(tied),)), tmp_path / "b", **KINDS["PiSSA"])
     tied_files = pretrained.open_files(str(tied))
     of_tied = pretrained.model_for(str(tied), dtype=jnp.float32)
-    refused("tied", "merge_and_unload", model=of_tied, files=tied_files, folder=tmp_path / "b")
+    assert_refused("tied", "merge_and_unload", model=of_tied, files=tied_files, folder=tmp_path / "b")

@@ -46,7 +46,7 @@ def stored(ref, dtype=jnp.float32):
     return model, t, pretrained.load_base(str(ref), t.stored, one_device())
 
 
-def same(found, target):
+def assert_same(found, target):
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(target, np.float32))
 
 
@@ -65,14 +65,14 @@ def test_bitsandbytes_weights_have_its_values_and_stay_quantised(tmp_path, kind,
         assert isinstance(leaf, QTensor) and leaf.kind == kind and (leaf.outer is not None) == double
         name = model.weight_names[path][0]
         for i in range(model.config.layers):
-            same(dequantize(jax.tree.map(lambda x, i=i: x[i], leaf)).T, target[name.format(i=i)])
-            same(jnp.asarray(tensors.read(name.format(i=i)), jnp.bfloat16), target[name.format(i=i)])
+            assert_same(dequantize(jax.tree.map(lambda x, i=i: x[i], leaf)).T, target[name.format(i=i)])
+            assert_same(jnp.asarray(tensors.read(name.format(i=i)), jnp.bfloat16), target[name.format(i=i)])
     assert pretrained.storage_changes(str(folder), t.stored) == []
     again = trainable_params.partition_params(
         model, Adapter(rank=2), None, Quant(kind, double=double)
     )  # the files have what is asked for
     assert pretrained.storage_changes(str(folder), again.stored) == []
-    same(
+    assert_same(
         pretrained.load_base(str(folder), again.stored, one_device())["layers"]["mlp"]["up"].codes,
         base["layers"]["mlp"]["up"].codes,
     )
@@ -83,7 +83,9 @@ def test_blocks_that_run_across_rows_are_dequantised_to_the_same_values(tmp_path
     model, t, base = stored(folder, jnp.bfloat16)
     assert isinstance(base["layers"]["mlp"]["down"], QTensor) and base["layers"]["mlp"]["down"].kind == "nf4"
     assert base["layers"]["attn"]["q"].kind == "bits"
-    same(dequantize(base["layers"]["attn"]["q"])[1].T, target["model.layers.1.self_attn.q_proj.weight"])
+    assert_same(
+        dequantize(base["layers"]["attn"]["q"])[1].T, target["model.layers.1.self_attn.q_proj.weight"]
+    )
     reported = pretrained.storage_changes(str(folder), t.stored)
     assert (
         len(reported) == 1
@@ -109,14 +111,14 @@ def test_codes_stay_quantised_with_another_map_of_scales(tmp_path):
     np.testing.assert_allclose(base["layers"]["mlp"]["up"].scale[0].T.reshape(-1), scale, rtol=1e-6)
     assert base["layers"]["mlp"]["up"].outer is None
     assert "scales are stored in float32" in pretrained.storage_changes(str(folder), t.stored)[0]
-    same(tensors.read(name).T, dequantize(jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])))
+    assert_same(tensors.read(name).T, dequantize(jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])))
 
 
 def test_8_bit_weights_are_codes_times_scb(tmp_path):
     folder, reference = by_llm_int8(tmp_path)
     tensors = pretrained.open_files(str(folder))
     for name in [name for name in tensors.tensors if is_linear(name)]:
-        same(tensors.read(name), reference.get_parameter(name).detach())
+        assert_same(tensors.read(name), reference.get_parameter(name).detach())
         assert tensors.quantised[name].layout.kind == "int8"
 
 
@@ -160,7 +162,7 @@ def test_a_group_index_works_in_matmuls_tables_and_on_meshes(tmp_path):
     q = jax.tree.map(lambda x: x[0], base["layers"]["mlp"]["up"])
     x, whole = jax.random.normal(jax.random.key(0), (5, 64)), dequantize(q)
     ids = jnp.array([3, 60, 3])
-    same(take_rows(q, ids), whole[ids])
+    assert_same(take_rows(q, ids), whole[ids])
     for fn in (matmul.linear, jax.grad(lambda x, w: matmul.linear(x, w).sum())):
         np.testing.assert_allclose(fn(x, q), fn(x, whole), rtol=1e-5, atol=1e-5)
     target = our_logits(model, base, some_tokens(8))
@@ -273,7 +275,7 @@ def test_gguf_blocks_stay_quantised_and_have_the_gguf_packages_values(tmp_path, 
     held = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "affine4"}[kind.name]
     for (_, leaf), (_, target) in zip(linear_layers(base), linear_layers(plain), strict=True):
         assert leaf.kind == held and leaf.block == 32
-        same(dequantize(leaf), target)
+        assert_same(dequantize(leaf), target)
     np.testing.assert_allclose(
         our_logits(model, base, some_tokens()), our_logits(model, plain, some_tokens()), atol=1e-5
     )
@@ -286,7 +288,7 @@ def test_gguf_blocks_stay_quantised_and_have_the_gguf_packages_values(tmp_path, 
         model, Adapter(rank=2), None, Quant("checkpoint", targets="layers/.*|head"), str(path)
     )
     whole = pretrained.load_base(str(path), head.stored, one_device())
-    same(dequantize(whole["head"]), plain["head"])
+    assert_same(dequantize(whole["head"]), plain["head"])
 
 
 # jaxft's own files, and out
@@ -330,7 +332,7 @@ def test_a_base_quantised_by_the_script_equals_one_quantised_on_load(
     target = pretrained.load_frozen(str(source), model, one_device(), quant)
     for (_, ours), (_, leaf) in zip(linear_layers(found), linear_layers(target), strict=True):
         assert jax.tree.structure(ours) == jax.tree.structure(leaf)
-        jax.tree.map(same, ours, leaf)
+        jax.tree.map(assert_same, ours, leaf)
     method = json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"]
     packed = {"nf4": "bitsandbytes" if "--block" in more else "jaxft", "fp8": "compressed-tensors"}
     assert method == packed.get(kind, "jaxft")
@@ -347,7 +349,7 @@ def test_transformers_loads_an_nf4_base_and_has_the_same_values(monkeypatch, cap
     model, _, base = stored(out, jnp.bfloat16)
     for i in range(3):
         w = theirs.model.layers[i].mlp.down_proj.weight
-        same(
+        assert_same(
             dequantize(base["layers"]["mlp"]["down"])[i].T,
             dequantize_4bit(w.data, w.quant_state).float().numpy(),
         )
@@ -399,4 +401,4 @@ def test_an_exported_run_is_quantised_and_the_change_is_printed(place, monkeypat
     assert " as int8, " in reported and "quantisation changed these by 0." in reported
     exact, found = pretrained.open_files(str(wide)), pretrained.open_files(str(narrow))
     name = "model.layers.1.mlp.up_proj.weight"
-    same(found.read(name).T, dequantised(quantize(np.ascontiguousarray(exact.read(name).T), "int8")))
+    assert_same(found.read(name).T, dequantised(quantize(np.ascontiguousarray(exact.read(name).T), "int8")))
