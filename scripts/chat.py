@@ -107,9 +107,9 @@ def play(args: argparse.Namespace) -> int:
 def print_responses(scheduler: Any, chat: Any) -> None:
     """Print the responses to the last message as they arrive: two in columns on a terminal, else in turn."""
     from jaxft.runs.terminal import printable_text
-    from jaxft.serve import terminal_chat as chats
+    from jaxft.serve import terminal_chat
 
-    with closing(chats.respond(scheduler, chat)) as pieces:
+    with closing(terminal_chat.respond(scheduler, chat)) as pieces:
         if len(chat.active) == 1:
             for _, piece in pieces:
                 print(printable_text(piece.text), end="", flush=True)
@@ -175,7 +175,7 @@ def side_by_side(texts: dict[str, str], console: Any, height: int | None) -> Any
 def chat_loop(scheduler: Any, chat: Any) -> None:
     """Read messages and commands until /exit or the end of the input."""
     from jaxft.runs.terminal import printable_line, printable_text
-    from jaxft.serve import terminal_chat as chats
+    from jaxft.serve import terminal_chat
     from jaxft.serve.openai_api import ApiError
 
     interactive = sys.stdin.isatty()
@@ -194,12 +194,12 @@ def chat_loop(scheduler: Any, chat: Any) -> None:
         try:
             again = True
             if line.startswith("/"):
-                command = chats.run_command(chat, line)
+                command = terminal_chat.run_command(chat, line)
                 again = command.again
                 if command.text:
                     print(printable_text(command.text))
             else:
-                chat.turns.append(chats.Turn(line))
+                chat.turns.append(terminal_chat.Turn(line))
             if again:
                 print_responses(scheduler, chat)
         except KeyboardInterrupt:
@@ -227,8 +227,7 @@ def main() -> int:
     from jaxft.engine.sampling import Sampling
     from jaxft.engine.scheduler import Scheduler
     from jaxft.runs import loaded_weights
-    from jaxft.serve import served_models
-    from jaxft.serve import terminal_chat as chats
+    from jaxft.serve import served_models, terminal_chat
     from jaxft.serve.openai_api import ChoiceSettings
 
     named = loaded_weights.named_models(args.run, args.model, args.adapter, cli.DEFAULT_MODEL)
@@ -240,9 +239,9 @@ def main() -> int:
     new = served.sizes.new
     sampling = Sampling(new, args.temperature, args.top_k, args.top_p, args.min_p)
     choice = ChoiceSettings(sampling, args.seed, (), 1, None)
-    chat = chats.Conversation(served.models, (next(iter(served.models)),), choice, new, args.system)
+    chat = terminal_chat.Conversation(served.models, (next(iter(served.models)),), choice, new, args.system)
     if args.use:
-        chat.active = chats.chosen_models(chat, args.use.split(","))
+        chat.active = terminal_chat.chosen_models(chat, args.use.split(","))
     if sys.stdin.isatty():
         import readline  # noqa: F401  line editing, and earlier lines by the arrow keys
 

@@ -51,8 +51,8 @@ def main() -> int:
     """Combine, write, and print a summary."""
     parser = make_parser()
     args = parser.parse_args(_joined(sys.argv[1:]))
-    from jaxft.runs.folder import check_results, earlier_end_notes
     from jaxft.runs.loaded_weights import named_weights
+    from jaxft.runs.run_record import check_results, earlier_end_notes
     from jaxft.weights import pretrained
     from jaxft.weights.edit import new_adapters
     from jaxft.weights.peft import adapter_folders, peft_config, peft_read

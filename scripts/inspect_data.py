@@ -64,8 +64,11 @@ from jaxft.data.rows.invalid_rows import DROP  # noqa: E402
 from jaxft.data.sft import Rows, SolutionRows  # noqa: E402
 from jaxft.nn.tree import nearest  # noqa: E402
 from jaxft.rl.rollout_sampler import inspect_episodes  # noqa: E402
-from jaxft.runs import folder as runfolder  # noqa: E402
-from jaxft.runs import loaded_weights, terminal  # noqa: E402
+from jaxft.runs import (  # noqa: E402
+    loaded_weights,
+    run_record,  # noqa: E402
+    terminal,
+)
 from jaxft.runs.settings.setting_values import parse_value  # noqa: E402
 from jaxft.runs.terminal import printable_line, printable_text  # noqa: E402
 from jaxft.train import recipes  # noqa: E402
@@ -332,7 +335,7 @@ def chosen_examples(
 
 def show_episodes(folder: Path, args: argparse.Namespace) -> int:
     """Print episodes of the rollout that a run used at --step."""
-    record = runfolder.read_saved_json(folder / "config.json")
+    record = run_record.read_saved_json(folder / "config.json")
     data = loaded_weights.recorded_data(record)
     if not isinstance(data, Prompts):
         raise ValueError(f"{folder} has no episodes, which only reinforcement learning samples; use --config")

@@ -71,8 +71,8 @@ StepScores = list[tuple[str, list[float], list[bool]]]
 
 def is_process_reward(args: argparse.Namespace) -> bool:
     """Whether --run is a process reward model, which scores the steps of a solution."""
-    from jaxft.runs.folder import read_record
     from jaxft.runs.folder_copies import local_folder
+    from jaxft.runs.run_record import read_record
 
     if args.run is None:
         return False

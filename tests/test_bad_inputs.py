@@ -41,8 +41,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param_spec import init_params
 from jaxft.nn.quant import quant_setting
-from jaxft.runs import folder as runfolder
-from jaxft.runs import terminal
+from jaxft.runs import run_record, terminal
 from jaxft.weights import pretrained
 from jaxft.weights.hf import safetensors
 from jaxft.weights.peft import peft_read, peft_write
@@ -215,8 +214,8 @@ def test_run_folders(adapter, capsys, name, text, word):
     (folder / name).write_text(text, encoding="latin-1")
 
     def work():
-        runfolder.finished_steps(folder)
-        quant_setting(None, runfolder.trained_weights(folder)[2])
+        run_record.finished_steps(folder)
+        quant_setting(None, run_record.trained_weights(folder)[2])
 
     assert_refused(capsys, work, word)
 
@@ -261,4 +260,4 @@ def test_a_pipe_in_a_folder_is_not_waited_for(model, tmp_path, capsys, name):
     assert_refused(capsys, lambda: pretrained.model_for(str(folder)), name)
     (tmp_path / "run").mkdir()
     os.mkfifo(tmp_path / "run" / "summary.json")
-    assert_refused(capsys, lambda: runfolder.finished_steps(tmp_path / "run"), "summary.json")
+    assert_refused(capsys, lambda: run_record.finished_steps(tmp_path / "run"), "summary.json")

@@ -24,8 +24,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.nn.param_spec import init_params
 from jaxft.nn.quant import quant_setting
 from jaxft.report import charts
-from jaxft.runs import folder as runfolder
-from jaxft.runs import metrics_log
+from jaxft.runs import metrics_log, run_record
 from jaxft.weights import pretrained
 from jaxft.weights.param_loading import read_whole
 from jaxft.weights.peft import adapter_folders, peft_read, peft_write
@@ -184,17 +183,17 @@ def test_run_folders(tmp_path, monkeypatch):
     record = {
         "weights": "base", "weights_path": str(base), "seed": 0, "optim": {"lr": 1e-4}, "loop": {"steps": 4},
         "model": {"dtype": "float32", "residual": "float32"},
-        "weights_fingerprint": runfolder.weights_fingerprint("base"),
+        "weights_fingerprint": run_record.weights_fingerprint("base"),
         "data": {"date": "26 Jul 2024", "train": "rows.jsonl", "batch": 4},
         "quant": {"kind": "nf4", "block": 64, "double": True, "targets": "all-linear"},
     }  # fmt: skip
-    runfolder.write_record(run, record)
+    run_record.write_record(run, record)
     log = metrics_log.Jsonl(run / "metrics.jsonl")
     for step in range(3):
         log.log(step, {"loss": 1.0 / (step + 1), "learning_rate": 1e-4}, {"tokens_per_second": 10.0})
     log.close("finished")
     summary = {"steps": 4, "alarms": [], "after": {"metrics": {"eval_loss": 1.0}}}
-    runfolder.write_durable_json(run / "summary.json", summary | {"files": runfolder.result_hashes(run)})
+    run_record.write_durable_json(run / "summary.json", summary | {"files": run_record.result_hashes(run)})
     folder, names = (
         tmp_path / "runs" / "damaged",
         ["config.json", "env.json", "summary.json", "metrics.jsonl"],
@@ -210,14 +209,14 @@ def test_run_folders(tmp_path, monkeypatch):
             path.write_bytes(damaged_bytes(rng, path.read_bytes()))
 
     def work():
-        runfolder.finished_steps(folder)
+        run_record.finished_steps(folder)
         adapter_folders.base_differences(str(folder), "base", "sha256:0", None)
-        found = runfolder.trained_weights(folder)[2]
+        found = run_record.trained_weights(folder)[2]
         quant_setting(None, found)
-        runfolder.write_record(folder, found, 2)
+        run_record.write_record(folder, found, 2)
         charts.comparison_panels({"damaged": metrics_log.read_entries(folder / "metrics.jsonl")})
         metrics_log.truncate(folder / "metrics.jsonl", 1)
-        runfolder.changes_since_start(folder, record, {})
+        run_record.changes_since_start(folder, record, {})
 
     assert run_cases(damage, work, "") > CASES // 4
 

@@ -18,8 +18,8 @@ from jaxft.objectives.pair import ACCURACY, CHOSEN_LOGP, MARGIN, REJECTED_LOGP
 from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
 from jaxft.objectives.reward_model import MARGIN as REWARD_MARGIN
 from jaxft.report.charts import comparison_panels, draw
-from jaxft.runs.folder import CARD
 from jaxft.runs.metrics_log import COMPLETION_KL, COMPLETION_LENGTH, REWARD, SCORES
+from jaxft.runs.run_record import CARD
 from jaxft.runs.terminal import markdown_table
 
 Logged = Mapping[str, float]  # metrics by name

@@ -29,8 +29,8 @@ from jaxft.report.charts import (
 from jaxft.report.html_elements import escaped
 from jaxft.report.run_files import RunFiles, folders_of_runs, read_run
 from jaxft.report.sections import reliability_section
-from jaxft.runs.folder import SUMMARY
 from jaxft.runs.metrics_log import COMPLETIONS
+from jaxft.runs.run_record import SUMMARY
 from jaxft.runs.terminal import printable_message
 
 # Nothing is loaded from anywhere, whatever the text of a run contains.

@@ -30,8 +30,8 @@ from jaxft.objectives.reward_model import ACCURACY as REWARD_ACCURACY
 from jaxft.report import compare
 from jaxft.report.compare import Logged, first_and_last, held_out
 from jaxft.report.statistics import paired_difference
-from jaxft.runs.folder import part_of, read_saved_json
 from jaxft.runs.metrics_log import HELD_OUT_ROWS, METRICS, REWARD, SCORES, read_entries
+from jaxft.runs.run_record import part_of, read_saved_json
 
 ACCURACIES = (ACCURACY, REWARD_ACCURACY)
 SEEDS = ("seed", "data.seed")  # settings of which every value is a repetition

@@ -7,9 +7,9 @@ from typing import Any
 
 from jaxft.objectives.alarms import Entry
 from jaxft.report.ranking import read_held_out
-from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, SUMMARY, read_saved_json
 from jaxft.runs.log import ALARMS_JSON
 from jaxft.runs.metrics_log import COMPLETIONS, METRICS, read_entries
+from jaxft.runs.run_record import DATA_JSON, PARAMETERS_JSON, SUMMARY, read_saved_json
 from jaxft.runs.run_texts import Sample
 
 

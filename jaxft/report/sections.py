@@ -33,8 +33,8 @@ from jaxft.report.html_elements import (
 )
 from jaxft.report.run_files import RunFiles
 from jaxft.runs.console import TOTAL, time_by_phase
-from jaxft.runs.folder import part_of
 from jaxft.runs.metrics_log import SECONDS, TOKENS
+from jaxft.runs.run_record import part_of
 from jaxft.runs.run_texts import joint_alarms, same_prompts
 from jaxft.runs.versions_and_devices import device_counts
 

@@ -33,7 +33,7 @@ from jaxft.nn.tree import Aux, Params
 from jaxft.rl.rewards import Reward, RewardScores, ScoreEpisodes, check_scores
 from jaxft.rl.rollout_layout import PackedRows, RolloutPrograms
 from jaxft.rl.trajectory import Episodes
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.weights import initial_params, pretrained, storage
 from jaxft.weights.hf import hf_write, hub
 from jaxft.weights.peft import adapter_folders, peft_read
@@ -276,11 +276,11 @@ class ModelReward(Reward):
 
     def fingerprint(self) -> str:
         """Return a hash of its weights."""
-        return runfolder.weights_fingerprint(self.ref)
+        return run_record.weights_fingerprint(self.ref)
 
     def start_lines(self) -> list[str]:
         """Return a warning if the model's run was continued and has not finished again; else []."""
-        return runfolder.earlier_end_notes(self.ref)
+        return run_record.earlier_end_notes(self.ref)
 
     def resident(self, mesh: jax.sharding.Mesh) -> Params:
         """Return shapes and shardings of its weights, from its configuration alone."""
@@ -391,7 +391,7 @@ def find_reward_model(
     reward model, FileNotFoundError or ValueError for a run without usable weights.
     """
     if (Path(ref) / "metrics.jsonl").is_file():
-        runfolder.trained_weights(Path(ref))  # raises an error that names a run which isn't finished
+        run_record.trained_weights(Path(ref))  # raises an error that names a run which isn't finished
     folder = Path(ref) / "model" if (Path(ref) / "model").is_dir() else Path(ref)
     adapter = adapter_folders.adapter_folder(ref)
     has_adapter = (adapter / "adapter_config.json").is_file()

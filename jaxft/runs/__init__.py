@@ -1,6 +1,6 @@
 """A run's configuration, folder, record, checkpoints and log.
 
-folder.py: lock, resume rules, hashes of results
+run_record.py: lock, resume rules, hashes of results
 versions_and_devices.py: versions, flags and devices of each start, and for bug reports
 loaded_weights.py: the weights that --run, --model and --adapter name, loaded for inference
 checkpoint.py: verified checkpoints, written and read; deletes old ones

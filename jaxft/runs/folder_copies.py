@@ -32,7 +32,8 @@ import xxhash
 from jaxft.distributed.disk import make_folder, publish, write_durably
 from jaxft.distributed.exit import RestartError
 from jaxft.runs import manifest
-from jaxft.runs.folder import (
+from jaxft.runs.object_store import Store, StoreError, check_store_url, open_store
+from jaxft.runs.run_record import (
     CHECKPOINTS,
     NO_DEFAULTS,
     RESULTS,
@@ -41,7 +42,6 @@ from jaxft.runs.folder import (
     read_saved_json,
     setting_changes,
 )
-from jaxft.runs.object_store import Store, StoreError, check_store_url, open_store
 from jaxft.weights.hf.complete_folders import cache_folder
 
 INDEX = "index.json"

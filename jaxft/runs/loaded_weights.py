@@ -23,9 +23,9 @@ from jaxft.models.model import Model
 from jaxft.nn.adapters.lora_rows import check_stackable, in_dtype, of_equal_shapes, with_gains
 from jaxft.nn.quant import Quant, quant_setting
 from jaxft.nn.tree import Params
-from jaxft.runs.folder import check_results, earlier_end_notes, trained_weights
 from jaxft.runs.folder_copies import IN_STORE, local_folder
 from jaxft.runs.metrics_log import METRICS
+from jaxft.runs.run_record import check_results, earlier_end_notes, trained_weights
 from jaxft.weights import pretrained
 from jaxft.weights.hf import hub
 from jaxft.weights.hf.hf_read import stop_tokens

@@ -13,7 +13,6 @@ from rich.console import Console
 from jaxft.distributed.disk import fsync
 from jaxft.objectives.alarms import Alarms, Entry
 from jaxft.runs.console import ConsoleView
-from jaxft.runs.folder import write_durable_json
 from jaxft.runs.metrics_log import (
     COMPLETIONS,
     METRICS,
@@ -24,6 +23,7 @@ from jaxft.runs.metrics_log import (
     read_entries,
     truncate,
 )
+from jaxft.runs.run_record import write_durable_json
 from jaxft.runs.trackers import RunEnd, TensorBoard, Tracker, check_trackers
 
 ALARMS_JSON = "alarms.json"

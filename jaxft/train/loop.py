@@ -11,7 +11,7 @@ import jax
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.exit import Interrupt, signal_name
 from jaxft.distributed.processes import Watchdog
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.runs.folder_copies import Copies
 from jaxft.runs.metrics_log import METRICS
 from jaxft.runs.trackers import Tracker
@@ -69,7 +69,7 @@ def run(
         # ---------- Settings, rows, shapes: a user error ends all processes here ----------
         watchdog = stack.enter_context(Watchdog(lead.hosts))
         with processes.agreement():
-            processes.from_first_process(lambda: bool(stack.enter_context(runfolder.lock(folder))))
+            processes.from_first_process(lambda: bool(stack.enter_context(run_record.lock(folder))))
             stack.enter_context(jax.set_mesh(sharding.make_mesh(lead.mesh)))
             job = prepare(settings, record, folder)
             checkpoints, copies = stack.enter_context(open_checkpoints(job))
@@ -230,11 +230,11 @@ def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
     A run that ends with non-finite steps or a non-finite loss is not in the table, and the others are trained
     nevertheless; the exit code is then 1.
     """
-    folder, failed = runfolder.folder_of(root, name), []
+    folder, failed = run_record.folder_of(root, name), []
     record: dict[str, Any] = {"members": list(runs), "at_once": None}
     check_members(folder, record["members"])
     folder.mkdir(parents=True, exist_ok=True)
-    runfolder.write_durable_json(folder / "config.json", record)
+    run_record.write_durable_json(folder / "config.json", record)
     for label, member in runs.items():
         print(f"\n{label}:", flush=True)
         try:
@@ -248,7 +248,7 @@ def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
         if code >= SIGNAL:
             return code
     ends = {
-        label: runfolder.read_saved_json(folder / label / runfolder.SUMMARY)
+        label: run_record.read_saved_json(folder / label / run_record.SUMMARY)
         for label in runs
         if label not in failed
     }
@@ -262,5 +262,5 @@ def _train_each(name: str, runs: Mapping[str, Run], root: Path) -> int:
     )
     steps = max(end["steps"] for end in ends.values())
     print(f"\n{write_table(folder, name, steps, (before, after), failed)}")
-    print(f"the table is in {folder / runfolder.CARD}, the curves in {folder / 'curves.png'}")
+    print(f"the table is in {folder / run_record.CARD}, the curves in {folder / 'curves.png'}")
     return int(bool(failed))

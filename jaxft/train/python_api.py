@@ -35,7 +35,6 @@ from jaxft.models.model import Model
 from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.objectives.objective import Objective
 from jaxft.runs import terminal
-from jaxft.runs.folder import CHECKPOINTS, SUMMARY, read_record, read_saved_json
 from jaxft.runs.loaded_weights import (
     LoadedWeights,
     NamedWeights,
@@ -46,6 +45,7 @@ from jaxft.runs.loaded_weights import (
     template_settings,
 )
 from jaxft.runs.metrics_log import METRICS, read_entries
+from jaxft.runs.run_record import CHECKPOINTS, SUMMARY, read_record, read_saved_json
 from jaxft.runs.run_texts import same_prompts
 from jaxft.runs.settings.config import ObjectText, Recipe, Resolved, recipe_knobs
 from jaxft.runs.settings.option import as_text

@@ -12,7 +12,7 @@ from pathlib import Path
 from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.objectives.metrics import FloatMetrics
 from jaxft.report import compare, ranking
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.runs.metrics_log import METRICS, read_entries
 from jaxft.runs.settings.setting_values import describe, differences
 from jaxft.train.settings import Run
@@ -134,7 +134,7 @@ def reason_to_separate(runs: Mapping[str, Run]) -> str:
 def check_members(folder: Path, labels: list[str]) -> None:
     """Raise ValueError if `folder` has a sweep whose members are not `labels`."""
     path = folder / "config.json"
-    known = runfolder.read_saved_json(path).get("members", labels) if path.is_file() else labels
+    known = run_record.read_saved_json(path).get("members", labels) if path.is_file() else labels
     if known != labels:
         raise ValueError(
             f"{folder}: this sweep has the members {', '.join(known)}, not {', '.join(labels)}. "
@@ -169,8 +169,8 @@ def write_table(
     compare.write(folder, name, table, curves, text)
     summary = {"steps": steps, "members": table.as_json(), "failed": failed}
     summary["ranking"] = ranking.ranking_lines(results)
-    runfolder.sync_results(folder)
-    runfolder.write_durable_json(folder / runfolder.SUMMARY, summary)
+    run_record.sync_results(folder)
+    run_record.write_durable_json(folder / run_record.SUMMARY, summary)
     return "\n\n".join(ranking.texts(results))
 
 

@@ -214,7 +214,7 @@ def run_world(seed: int, steps: int, trials: int, with_grid: bool) -> dict[str, 
     from jaxft.distributed.exit import Interrupt
     from jaxft.lab.studies.halving import declared_lab, train_waves
     from jaxft.lab.studies.study_results import read_study
-    from jaxft.runs import folder as runfolder
+    from jaxft.runs import run_record
     from jaxft.train.logs.clock import Clock
 
     world = WordWorld(seed)
@@ -223,7 +223,7 @@ def run_world(seed: int, steps: int, trials: int, with_grid: bool) -> dict[str, 
         Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_model(Path("model"), seed)
     study = world_study("study", steps, trials)
-    folder, grid = (runfolder.folder_of(Path("runs"), name) for name in ("study", "grid"))
+    folder, grid = (run_record.folder_of(Path("runs"), name) for name in ("study", "grid"))
     folder.mkdir(parents=True)
     with jax.set_mesh(sharding.make_mesh(study.recipe.mesh)):
         (lab, done), opening = timed(declared_lab, study, Path(__file__), folder, Clock())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from engines import engine_of
 
-from jaxft.engine import programs as batch_invariance
+from jaxft.engine import programs
 from jaxft.engine.sampling import Sampling
 from jaxft.engine.session import Session, complete
 from jaxft.models.adapted import adapted
@@ -73,9 +73,9 @@ def test_a_completion_is_the_same_in_groups_of_any_size(family):
 
 
 def test_an_option_that_xla_does_not_have_is_left_out(monkeypatch):
-    batch_invariance.compiler_options.cache_clear()
-    assert batch_invariance.compiler_options("cpu") and not batch_invariance.compiler_options("gpu")
-    monkeypatch.setattr(batch_invariance, "NO_YNNPACK_REDUCTIONS", {"xla_cpu_of_another_version": "1"})
-    batch_invariance.compiler_options.cache_clear()
-    assert not batch_invariance.compiler_options("cpu")
-    batch_invariance.compiler_options.cache_clear()
+    programs.compiler_options.cache_clear()
+    assert programs.compiler_options("cpu") and not programs.compiler_options("gpu")
+    monkeypatch.setattr(programs, "NO_YNNPACK_REDUCTIONS", {"xla_cpu_of_another_version": "1"})
+    programs.compiler_options.cache_clear()
+    assert not programs.compiler_options("cpu")
+    programs.compiler_options.cache_clear()

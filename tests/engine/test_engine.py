@@ -13,8 +13,8 @@ from test_attention import described
 from tiny_model import CONFIG, tiny
 
 from jaxft.distributed.sharding import MeshShape, make_mesh
-from jaxft.engine import session as generation
-from jaxft.engine import state as engines
+from jaxft.engine import session
+from jaxft.engine import state as engine_state
 from jaxft.engine.sampling import NONFINITE, Sampling
 from jaxft.engine.session import Session, complete
 
@@ -72,7 +72,7 @@ def test_a_completion_depends_on_its_number_and_that_of_its_prompt_only(world, e
 
 
 def test_a_completion_ends_early_where_there_is_enough_and_the_others_go_on(world, expected, monkeypatch):
-    monkeypatch.setattr(generation, "STEPS_BETWEEN_LOOKS", 3)
+    monkeypatch.setattr(session, "STEPS_BETWEEN_LOOKS", 3)
     marks = range(0, CONFIG.vocab, 6)
     engine = engine_of(world, SAMPLED, STOP, 6, 64, 3, len(PROMPTS))
     ended, shown = [], []
@@ -97,8 +97,8 @@ def test_a_completion_ends_early_where_there_is_enough_and_the_others_go_on(worl
 
 def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, monkeypatch):
     """With programs for 27, 14 and 7 rows that read 5, 10 and 20 slots, three of which run."""
-    monkeypatch.setattr(engines, "FEWEST_ROWS", 4)
-    monkeypatch.setattr(engines, "SMALLEST_READ", 5)
+    monkeypatch.setattr(engine_state, "FEWEST_ROWS", 4)
+    monkeypatch.setattr(engine_state, "SMALLEST_READ", 5)
     sampling, stop = Sampling(max_new=20, temperature=1.25, top_k=9), tuple(range(0, 40, 5))
     engine = engine_of(world, sampling, stop, 27, 64, 3, len(PROMPTS))
     assert sorted(engine.decode) == [(7, 20, 64), (14, 20, 64), (27, 5, 64), (27, 10, 64), (27, 20, 64)]
@@ -110,7 +110,7 @@ def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, mo
     spied = replace(engine, decode={name: recorded(name, run) for name, run in engine.decode.items()})
     found = complete(Session(spied, world[1], KEY), PROMPTS)
     assert ran == [(27, 5, 64), (14, 20, 64), (7, 20, 64)]
-    monkeypatch.setattr(engines, "FEWEST_ROWS", 99)
+    monkeypatch.setattr(engine_state, "FEWEST_ROWS", 99)
     plain = engine_of(world, sampling, stop, 26, 64, 2, 13)
     np.testing.assert_array_equal(
         complete(Session(plain, world[1], KEY), PROMPTS).tokens, found.tokens[:, :2]
@@ -118,7 +118,7 @@ def test_rows_are_dropped_and_more_slots_are_read_as_completions_go_on(world, mo
 
 
 def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world, monkeypatch):
-    monkeypatch.setattr(engines, "SMALLEST_PROMPT_READ", 64)
+    monkeypatch.setattr(engine_state, "SMALLEST_PROMPT_READ", 64)
     prompts = [[3, 9], RNG.integers(0, CONFIG.vocab, 100).tolist(), [5], RNG.integers(0, 40, 64).tolist()]
     narrow, wide = (engine_of(world, SAMPLED, (), 1, size, 1, 4) for size in (128, 192))
     assert sorted(narrow.decode) == [(2, 20, 64), (2, 20, 128)]
@@ -130,15 +130,15 @@ def test_a_step_reads_half_of_the_prompt_slots_while_all_prompts_are_short(world
     spied = replace(narrow, decode={name: recorded(name, run) for name, run in narrow.decode.items()})
     found = complete(Session(spied, world[1], KEY), prompts)
     assert ran == [128, 64, 64, 64]  # the longest first
-    monkeypatch.setattr(engines, "SMALLEST_PROMPT_READ", 999)
+    monkeypatch.setattr(engine_state, "SMALLEST_PROMPT_READ", 999)
     plain = engine_of(world, SAMPLED, (), 3, 128, 1, 4)
     assert sorted(plain.decode) == [(3, 20, 128)] and sorted(wide.decode) == [(2, 20, 128), (2, 20, 192)]
     np.testing.assert_array_equal(found.tokens, complete(Session(plain, world[1], KEY), prompts).tokens)
 
 
 def test_short_prompts_are_not_padded_to_the_longest(world, monkeypatch):
-    monkeypatch.setattr(engines, "SMALLEST_PREFILL", 64)
-    monkeypatch.setattr(engines, "PREFILLED_TOKENS", 200)
+    monkeypatch.setattr(engine_state, "SMALLEST_PREFILL", 64)
+    monkeypatch.setattr(engine_state, "PREFILLED_TOKENS", 200)
     sizes = 70, 3, 180, 64, 1, 9, 33
     prompts = [RNG.integers(0, CONFIG.vocab, size).tolist() for size in sizes]
     engine = engine_of(world, SAMPLED, STOP, 14, 192, 2, 7)
@@ -157,7 +157,7 @@ def test_short_prompts_are_not_padded_to_the_longest(world, monkeypatch):
     assert ran == [
         ((1, 192), [180]), ((1, 192), [70]), ((3, 64), [9, 33, 64]), ((3, 64), [0, 1, 3]),
     ]  # fmt: skip
-    monkeypatch.setattr(engines, "SMALLEST_PREFILL", 999)
+    monkeypatch.setattr(engine_state, "SMALLEST_PREFILL", 999)
     plain = engine_of(world, SAMPLED, STOP, 12, 192, 2, 7)
     assert sorted(plain.start) == [(12, 1, 192)]
     np.testing.assert_array_equal(complete(Session(plain, world[1], KEY), prompts).tokens, found.tokens)
@@ -190,13 +190,22 @@ def test_rows_that_ended_take_waiting_prompts_before_the_others_end(world, group
 def test_on_accelerators_rows_that_ended_leave_by_default(monkeypatch):
     """Prompts wait for rows of an engine, or its programs for fewer rows run."""
     mesh = make_mesh(MeshShape(data=8))
-    assert engines.rows_in_progress(None, mesh) is None and engines.row_levels(40, None) == [40, 20, 10]
-    monkeypatch.setattr(engines, "first_device", lambda mesh: described("gpu", "NVIDIA H100 80GB HBM3"))
-    assert engines.rows_in_progress(None, None) == 256 and engines.rows_in_progress(None, mesh) == 8 * 256
-    assert engines.rows_in_progress(12, mesh) == 12
-    assert engines.slots_for(64, 16, 100, engines.rows_in_progress(None, None)).rows == 256
-    assert engines.row_levels(256, None) == [256, 128, 64] and engines.row_levels(100, None) == [100]
-    assert engines.row_levels(256, mesh) == [256]
+    assert engine_state.rows_in_progress(None, mesh) is None and engine_state.row_levels(40, None) == [
+        40,
+        20,
+        10,
+    ]
+    monkeypatch.setattr(engine_state, "first_device", lambda mesh: described("gpu", "NVIDIA H100 80GB HBM3"))
+    assert (
+        engine_state.rows_in_progress(None, None) == 256
+        and engine_state.rows_in_progress(None, mesh) == 8 * 256
+    )
+    assert engine_state.rows_in_progress(12, mesh) == 12
+    assert engine_state.slots_for(64, 16, 100, engine_state.rows_in_progress(None, None)).rows == 256
+    assert engine_state.row_levels(256, None) == [256, 128, 64] and engine_state.row_levels(100, None) == [
+        100
+    ]
+    assert engine_state.row_levels(256, mesh) == [256]
 
 
 @settings(max_examples=15, deadline=None)
@@ -229,26 +238,33 @@ def test_a_quantised_cache_changes_log_probs_a_little(world):
 
 
 def test_sizes():
-    assert engines.slots_for(8, 8, 1000) == engines.Slots(64, 8, 1024, 8)
-    assert engines.slots_for(96, 1, 70, 32) == engines.Slots(32, 32, 128, 8)
-    assert engines.slots_for(96, 1, 70, 8) == engines.Slots(8, 8, 128, 2)
-    assert engines.slots_for(10, 4, 64, 18) == engines.Slots(16, 8, 64, 1)
-    assert engines.slots_for(2, 8, 1, 3) == engines.Slots(8, 2, 64, 1)
-    assert engines.slots_for(10, 1, 64) == engines.Slots(10, 10, 64, 5)
-    assert engines.read_levels(16) == [16] and engines.read_levels(128) == [64, 128]
-    assert engines.read_levels(1000) == [256, 512, 1024]
-    levels = [engines.prefill_levels(engines.Slots(8, 8, size, 8), None) for size in (256, 320, 1024, 8192)]
+    assert engine_state.slots_for(8, 8, 1000) == engine_state.Slots(64, 8, 1024, 8)
+    assert engine_state.slots_for(96, 1, 70, 32) == engine_state.Slots(32, 32, 128, 8)
+    assert engine_state.slots_for(96, 1, 70, 8) == engine_state.Slots(8, 8, 128, 2)
+    assert engine_state.slots_for(10, 4, 64, 18) == engine_state.Slots(16, 8, 64, 1)
+    assert engine_state.slots_for(2, 8, 1, 3) == engine_state.Slots(8, 2, 64, 1)
+    assert engine_state.slots_for(10, 1, 64) == engine_state.Slots(10, 10, 64, 5)
+    assert engine_state.read_levels(16) == [16] and engine_state.read_levels(128) == [64, 128]
+    assert engine_state.read_levels(1000) == [256, 512, 1024]
+    levels = [
+        engine_state.prefill_levels(engine_state.Slots(8, 8, size, 8), None)
+        for size in (256, 320, 1024, 8192)
+    ]
     assert levels == [
         [(8, 256)], [(8, 128), (6, 320)], [(8, 256), (2, 1024)], [(4, 512), (1, 2048), (1, 8192)],
     ]  # fmt: skip
     mesh = make_mesh(MeshShape(data=8))
-    assert engines.prefill_levels(engines.Slots(8, 8, 1024, 8), mesh) == [(8, 256), (8, 1024)]
-    d = engines.Decoding(None, Sampling(16), ())
-    levels = [engines.decode_levels(d, engines.Slots(8, 8, size, 8), None) for size in (256, 512, 1088)]
+    assert engine_state.prefill_levels(engine_state.Slots(8, 8, 1024, 8), mesh) == [(8, 256), (8, 1024)]
+    d = engine_state.Decoding(None, Sampling(16), ())
+    levels = [
+        engine_state.decode_levels(d, engine_state.Slots(8, 8, size, 8), None) for size in (256, 512, 1088)
+    ]
     assert levels == [[(8, 16, 256)], [(8, 16, 256), (8, 16, 512)], [(8, 16, 576), (8, 16, 1088)]]
     served = replace(d, sampling=Sampling(200), serving=True)
-    assert engines.decode_levels(served, engines.Slots(8, 8, 512, 1), None) == [(8, 256, 512)]
-    goes_on = engines.decode_levels(replace(served, extends=True), engines.Slots(8, 8, 512, 1), None)
+    assert engine_state.decode_levels(served, engine_state.Slots(8, 8, 512, 1), None) == [(8, 256, 512)]
+    goes_on = engine_state.decode_levels(
+        replace(served, extends=True), engine_state.Slots(8, 8, 512, 1), None
+    )
     assert goes_on == [(8, 64, 512), (8, 128, 512), (8, 256, 512)]
-    assert engines.extend_levels(2, 512) == [(1, 64)]
-    assert engines.extend_levels(64, 1536) == [(1, 64), (1, 512), (4, 64)]
+    assert engine_state.extend_levels(2, 512) == [(1, 64)]
+    assert engine_state.extend_levels(64, 1536) == [(1, 64), (1, 512), (4, 64)]

@@ -12,7 +12,7 @@ from merged_arrays import merged_arrays
 from tiny_model import tiny
 
 from jaxft.distributed import sharding
-from jaxft.engine import session as generation
+from jaxft.engine import session as session_module
 from jaxft.engine.programs import program_tracers
 from jaxft.engine.sampling import (
     NONFINITE,
@@ -302,7 +302,7 @@ def test_the_token_of_a_later_prompt_is_named(world, monkeypatch):
     tokens = np.full((4, 1, 4), 7)
     tokens[3, 0, 2:] = NONFINITE, -1
     monkeypatch.setattr(
-        generation, "complete", lambda session, prompts: SampledTokens(tokens, np.zeros((4, 1, 4)))
+        session_module, "complete", lambda session, prompts: SampledTokens(tokens, np.zeros((4, 1, 4)))
     )
     with pytest.raises(ValueError, match="the logits of token 3 after prompt 4 are not finite"):
         generate(None, [[1], [2], [3], [30]])

@@ -12,7 +12,7 @@ from jaxft.data.pairs import PairRows
 from jaxft.data.prompts import Prompts
 from jaxft.data.sft import Rows
 from jaxft.plan import machines
-from jaxft.plan import plan as planner
+from jaxft.plan import plan as plan_module
 from jaxft.plan.plan_report import Cost, RunSteps, steps_of, unknown_lines
 
 TEXT = "x" * 60  # with the column's other text 64 characters, or 16 tokens
@@ -127,7 +127,7 @@ def test_a_machine_that_cannot_be_planned_is_an_error_before_anything_is_compile
         return SimpleNamespace(name=name, devices=[0])
 
     monkeypatch.setattr(machines, "machine", machine)
-    monkeypatch.setattr(planner, "plans", lambda *args: pytest.fail("compiled"))
+    monkeypatch.setattr(plan_module, "plans", lambda *args: pytest.fail("compiled"))
     monkeypatch.setattr(sys, "argv", ["plan", "sft", "--devices", "v5e:1x1", "h100:1", "--price", "2"])
     with pytest.raises(ValueError, match="CUDA plugin"):
         load("plan").main()

@@ -19,9 +19,7 @@ from tiny_plan import CHIP, HAS_CUDA, HAS_TPU, TINY, made_up, tiny, tiny_pairs, 
 from jaxft.distributed import sharding
 from jaxft.engine.sampling import Sampling
 from jaxft.nn.quant import Quant
-from jaxft.plan import machines, plan
-from jaxft.plan import plan as plan_programs
-from jaxft.plan import plan_report as plan_text
+from jaxft.plan import machines, plan, plan_report
 from jaxft.train import programs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +35,7 @@ def test_parts_sum_to_the_total_and_cover_all_arguments():
     assert found.parts["quantised base"] > 0 and found.fits and found.limit == CHIP.memory - CHIP.reserved
     assert json.loads(json.dumps(found.json()))["flops_per_token"] > 0
     assert found.collectives["all-gather"]["within"] > 0 and found.collectives["all-gather"]["across"] == 0
-    text = plan_text.plan_report(found)
+    text = plan_report.plan_report(found)
     assert "quantised base" in text and "fits," in text and "MFU" in text and "assumed:" in text
 
 
@@ -45,7 +43,7 @@ def test_a_run_has_a_program_for_each_of_its_phases():
     def names(run):
         p, _ = programs.abstract(run, jax.devices()[:1])
         with jax.set_mesh(p.mesh):
-            return [one.name for one in plan_programs.all_programs(run, p) if one.trace().jaxpr.jaxpr.eqns]
+            return [one.name for one in plan.all_programs(run, p) if one.trace().jaxpr.jaxpr.eqns]
 
     # for SFT, general text is the evaluation program
     assert names(tiny(general="text")) == [
@@ -78,10 +76,10 @@ def test_resident_bytes_are_equal_in_all_programs():
     assert cache < sampling.parts[plan.SAMPLER] < 1.1 * cache
     assert found[0] is sampling
     assert step.flops and step.estimate and sampling.flops is sampling.estimate is None
-    text = plan_text.programs_report(found)
+    text = plan_report.programs_report(found)
     assert "the largest is sample completions: fits," in text and all(name in text for name in sizes)
-    assert "sample completions on" in plan_text.plan_report(sampling)
-    small = plan_text.record(step, [replace(p, missing=1) if p is sampling else p for p in found])
+    assert "sample completions on" in plan_report.plan_report(sampling)
+    small = plan_report.record(step, [replace(p, missing=1) if p is sampling else p for p in found])
     assert not small["fits"] and small["programs"]["train step"]["fits"] and small["total"] == step.total
     assert json.loads(json.dumps(small))["programs"] == small["programs"]
 
@@ -110,7 +108,7 @@ def test_a_plan_that_does_not_fit_reports_the_missing_bytes():
     assert (
         not found.fits
         and found.missing == found.total - 2**19
-        and "does not fit: exceeds the limit of 0.00 GiB by 0.0" in plan_text.plan_report(found)
+        and "does not fit: exceeds the limit of 0.00 GiB by 0.0" in plan_report.plan_report(found)
     )
 
 

@@ -9,8 +9,7 @@ from tiny_plan import TINY, made_up, tiny
 
 from jaxft.distributed import sharding
 from jaxft.nn.quant import Quant
-from jaxft.plan import plan, program_bytes
-from jaxft.plan import plan_report as plan_text
+from jaxft.plan import plan, plan_report, program_bytes
 from jaxft.plan.plan import Flops, flops, is_fp8, matmul_flops
 from jaxft.train import programs
 
@@ -43,14 +42,14 @@ def test_empty_rows_count_in_program_flops_but_not_in_tokens():
         4 * alone.program
     )
     assert found.estimate.mfu == pytest.approx(found.estimate.hfu * alone.model / alone.program / 4)
-    text = plan_text.plan_report(found)
+    text = plan_report.plan_report(found)
     assert "per step of 128 tokens" in text and "75 % of its 512 token slots that are empty" in text
     assert "6 of the 8 slots for rows in a step are empty (75 %)" in text and "FP8" not in text
     some = replace(found, flops=replace(found.flops, fp8=found.flops.program / 4))
-    assert "FP8: 25 % of the program's FLOPs; in bfloat16 its matmuls would take" in plan_text.plan_report(
+    assert "FP8: 25 % of the program's FLOPs; in bfloat16 its matmuls would take" in plan_report.plan_report(
         some
     )
-    assert alone.empty_fraction == 0 and "empty" not in plan_text.plan_report(
+    assert alone.empty_fraction == 0 and "empty" not in plan_report.plan_report(
         replace(found, flops=alone, notes=())
     )
 
@@ -119,12 +118,12 @@ def test_exposed_weight_gathers_are_the_bottleneck_and_limit_scaling():
     counts, kinds = Flops(100, 100, 1e7, 1e7), plan.by_kind(done)
     plain = plan.Plan("m", 2, "step", {}, 1, 2, None, 0, counts, kinds, 0, 0, e, 0.0, False, {})
     enough = 50 * e.weights / e.compute  # tokens a device
-    assert "10 as all-reduces" in plan_text.plan_report(plain)
-    limit = plan_text.scaling_limit(plain)
+    assert "10 as all-reduces" in plan_report.plan_report(plain)
+    limit = plan_report.scaling_limit(plain)
     assert f"more than B / {enough:,.0f} devices" in limit and "Gathers are exposed" in limit
     overlapped = plan.estimate(machine, (1e7, 1e7), 0, [collective("all-gather", True)], 1e12)
     assert overlapped.weights == overlapped.overlapped > 0
-    assert "B tokens are not faster" in plan_text.scaling_limit(replace(plain, estimate=overlapped))
+    assert "B tokens are not faster" in plan_report.scaling_limit(replace(plain, estimate=overlapped))
     none = plan.estimate(machine, (1e7, 1e7), 0, [collective("all-reduce", False)], 1e12)
     assert none.bottleneck == "activation collectives"
-    assert "gathers no weights" in plan_text.scaling_limit(replace(plain, estimate=none))
+    assert "gathers no weights" in plan_report.scaling_limit(replace(plain, estimate=none))

@@ -13,7 +13,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.objective import Facts
 from jaxft.objectives.policy import policy
-from jaxft.rl import rollout_source as rollouts
+from jaxft.rl import rollout_source
 from jaxft.rl.rewards import number
 from jaxft.rl.rollout_layout import BoundRun, pack_episodes
 from jaxft.rl.rollout_rules import Rules
@@ -123,12 +123,12 @@ def test_observation_weights_sum_to_1_over_a_batch_and_to_0_while_the_policy_wai
     ones = np.ones((2, 2), bool)
     rollout = TrainingRollout(0, packed.rows, episodes().lengths, ones, ones, {})
     like = SimpleNamespace(ids=np.zeros((1, 2, 64)))
-    batch = rollouts.rollout_batch(own, rollout, np.arange(2), True, like)
+    batch = rollout_source.rollout_batch(own, rollout, np.arange(2), True, like)
     found = batch.observation_weights[0][packed.rows.observation_weights > 0]
     np.testing.assert_allclose(found, np.full(9, 1 / 9), rtol=1e-6)
-    waits = rollouts.rollout_batch(own, rollout, np.arange(2), False, like)
+    waits = rollout_source.rollout_batch(own, rollout, np.arange(2), False, like)
     assert not waits.observation_weights.any() and not waits.policy_weights.any()
-    nothing = rollouts.rollout_batch(
+    nothing = rollout_source.rollout_batch(
         own, rollout, np.array([1]), True, like
     )  # no observed token: no division by 0
     assert not nothing.observation_weights.any()
@@ -162,4 +162,4 @@ def test_echo_without_anything_given_is_refused():
             *[None] * 2, SimpleNamespace(facts=Facts(observations=objective)), *[None] * 3, (), None
         )
         with pytest.raises(ValueError, match=f"data.observations={value} does not fit the objective"):
-            rollouts.check_policy_run(own, run)
+            rollout_source.check_policy_run(own, run)

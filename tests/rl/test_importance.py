@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxft.rl import token_weights as I
+from jaxft.rl import token_weights as T
 
 NAN = float("nan")
 RATIOS = np.array([[0.5, 2.0, 4.0], [0.25, NAN, NAN], [NAN, NAN, NAN]])  # beyond the lengths: anything
 LENGTHS = np.array([3, 1, 0])
-CORRECTIONS = [I.truncated_tokens, I.masked_tokens, I.truncated_completions, I.masked_completions]
+CORRECTIONS = [T.truncated_tokens, T.masked_tokens, T.truncated_completions, T.masked_completions]
 
 
 def weights(correction, **bounds):
@@ -22,27 +22,27 @@ def weights(correction, **bounds):
 def test_weights_of_tokens_are_truncated_or_masked_one_by_one():
     """By hand, with TRL 1.16's bounds: none below, 3 above."""
     truncated = [[0.5, 2, 3], [0.25, 0, 0], [0, 0, 0]]
-    assert weights(I.truncated_tokens) == (truncated, [0.5, 2, 3, 0.25])
-    assert weights(I.masked_tokens) == ([[0.5, 2, 0], [0.25, 0, 0], [0, 0, 0]], [0.5, 2, 0, 0.25])
-    assert weights(I.truncated_tokens, least=0.4, most=1.5)[1] == [0.5, 1.5, 1.5, 0.4]
-    assert weights(I.masked_tokens, least=0.5, most=4.0)[1] == [0.5, 2, 4, 0]  # the bounds are inside
+    assert weights(T.truncated_tokens) == (truncated, [0.5, 2, 3, 0.25])
+    assert weights(T.masked_tokens) == ([[0.5, 2, 0], [0.25, 0, 0], [0, 0, 0]], [0.5, 2, 0, 0.25])
+    assert weights(T.truncated_tokens, least=0.4, most=1.5)[1] == [0.5, 1.5, 1.5, 0.4]
+    assert weights(T.masked_tokens, least=0.5, most=4.0)[1] == [0.5, 2, 4, 0]  # the bounds are inside
 
 
 def test_weights_of_completions_are_products_of_their_tokens_ratios():
     """0.5 * 2 * 4 = 4, and 0.25; an empty completion is no sample."""
-    assert weights(I.truncated_completions) == ([[3, 3, 3], [0.25, 0, 0], [0, 0, 0]], [3, 0.25])
-    assert weights(I.masked_completions) == ([[0, 0, 0], [0.25, 0, 0], [0, 0, 0]], [0, 0.25])
-    assert weights(I.masked_completions, least=0.3, most=4.5)[1] == [4, 0]
+    assert weights(T.truncated_completions) == ([[3, 3, 3], [0.25, 0, 0], [0, 0, 0]], [3, 0.25])
+    assert weights(T.masked_completions) == ([[0, 0, 0], [0.25, 0, 0], [0, 0, 0]], [0, 0.25])
+    assert weights(T.masked_completions, least=0.3, most=4.5)[1] == [4, 0]
 
 
 def test_a_geometric_mean_masks_a_completion_whatever_its_length():
     """Of ratios 0.5, 2 and 4 it is 4^(1/3) = 1.587; of 0.25 alone 0.25. Within the bounds the weight is 1."""
-    assert weights(I.masked_geometric_means, least=0.5, most=1.6) == ([[1, 1, 1], [0] * 3, [0] * 3], [1, 0])
-    assert weights(I.masked_geometric_means, least=0.2, most=1.5)[1] == [0, 1]
-    assert weights(I.masked_geometric_means)[1] == [0, 0]
-    found = I.masked_geometric_means(np.full((1, 1000), 0.0009), np.array([1000]))  # their product is 2.5
+    assert weights(T.masked_geometric_means, least=0.5, most=1.6) == ([[1, 1, 1], [0] * 3, [0] * 3], [1, 0])
+    assert weights(T.masked_geometric_means, least=0.2, most=1.5)[1] == [0, 1]
+    assert weights(T.masked_geometric_means)[1] == [0, 0]
+    found = T.masked_geometric_means(np.full((1, 1000), 0.0009), np.array([1000]))  # their product is 2.5
     assert (
-        found.tokens.all() and I.masked_completions(np.full((1, 1000), 0.0015), np.array([1000])).samples == 0
+        found.tokens.all() and T.masked_completions(np.full((1, 1000), 0.0015), np.array([1000])).samples == 0
     )
 
 
@@ -64,11 +64,11 @@ def test_weights_within_the_bounds_turn_means_of_samples_into_means_under_the_tr
 
 def test_the_effective_sample_size_is_a_fraction():
     for sizes, expected in (([2.0] * 5, 1), ([0.0, 7.0, 0.0, 0.0], 1 / 4), ([3.0, 1.0], 16 / 20), ([0.0], 0)):
-        assert I.effective_samples(np.array(sizes)) == pytest.approx(expected)
+        assert T.effective_samples(np.array(sizes)) == pytest.approx(expected)
 
 
 def test_weights_are_logged_with_mean_extremes_and_effective_sample_size():
-    metrics = I.weight_metrics(I.truncated_tokens(np.log(RATIOS), LENGTHS))
+    metrics = T.weight_metrics(T.truncated_tokens(np.log(RATIOS), LENGTHS))
     values = {name.rpartition("/")[2]: x for name, x in metrics.items()}
     assert values["mean"].total / values["mean"].weight == pytest.approx(5.75 / 4)
     assert (values["min"].value, values["max"].value) == (pytest.approx(0.25), pytest.approx(3))

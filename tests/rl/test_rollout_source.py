@@ -21,7 +21,7 @@ from jaxft.nn.rope import Rope
 from jaxft.objectives.metrics import Sum
 from jaxft.objectives.objective import Facts, Objective, Scores
 from jaxft.objectives.policy import with_target_kl
-from jaxft.rl import rollout_source as rollouts
+from jaxft.rl import rollout_source
 from jaxft.rl.advantages import centred, grpo, nonconstant_groups, rloo, scale_scores, update_moments
 from jaxft.rl.estimators import actor_critic, by_each, by_group, group_whitened, reinforce
 from jaxft.rl.online_pairs import OnlinePairs
@@ -232,9 +232,9 @@ def test_by_each_in_a_group_of_one_is_refused(tmp_path):
 )
 def test_an_estimator_that_does_not_fit_the_run_is_refused_before_sampling(rules, facts, message):
     with pytest.raises(ValueError, match=message):
-        rollouts.check_policy_run(Rollouts("x", rules=rules, group=1), bound_run(**facts))
+        rollout_source.check_policy_run(Rollouts("x", rules=rules, group=1), bound_run(**facts))
     fits = Rollouts("x", rules=Rules((number,), actor_critic), group=1)
-    rollouts.check_policy_run(fits, bound_run(critic=True, reference="start", kl_in_rewards=True))
+    rollout_source.check_policy_run(fits, bound_run(critic=True, reference="start", kl_in_rewards=True))
 
 
 def test_completions_outside_of_the_policy_mask_have_no_weight(tmp_path):
@@ -370,18 +370,18 @@ def test_a_fault_is_printed_once(tmp_path, capsys):
 def test_fused_backward_is_refused_if_the_policy_may_be_frozen(rules, facts):
     data = Rollouts("x", group=2, passes=2, rules=Rules((number,), **rules))
     with pytest.raises(ValueError, match="optim.fused_backward=true always updates the policy"):
-        rollouts.check_policy_run(data, bound_run(fused_backward=True, **facts))
-    rollouts.check_policy_run(data, bound_run(**facts))
+        rollout_source.check_policy_run(data, bound_run(fused_backward=True, **facts))
+    rollout_source.check_policy_run(data, bound_run(**facts))
     data = Rollouts("x", group=2, rules=Rules((number,)))
-    rollouts.check_policy_run(data, bound_run(fused_backward=True))
+    rollout_source.check_policy_run(data, bound_run(fused_backward=True))
 
 
 def test_a_run_that_does_not_fit_its_rollouts_is_refused():
     data = Rollouts("x", group=2, temperature=0.5, rules=Rules((number,)))
     with pytest.raises(ValueError, match="data.temperature=0.5 differs from the objective's 0.9"):
-        rollouts.check_policy_run(data, bound_run(temperature=0.9))
+        rollout_source.check_policy_run(data, bound_run(temperature=0.9))
     with pytest.raises(ValueError, match="target_kl=.* skips later steps of a rollout, but each"):
-        rollouts.check_policy_run(data, bound_run(temperature=0.5, target_kl=0.1))
+        rollout_source.check_policy_run(data, bound_run(temperature=0.5, target_kl=0.1))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_a_run_that_does_not_fit_its_rollouts_is_refused():
 )
 def test_log_probs_are_recomputed_unless_the_ratio_is_1_or_to_the_sampler(settings, facts, recompute):
     data = Rollouts("x", **{"rules": Rules((number,)), **settings})
-    assert rollouts.needs_recomputed_logps(data, SimpleNamespace(facts=Facts(**facts))) == recompute
+    assert rollout_source.needs_recomputed_logps(data, SimpleNamespace(facts=Facts(**facts))) == recompute
 
 
 def test_a_run_whose_log_probs_are_not_recomputed_says_so():
@@ -428,9 +428,11 @@ def test_the_fingerprint_of_a_reward_model_is_a_dependency():
     reward = SimpleNamespace(name="judge", fingerprint=lambda: "abc")
     rules = SimpleNamespace(rewards=(reward,), train_on_truncated=True, filter=None)
     data = replace(Rollouts("x", rules=Rules((number,))), rules=rules)
-    info = rollouts.rollout_info(data, TOKENIZER, stored_prompts(2), stored_prompts(2))
+    info = rollout_source.rollout_info(data, TOKENIZER, stored_prompts(2), stored_prompts(2))
     assert info.recorded == {"reward_judge_fingerprint": "abc"}
-    plain = rollouts.rollout_info(Rollouts("x", rules=Rules((number,))), TOKENIZER, *[stored_prompts(2)] * 2)
+    plain = rollout_source.rollout_info(
+        Rollouts("x", rules=Rules((number,))), TOKENIZER, *[stored_prompts(2)] * 2
+    )
     assert plain.recorded == {}
 
 

@@ -28,7 +28,7 @@ from jaxft.nn.param_spec import init_params
 from jaxft.nn.rope import Rope
 from jaxft.objectives.losses.policy_losses import clipped
 from jaxft.objectives.policy import policy
-from jaxft.rl import rollout_sampler as sampler_module
+from jaxft.rl import rollout_sampler
 from jaxft.rl.episodes import rollout
 from jaxft.rl.online_pairs import to_pairs
 from jaxft.rl.rewards import EnvironmentReward, exact
@@ -163,7 +163,7 @@ class Game:
 @pytest.mark.parametrize("turns", [1, 3])
 def test_rows_in_progress_and_the_cache_format_of_a_run_are_those_of_its_settings(monkeypatch, turns):
     compiled = []
-    monkeypatch.setattr(sampler_module, "compile_engine", lambda d, *rest: compiled.append((d, rest[1])))
+    monkeypatch.setattr(rollout_sampler, "compile_engine", lambda d, *rest: compiled.append((d, rest[1])))
     sizes = {
         "max_new": 4,
         "group": 4,

@@ -13,8 +13,7 @@ from tiny_llama import tiny_torch, write_folder
 from tiny_run import Place, write_place
 
 from jaxft.report import document
-from jaxft.runs import folder_copies, loaded_weights
-from jaxft.runs import object_store as stores
+from jaxft.runs import folder_copies, loaded_weights, object_store
 from jaxft.runs.folder_copies import mirrored
 
 CREDENTIALS = {
@@ -33,7 +32,7 @@ def store(monkeypatch, tmp_path):
         monkeypatch.setenv("AWS_ENDPOINT_URL", store.address)
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", store.address)
         quick = {"max_retries": 2, "initial_delay": "1ms", "max_delay": "1ms"}
-        monkeypatch.setattr(stores, "RETRIES", quick)
+        monkeypatch.setattr(object_store, "RETRIES", quick)
         monkeypatch.setattr(document, "packed_plotly", lambda: "")
         (tmp_path / "here").mkdir()
         monkeypatch.chdir(tmp_path / "here")

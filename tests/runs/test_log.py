@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from jaxft.objectives.alarms import Alarms, preference_alarms
-from jaxft.runs import console as console_view
+from jaxft.runs import console as console_module
 from jaxft.runs import metrics_log
 from jaxft.runs.log import Log
 from jaxft.train.logs.logs import Logs
@@ -314,7 +314,7 @@ def test_the_live_view_shows_progress_and_messages_and_gives_the_cursor_back(tmp
     parts += ["1,234 tok/s", "MFU 41.5%", "2.00 GiB"]
     for part in parts:
         assert part in last, part
-    assert any(block in last for block in console_view.BLOCKS)
+    assert any(block in last for block in console_module.BLOCKS)
     assert raw.count("\x1b[?25l") == raw.count("\x1b[?25h") == 1
     assert "step 8/8" not in text  # no plain lines next to the live view
 
@@ -344,7 +344,7 @@ def test_an_ascii_pipe_as_standard_output_works(tmp_path):
     [([], ""), ([1.0, 1.0], "▁▁"), ([0.0, 1.0, 0.5], "▁█▅"), ([math.nan, 0.0, 1.0], " ▁█"), ([math.inf], "")],
 )
 def test_sparkline(values, expected):
-    assert console_view.sparkline(values) == expected
+    assert console_module.sparkline(values) == expected
 
 
 def test_a_metrics_file_that_cannot_be_written_is_one_line(tmp_path):

@@ -7,7 +7,7 @@ from prepared import prepare, working_directory
 from tiny_run import write_place
 
 from jaxft.data.row_settings import DATE
-from jaxft.runs.folder import prompt_differences
+from jaxft.runs.run_record import prompt_differences
 from jaxft.train.logs.logs import startup_lines
 
 SAME = {"objective": {}, "data": {"format": "auto", "date": DATE}, "chat_template": "ab"}

@@ -8,9 +8,9 @@ import shutil
 import pytest
 
 from jaxft.rl.reward_models import ModelReward
-from jaxft.runs import folder as runfolder
-from jaxft.runs.folder import earlier_end_notes
+from jaxft.runs import run_record
 from jaxft.runs.loaded_weights import named_weights
+from jaxft.runs.run_record import earlier_end_notes
 
 RECORD = {"weights": "base", "model": {"dtype": "float32"}, "data": {"date": "26 Jul 2024"}}
 
@@ -25,7 +25,7 @@ def run(tmp_path, monkeypatch):
         for file in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"):
             (run / name / file).write_bytes(f"{name} {file}".encode() * 100)
     (run / "config.json").write_text(json.dumps(RECORD))
-    runfolder.write_durable_json(run / "summary.json", {"steps": 4, "files": runfolder.result_hashes(run)})
+    run_record.write_durable_json(run / "summary.json", {"steps": 4, "files": run_record.result_hashes(run)})
     return run
 
 
@@ -38,7 +38,7 @@ def test_every_file_but_the_model_card_is_recorded(run):
         if p.name != "README.md"
     }
     for folder in (run, run / "adapter", run / "best" / "adapter"):
-        runfolder.check_results(folder)
+        run_record.check_results(folder)
 
 
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "tokenizer.json", "adapter_config.json"])
@@ -49,24 +49,24 @@ def test_a_flipped_bit_in_a_result_is_refused_with_the_file(run, file):
     path.write_bytes(data)
     for folder in (run, run / "adapter"):
         with pytest.raises(ValueError, match=f"{file}: the file has changed since the run was finished"):
-            runfolder.check_results(folder)
+            run_record.check_results(folder)
     with pytest.raises(ValueError, match=f"{file}: the file has changed since"):
-        runfolder.trained_weights(run)
-    runfolder.check_results(run / "best" / "adapter")
+        run_record.trained_weights(run)
+    run_record.check_results(run / "best" / "adapter")
 
 
 def test_a_missing_result_is_refused_and_a_card_may_be_edited(run):
     (run / "adapter" / "README.md").write_text("my own words")
-    runfolder.check_results(run)
+    run_record.check_results(run)
     (run / "adapter" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match="tokenizer.json: no such file"):
-        runfolder.check_results(run / "adapter")
+        run_record.check_results(run / "adapter")
 
 
 def test_weights_of_an_earlier_end_are_reported_when_the_run_has_gone_on(run):
     path, names = run / "metrics.jsonl", dict(run=run, model=None, adapter=None)
     (run / "adapter" / "adapter_config.json").write_text("{}")
-    runfolder.write_durable_json(run / "summary.json", {"steps": 4})
+    run_record.write_durable_json(run / "summary.json", {"steps": 4})
     path.write_text('{"step": 4, "loss": 1.0}\n{"step": 4, "eval_loss": 1.0}\n')
     assert named_weights(**names).notes == []
     path.write_text(path.read_text() + '{"step": 6, "loss": 1.0}\n')
@@ -87,16 +87,16 @@ def test_weights_that_are_gone_from_a_finished_run_name_the_remedy_that_works(ru
     with pytest.raises(
         FileNotFoundError, match="neither adapter/ nor model/; the command that started the run"
     ):
-        runfolder.trained_weights(run)
+        run_record.trained_weights(run)
     (run / "summary.json").unlink()
     with pytest.raises(FileNotFoundError, match="neither adapter/ nor model/; finish the run"):
-        runfolder.trained_weights(run)
+        run_record.trained_weights(run)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "adapter", "extra"])
 def test_a_pipe_or_a_file_in_the_place_of_a_folder_is_refused_at_the_start(tmp_path, name):
     (tmp_path / "profile").mkdir()
-    with runfolder.lock(tmp_path):
+    with run_record.lock(tmp_path):
         (tmp_path / "model").mkdir()
     (tmp_path / "lock").unlink()
     if name == "adapter":
@@ -107,7 +107,7 @@ def test_a_pipe_or_a_file_in_the_place_of_a_folder_is_refused_at_the_start(tmp_p
         pytest.raises(
             ValueError, match=rf"/{name}: a (file|pipe, socket or device) is in the way; .* Move it, or"
         ),
-        runfolder.lock(tmp_path),
+        run_record.lock(tmp_path),
     ):
         pass
 
@@ -115,10 +115,10 @@ def test_a_pipe_or_a_file_in_the_place_of_a_folder_is_refused_at_the_start(tmp_p
 def test_folders_without_recorded_hashes_pass(run, tmp_path):
     (run / "summary.json").write_text('{"steps": 4}')
     (run / "adapter" / "tokenizer.json").write_text("changed")
-    runfolder.check_results(run / "adapter")
-    runfolder.check_results(tmp_path / "not a run" / "adapter")
+    run_record.check_results(run / "adapter")
+    run_record.check_results(tmp_path / "not a run" / "adapter")
     (tmp_path / "summary.json").write_text("[]")  # of somebody else, two folders above
-    runfolder.check_results(tmp_path / "jaxft-push-1" / "sft")
+    run_record.check_results(tmp_path / "jaxft-push-1" / "sft")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_folders_without_recorded_hashes_pass(run, tmp_path):
 def test_a_summary_of_another_shape_is_named(run, text):
     (run / "summary.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"summary\.json"):
-        runfolder.finished_steps(run)
+        run_record.finished_steps(run)
 
 
 @pytest.mark.parametrize(
@@ -138,4 +138,4 @@ def test_a_summary_of_another_shape_is_named(run, text):
 def test_a_config_that_is_no_run_s_is_named(run, record):
     (run / "config.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"config\.json"):
-        runfolder.trained_weights(run)
+        run_record.trained_weights(run)

@@ -18,8 +18,7 @@ from prepared import working_directory
 from tiny_run import SLOW_STEPS, Place, write_place
 
 from jaxft.distributed.exit import RestartError
-from jaxft.runs import folder_copies, manifest, terminal
-from jaxft.runs import object_store as stores
+from jaxft.runs import folder_copies, manifest, object_store, terminal
 from jaxft.runs.folder_copies import mirrored
 from jaxft.runs.settings.config import resolve_config
 from jaxft.train import loop
@@ -44,7 +43,7 @@ def store(monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", store.address)
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", store.address)
         quick = {"max_retries": 2, "initial_delay": "1ms", "max_delay": "1ms"}
-        monkeypatch.setattr(stores, "RETRIES", quick)
+        monkeypatch.setattr(object_store, "RETRIES", quick)
         yield store
 
 
@@ -131,7 +130,7 @@ def test_a_result_that_was_set_aside_is_not_copied(store, tmp_path):
         pass
     sent = {name for name in tree_of(here) if "bad" not in name or "badge" in name}
     with started(write_folder(tmp_path / "there")):
-        names = stores.open_store(PLACE["s3"]).names("")
+        names = object_store.open_store(PLACE["s3"]).names("")
     assert {name for name in names if name != "index.json"} == sent
 
 
@@ -398,7 +397,7 @@ def test_a_store_that_fails_at_the_end_of_a_stopped_run_is_a_warning(store, tmp_
 
 
 def test_a_start_during_a_copy_remains_the_one_that_sends(store, tmp_path, monkeypatch):
-    first, work = write_folder(tmp_path / "first"), stores.Store.write_files
+    first, work = write_folder(tmp_path / "first"), object_store.Store.write_files
     lines, pending, owners = [], [], []
 
     def owner():
@@ -411,7 +410,7 @@ def test_a_start_during_a_copy_remains_the_one_that_sends(store, tmp_path, monke
                 owners.append(owner())
         return work(self, *arguments)
 
-    monkeypatch.setattr(stores.Store, "write_files", interrupted)
+    monkeypatch.setattr(object_store.Store, "write_files", interrupted)
     with (
         pytest.raises(OSError, match="is written by another process"),
         started(first, report=lines.append) as copy,
@@ -434,7 +433,7 @@ def test_no_error_of_a_copy_reaches_the_run(store, tmp_path, monkeypatch):
             copy(len(lines))
         store.objects[index] = intact
         with monkeypatch.context() as patch:
-            patch.setattr(stores.Store, "write_files", lambda *_: bytes(1 << 62))
+            patch.setattr(object_store.Store, "write_files", lambda *_: bytes(1 << 62))
             write_step(here, 2)
             copy(2)
         store.objects[index] = b"{"
@@ -474,7 +473,9 @@ def test_weights_that_do_not_match_the_index_are_not_used(store, tmp_path):
     store.objects[weights] = b"weightz"
     refusal = rf"^s3://bucket/{weights} does not match index\.json: .* start the run's command again"
     with pytest.raises(ValueError, match=refusal):
-        folder_copies.Mirror(tmp_path / "cache", stores.open_store(PLACE["s3"]), lines.append).fetch_results()
+        folder_copies.Mirror(
+            tmp_path / "cache", object_store.open_store(PLACE["s3"]), lines.append
+        ).fetch_results()
     assert not (tmp_path / "cache" / "adapter").exists()
     with started(there, report=lines.append):
         assert not (there / "adapter").exists() and (there / "checkpoints" / "1").is_dir()
@@ -503,15 +504,15 @@ def test_the_newest_intact_checkpoint_of_a_store_takes_the_place_of_a_damaged_on
 
 def test_a_store_that_is_down_delays_no_step_and_is_reported_with_the_time(store, tmp_path, monkeypatch):
     here, lines, opened = write_folder(tmp_path / "here"), [], threading.Event()
-    names = stores.Store.names
+    names = object_store.Store.names
 
     def waiting(self, *args):
         if threading.current_thread() is not threading.main_thread():
             assert opened.wait(60)
-            raise stores.StoreError(f"{self.url}: it is down")
+            raise object_store.StoreError(f"{self.url}: it is down")
         return names(self, *args)
 
-    monkeypatch.setattr(stores.Store, "names", waiting)
+    monkeypatch.setattr(object_store.Store, "names", waiting)
     with mirrored(here, PLACE["s3"], {"config.json": RECORD}, lines.append) as copies:
         copies.accepted()
         for step in (1, 2, 3):

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.runs import folder, versions_and_devices
+from jaxft.runs import run_record, versions_and_devices
 
 
 def test_env_json_has_every_start_and_changes_are_reported(tmp_path, monkeypatch):
-    assert folder.write_record(tmp_path, {"a": 1}) == []
-    assert folder.write_record(tmp_path, {"a": 1}, step=2) == []
+    assert run_record.write_record(tmp_path, {"a": 1}) == []
+    assert run_record.write_record(tmp_path, {"a": 1}, step=2) == []
     real = metadata.version
     monkeypatch.setattr(
         versions_and_devices.metadata, "version", lambda name: "0.0.1" if name == "tokenizers" else real(name)
     )
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-    lines = folder.write_record(tmp_path, {"a": 2}, step=5)
+    lines = run_record.write_record(tmp_path, {"a": 2}, step=5)
     assert f"tokenizers: {real('tokenizers')} -> 0.0.1" in lines
     assert any(line.startswith("XLA_FLAGS: ") and line.endswith("deterministic_ops=true") for line in lines)
     assert len(lines) == 2
@@ -43,7 +43,7 @@ def test_the_versions_of_all_that_decides_numbers_are_recorded(name):
 @pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "\xff"])
 def test_a_damaged_env_json_is_reported_and_written_again(tmp_path, text):
     (tmp_path / "env.json").write_text(text, encoding="latin-1")
-    (line,) = folder.write_record(tmp_path, {}, step=3)
+    (line,) = run_record.write_record(tmp_path, {}, step=3)
     assert "env.json" in line and "lost" in line
     assert json.loads((tmp_path / "env.json").read_text())["earlier"] == []
 

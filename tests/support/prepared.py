@@ -7,7 +7,7 @@ from unittest import mock
 import jax
 
 from jaxft.distributed import sharding
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.train import loop
 from jaxft.train.compiled import compile_run
 from jaxft.train.logs.clock import Clock
@@ -31,7 +31,7 @@ def prepare(folder, *overrides, devices=1):
         settings, _ = open_settings.fitted(open_settings.resolve("config.py", list(overrides)))
         run = settings.value
         with jax.set_mesh(sharding.make_mesh(run.mesh)):
-            return jobs.prepare(run, settings.describe(), runfolder.folder_of(Path("runs"), run.name))
+            return jobs.prepare(run, settings.describe(), run_record.folder_of(Path("runs"), run.name))
 
 
 def finished_run(folder, config, *overrides, devices=1):

@@ -25,7 +25,7 @@ from jaxft.nn.attention.flash_attention import flash
 from jaxft.nn.attention.layer_attention import LayerKind
 from jaxft.nn.param_spec import init_params
 from jaxft.nn.rope import Rope
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.runs.settings.config import resolve_config
 from jaxft.train import loop
 from jaxft.train.logs.logs import startup_lines
@@ -484,17 +484,17 @@ def test_weights_that_a_run_cannot_start_from_are_refused_before_its_folder_is_t
 def test_a_locked_folder_is_removed_unless_something_was_written(tmp_path):
     folder = tmp_path / "run"
     busy = pytest.raises(OSError, match="another process is running")
-    with runfolder.lock(folder), busy, runfolder.lock(folder):
+    with run_record.lock(folder), busy, run_record.lock(folder):
         pass
     assert not folder.exists()
-    with runfolder.lock(folder):
+    with run_record.lock(folder):
         (folder / "config.json").write_text("{}")
-    with runfolder.lock(folder):
+    with run_record.lock(folder):
         pass
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "lock"]
 
 
 def test_a_folder_that_another_process_removes_meanwhile_is_reported_as_taken(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", lambda *args, **kwargs: None)  # as if it were removed right after
-    with pytest.raises(OSError, match="another process is running"), runfolder.lock(tmp_path / "run"):
+    with pytest.raises(OSError, match="another process is running"), run_record.lock(tmp_path / "run"):
         pass

@@ -19,7 +19,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.stack import REMAT
 from jaxft.objectives import metrics
 from jaxft.objectives.sft import sft
-from jaxft.optim import layerwise as layer_by_layer
+from jaxft.optim import layerwise as layerwise_module
 from jaxft.optim import rules, schedules, update
 from jaxft.optim.low_precision import adamw_8bit
 from jaxft.optim.optimizer import Optim, from_optax, make_optimizer
@@ -271,8 +271,8 @@ def test_an_update_equals_that_of_optax_or_is_skipped_entirely(optimizer, clip):
 @pytest.mark.quick_cases("adamw_8bit")
 @pytest.mark.parametrize("optimizer", [rules.adamw, rules.adafactor, adamw_8bit])
 def test_a_layerwise_update_equals_one_of_all_leaves_at_once(optimizer, monkeypatch):
-    monkeypatch.setattr(layer_by_layer, "LARGE", 1000)  # embedding and head: in pieces
-    monkeypatch.setattr(layer_by_layer, "PIECE", 300)
+    monkeypatch.setattr(layerwise_module, "LARGE", 1000)  # embedding and head: in pieces
+    monkeypatch.setattr(layerwise_module, "PIECE", 300)
     specs = plain_model().specs
     start = param_spec.init_params(specs, jax.random.key(0))
     gradients = [jax.tree.map(lambda p, k=k: jnp.cos((50 + k) * p).astype(p.dtype), start) for k in range(3)]

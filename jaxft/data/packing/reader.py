@@ -28,7 +28,7 @@ import xxhash
 from jaxft.data.chat import loss_mask
 from jaxft.data.chat.template import Template, template_of
 from jaxft.data.decisions import DECISION, labels_as_choices
-from jaxft.data.packing import row_cache as files
+from jaxft.data.packing import row_cache
 from jaxft.data.packing.row_cache import ChunkColumns, ColumnTypes, StoredFacts
 from jaxft.data.packing.tokenised import OF_CONTENT, TokenisedRows, column_types, stored_columns
 from jaxft.data.progress import RowProgress
@@ -135,9 +135,9 @@ class Reader:
         listing = listing if how.only is None else listing.only(how.only)
         content = (listing.digest, listing.labels, *([] if how.sample is None else [how.sample]))
         version, extras = (self.task.name, self.task.version), self.task.extras(settings)
-        key = files.content_key(content, self.tokenizer, version, astuple(settings))
-        stored, state = files.load_or_make(
-            files.row_cache_folder(how.cache) / f"{key}.rows",
+        key = row_cache.content_key(content, self.tokenizer, version, astuple(settings))
+        stored, state = row_cache.load_or_make(
+            row_cache.row_cache_folder(how.cache) / f"{key}.rows",
             column_types(len(settings.kinds), extras),
             partial(_tokenise, ref, listing, self),
         )

@@ -35,10 +35,8 @@ from jaxft.nn.tree import Params
 from jaxft.objectives.metrics import HELD_OUT, FloatMetrics
 from jaxft.objectives.pair import ACCURACY, MARGIN
 from jaxft.objectives.preference import preference
-from jaxft.runs import folder as runfolder
-from jaxft.runs import manifest
+from jaxft.runs import manifest, run_record
 from jaxft.runs.checkpoint import Checkpoints
-from jaxft.runs.folder import CHECKPOINTS
 from jaxft.runs.metrics_log import (
     HELD_OUT_ROWS,
     METRICS,
@@ -47,6 +45,7 @@ from jaxft.runs.metrics_log import (
     json_value,
     read_unfinished,
 )
+from jaxft.runs.run_record import CHECKPOINTS
 from jaxft.runs.settings.setting_values import describe
 from jaxft.train.compiled import Compiled, States
 from jaxft.train.logs.clock import Clock
@@ -180,8 +179,8 @@ def run_study(study: Study, file: Path, root: Path = Path("runs"), clock: Clock 
     Raises ValueError or OSError before anything is trained, and ValueError if a file of an earlier wave has
     changed.
     """
-    folder = runfolder.folder_of(root, study.name)
-    with runfolder.lock(folder), jax.set_mesh(sharding.make_mesh(study.recipe.mesh)):
+    folder = run_record.folder_of(root, study.name)
+    with run_record.lock(folder), jax.set_mesh(sharding.make_mesh(study.recipe.mesh)):
         lab, done = declared_lab(study, file, folder, clock or Clock())
         if lab is None:
             print(f"{folder}: this study is finished", flush=True)
@@ -211,9 +210,9 @@ def declared_lab(
     now = declare(study, file, facts)
     path = folder / DECLARATION
     if path.exists():
-        check_declared(folder, runfolder.read_saved_json(path), now)
+        check_declared(folder, run_record.read_saved_json(path), now)
     else:
-        runfolder.write_durable_json(path, now)
+        run_record.write_durable_json(path, now)
     print(f"declaration {now['digest'][:12]}: {path}", *lines, sep="\n", flush=True)
     done = read_unfinished(folder / LEDGER)
     if not done:
@@ -491,7 +490,7 @@ def write_trial(
     earlier = read_evaluations(trial_path / EVALUATIONS) if wave.first else []
     every = [*(e for e in earlier if e.step <= wave.first), *evaluations]
     run = plain_run(lab.study, label, wave.trials[label], wave.seed)
-    runfolder.write_durable_json(trial_path / "config.json", describe(run))
+    run_record.write_durable_json(trial_path / "config.json", describe(run))
     lines = [
         json.dumps({"step": e.step, "metrics": json_value(e.metrics), "rows": json_value(e.rows)})
         for e in every

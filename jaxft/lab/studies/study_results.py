@@ -32,8 +32,8 @@ from jaxft.lab.studies.halving import (
 from jaxft.objectives.metrics import HELD_OUT, KL
 from jaxft.objectives.pair import ACCURACY, MARGIN
 from jaxft.report.statistics import Adjusted, Difference, equivalence, holm, paired_difference
-from jaxft.runs.folder import CHECKPOINTS, read_saved_json
 from jaxft.runs.metrics_log import check_chain, whole_lines
+from jaxft.runs.run_record import CHECKPOINTS, read_saved_json
 from jaxft.weights.hf.complete_folders import files_sha256
 
 KL_LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the largest KL that both losses reach

@@ -19,9 +19,8 @@ from jaxft.lab.studies.halving import DECLARATION, LEDGER, TRIALS
 from jaxft.lab.studies.study import check_declared
 from jaxft.lab.studies.study_results import check_study, read_study
 from jaxft.report.run_files import sweep_members
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.runs.checkpoint import Checkpoints, verify
-from jaxft.runs.folder import CHECKPOINTS
 from jaxft.runs.log import NullLog
 from jaxft.runs.manifest import NAME, Corrupt, check_files, named_leaves, read_manifest
 from jaxft.runs.metrics_log import (
@@ -34,6 +33,7 @@ from jaxft.runs.metrics_log import (
     whole_lines,
     without_perf,
 )
+from jaxft.runs.run_record import CHECKPOINTS
 from jaxft.runs.settings.setting_values import recorded_defaults
 from jaxft.runs.versions_and_devices import environment, environment_changes
 from jaxft.train.evaluate.run_evaluations import continued
@@ -65,7 +65,7 @@ def record_problems(folder: Path) -> Iterator[str]:
         yield from _removed_lines(folder)
     except ValueError as error:
         yield str(error)
-    yield from (changed.line for changed in runfolder.changed_results(folder))
+    yield from (changed.line for changed in run_record.changed_results(folder))
     yield from _checkpoint_problems(folder)
 
 
@@ -83,10 +83,10 @@ def _removed_lines(folder: Path) -> Iterator[str]:
 
     The log must reach the summary's last step, and the digests file must end with digests of the run's files.
     """
-    steps, log = runfolder.finished_steps(folder), folder / METRICS
+    steps, log = run_record.finished_steps(folder), folder / METRICS
     reached = max((entry["step"] for entry in read_entries(log)), default=0)
     missing = [
-        name for name in runfolder.RECORD if (folder / name).is_file() and name not in digested_files(log)
+        name for name in run_record.RECORD if (folder / name).is_file() and name not in digested_files(log)
     ]
     if reached < steps:
         yield f"{log}: ends at step {reached}, but the run at step {steps}; its last lines were removed"
@@ -96,9 +96,9 @@ def _removed_lines(folder: Path) -> Iterator[str]:
 
 def _study_problems(folder: Path) -> Iterator[str]:
     try:
-        known = runfolder.read_saved_json(folder / DECLARATION)
+        known = run_record.read_saved_json(folder / DECLARATION)
         check_declared(folder, known, known)
-        if (folder / DECLARATION).read_bytes() != runfolder.durable_json(known):
+        if (folder / DECLARATION).read_bytes() != run_record.durable_json(known):
             yield (
                 f"{folder / DECLARATION}: its spaces or the order of its keys were changed; restore the file "
                 "from a copy"
@@ -150,7 +150,7 @@ def recompute_step(folder: Path, step: int) -> list[str]:
     logged = [without_perf(e) for e in read_entries(folder / METRICS) if e["step"] == step and "loss" in e]
     if not logged:
         raise ValueError(f"{folder / METRICS}: has no training metrics of step {step}; choose a logged step")
-    line = runfolder.read_record(folder).get("command", {}).get("line") or []
+    line = run_record.read_record(folder).get("command", {}).get("line") or []
     if not line:
         raise ValueError(
             f"{folder / 'config.json'} has no command line; a step can be repeated only of a run that "
@@ -160,7 +160,7 @@ def recompute_step(folder: Path, step: int) -> list[str]:
     run = settings.value
     with jax.set_mesh(sharding.make_mesh(run.mesh)):
         job = prepare(run, settings.describe(), folder)
-        changes = runfolder.changes_since_start(folder, job.lead.record, recorded_defaults(run))
+        changes = run_record.changes_since_start(folder, job.lead.record, recorded_defaults(run))
         if job.info.samples:
             raise ValueError(
                 f"{folder}: its batches are sampled, so a step cannot be repeated; --step works only for "
@@ -176,7 +176,7 @@ def recompute_step(folder: Path, step: int) -> list[str]:
     where = f"step {step}, computed again from {origin}"
     reasons, record = changes, folder / "env.json"
     if record.is_file():
-        reasons = [*changes, *environment_changes(runfolder.read_saved_json(record), environment())]
+        reasons = [*changes, *environment_changes(run_record.read_saved_json(record), environment())]
     because = f" (since then: {'; '.join(reasons[:4])})" if reasons else ""
     if metrics not in logged:
         names = [name for name, value in logged[-1].items() if metrics.get(name) != value]

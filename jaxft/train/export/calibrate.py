@@ -30,7 +30,7 @@ from jaxft.models.model import Model
 from jaxft.nn.matmul import with_taps
 from jaxft.nn.quant import QERA, Quant
 from jaxft.nn.tree import Batch, Params
-from jaxft.runs.folder import CALIBRATED_JSON, write_durable_json
+from jaxft.runs.run_record import CALIBRATED_JSON, write_durable_json
 from jaxft.train.settings import Run
 from jaxft.weights import pretrained
 from jaxft.weights.edit.calibrated_base import (

@@ -20,8 +20,7 @@ from jaxft.models import model_types
 from jaxft.nn import tree
 from jaxft.nn.tree import Params
 from jaxft.report import charts
-from jaxft.runs import folder as runfolder
-from jaxft.runs import run_texts
+from jaxft.runs import run_record, run_texts
 from jaxft.runs.checkpoint import Checkpoints
 from jaxft.runs.loaded_weights import decision_prompts
 from jaxft.runs.metrics_log import HELD_OUT_ROWS, METRICS, TOKENS, add_files, json_value
@@ -45,10 +44,10 @@ from jaxft.weights.peft.adapter_folders import cached_base_notes
 def report_finished(job: Job, steps: int) -> int:
     """Print where the results of a finished run are; return the exit code."""
     calibrate_base(job.calibration, job.folder, print_line)  # commands that use the run need its codes
-    failed = processes.from_first_process(lambda: runfolder.failed_members(job.folder))
+    failed = processes.from_first_process(lambda: run_record.failed_members(job.folder))
     if not is_first():
         return int(bool(failed))
-    card, name = job.folder / runfolder.CARD, "name=..." if job.sweep is None else "--name"
+    card, name = job.folder / run_record.CARD, "name=..." if job.sweep is None else "--name"
     if job.sweep is not None:
         print(card.read_text(encoding="utf-8"))
     kind = "run" if job.sweep is None else "sweep"
@@ -56,12 +55,12 @@ def report_finished(job: Job, steps: int) -> int:
     more = "loop.steps, data.epochs or data.tokens"
     if steps < job.steps:
         more = "loop.patience or set it to none"
-        more = more if runfolder.early_end(job.folder, "planned") is None else "loop.steps"
+        more = more if run_record.early_end(job.folder, "planned") is None else "loop.steps"
     print(f"to continue it, raise {more}; to start again, choose another {name}")
     for member in job.members:
         record, log = member.folder / "config.json", member.folder / METRICS
         if not record.is_file():
-            runfolder.write_durable_json(record, member.record)
+            run_record.write_durable_json(record, member.record)
             print(f"{record}: no such file; written again from the settings of this command")
         if not log.is_file():
             print(f"warning: {log}: no such file; the log of this run is lost")
@@ -148,7 +147,7 @@ def write_reports(
             if folder is not None:
                 lines = [*notes[number], f"Training {time_line(perf[number])}."]
                 card = _card(job, number, folder, (before[number], after[number]), lines)
-                (member.folder / runfolder.CARD).write_text(run_texts.model_card(card), encoding="utf-8")
+                (member.folder / run_record.CARD).write_text(run_texts.model_card(card), encoding="utf-8")
             summary = {
                 "before": before[number],
                 "after": after[number],
@@ -156,15 +155,15 @@ def write_reports(
                 "alarms": logs.members[number].alarms,
                 "perf": perf[number],
             }
-            summary["files"] = runfolder.result_hashes(member.folder)
+            summary["files"] = run_record.result_hashes(member.folder)
             early: dict[EndedBy | None, dict[str, int | None]] = {
                 "patience": {"patience": member.run.loop.patience},
                 "callback": {"planned": job.planned},
             }
             content: dict[str, Any] = {"steps": job.steps, **early.get(job.ended_by, {}), **summary}
-            runfolder.sync_results(member.folder)
-            runfolder.write_durable_json(member.folder / runfolder.SUMMARY, content)
-            add_files(member.folder / METRICS, [member.folder / name for name in runfolder.RECORD])
+            run_record.sync_results(member.folder)
+            run_record.write_durable_json(member.folder / run_record.SUMMARY, content)
+            add_files(member.folder / METRICS, [member.folder / name for name in run_record.RECORD])
         if job.sweep is not None:
             first, last = (
                 {m.label: e["metrics"] for m, e in zip(job.members, end, strict=True)}
@@ -172,7 +171,7 @@ def write_reports(
             )
             failed = [m.label for m, folder in zip(job.members, weights, strict=True) if folder is None]
             table = write_table(job.folder, job.sweep.name, job.steps, (first, last), failed)
-            add_files(job.folder / METRICS, [job.folder / name for name in runfolder.RECORD])
+            add_files(job.folder / METRICS, [job.folder / name for name in run_record.RECORD])
     processes.barrier()  # the run is finished for all processes or for none
     for log, folder in zip(logs.members, weights, strict=True):
         log.mark("failed" if folder is None else "finished")
@@ -221,7 +220,7 @@ def _result_lines(
     by_label = {m.label: log.alarms for m, log in zip(job.members, logs.members, strict=True)}
     joint = run_texts.joint_alarms(by_label)
     alarms = [f"{', '.join(labels)}: {alarm}" for alarm, labels in joint]
-    where = f"the table is in {job.folder / runfolder.CARD}, the curves in {job.folder / 'curves.png'}"
+    where = f"the table is in {job.folder / run_record.CARD}, the curves in {job.folder / 'curves.png'}"
     return [*alarms, f"\n{table}", notes[0][-1], f"{where}, each member's folder next to them"]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxft.data.rows.remote_files import without_secrets
-from jaxft.runs.folder import (
+from jaxft.runs.run_record import (
     CARD,
     check_results,
     earlier_end,

@@ -15,11 +15,10 @@ from jaxft.distributed.sync import is_first
 from jaxft.objectives.intervals import interval_of, mean_interval
 from jaxft.objectives.metrics import LOSS, WEIGHT, FloatMetrics
 from jaxft.rl.rollout_source import PromptSource
-from jaxft.runs import folder as runfolder
-from jaxft.runs import run_texts
-from jaxft.runs.folder import DATA_JSON, PARAMETERS_JSON, write_durable_json
+from jaxft.runs import run_record, run_texts
 from jaxft.runs.log import Log, NullLog
 from jaxft.runs.metrics_log import REWARD
+from jaxft.runs.run_record import DATA_JSON, PARAMETERS_JSON, write_durable_json
 from jaxft.runs.run_texts import Evaluation
 from jaxft.runs.settings.setting_values import recorded_defaults
 from jaxft.runs.trackers import RunEnd, Tracker
@@ -154,7 +153,7 @@ def open_logs(
         changes = [
             line
             for m, old in records
-            for line in runfolder.permitted_changes(m.folder, old, m.record, recorded_defaults(m.run))
+            for line in run_record.permitted_changes(m.folder, old, m.record, recorded_defaults(m.run))
         ]
     checked = check_attention(job.lead.programs, job.abstract_batch)
     if not is_first():
@@ -164,11 +163,11 @@ def open_logs(
     kernel = attention_summary(job.lead.programs, job.abstract_batch).removeprefix("attention: ")
     if job.sweep is not None:
         record = {"members": [member.label for member in job.members], "at_once": job.sweep.at_once}
-        runfolder.write_durable_json(job.folder / "config.json", record)
+        run_record.write_durable_json(job.folder / "config.json", record)
     for number, member in enumerate(job.members):
         member.folder.mkdir(exist_ok=True)
-        runfolder.check_paths(member.folder)
-        moved += runfolder.write_record(member.folder, member.record, first, kernel)
+        run_record.check_paths(member.folder)
+        moved += run_record.write_record(member.folder, member.record, first, kernel)
         write_contents(job, number, first)
         alone = job.sweep is None
         trackers: tuple[str | Tracker, ...] = (*member.run.trackers, *(callbacks if alone else ()))
@@ -230,8 +229,8 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
         starts.append(lead.run.teacher.start)
     for start in dict.fromkeys(starts):
         if start:
-            lines += runfolder.earlier_end_notes(start)
-            lines += runfolder.prompt_differences(start, lead.record)
+            lines += run_record.earlier_end_notes(start)
+            lines += run_record.prompt_differences(start, lead.record)
             lines += base_differences(
                 start,
                 lead.run.weights,
@@ -239,8 +238,8 @@ def startup_lines(job: Job, first: int, changes: list[str]) -> list[str]:
                 lead.run.quant,
                 lead.run.adapter,
             )
-    lines += runfolder.earlier_end_notes(lead.run.weights)
-    lines += runfolder.prompt_differences(lead.run.weights, lead.record)
+    lines += run_record.earlier_end_notes(lead.run.weights)
+    lines += run_record.prompt_differences(lead.run.weights, lead.record)
     if job.sweep is not None:
         members = [f"{number:3d}  {member.label}" for number, member in enumerate(job.members, 1)]
         lines.append("\n".join([f"{len(members)} runs on one base:", *members]))

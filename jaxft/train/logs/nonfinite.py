@@ -35,7 +35,7 @@ from jaxft.nn.param_spec import layer_numbers, spec_paths
 from jaxft.nn.quant import dequantize, is_qtensor
 from jaxft.nn.tree import Batch, LayerOutputs, Metrics, Params
 from jaxft.objectives.objective import Objective
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.train.logs.logs import Logs
 from jaxft.train.start.jobs import Job, Member
 from jaxft.train.step import accumulate_gradients, make_layer_norms, step_keys
@@ -214,12 +214,12 @@ def write_diagnosis(folder: Path, diagnosis: Diagnosis, batch: Batch, names: lis
     """Write batch.npz, rows.json and norms.json."""
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "batch.npz", **{path.replace("/", "."): x for path, x in tree.paths(batch).items()})
-    runfolder.write_durable_json(folder / "rows.json", names)
+    run_record.write_durable_json(folder / "rows.json", names)
     norms = {
         name: {path: x.tolist() for path, x in getattr(diagnosis, name).items()}
         for name in ("parameters", "gradients")
     }
-    runfolder.write_durable_json(
+    run_record.write_durable_json(
         folder / "norms.json",
         {**norms, **{name: [x.tolist() for x in getattr(diagnosis, name)] for name in OUTPUTS}},
     )

@@ -20,12 +20,12 @@ from jaxft.models.adapted import HeadSettings
 from jaxft.nn.tree import Batch, Metrics, Params
 from jaxft.rl.rollout_layout import BoundRun, Counter, uncounted
 from jaxft.rl.rollout_sampler import clear_records
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.runs.checkpoint import Checkpoints
-from jaxft.runs.folder import CHECKPOINTS
 from jaxft.runs.folder_copies import Copies, mirrored
 from jaxft.runs.manifest import set_aside
 from jaxft.runs.object_store import check_stored_name
+from jaxft.runs.run_record import CHECKPOINTS
 from jaxft.runs.settings.setting_values import describe, differences, recorded_defaults
 from jaxft.train.evaluate import evaluate
 from jaxft.train.evaluate.evaluate import EvaluationLimit, evaluation_limit
@@ -238,7 +238,7 @@ def prepare(settings: Run | Sweep, record: Record | None, folder: Path) -> Job:
             "one forward pass; train one run after the other with scripts/train.py, or use a loss without "
             "noise (sft has none with neftune=0)"
         )
-    processes.check_same(runfolder.process_independent(members[0].record), differences)
+    processes.check_same(run_record.process_independent(members[0].record), differences)
     held_out = () if general is None else general.held_out
     job = Job(folder, tuple(members), sources, steps, steps, tokenizer, stop, held_out, sweep, calibration)
     return job.limit_evaluation(evaluation_limit(lead, sources[0], general, steps))
@@ -273,20 +273,20 @@ def weight_fingerprints(run: Run) -> dict[str, Any]:
     A run resumes from the same weights only. Raises ValueError for an adapter of a run that has changed since
     that run was finished.
     """
-    fingerprints = {"weights_fingerprint": runfolder.weights_fingerprint(run.weights)}
+    fingerprints = {"weights_fingerprint": run_record.weights_fingerprint(run.weights)}
     if Path(run.weights).exists():
         fingerprints["weights_path"] = str(Path(run.weights).resolve())
     revision = hub.locate(run.weights, config_only=True).revision
     fingerprints |= {"weights_revision": revision} if revision else {}
     if run.start:
-        runfolder.check_results(adapter_folder(run.start))
-        fingerprints["start_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(run.start))
+        run_record.check_results(adapter_folder(run.start))
+        fingerprints["start_fingerprint"] = run_record.adapter_fingerprint(adapter_folder(run.start))
     for name, head in run.heads.items():
         if head.start:
-            runfolder.check_results(adapter_folder(head.start))
-            fingerprints[f"{name}_fingerprint"] = runfolder.adapter_fingerprint(adapter_folder(head.start))
+            run_record.check_results(adapter_folder(head.start))
+            fingerprints[f"{name}_fingerprint"] = run_record.adapter_fingerprint(adapter_folder(head.start))
         if head.weights:
-            fingerprints[f"{name}_fingerprint"] = runfolder.weights_fingerprint(head.weights)
+            fingerprints[f"{name}_fingerprint"] = run_record.weights_fingerprint(head.weights)
     return fingerprints | teacher_fingerprints(run.teacher)
 
 
@@ -296,7 +296,7 @@ def run_folder(settings: Run | Sweep, root: Path) -> Path:
     """
     run = settings if isinstance(settings, Run) else settings.lead
     check_stored_name(settings.name, run.loop.store)
-    return runfolder.folder_of(root, settings.name)
+    return run_record.folder_of(root, settings.name)
 
 
 @contextlib.contextmanager
@@ -325,7 +325,7 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     until loop.patience is raised, and one that a callback ended until loop.steps is. Raises ValueError for
     changes that are not permitted, FileNotFoundError for missing results without a checkpoint.
     """
-    steps = runfolder.finished_steps(job.folder)
+    steps = run_record.finished_steps(job.folder)
     if not steps and checkpoints.latest() is None:
         _keep_own_rollouts(job)
         return 0, []
@@ -334,11 +334,11 @@ def resume_point(job: Job, checkpoints: Checkpoints) -> tuple[int, list[str]]:
     changes = [
         line
         for m in job.members
-        for line in runfolder.changes_since_start(m.folder, m.record, recorded_defaults(m.run))
+        for line in run_record.changes_since_start(m.folder, m.record, recorded_defaults(m.run))
     ]
-    patience, ended_by = job.lead.run.loop.patience, runfolder.early_end(job.lead.folder, "patience")
+    patience, ended_by = job.lead.run.loop.patience, run_record.early_end(job.lead.folder, "patience")
     stalled = patience is not None and ended_by is not None and patience <= ended_by
-    planned = runfolder.early_end(job.lead.folder, "planned")  # of a run that a callback ended
+    planned = run_record.early_end(job.lead.folder, "planned")  # of a run that a callback ended
     is_finished = steps >= job.steps or stalled or (planned is not None and job.steps <= planned)
     if is_finished:
         is_finished = not _damaged_results(job, checkpoints)
@@ -349,7 +349,7 @@ def _keep_own_rollouts(job: Job) -> None:
     """Before a start at step 0, remove recorded rollouts if they are of other settings than the job's."""
     try:
         for m in job.members:
-            runfolder.changes_since_start(m.folder, m.record, recorded_defaults(m.run))
+            run_record.changes_since_start(m.folder, m.record, recorded_defaults(m.run))
     except ValueError:
         clear_records(job.folder)
 
@@ -360,10 +360,10 @@ def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
     which the results could be written again.
     """
     folders = {job.folder, *(member.folder for member in job.members)}
-    cards = [folder / runfolder.CARD for folder in folders if (folder / runfolder.SUMMARY).is_file()]
+    cards = [folder / run_record.CARD for folder in folders if (folder / run_record.SUMMARY).is_file()]
     missing = [card for card in cards if not (card.is_file() and card.stat().st_size)]
     lines = [f"{card}: no such file, or it is empty" for card in missing]
-    changed = [(m.folder, result) for m in job.members for result in runfolder.changed_results(m.folder)]
+    changed = [(m.folder, result) for m in job.members for result in run_record.changed_results(m.folder)]
     lines += [result.line for _, result in changed]
     if not lines:
         return False
@@ -371,7 +371,7 @@ def _damaged_results(job: Job, checkpoints: Checkpoints) -> bool:
     if latest is None:
         raise FileNotFoundError(
             f"{lines[0]}, and there is no checkpoint from which it could be written again. Restore it, or "
-            f"delete {job.folder / runfolder.SUMMARY} to train again"
+            f"delete {job.folder / run_record.SUMMARY} to train again"
         )
     edited = {run / x.path.relative_to(run).parts[0] for run, x in changed if not x.is_missing}
     for folder in sorted(edited):

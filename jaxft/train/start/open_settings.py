@@ -30,7 +30,7 @@ from jaxft.nn.stack import REMAT, RematPolicy
 from jaxft.rl.environments.environment import environment_of
 from jaxft.rl.rewards import FunctionReward, exact
 from jaxft.rl.rollout_source import Rollouts
-from jaxft.runs.folder import CHECKPOINTS, read_saved_json
+from jaxft.runs.run_record import CHECKPOINTS, read_saved_json
 from jaxft.runs.settings import config
 from jaxft.runs.settings.config import Recipe, Resolved
 from jaxft.train.recipes import SHIPPED

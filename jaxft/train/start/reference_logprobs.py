@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxft.data.packing import row_cache as data_cache
+from jaxft.data.packing import row_cache
 from jaxft.data.packing.pair_layout import values_by_pair
 from jaxft.distributed import processes, sharding
 from jaxft.distributed.sync import is_first
@@ -76,7 +76,7 @@ def cache_file(name: str, cache: Path | None = None) -> Path:
     """Return the file in the cache with a reference policy's log-probs. name: the result of
     reference_fingerprint. cache: the folder of the cache, None for the default.
     """
-    return data_cache.row_cache_folder(cache).parent / "reference" / f"{name}.npz"
+    return row_cache.row_cache_folder(cache).parent / "reference" / f"{name}.npz"
 
 
 def load_reference_logps(path: Path) -> dict[str, np.ndarray]:
@@ -88,7 +88,7 @@ def load_reference_logps(path: Path) -> dict[str, np.ndarray]:
         if len(offsets) != len(keys) + 1 or offsets[-1] != len(values):
             return {}
         return dict(zip(keys.tolist(), np.split(values, offsets[1:-1]), strict=True))
-    except data_cache.CORRUPT_FILE:
+    except row_cache.CORRUPT_FILE:
         return {}
 
 

@@ -16,7 +16,7 @@ from jaxft.nn import param_spec
 from jaxft.nn.quant import Quant
 from jaxft.nn.tree import Params
 from jaxft.objectives.objective import Facts
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.runs.loaded_weights import named_weights, source_options
 from jaxft.train.settings import Run
 from jaxft.train.trainable_params import Partition, trains_base
@@ -122,10 +122,10 @@ def teacher_fingerprints(teacher: Teacher | None) -> dict[str, str]:
     """
     fingerprints: dict[str, str] = {}
     if teacher and teacher.weights is not None:
-        fingerprints["teacher_fingerprint"] = runfolder.weights_fingerprint(teacher.weights)
+        fingerprints["teacher_fingerprint"] = run_record.weights_fingerprint(teacher.weights)
     if teacher and teacher.start is not None:
-        runfolder.check_results(adapter_folder(teacher.start))
-        fingerprints["teacher_adapter_fingerprint"] = runfolder.adapter_fingerprint(
+        run_record.check_results(adapter_folder(teacher.start))
+        fingerprints["teacher_adapter_fingerprint"] = run_record.adapter_fingerprint(
             adapter_folder(teacher.start)
         )
     return fingerprints

@@ -203,9 +203,9 @@ def base_differences(
     """Return a line for each way in which the base differs from the one that the adapter in `start` was
     trained on.
 
-    ref, fingerprint: this run's base, and its runs.folder.weights_fingerprint. adapter: the policy's adapter
-    settings, on which the stored base depends if its init is pissa, olora, loftq or qera; None without an
-    adapter. If `start` is not a run's folder, only the name of the base is compared.
+    ref, fingerprint: this run's base, and its weights_fingerprint (runs/run_record.py). adapter: settings of
+    the policy's adapter, on which the stored base depends if its init is pissa, olora, loftq or qera; None
+    without an adapter. If `start` is not a run's folder, only the name of the base is compared.
     """
     path = Path(start) / "config.json"
     if not path.is_file() or adapter_folder(start) == Path(start):

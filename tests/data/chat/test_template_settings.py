@@ -17,7 +17,7 @@ from jaxft.data.rows.example import Chat
 from jaxft.data.rows.row_files import Row
 from jaxft.data.sft import Rows
 from jaxft.rl.reward_models import with_response
-from jaxft.runs.folder import permitted_changes
+from jaxft.runs.run_record import permitted_changes
 from jaxft.runs.settings.setting_values import describe, parse_value
 from jaxft.train.evaluate.scored_completions import make_last_turn
 

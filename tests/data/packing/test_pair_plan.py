@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxft.data.packing import pair_layout as batches
+from jaxft.data.packing import pair_layout
 from jaxft.data.packing.pack import RowShape, permutation
 
 
@@ -17,13 +17,13 @@ from jaxft.data.packing.pack import RowShape, permutation
 )
 def test_an_epoch_has_every_pair_once(tokens, size, epoch):
     tokens = np.array(tokens)
-    found = batches.order_batches(tokens, size, 7, epoch)
+    found = pair_layout.order_batches(tokens, size, 7, epoch)
     assert sorted(found[found >= 0].tolist()) == list(range(len(tokens))) and found.shape == (
         -(-len(tokens) // size),
         size,
     )
     assert (found[:-1] >= 0).all()
-    plan = batches.assign_rows(found, tokens, 3)
+    plan = pair_layout.assign_rows(found, tokens, 3)
     assert plan.rows == 3 * len(found)
     for number, batch in enumerate(found):
         rows = [plan.slice(3 * number + r, 3 * number + r + 1).members.tolist() for r in range(3)]
@@ -33,12 +33,12 @@ def test_an_epoch_has_every_pair_once(tokens, size, epoch):
             (r,) = (r for r in range(3) if i in rows[r])
             assert load[r] == load.min()
             load[r] += tokens[i]
-    assert np.array_equal(found, batches.order_batches(tokens, size, 7, epoch))
+    assert np.array_equal(found, pair_layout.order_batches(tokens, size, 7, epoch))
 
 
 def test_batches_have_nearly_equal_token_counts_and_change_with_the_epoch():
     tokens = np.round(100 * np.exp(np.random.default_rng(0).normal(0, 0.6, 640))).astype(int)
-    found = [batches.order_batches(tokens, 8, 0, epoch) for epoch in range(4)]
+    found = [pair_layout.order_batches(tokens, 8, 0, epoch) for epoch in range(4)]
     loads = [tokens[f].sum(1) for f in found]
     loose = tokens[permutation(640, 1).reshape(80, 8)].sum(1)
     assert all(load.std() < 0.4 * loose.std() and load.max() < loose.max() for load in loads)
@@ -50,7 +50,7 @@ def test_rows_hold_no_more_than_the_row_shape():
     rng = np.random.default_rng(1)
     tokens, reads = rng.integers(1, 90, 200), rng.integers(1, 30, 200)
     room = RowShape(128, 40, 3)
-    plan = batches.fit_rows(np.arange(200), tokens, reads, room)
+    plan = pair_layout.fit_rows(np.arange(200), tokens, reads, room)
     assert sorted(plan.members) == list(range(200))
     for r in range(plan.rows):
         some = plan.slice(r, r + 1).members
@@ -59,11 +59,11 @@ def test_rows_hold_no_more_than_the_row_shape():
 
 def test_a_batch_that_does_not_fit_the_planned_rows_is_one_line():
     tokens, reads, shape = np.array([60, 60, 20]), np.array([50, 5, 5]), RowShape(128, 64, 2)
-    plan = batches.plan_rows(np.array([0, 1, 2]), np.array([0, 0, 1]), 2)
-    batches.check_fit(plan, tokens, reads, shape)
+    plan = pair_layout.plan_rows(np.array([0, 1, 2]), np.array([0, 0, 1]), 2)
+    pair_layout.check_fit(plan, tokens, reads, shape)
     with pytest.raises(ValueError, match="they need 80 tokens, 55 read .* raise data.epochs to cover"):
-        batches.check_fit(
-            batches.plan_rows(np.array([0, 1, 2]), np.array([0, 1, 0]), 2),
+        pair_layout.check_fit(
+            pair_layout.plan_rows(np.array([0, 1, 2]), np.array([0, 1, 0]), 2),
             tokens, reads, RowShape(79, 64, 2),
         )  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_a_batch_that_does_not_fit_the_planned_rows_is_one_line():
 @given(groups=st.lists(st.integers(0, 6), min_size=1, max_size=40), seed=st.integers(0, 5))
 def test_a_derangement_leads_out_of_every_group(groups, seed):
     groups = np.array(groups)
-    found = batches.derangement(groups, seed)
+    found = pair_layout.derangement(groups, seed)
     if 2 * np.bincount(groups).max() > len(groups):
         assert found is None
     else:

@@ -13,8 +13,7 @@ from jaxft.nn.adapters.lora import Adapter, target_paths
 from jaxft.nn.param_spec import init_params
 from jaxft.nn.tree import paths
 from jaxft.weights.edit.merged_weights import merge_params
-from jaxft.weights.peft import peft_read as peft_layout
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -73,7 +72,7 @@ def test_our_adapter_has_the_same_logits_in_peft_and_the_same_merged_weights(nam
 
     theirs = peft.PeftModel.from_pretrained(fresh_torch(name), str(tmp_path)).eval()
     np.testing.assert_allclose(torch_logits(theirs), expected, atol=1e-4)
-    again, _ = peft_layout.read_adapter(tmp_path, model)
+    again, _ = peft_read.read_adapter(tmp_path, model)
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
     if not with_head:
         merged = paths(merge_params(params, adapter, np.float32))
@@ -97,7 +96,7 @@ def test_pefts_all_linear_adapter_has_the_same_logits_here_and_written_by_us(nam
     expected = torch_logits(theirs)
     assert np.abs(expected - logits_of(model, params, rows(IDS))).max() > 0.1
 
-    adapter, read = peft_layout.read_adapter(tmp_path / "in", model)
+    adapter, read = peft_read.read_adapter(tmp_path / "in", model)
     assert {p.rsplit("/", 1)[0] for p in paths(adapter)} == set(target_paths(model.specs, "all-linear"))
     count = sum(pair.shape[0] for path, pair in paths(adapter).items() if path.endswith("/scale"))
     assert count == len(linear_modules(torch_model(name)))

@@ -28,7 +28,7 @@ from jaxft import annotations
 from jaxft.annotations import ShortNames
 from jaxft.objectives.losses import preference_losses, ranking_losses, reference_free_losses
 from jaxft.objectives.pair import PairBatch, declaration
-from jaxft.runs.folder import permitted_changes
+from jaxft.runs.run_record import permitted_changes
 from jaxft.runs.settings.config import load_config, recipe_knobs, resolve_config
 from jaxft.runs.settings.setting_values import (
     describe,

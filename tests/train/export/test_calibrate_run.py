@@ -20,8 +20,7 @@ from jaxft.data.sft import Rows
 from jaxft.distributed import sharding
 from jaxft.nn import tree
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
-from jaxft.runs import folder as runfolder
-from jaxft.runs import terminal
+from jaxft.runs import run_record, terminal
 from jaxft.train.export import calibrate
 from jaxft.train.export.calibrate import calibrate_base, rows_of_source
 from jaxft.train.start import jobs
@@ -209,7 +208,7 @@ def test_a_calibrated_run_resumes_and_its_commands_use_its_codes(place, monkeypa
     with pytest.raises(ValueError, match=r"quant.calibrate: 'run' -> 'texts.jsonl'"):
         resume(place.folder, *NF4, "quant.calibrate=texts.jsonl", "name=whole", "lr=0.03", "steps=3")
     record = json.loads((place.runs("whole") / "config.json").read_text())
-    ref, _, _ = runfolder.trained_weights(place.runs("whole"))
+    ref, _, _ = run_record.trained_weights(place.runs("whole"))
     monkeypatch.chdir(place.folder)
     model = pretrained.model_for(ref, dtype=jnp.float32)
     base = pretrained.load_frozen(ref, model, one_device(), Quant(**record["quant"]))

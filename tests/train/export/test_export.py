@@ -19,7 +19,7 @@ from jaxft.models.adapted import adapted
 from jaxft.nn.adapters import lora_specs
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.param_spec import init_params
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.train.export import export
 from jaxft.weights import pretrained
 from jaxft.weights.edit.merged_weights import merge_files
@@ -388,7 +388,7 @@ def test_a_run_loads_its_moved_base_and_refuses_a_changed_one(script, world, tmp
         "weights_path": str(base),
     }
     (run / "config.json").write_text(
-        json.dumps(record | {"weights_fingerprint": runfolder.weights_fingerprint(str(base))})
+        json.dumps(record | {"weights_fingerprint": run_record.weights_fingerprint(str(base))})
     )
     assert script("export", "--run", run, "--out", tmp_path / "out")[0] == 0
     file = base / "model.safetensors"
@@ -404,8 +404,8 @@ def test_a_result_that_has_changed_since_the_run_was_finished_is_refused_by_ever
     script, world, tmp_path
 ):
     run = shutil.copytree(world[0] / "runs" / "r", tmp_path / "run")
-    summary = {"steps": 1, "files": runfolder.result_hashes(run)}
-    runfolder.write_durable_json(run / "summary.json", summary)
+    summary = {"steps": 1, "files": run_record.result_hashes(run)}
+    run_record.write_durable_json(run / "summary.json", summary)
     assert script("export", "--run", run, "--out", tmp_path / "out")[0] == 0
     file = run / "adapter" / "adapter_model.safetensors"
     data = bytearray(file.read_bytes())

@@ -16,7 +16,7 @@ from hub_uploads import DROP, Repo, card_errors, serve_uploads
 from scripts_in_process import SCRIPTS, call
 from tiny_run import Place, rows, write_place
 
-from jaxft.weights.hf import hub as models
+from jaxft.weights.hf import hub as hub_module
 from jaxft.weights.hf.hub_upload import Uploaded
 
 REPO = "org/tiny"
@@ -160,7 +160,7 @@ def test_a_merged_model_replaces_an_adapter_and_loads_from_the_hub(hub, push, ru
     assert hub.repos[REPO].messages[-1] == "all of it" and "library_name: transformers" in card
     assert not card_errors(card) and "with a LoRA adapter merged into it" in card and "eval_loss" in card
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    located = models.locate(REPO)
+    located = hub_module.locate(REPO)
     assert located.revision == hub.repos[REPO].branches["main"]
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (located.path / name).read_bytes() == sent[name]

@@ -29,7 +29,7 @@ from jaxft.train.export import export
 from jaxft.train.programs import abstract
 from jaxft.train.sweep import Sweep
 from jaxft.weights import initial_params, pretrained
-from jaxft.weights.peft import peft_read as peft_layout
+from jaxft.weights.peft import peft_read
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -128,7 +128,7 @@ def read_back(place, kind, folder, quant=None):
     """(model with the adapter of a run, parameters on one device, the base's model)."""
     ref = str(place.folder / place.base(kind))
     model = pretrained.model_for(ref, dtype=jnp.float32)
-    adapter, settings = peft_layout.read_adapter(folder / "adapter", model)
+    adapter, settings = peft_read.read_adapter(folder / "adapter", model)
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     base = pretrained.load_frozen(ref, model, mesh, quant)
     return adapted(model, settings), {"base": base, "adapter": adapter}, settings
@@ -306,7 +306,7 @@ def test_other_objectives_train_every_part_of_an_adapter_in_two_steps_of_a_run(p
     model = pretrained.model_for(str(place.folder / place.base(kind)), dtype=jnp.float32)
     if recipe == "reward":
         model = with_scalar_head(model)
-    found = tree.paths(peft_layout.read_parts(folder / "adapter", model)[0]["adapter"])
+    found = tree.paths(peft_read.read_parts(folder / "adapter", model)[0]["adapter"])
     head = HeadSettings(run.adapter)
     whole = adapted(model, run.adapter)
     fresh = initial_params.init_all_but_base(

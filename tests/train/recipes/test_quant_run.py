@@ -20,7 +20,7 @@ from jaxft.models.adapted import adapted
 from jaxft.nn import param_spec
 from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import KINDS, Quant, is_qtensor
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.train import trainable_params
 from jaxft.weights import pretrained, storage
 from jaxft.weights.param_loading import load_param
@@ -136,7 +136,7 @@ def test_generation_and_the_merged_model_use_the_quantised_base_of_the_run(
     code, out, _ = script("export", "--run", run, "--out", tmp_path / "narrow")
     assert code == 0 and "rounding changed the weights by 0.1" in out
 
-    ref, adapter, record = runfolder.trained_weights(run)
+    ref, adapter, record = run_record.trained_weights(run)
     model = pretrained.model_for(ref, dtype=jnp.float32)
     mesh = sharding.make_mesh(sharding.MeshShape(), None)
     loaded, settings = adapter_folders.load_adapter(adapter, model, mesh, ref)

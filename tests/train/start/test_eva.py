@@ -20,8 +20,7 @@ from jaxft.nn.adapters.lora_specs import PairRanks, pair_layouts
 from jaxft.nn.quant import Quant
 from jaxft.train.start import eva
 from jaxft.weights import initial_params, pretrained
-from jaxft.weights.peft import peft_read as peft_layout
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -205,7 +204,7 @@ def test_a_trained_adapter_is_the_same_in_peft_merged_and_read_again(world, tmp_
         AutoModelForCausalLM.from_pretrained(world[0]).eval(), str(tmp_path)
     ).eval()
     np.testing.assert_allclose(torch_logits(loaded, tokens), expected, atol=1e-4)
-    again, read = peft_layout.read_adapter(tmp_path, world[1])
+    again, read = peft_read.read_adapter(tmp_path, world[1])
     np.testing.assert_allclose(
         our_logits(adapted(world[1], read), {"base": base, "adapter": again}, tokens), expected, atol=1e-4
     )
@@ -231,7 +230,7 @@ def test_an_adapter_that_peft_started_by_eva_has_the_same_logits_here(world, mon
             torch.nn.init.normal_(p, std=0.1)
     tokens = some_tokens()
     model.save_pretrained(str(tmp_path))
-    adapter, settings = peft_layout.read_adapter(tmp_path, world[1])
+    adapter, settings = peft_read.read_adapter(tmp_path, world[1])
     mesh = sharding.make_mesh(MeshShape(), jax.devices()[:1])
     base = pretrained.load_frozen(*world, mesh)
     ours = our_logits(adapted(world[1], settings), {"base": base, "adapter": adapter}, tokens)

@@ -15,8 +15,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.adapters.lora_specs import pair_layouts
 from jaxft.weights import pretrained
 from jaxft.weights.edit.new_adapters import Combination, NamedAdapter, combine_adapters
-from jaxft.weights.peft import adapter_folders, peft_write
-from jaxft.weights.peft import peft_read as peft_layout
+from jaxft.weights.peft import adapter_folders, peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -50,7 +49,7 @@ def world(tmp_path_factory):
 
 
 def read(world, *names):
-    return [NamedAdapter(name, *peft_layout.read_adapter(world[3] / name, world[1])) for name in names]
+    return [NamedAdapter(name, *peft_read.read_adapter(world[3] / name, world[1])) for name in names]
 
 
 def products(params, name):
@@ -85,7 +84,7 @@ def test_a_combination_is_pefts(world, tmp_path, method, names, options):
         logits = torch_logits(theirs, some_tokens(1))
     finally:
         theirs.delete_adapter("both")
-    expected, settings = peft_layout.read_adapter(tmp_path / "both", model)
+    expected, settings = peft_read.read_adapter(tmp_path / "both", model)
     made = combine_adapters(read(world, *names), model, Combination(method, WEIGHTS, **options))
     assert made.settings.rank == made.settings.alpha == settings.rank and not made.settings.rslora
     for name in ("q", "down", "v"):
@@ -156,7 +155,7 @@ def test_layers_and_ranks_that_differ_get_one_rank_padded_with_zeros(world, tmp_
     expected = sum(w * products(x.params, "q") for w, x in zip((1, 2), adapters, strict=True))
     np.testing.assert_allclose(products(made.params, "q"), expected, atol=1e-4)
     peft_write.save_adapter(tmp_path, made.params, made.settings, model, "base")
-    again, settings = peft_layout.read_adapter(tmp_path, model)
+    again, settings = peft_read.read_adapter(tmp_path, model)
     np.testing.assert_array_equal(products(again, "q"), products(made.params, "q"))
     assert settings.rank_pattern == ()
 
@@ -215,7 +214,7 @@ def test_the_command_writes_the_adapter_with_a_card(world, monkeypatch, capsys, 
     found = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert found == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert "cat: -1 left" in (tmp_path / "out" / "README.md").read_text()
-    params, _ = peft_layout.read_adapter(tmp_path / "out", world[1])
+    params, _ = peft_read.read_adapter(tmp_path / "out", world[1])
     left, right = (products(x.params, "q") for x in read(world, "left", "right"))
     np.testing.assert_allclose(products(params, "q"), 0.5 * right - left, atol=1e-5)
     code, _, err = call(monkeypatch, capsys, "combine", *argv[:-1], "left")

@@ -26,8 +26,7 @@ from jaxft.nn.param_spec import init_params
 from jaxft.train.export import export
 from jaxft.weights import pretrained
 from jaxft.weights.edit import new_adapters
-from jaxft.weights.peft import peft_read as peft_layout
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -127,7 +126,7 @@ def test_other_parameters_that_changed_are_named_and_stored_in_full_if_asked(tmp
     peft_write.save_adapter(tmp_path / "out", found.params, found.settings, model, str(folder))
     logits = with_adapter(folder, tmp_path / "out")
     np.testing.assert_allclose(logits, hf_logits(tuned), atol=1e-4)
-    again = peft_layout.read_adapter(tmp_path / "out", model)[0]
+    again = peft_read.read_adapter(tmp_path / "out", model)[0]
     jax.tree.map(np.testing.assert_array_equal, again, found.params)
 
 

@@ -15,8 +15,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.nn.quant import Quant, dequantize, is_qtensor
 from jaxft.weights import pretrained
 from jaxft.weights.edit import lora_start
-from jaxft.weights.peft import peft_read as peft_reader
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -96,7 +95,7 @@ def test_an_adapter_that_peft_converted_has_the_same_logits_here_on_the_unchange
     theirs.save_pretrained(
         str(tmp_path / "out"), path_initial_model_for_weight_conversion=str(tmp_path / "start")
     )
-    adapter, settings = peft_reader.read_adapter(tmp_path / "out", world[1])
+    adapter, settings = peft_read.read_adapter(tmp_path / "out", world[1])
     assert settings.rank == 8
     mesh = sharding.make_mesh(sharding.MeshShape(), jax.devices()[:1])
     base = pretrained.load_frozen(*world, mesh)

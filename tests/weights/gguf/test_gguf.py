@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_llama import our_logits, some_tokens, tiny_torch, torch_logits
 
 from jaxft.nn import rope as our_rope
-from jaxft.runs.folder import weights_fingerprint
+from jaxft.runs.run_record import weights_fingerprint
 from jaxft.weights import pretrained
 from jaxft.weights.gguf import gguf_tensors
 from jaxft.weights.gguf.gguf_file import read_gguf_header

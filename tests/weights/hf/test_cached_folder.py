@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from tiny_llama import tiny_torch, write_folder
 
-from jaxft.data.packing import row_cache as rows_cache
+from jaxft.data.packing import row_cache
 from jaxft.distributed import disk
 from jaxft.distributed.disk import temporary_folder
 from jaxft.nn.quant import Quant, quantize
-from jaxft.runs import folder as runfolder
+from jaxft.runs import run_record
 from jaxft.train.recipes import ModelKnobs
 from jaxft.weights.edit import calibrated_base, extended_model
 from jaxft.weights.edit.extended_model import Extension, extended_ref
@@ -134,12 +134,12 @@ def test_a_finished_run_is_not_used_with_other_codes_than_its_own(cache, tmp_pat
     run = tmp_path / "run"
     run.mkdir()
     record = {"codes": "some", "sha256": calibrated_base.codes_sha256("some")}
-    (run / runfolder.CALIBRATED_JSON).write_text(json.dumps(record))
+    (run / run_record.CALIBRATED_JSON).write_text(json.dumps(record))
     settings = {"weights": "base", "weights_path": None}
-    assert runfolder._base_weights(run, settings) == "base"
+    assert run_record._base_weights(run, settings) == "base"
     flip(cache / "calibrated" / "some" / "layer-00000.safetensors")
     with pytest.raises(ValueError, match="calibrated base in the cache.* has changed since this run"):
-        runfolder._base_weights(run, settings)
+        run_record._base_weights(run, settings)
 
 
 def test_codes_without_the_hashes_of_their_files_are_refused_and_computed_again(cache):
@@ -160,7 +160,7 @@ def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_
     (run / "adapter").mkdir(parents=True)
     result = run / "adapter" / "adapter_model.safetensors"
     result.write_bytes(b"weights" * 100)
-    runfolder.write_durable_json(run / "summary.json", {"steps": 4, "files": runfolder.result_hashes(run)})
+    run_record.write_durable_json(run / "summary.json", {"steps": 4, "files": run_record.result_hashes(run)})
     for path in (file, result):
         os.utime(path, (time.time() - 60,) * 2)
         before = file_sha256(path)
@@ -172,7 +172,7 @@ def test_a_bit_that_the_disk_has_flipped_is_noticed_on_use_although_no_time_has_
         assert file_sha256(path) == before != content_sha256(path)
     assert str(file) in calibrated_base.codes_damage("some")
     with pytest.raises(ValueError, match="adapter_model.safetensors: the file has changed"):
-        runfolder.check_results(run / "adapter")
+        run_record.check_results(run / "adapter")
 
 
 def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp_path, capsys, monkeypatch):
@@ -180,7 +180,7 @@ def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp
     knobs = ModelKnobs(base, add_tokens=("<tool>",))
     out = Path(knobs.weights)
     files = {path.name: path.read_bytes() for path in out.iterdir()}
-    fingerprint = runfolder.weights_fingerprint(str(out))
+    fingerprint = run_record.weights_fingerprint(str(out))
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(extended_model, "extend_model", None)  # not called
@@ -188,14 +188,14 @@ def test_a_model_with_new_tokens_is_verified_at_each_start_and_written_again(tmp
     flip(out / "model.safetensors")
     settings = {"weights": str(out), "weights_fingerprint": fingerprint}
     with pytest.raises(ValueError, match="start the run's command again, which writes them"):
-        runfolder._base_weights(tmp_path, settings)
+        run_record._base_weights(tmp_path, settings)
     assert knobs.weights == str(out)
     said = f"{out / 'model.safetensors'} has changed since it was written; it is written again"
     assert said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
     flip(out / "tokenizer.json")
     with pytest.raises(ValueError, match="tokenizer.json has changed .*Start the run's command again"):
-        runfolder._base_weights(tmp_path, settings)
+        run_record._base_weights(tmp_path, settings)
     linked = Path(extended_ref(base, Extension(template="chatml"))[0])
     assert folder_damage(linked) is None
     assert set(json.loads((linked / HASHES).read_text())) == {
@@ -287,7 +287,7 @@ def test_leftovers_are_removed_by_their_owner_alone_and_without_locks_after_a_da
 
 def test_an_unfinished_file_of_rows_is_owned_while_it_is_written(tmp_path):
     """Another process may tokenise rows into the same folder."""
-    path, columns = tmp_path / "rows" / "a.rows", {"n": rows_cache.ColumnType(np.int32)}
+    path, columns = tmp_path / "rows" / "a.rows", {"n": row_cache.ColumnType(np.int32)}
 
     def make(add):
         disk.remove_leftovers(path.parent.glob("*.tmp"))
@@ -297,5 +297,5 @@ def test_an_unfinished_file_of_rows_is_owned_while_it_is_written(tmp_path):
 
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / f"killed.{disk.here()}-1.tmp").write_bytes(b"ARROW1")
-    _, state = rows_cache.load_or_make(path, columns, make)
+    _, state = row_cache.load_or_make(path, columns, make)
     assert state == "built" and [p.name for p in path.parent.iterdir()] == ["a.rows"]

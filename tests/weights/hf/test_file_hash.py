@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.runs import folder
+from jaxft.runs import run_record
 from jaxft.weights.hf import complete_folders, hub
 
 
@@ -75,14 +75,14 @@ def test_every_bit_of_a_run_s_weights_counts(file, tmp_path):
     weights = tmp_path / "large.gguf"
     data = bytearray(16 << 20)
     weights.write_bytes(data)
-    known = folder.weights_fingerprint(str(weights))
+    known = run_record.weights_fingerprint(str(weights))
     for at in (0, (1 << 20) + 123, (3 << 20) + 200_001, len(data) - 1):
         data[at] ^= 1
         weights.write_bytes(data)
-        assert folder.weights_fingerprint(str(weights)) != known, at
+        assert run_record.weights_fingerprint(str(weights)) != known, at
         data[at] ^= 1
     weights.write_bytes(data)
-    assert folder.weights_fingerprint(str(weights)) == known
+    assert run_record.weights_fingerprint(str(weights)) == known
 
 
 def test_a_package_in_the_cache_with_one_flipped_bit_is_downloaded_again(tmp_path, monkeypatch):

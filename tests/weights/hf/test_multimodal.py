@@ -34,8 +34,7 @@ from jaxft.weights.hf.model_card import Card, write_card
 from jaxft.weights.hf.safetensors import open_safetensors
 from jaxft.weights.hf.tokenizer_files import TEMPLATES_FOLDER
 from jaxft.weights.param_loading import param_readers, read_whole
-from jaxft.weights.peft import peft_read as peft_layout
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -154,7 +153,7 @@ def test_an_adapter_has_the_same_logits_in_peft_on_transformers_class_and_merged
     peft_write.save_adapter(tmp_path / "a", adapter, settings, model, str(folder))
     found = as_on_its_card(tmp_path / "a", folder).eval()
     np.testing.assert_allclose(text_logits(found), expected, atol=2e-4)
-    again, read = peft_layout.read_adapter(tmp_path / "a", model)
+    again, read = peft_read.read_adapter(tmp_path / "a", model)
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
 
     ids = read.trainable_token_indices
@@ -304,7 +303,7 @@ def test_peft_s_own_adapter_of_the_whole_model_is_read_for_its_decoder(worlds, t
     theirs.save_pretrained(str(tmp_path))
     with safe_open(tmp_path / "adapter_model.safetensors", "np") as file:
         assert any("vision_tower" in name for name in file.keys()) == isinstance(targets, list)  # noqa: SIM118
-    adapter, read = peft_layout.read_adapter(tmp_path, model)
+    adapter, read = peft_read.read_adapter(tmp_path, model)
     assert read.modules_to_save == ("model.norm",) and adapter["layers"]["attn"]["q"]["a"].shape[-1] == 3
     ours = logits_of(adapted(model, read), {"base": params, "adapter": adapter}, rows(IDS))
     np.testing.assert_allclose(ours, text_logits(theirs), atol=2e-4)

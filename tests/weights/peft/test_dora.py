@@ -18,8 +18,7 @@ from jaxft.nn.quant import dequantize, quantize
 from jaxft.weights import pretrained
 from jaxft.weights.edit.lora_start import init_magnitudes
 from jaxft.weights.edit.merged_weights import merge_on_read, merge_params
-from jaxft.weights.peft import peft_read as peft_layout
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -74,7 +73,7 @@ def test_our_adapter_has_the_same_logits_in_peft_merged_and_read_again(world, tm
     peft_write.save_adapter(tmp_path, adapter, settings, model, f"{folder}")
     theirs = peft.PeftModel.from_pretrained(torch_base(world), str(tmp_path)).eval()
     np.testing.assert_allclose(torch_logits(theirs, TOKENS), expected, atol=1e-4)
-    again, found = peft_layout.read_adapter(tmp_path, model)
+    again, found = peft_read.read_adapter(tmp_path, model)
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
     assert found.dora
 
@@ -101,7 +100,7 @@ def test_an_adapter_by_peft_has_the_same_logits_here_and_written_again(world, tm
     theirs.save_pretrained(str(tmp_path / "in"))
     expected = torch_logits(theirs, TOKENS)
     assert np.abs(expected - our_logits(world[1], world[2], TOKENS)).max() > 0.1
-    adapter, settings = peft_layout.read_adapter(tmp_path / "in", world[1])
+    adapter, settings = peft_read.read_adapter(tmp_path / "in", world[1])
     np.testing.assert_allclose(logits(world, adapter, settings), expected, atol=1e-4)
     peft_write.save_adapter(tmp_path / "out", adapter, settings, world[1], "org/base")
     again = peft.PeftModel.from_pretrained(torch_base(world), str(tmp_path / "out")).eval()
@@ -113,7 +112,7 @@ def test_an_adapter_by_peft_has_the_same_logits_here_and_written_again(world, tm
         rest = {key: x for key, x in tensors.items() if key != name}
         save_file({**rest, **broken}, tmp_path / "out" / "adapter_model.safetensors")
         with pytest.raises(ValueError, match=f"{name}.* {message}"):
-            peft_layout.read_adapter(tmp_path / "out", world[1])
+            peft_read.read_adapter(tmp_path / "out", world[1])
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])

@@ -32,8 +32,7 @@ from jaxft.train.start.eva import written_adapter
 from jaxft.weights import pretrained
 from jaxft.weights.edit.lora_start import init_magnitudes
 from jaxft.weights.hf import hf_write
-from jaxft.weights.peft import peft_read as peft_files
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 from jaxft.weights.peft.adapter_folders import load_adapter
 from jaxft.weights.tensors import tensors_of
 
@@ -114,7 +113,7 @@ def test_peft_loads_the_pair_of_every_expert_and_merges_it_as_exports_do(world):
 
 def test_an_adapter_is_read_as_it_was_written_with_the_settings_that_declare_it(world):
     folder, model, _, adapter = world
-    found, settings = peft_files.read_adapter(folder / "adapter", model)
+    found, settings = peft_read.read_adapter(folder / "adapter", model)
     before, after = pairs_by_path(adapter), pairs_by_path(found)
     assert before.keys() == after.keys()
     for path, pair in before.items():
@@ -218,7 +217,7 @@ def test_an_adapter_of_some_modules_of_several_stacks_is_in_peft_and_read_again_
         np.testing.assert_allclose(layer.get_delta_weight("default").detach(), expected[name], atol=1e-5)
     saved = [name for name, x in theirs.named_modules() if hasattr(x, "modules_to_save")]
     assert sorted(saved) == sorted(in_full)
-    found, again = peft_files.read_adapter(tmp_path, model)
+    found, again = peft_read.read_adapter(tmp_path, model)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, adapter)
     assert differing_fields(model.specs, settings, again, model.weight_names) == []
     layouts = [pair_layouts(model.specs, x, model.weight_names) for x in (settings, again)]
@@ -312,6 +311,6 @@ def test_an_adapter_of_eva_without_ranks_in_a_stack_is_read_again(three_stacks, 
     none = tree.map_with_path(lambda path, x: 0 * x if path.startswith(("dense", "moe")) else x, started)
     adapter, written = written_adapter(none, settings, model)
     peft_write.save_adapter(tmp_path, adapter, written, model, "base")
-    found, again = peft_files.read_adapter(tmp_path, model)
+    found, again = peft_read.read_adapter(tmp_path, model)
     assert set(pairs_by_path(found)) == {"tail/attn/q", "tail/attn/k"}
     assert differing_fields(model.specs, written, again, model.weight_names) == []

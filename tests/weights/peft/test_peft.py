@@ -23,8 +23,7 @@ from jaxft.nn.param_spec import init_params
 from jaxft.weights import initial_params, pretrained
 from jaxft.weights.edit.merged_weights import merge_on_read
 from jaxft.weights.hf import hf_write
-from jaxft.weights.peft import peft_read as peft_layout
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 from jaxft.weights.peft.peft_config import check_targets
 
 torch = pytest.importorskip("torch")
@@ -93,7 +92,7 @@ def test_our_adapter_has_the_same_logits_in_peft_and_round_trips(world, tmp_path
 
     theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path)).eval()
     np.testing.assert_allclose(torch_logits(theirs, tokens), expected, atol=1e-4)
-    again, settings_again = peft_layout.read_adapter(tmp_path, world[1])
+    again, settings_again = peft_read.read_adapter(tmp_path, world[1])
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
     assert (settings_again.rank, settings_again.alpha) == (settings.rank, settings.alpha)
     assert (settings_again.dropout, settings_again.rslora) == (settings.dropout, settings.rslora)
@@ -146,7 +145,7 @@ def written_by_peft(world, folder, **config):
 def test_an_adapter_by_peft_has_the_same_logits_here_and_round_trips(world, tmp_path, config):
     expected = written_by_peft(world, tmp_path / "in", r=4, lora_alpha=16, **config)
     assert np.abs(expected - our_logits(world[1], world[2], some_tokens())).max() > 0.1
-    adapter, settings = peft_layout.read_adapter(tmp_path / "in", world[1])
+    adapter, settings = peft_read.read_adapter(tmp_path / "in", world[1])
     np.testing.assert_allclose(ours(world, adapter, settings, some_tokens()), expected, atol=1e-4)
     peft_write.save_adapter(tmp_path / "out", adapter, settings, world[1], "org/base@abc")
     theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path / "out")).eval()
@@ -281,7 +280,7 @@ def test_a_bfloat16_adapter_round_trips_bit_for_bit(world, tmp_path):
     settings = Adapter(rank=2, alpha=4.0, targets=("v",))
     adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), trained(world[1], settings))
     peft_write.save_adapter(tmp_path, adapter, settings, world[1], "base")
-    again = peft_layout.read_adapter(tmp_path, world[1])[0]["layers"]["attn"]["v"]
+    again = peft_read.read_adapter(tmp_path, world[1])[0]["layers"]["attn"]["v"]
     assert again["a"].dtype == again["b"].dtype == ml_dtypes.bfloat16 and again["scale"].dtype == np.float32
     jax.tree.map(np.testing.assert_array_equal, again, adapter["layers"]["attn"]["v"])
 
@@ -325,13 +324,13 @@ def test_copies_of_the_bases_embeddings_are_compared_with_the_base(world, tmp_pa
     written_by_peft(world, tmp_path, r=4, target_modules=["q_proj", "lm_head"])
     path, files = tmp_path / "adapter_model.safetensors", pretrained.open_files(str(world[0]))
     tensors = load_file(path)
-    copies = [name for name in peft_layout.BASE_COPIES if name in tensors]
+    copies = [name for name in peft_read.BASE_COPIES if name in tensors]
     assert copies
-    peft_layout.check_base_copies(tmp_path, files)
+    peft_read.check_base_copies(tmp_path, files)
     rounded = {name: tensors[name].astype(ml_dtypes.bfloat16) for name in copies}
     save_file({**tensors, **rounded}, path)
-    peft_layout.check_base_copies(tmp_path, files)
-    settings = peft_layout.read_adapter(tmp_path, world[1])[1]
+    peft_read.check_base_copies(tmp_path, files)
+    settings = peft_read.read_adapter(tmp_path, world[1])[1]
     mesh, head = sharding.make_mesh(sharding.MeshShape()), HeadSettings(settings, str(tmp_path))
     model = adapted(world[1], settings)
     for name in copies:
@@ -340,7 +339,7 @@ def test_copies_of_the_bases_embeddings_are_compared_with_the_base(world, tmp_pa
             save_file({**tensors, name: np.ascontiguousarray(changed)}, path)
             message = f"tensor {name} differs from .* of the base in .*merge_and_unload"
             with pytest.raises(ValueError, match=message):
-                peft_layout.check_base_copies(tmp_path, files)
+                peft_read.check_base_copies(tmp_path, files)
             with pytest.raises(ValueError, match=message):
                 initial_params.init_all_but_base(model, mesh, 0, head, str(world[0]))
 
@@ -354,7 +353,7 @@ class TestRefusals:
 
     def check_refuses(self, world, folder, *words, error=ValueError):
         with pytest.raises(error) as caught:
-            peft_layout.read_adapter(folder, world[1])
+            peft_read.read_adapter(folder, world[1])
         message = str(caught.value)
         assert "\n" not in message and str(folder) in message and all(word in message for word in words), (
             message
@@ -403,7 +402,7 @@ class TestRefusals:
         self.check_refuses(world, folder, "model.layers.1.self_attn.q_proj", *words)
         for change in {"layers_to_transform": [0, 2]}, {"exclude_modules": ["layers.1.self_attn.q_proj"]}:
             config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
-            assert not peft_layout.read_adapter(folder, world[1])[0]["layers"]["attn"]["q"]["a"][1].any()
+            assert not peft_read.read_adapter(folder, world[1])[0]["layers"]["attn"]["q"]["a"][1].any()
             config.write_text(json.dumps({**json.loads(config.read_text()), **dict.fromkeys(change)}))
 
     def test_tensors_that_do_not_fit(self, world, folder):
@@ -442,7 +441,7 @@ class TestRefusals:
     def test_an_unknown_setting_that_is_off_is_no_reason_to_refuse(self, world, folder, value):
         path = folder / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_later_peft": value}))
-        assert peft_layout.read_adapter(folder, world[1])[1].rank == 2
+        assert peft_read.read_adapter(folder, world[1])[1].rank == 2
 
     @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "lora_ga"])
     def test_an_initialisation_that_changes_the_base_is_named_with_the_conversion(self, world, folder, start):

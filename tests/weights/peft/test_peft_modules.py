@@ -21,8 +21,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs
 from jaxft.train.export import export
 from jaxft.weights import initial_params, pretrained
 from jaxft.weights.edit.merged_weights import merge_on_read, merge_params
-from jaxft.weights.peft import peft_read as peft_layout
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -102,7 +101,7 @@ def test_ours_has_the_same_logits_in_peft_merged_and_read_again(worlds, tmp_path
     theirs = peft.PeftModel.from_pretrained(torch_model(world), str(tmp_path / "a")).eval()
     np.testing.assert_allclose(torch_logits(theirs, some_tokens()), expected, atol=1e-4)
 
-    again, found = peft_layout.read_adapter(tmp_path / "a", world[1])
+    again, found = peft_read.read_adapter(tmp_path / "a", world[1])
     jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, adapter))
     specs = [adapter_specs(world[1].specs, x, world[1].weight_names) for x in (settings, found)]
     shapes = [jax.tree.map(lambda s: s.shape, x, is_leaf=lambda x: hasattr(x, "init")) for x in specs]
@@ -197,8 +196,8 @@ def test_an_adapter_by_peft_has_the_same_logits_here_and_goes_back(worlds, tmp_p
             p.data += 0.05 * torch.randn_like(p)
     theirs.save_pretrained(str(tmp_path / "in"))
     expected = torch_logits(theirs, some_tokens())
-    adapter, settings = peft_layout.read_adapter(tmp_path / "in", world[1])
-    peft_layout.check_base_copies(tmp_path / "in", pretrained.open_files(str(world[0])))
+    adapter, settings = peft_read.read_adapter(tmp_path / "in", world[1])
+    peft_read.check_base_copies(tmp_path / "in", pretrained.open_files(str(world[0])))
     assert np.abs(expected - our_logits(world[1], world[2], some_tokens())).max() > 0.1
     np.testing.assert_allclose(ours(world, adapter, settings), expected, atol=1e-4)
     peft_write.save_adapter(tmp_path / "out", adapter, settings, world[1], str(world[0]))
@@ -220,7 +219,7 @@ def test_rows_of_tokens_by_pefts_own_type_have_the_same_logits_here(worlds, tmp_
     theirs.save_pretrained(str(tmp_path))
     tokens = some_tokens()
     tokens.ids[0, :2] = 5, 300
-    adapter, settings = peft_layout.read_adapter(tmp_path, world[1])
+    adapter, settings = peft_read.read_adapter(tmp_path, world[1])
     params = {"base": world[2], "adapter": adapter}
     found, expected = our_logits(adapted(world[1], settings), params, tokens), torch_logits(theirs, tokens)
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -295,7 +294,7 @@ def test_files_with_missing_or_other_modules_are_refused_in_one_line(worlds, tmp
         for changed in ({k: v for k, v in good.items() if k != name}, {**good, name: good[name][:1]}):
             save_file(changed, path)
             with pytest.raises(ValueError, match=rf"tensor {name} (is missing|has shape)") as caught:
-                peft_layout.read_adapter(tmp_path, world[1])
+                peft_read.read_adapter(tmp_path, world[1])
             assert "\n" not in str(caught.value)
     save_file(good, path)
     for change, words in [
@@ -312,7 +311,7 @@ def test_files_with_missing_or_other_modules_are_refused_in_one_line(worlds, tmp
     ]:
         config.write_text(json.dumps({**json.loads(text), **change}))
         with pytest.raises(ValueError, match=words) as caught:
-            peft_layout.read_adapter(tmp_path, world[1])
+            peft_read.read_adapter(tmp_path, world[1])
         assert "\n" not in str(caught.value)
 
 
@@ -332,7 +331,7 @@ def test_adapters_that_peft_loads_and_jaxft_does_not_are_refused_with_a_remedy(w
         made = peft.LoraConfig(task_type="CAUSAL_LM", r=2, **config)
         peft.get_peft_model(torch_model(worlds[kind]), made).save_pretrained(str(tmp_path / kind))
         with pytest.raises(ValueError, match=words) as caught:
-            peft_layout.read_adapter(tmp_path / kind, worlds[kind][1])
+            peft_read.read_adapter(tmp_path / kind, worlds[kind][1])
         message = str(caught.value)
         assert "\n" not in message and str(tmp_path / kind) in message, message
 
@@ -344,5 +343,5 @@ def test_a_head_that_its_configuration_ties_has_the_values_of_the_embeddings(wor
     changes = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match="lm_head.weight is not .*embed_tokens.weight, but") as caught:
-        peft_layout.read_adapter(tmp_path, world[1])
+        peft_read.read_adapter(tmp_path, world[1])
     assert "\n" not in str(caught.value)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_llama import tiny_torch, write_folder
 
 from jaxft.weights import pretrained
-from jaxft.weights.peft import peft_read as peft_layout
+from jaxft.weights.peft import peft_read
 from jaxft.weights.peft.adapter_folders import adapter_folder
 
 torch = pytest.importorskip("torch")
@@ -61,12 +61,12 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_names_in_use_are_those_of_save_pretrained(world, tmp_path, variant):
     world[2].save_pretrained(str(tmp_path))
-    expected, path = peft_layout.read_adapter(tmp_path, world[1]), tmp_path / "adapter_model.safetensors"
+    expected, path = peft_read.read_adapter(tmp_path, world[1]), tmp_path / "adapter_model.safetensors"
     plain = load_file(path)
     changed = {VARIANTS[variant](name): x for name, x in plain.items()}
     assert changed.keys() != plain.keys() and len(changed) == len(plain)
     save_file(changed, path)
-    assert_same(peft_layout.read_adapter(tmp_path, world[1]), expected)
+    assert_same(peft_read.read_adapter(tmp_path, world[1]), expected)
 
 
 def test_the_state_dict_of_a_peft_model_is_its_adapter(world, tmp_path):
@@ -79,14 +79,14 @@ def test_the_state_dict_of_a_peft_model_is_its_adapter(world, tmp_path):
     )  # fmt: skip
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(str(world[0])), config)
     theirs.save_pretrained(str(tmp_path))
-    expected = peft_layout.read_adapter(tmp_path, world[1])
+    expected = peft_read.read_adapter(tmp_path, world[1])
     parts = "lora_", "modules_to_save", "original_module", "trainable_tokens_delta"
     state = {
         name: x.numpy() for name, x in theirs.state_dict().items() if any(part in name for part in parts)
     }
     assert sum("default" in name for name in state) > 6 and sum("original_module" in name for name in state)
     save_file(state, tmp_path / "adapter_model.safetensors")
-    assert_same(peft_layout.read_adapter(tmp_path, world[1]), expected)
+    assert_same(peft_read.read_adapter(tmp_path, world[1]), expected)
 
 
 def test_an_adapter_with_a_name_is_in_a_subfolder(world, tmp_path):
@@ -94,10 +94,10 @@ def test_an_adapter_with_a_name_is_in_a_subfolder(world, tmp_path):
     world[2].save_pretrained(str(tmp_path / "one"), selected_adapters=["left"])
     both, left = tmp_path / "both", tmp_path / "one" / "left"
     assert adapter_folder(str(both)) == both and adapter_folder(str(tmp_path / "one")) == left
-    assert set(peft_layout.read_adapter(both, world[1])[0]) == {"layers", "head"}
-    found = peft_layout.read_adapter(left, world[1])
+    assert set(peft_read.read_adapter(both, world[1])[0]) == {"layers", "head"}
+    found = peft_read.read_adapter(left, world[1])
     assert set(found[0]) == {"layers", "embed"} and set(found[0]["layers"]) == {"attn"}
-    assert_same(peft_layout.read_adapter(both / "left", world[1]), found)
+    assert_same(peft_read.read_adapter(both / "left", world[1]), found)
     a = world[2].state_dict()["base_model.model.model.layers.1.self_attn.v_proj.lora_A.left.weight"]
     np.testing.assert_array_equal(found[0]["layers"]["attn"]["v"]["a"][1].T, a.numpy())
 
@@ -108,27 +108,27 @@ def test_saved_embedding_layers_are_read_if_they_are_the_bases(world, tmp_path):
     config = peft.LoraConfig(**LORA, target_modules=["q_proj"])
     theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(str(world[0])), config)
     theirs.save_pretrained(str(tmp_path), save_embedding_layers=False)
-    expected = peft_layout.read_adapter(tmp_path, world[1])
+    expected = peft_read.read_adapter(tmp_path, world[1])
     theirs.save_pretrained(str(tmp_path), save_embedding_layers=True)
     path, files = tmp_path / "adapter_model.safetensors", pretrained.open_files(str(world[0]))
     tensors, table = load_file(path), "base_model.model.model.embed_tokens.weight"
     assert table in tensors and "base_model.model.lm_head.weight" in tensors
-    assert_same(peft_layout.read_adapter(tmp_path, world[1]), expected)
-    peft_layout.check_base_copies(tmp_path, files)
+    assert_same(peft_read.read_adapter(tmp_path, world[1]), expected)
+    peft_read.check_base_copies(tmp_path, files)
     save_file({**tensors, table: tensors[table] + 1}, path)
     with pytest.raises(ValueError, match="list embed_tokens in modules_to_save of adapter_config.json"):
-        peft_layout.check_base_copies(tmp_path, files)
+        peft_read.check_base_copies(tmp_path, files)
     save_file({**tensors, table: np.ones((330, 64), np.float32)}, path)
     with pytest.raises(ValueError, match="larger vocabulary; merge it"):
-        peft_layout.check_base_copies(tmp_path, files)
+        peft_read.check_base_copies(tmp_path, files)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_16_bit_files_keep_their_values_and_dtype(world, tmp_path, dtype):
     world[2].save_pretrained(str(tmp_path))
-    path, exact = tmp_path / "adapter_model.safetensors", peft_layout.read_adapter(tmp_path, world[1])[0]
+    path, exact = tmp_path / "adapter_model.safetensors", peft_read.read_adapter(tmp_path, world[1])[0]
     save_file({name: x.astype(dtype) for name, x in load_file(path).items()}, path)
-    found = peft_layout.read_adapter(tmp_path, world[1])[0]
+    found = peft_read.read_adapter(tmp_path, world[1])[0]
     assert found["layers"]["mlp"]["down"]["b"].dtype == dtype and found["head"]["weight"].dtype == dtype
     for name in ("a", "b"):
         pairs = found["layers"]["attn"]["q"][name], exact["layers"]["attn"]["q"][name]
@@ -161,6 +161,6 @@ def test_other_names_are_refused_in_one_line(world, tmp_path, rename, words):
         tensors |= {new: value} if new else {}
     save_file(tensors, path)
     with pytest.raises(ValueError) as caught:
-        peft_layout.read_adapter(tmp_path, world[1])
+        peft_read.read_adapter(tmp_path, world[1])
     message = str(caught.value)
     assert "\n" not in message and str(path) in message and all(word in message for word in words), message

@@ -15,8 +15,7 @@ from jaxft.nn.adapters.lora_specs import adapter_specs, pair_layouts
 from jaxft.nn.matmul import lora_matmul
 from jaxft.nn.param_spec import init_params
 from jaxft.weights import pretrained
-from jaxft.weights.peft import peft_read as peft_layout
-from jaxft.weights.peft import peft_write
+from jaxft.weights.peft import peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -76,7 +75,7 @@ def test_our_adapter_has_the_same_logits_and_pairs_in_peft_and_round_trips(world
     from safetensors.numpy import load_file
 
     assert shapes == {n: x.shape for n, x in load_file(tmp_path / "adapter_model.safetensors").items()}
-    again, found = peft_layout.read_adapter(tmp_path, model)
+    again, found = peft_read.read_adapter(tmp_path, model)
     jax.tree.map(np.testing.assert_array_equal, again, adapter)
     layouts = [pair_layouts(model.specs, x, model.weight_names) for x in (settings, found)]
     assert layouts[0] == layouts[1]
@@ -106,7 +105,7 @@ def test_settings_of_an_adapter_by_peft_declare_its_pairs(world, tmp_path, confi
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.05)
     theirs.save_pretrained(str(tmp_path))
-    adapter, settings = peft_layout.read_adapter(tmp_path, world[1])
+    adapter, settings = peft_read.read_adapter(tmp_path, world[1])
     assert settings.layers_to_transform == layers
     ours = our_logits(adapted(world[1], settings), {"base": world[2], "adapter": adapter}, some_tokens())
     np.testing.assert_allclose(ours, torch_logits(theirs.eval(), some_tokens()), atol=1e-4)

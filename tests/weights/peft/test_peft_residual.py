@@ -15,8 +15,7 @@ from jaxft.runs import loaded_weights
 from jaxft.runs.loaded_weights import NamedWeights
 from jaxft.train.export import export
 from jaxft.weights import initial_params, pretrained
-from jaxft.weights.peft import adapter_folders, peft_write
-from jaxft.weights.peft import peft_read as peft_layout
+from jaxft.weights.peft import adapter_folders, peft_read, peft_write
 from jaxft.weights.tensors import QuantisedTensor
 
 torch = pytest.importorskip("torch")
@@ -80,9 +79,9 @@ def test_an_unconverted_adapter_has_pefts_logits_on_the_unchanged_base(world, tm
     ref, model, base = world
     files = pretrained.open_files(ref)
     pretrained.check_adapter_base(tmp_path / "in", ref)
-    adapter, settings = peft_layout.read_adapter(tmp_path / "in", model, files)
+    adapter, settings = peft_read.read_adapter(tmp_path / "in", model, files)
     assert settings.rank == 8 and settings.init == "default"
-    assert peft_layout.read_declared(tmp_path / "in", model) == (("adapter",), settings)
+    assert peft_read.read_declared(tmp_path / "in", model) == (("adapter",), settings)
     found = our_logits(adapted(model, settings), {"base": base, "adapter": adapter}, TOKENS)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(expected - our_logits(model, base, TOKENS)).max() > 0.1
@@ -96,7 +95,7 @@ def test_on_a_16_bit_base_only_pefts_rounding_of_the_residual_differs(world, tmp
     theirs = saved(torch_base(world, dtype=torch.bfloat16), tmp_path, **KINDS["PiSSA"])
     low = tmp_path / "bfloat16"
     torch_base(world, dtype=torch.bfloat16).save_pretrained(str(low))
-    adapter, _ = peft_layout.read_adapter(tmp_path, world[1], pretrained.open_files(str(low)))
+    adapter, _ = peft_read.read_adapter(tmp_path, world[1], pretrained.open_files(str(low)))
     layer = theirs.base_model.model.model.layers[1].mlp.down_proj
     residual = layer.base_layer.weight.detach().float().numpy()
     product = (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach().float().numpy()
@@ -110,7 +109,7 @@ def test_on_a_16_bit_base_only_pefts_rounding_of_the_residual_differs(world, tmp
 def test_every_command_and_further_training_read_the_same_plain_pairs(world, tmp_path):
     ref, model, base = world
     saved(torch_base(world), tmp_path, **KINDS["OLoRA"])
-    expected, settings = peft_layout.read_adapter(tmp_path, model, pretrained.open_files(ref))
+    expected, settings = peft_read.read_adapter(tmp_path, model, pretrained.open_files(ref))
     config = tmp_path / "adapter_config.json"  # peft compares this name in lower case
     config.write_text(config.read_text().replace('"olora"', '"OLoRA"'))
     assert '"OLoRA"' in config.read_text()
@@ -139,7 +138,7 @@ def test_what_cannot_be_read_is_one_line_with_the_way_that_works(world, tmp_path
 
     def assert_refused(*words, model=model, files=files, folder=tmp_path / "a"):
         with pytest.raises(ValueError) as caught:
-            peft_layout.read_adapter(folder, model, files)
+            peft_read.read_adapter(folder, model, files)
         text = str(caught.value)
         assert "\n" not in text and all(
             word in text for word in (str(folder), "init_lora_weights", *words)

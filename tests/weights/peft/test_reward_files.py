@@ -20,8 +20,7 @@ from jaxft.rl import reward_models
 from jaxft.train import trainable_params
 from jaxft.train.export import export
 from jaxft.weights import initial_params, pretrained
-from jaxft.weights.peft import adapter_folders, peft_write
-from jaxft.weights.peft import peft_read as peft_layout
+from jaxft.weights.peft import adapter_folders, peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -181,7 +180,7 @@ def test_an_adapter_that_is_not_a_reward_model_is_refused(base, tmp_path):
     t, whole = begun(base)
     folder, language = saved(t, whole, base, tmp_path), pretrained.model_for(str(base), dtype=jnp.float32)
     with pytest.raises(ValueError, match="a reward model's adapter, which generates no text"):
-        peft_layout.read_adapter(folder, language)
+        peft_read.read_adapter(folder, language)
     path, name = folder / "adapter_model.safetensors", "base_model.model.score.weight"
     good = load_file(path)
     assert good[name].shape == (1, 64)
@@ -190,10 +189,10 @@ def test_an_adapter_that_is_not_a_reward_model_is_refused(base, tmp_path):
         ValueError,
         match=r"score.weight has shape \(2, 64\); this model needs \(1, 64\), because .* has one label",
     ):
-        peft_layout.read_parts(folder, language)
+        peft_read.read_parts(folder, language)
     save_file({k: v for k, v in good.items() if k != name}, path)
     with pytest.raises(ValueError, match="score.weight is missing"):
-        peft_layout.read_parts(folder, language)
+        peft_read.read_parts(folder, language)
     config = json.loads((folder / "adapter_config.json").read_text())
     for change in ({"task_type": "TOKEN_CLS"}, {"modules_to_save": None}):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
@@ -201,4 +200,4 @@ def test_an_adapter_that_is_not_a_reward_model_is_refused(base, tmp_path):
             ValueError,
             match="is not supported; jaxft reads LoRA with task_type='CAUSAL_LM', and reward",
         ):
-            peft_layout.read_parts(folder, language)
+            peft_read.read_parts(folder, language)

@@ -19,8 +19,7 @@ from jaxft.nn.adapters.lora import Adapter
 from jaxft.rl import reward_models
 from jaxft.train.export import export
 from jaxft.weights import initial_params, pretrained
-from jaxft.weights.peft import adapter_folders, peft_write
-from jaxft.weights.peft import peft_read as peft_layout
+from jaxft.weights.peft import adapter_folders, peft_read, peft_write
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -123,7 +122,7 @@ def test_an_adapter_by_peft_has_the_same_scores_here_and_goes_back(bases, tmp_pa
     expected = by_torch(theirs)
     language = pretrained.model_for(str(base), dtype=jnp.float32)
     for model in (scorer(base), language):  # a reward model's own run reads it, and a policy's
-        parts, settings = peft_layout.read_parts(tmp_path / "in", model)
+        parts, settings = peft_read.read_parts(tmp_path / "in", model)
         assert "head" not in parts["adapter"]
     loaded = reward_models.load_reward_model(str(base), one_device(), tmp_path / "in", dtype=jnp.float32)
     np.testing.assert_allclose(loaded.score(loaded.params, tokens()), expected, atol=1e-4)
@@ -180,6 +179,6 @@ def test_an_adapter_without_pairs_is_written_for_pefts_lora_and_has_no_settings_
     theirs = AutoModelForCausalLM.from_pretrained(str(bases["tied"])).eval()
     theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path)).merge_and_unload()
     np.testing.assert_array_equal(theirs.model.norm.weight.detach().numpy(), weight)
-    found, again = peft_layout.read_adapter(tmp_path, model)
+    found, again = peft_read.read_adapter(tmp_path, model)
     np.testing.assert_array_equal(found["final_norm"]["weight"], weight)
     assert again.targets == () and not adapter_folders.left_out_notes(scorer(bases["tied"]), str(tmp_path))
